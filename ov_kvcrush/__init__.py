@@ -1,0 +1,58 @@
+"""LLMs on OpenVINO with a KV cache that is scored, crushed, stored in mixed precision and reused.
+
+The objects that openvino_genai hands out are used as they are and exported here for convenience.
+"""
+
+from openvino_genai import (
+    ChatHistory,
+    GenerationConfig,
+    GenerationFinishReason,
+    GenerationStatus,
+    StreamerBase,
+    StreamingStatus,
+    TextStreamer,
+    Tokenizer,
+)
+
+from ov_kvcrush.cb_pipeline import ContinuousBatchingPipeline
+from ov_kvcrush.config import SchedulerConfig
+from ov_kvcrush.errors import CrushError, ExportError, ModelError, OutOfMemory, RequestError
+from ov_kvcrush.llm_pipeline import LLMPipeline
+from ov_kvcrush.results import (
+    DecodedResults,
+    EncodedGenerationResult,
+    EncodedResults,
+    GenerationOutput,
+    GenerationResult,
+    PerfMetrics,
+    PipelineMetrics,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChatHistory",
+    "ContinuousBatchingPipeline",
+    "CrushError",
+    "DecodedResults",
+    "EncodedGenerationResult",
+    "EncodedResults",
+    "ExportError",
+    "GenerationConfig",
+    "GenerationFinishReason",
+    "GenerationOutput",
+    "GenerationResult",
+    "GenerationStatus",
+    "LLMPipeline",
+    "ModelError",
+    "OutOfMemory",
+    "PerfMetrics",
+    "PipelineMetrics",
+    "RequestError",
+    "SchedulerConfig",
+    "StreamerBase",
+    "StreamingStatus",
+    "TextStreamer",
+    "Tokenizer",
+    "__version__",
+]

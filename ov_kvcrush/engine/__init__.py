@@ -1,0 +1,1 @@
+"""The continuous-batching engine: requests, scheduler, block pool, runner, sampler."""

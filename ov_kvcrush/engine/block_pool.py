@@ -1,0 +1,97 @@
+"""Who owns which block of the KV cache: ids and reference counts, no memory."""
+
+from __future__ import annotations
+
+import numpy as np
+
+BLOCK_SIZE = 32  # tokens of one block; PagedAttention on CPU knows no other size
+
+
+def blocks_for(num_tokens: int) -> int:
+    """Blocks that `num_tokens` tokens take."""
+    return -(-num_tokens // BLOCK_SIZE)
+
+
+class BlockPool:
+    """Block ids 0 .. num_blocks-1 with a reference count each.
+
+    A block that was used before is handed out before one that never was: memory is touched only when it is needed.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._ref_counts = np.zeros(num_blocks, np.int32)
+        self._freed: list[int] = []
+        self._num_touched = 0
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can hand out now."""
+        return self.num_blocks - self._num_touched + len(self._freed)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks with at least one owner."""
+        return self._num_touched - len(self._freed)
+
+    def allocate(self) -> int:
+        """Hand out one block with a reference count of 1. The caller has checked `num_free`."""
+        assert self.num_free > 0, "allocate() without a free block"
+        if self._freed:
+            block = self._freed.pop()
+        else:
+            block = self._num_touched
+            self._num_touched += 1
+        self._ref_counts[block] = 1
+        return block
+
+    def share(self, blocks: np.ndarray) -> None:
+        """Add one owner to each of `blocks`."""
+        assert (self._ref_counts[blocks] > 0).all(), "share() of a free block"
+        self._ref_counts[blocks] += 1
+
+    def is_shared(self, block: int) -> bool:
+        """Whether `block` has more than one owner, and must be copied before it is written."""
+        return bool(self._ref_counts[block] > 1)
+
+    def release(self, blocks: np.ndarray) -> None:
+        """Take one owner from each of `blocks`; those without one are free again."""
+        assert (self._ref_counts[blocks] > 0).all(), "release() of a free block"
+        self._ref_counts[blocks] -= 1
+        self._freed.extend(blocks[self._ref_counts[blocks] == 0].tolist())
+
+
+class BlockTable:
+    """The blocks of one sequence in the order of its tokens: int32, grown in place so that a step can read it uncopied."""
+
+    def __init__(self) -> None:
+        self._ids = np.zeros(8, np.int32)
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int32 (number of blocks,), a view."""
+        return self._ids[: self._length]
+
+    def append(self, block: int) -> None:
+        """Add one block at the end."""
+        if self._length == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+        self._ids[self._length] = block
+        self._length += 1
+
+    def extend(self, blocks: np.ndarray) -> None:
+        """Add blocks at the end."""
+        for block in blocks.tolist():
+            self.append(block)
+
+    def replace_last(self, block: int) -> None:
+        """Put `block` in the place of the last one."""
+        self._ids[self._length - 1] = block
+
+    def clear(self) -> None:
+        """Forget every block; the caller has released them."""
+        self._length = 0

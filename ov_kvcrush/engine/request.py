@@ -1,0 +1,203 @@
+"""One request and its sequences: everything that belongs to it lives here and dies with it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import openvino_genai as ov_genai
+
+from ov_kvcrush.engine.block_pool import BlockTable
+from ov_kvcrush.engine.sampling_params import SamplingParams
+from ov_kvcrush.engine.stop_strings import StopStringTracker
+from ov_kvcrush.results import GenerationOutput, RequestStats
+
+FinishReason = ov_genai.GenerationFinishReason
+Status = ov_genai.GenerationStatus
+
+
+class TokenIds:
+    """Prompt and generated tokens of a sequence in one int64 array that grows in place."""
+
+    def __init__(self, prompt: np.ndarray, capacity: int) -> None:
+        self._ids = np.empty(max(capacity, len(prompt) + 1), np.int64)
+        self._ids[: len(prompt)] = prompt
+        self._length = len(prompt)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self._ids[: self._length][part]
+
+    def append(self, token: int) -> None:
+        """Add one token."""
+        if self._length == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
+        self._ids[self._length] = token
+        self._length += 1
+
+    def copy(self) -> TokenIds:
+        """An independent copy."""
+        return TokenIds(self[:], len(self._ids))
+
+
+class Sequence:
+    """One growing line of tokens with its KV.
+
+    num_cached tokens, counted from the start, have their KV in `blocks`; the others are still to be run.
+    """
+
+    def __init__(self, request: Request, index: int, ids: TokenIds) -> None:
+        self.request = request
+        self.index = index
+        self.ids = ids
+        self.num_cached = 0
+        self.blocks = BlockTable()
+        self.logprobs: list[float] = []
+        self.cumulative_logprob = 0.0
+        self.finish_reason = FinishReason.NONE
+        self.final_ids: list[int] | None = None  # set at the end: without the tokens of a stop string
+        self.final_text: str | None = None  # set at the end by a stop string, which may cut inside a token
+        self.token_times: list[float] = []
+        self.rng = np.random.default_rng([request.params.seed, index]) if not request.params.is_greedy else None
+        tracked = request.params.stop_strings
+        self.stop_tracker = StopStringTracker(tracked, request.decode) if tracked else None
+
+    def fork(self, index: int) -> Sequence:
+        """A sequence with the same tokens; the caller shares the blocks. Only before the first token is generated."""
+        assert not self.num_generated, "fork() after the first generated token"
+        twin = Sequence(self.request, index, self.ids.copy())
+        twin.num_cached = self.num_cached
+        return twin
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens without KV: 1 while decoding, more for a prompt."""
+        return len(self.ids) - self.num_cached
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens after the prompt."""
+        return len(self.ids) - self.request.num_prompt_tokens
+
+    @property
+    def generated(self) -> np.ndarray:
+        """int64 (num_generated,), a view."""
+        return self.ids[self.request.num_prompt_tokens :]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no token will follow."""
+        return self.finish_reason != FinishReason.NONE
+
+
+@dataclass
+class Timing:
+    """Moments of a request on the clock of time.perf_counter, in seconds."""
+
+    arrival: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None
+    finish: float | None = None
+
+
+class Request:
+    """A prompt, how to sample it, and the sequences that grow from it.
+
+    ids: int64 (S,), checked by the engine before.
+    decode: tokens -> text, needed for stop strings only.
+    """
+
+    def __init__(
+        self, request_id: int, ids: np.ndarray, params: SamplingParams, decode: object = None, keep_kv: bool = False
+    ) -> None:
+        self.request_id = request_id
+        self.params = params
+        self.decode = decode
+        self.keep_kv = keep_kv  # leave the KV in the prefix cache at the end, for the next turn
+        self.num_prompt_tokens = len(ids)
+        self.num_reused_tokens = 0
+        self.peak_blocks = 0
+        self.status = Status.RUNNING
+        self.timing = Timing()
+        first = Sequence(self, 0, TokenIds(ids, len(ids) + min(params.max_new_tokens, 4096)))
+        self.sequences = [first]
+        # Written by any thread, acted on by the engine between two steps.
+        self.wanted_end: tuple[Status, FinishReason] | None = None
+
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        """int64 (num_prompt_tokens,), a view."""
+        return self.sequences[0].ids[: self.num_prompt_tokens]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every sequence has ended."""
+        return self.status != Status.RUNNING
+
+
+class GenerationHandle:
+    """The caller's side of a request: read what has been generated, stop it, or cancel it. Safe to use from any thread."""
+
+    def __init__(self, request: Request, bytes_per_block: int) -> None:
+        self._request = request
+        self._bytes_per_block = bytes_per_block
+        self._lock = threading.Lock()
+        self._new: deque[dict[int, GenerationOutput]] = deque()
+
+    @property
+    def request_id(self) -> int:
+        """The id given to `add_request`."""
+        return self._request.request_id
+
+    def get_status(self) -> ov_genai.GenerationStatus:
+        """RUNNING, FINISHED, STOP or CANCEL."""
+        return self._request.status
+
+    def can_read(self) -> bool:
+        """Whether `read` would return tokens that were not read before."""
+        return bool(self._new)
+
+    def read(self) -> dict[int, GenerationOutput]:
+        """Tokens of the oldest unread step, by sequence index. Raises IndexError if there are none."""
+        with self._lock:
+            return self._new.popleft()
+
+    def read_all(self) -> list[GenerationOutput]:
+        """Everything generated so far: one output for each sequence, in their order."""
+        return [whole_output(s) for s in self._request.sequences]
+
+    def stop(self, finish_reason: ov_genai.GenerationFinishReason = FinishReason.STOP) -> None:
+        """End the request after the running step; what was generated counts as the answer."""
+        self._request.wanted_end = (Status.STOP, finish_reason)
+
+    def cancel(self) -> None:
+        """End the request after the running step; what was generated does not count, and its KV is not kept."""
+        self._request.wanted_end = (Status.CANCEL, FinishReason.STOP)
+
+    def get_stats(self) -> RequestStats:
+        """Token counts, moments and bytes of the request so far."""
+        request = self._request
+        return RequestStats(
+            num_input_tokens=request.num_prompt_tokens,
+            num_reused_tokens=request.num_reused_tokens,
+            arrival=request.timing.arrival,
+            token_times=[s.token_times for s in request.sequences],
+            kv_bytes=request.peak_blocks * self._bytes_per_block,
+        )
+
+    def push(self, outputs: dict[int, GenerationOutput]) -> None:
+        """Called by the engine with the tokens of one step."""
+        with self._lock:
+            self._new.append(outputs)
+
+
+def whole_output(sequence: Sequence) -> GenerationOutput:
+    """All tokens that `sequence` has generated so far; after its end those of its answer."""
+    ids = sequence.final_ids if sequence.final_ids is not None else sequence.generated.tolist()
+    return GenerationOutput(
+        ids, sequence.logprobs[: len(ids)], sequence.cumulative_logprob, sequence.finish_reason, sequence.final_text
+    )

@@ -1,0 +1,186 @@
+"""From openvino_genai's GenerationConfig to what the engine samples by: checked, frozen, independent of the caller's object."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import openvino_genai as ov_genai
+
+from ov_kvcrush.errors import RequestError, nearest
+
+UNLIMITED = 2**64 - 1  # how GenerationConfig spells "not given" for its integers
+
+_FIELDS = tuple(n for n in dir(ov_genai.GenerationConfig) if isinstance(vars(ov_genai.GenerationConfig).get(n), property))
+
+# Fields that select a way of decoding which the crush engine does not have, with what they are for.
+_UNSUPPORTED = {
+    "num_beams": "beam search",
+    "num_beam_groups": "beam search",
+    "diversity_penalty": "beam search",
+    "no_repeat_ngram_size": "n-gram blocking",
+    "num_assistant_tokens": "speculative decoding",
+    "assistant_confidence_threshold": "speculative decoding",
+    "max_ngram_size": "prompt lookup decoding",
+    "structured_output_config": "structured output",
+    "adapters": "LoRA adapters",
+    "parsers": "output parsers",
+    "tree_depth": "tree search",
+    "pruning_ratio": "visual token pruning",
+}
+
+
+def make_generation_config(base: ov_genai.GenerationConfig | None, options: dict[str, Any]) -> ov_genai.GenerationConfig:
+    """Copy `base` (or a default one) and set `options` on the copy.
+
+    Raises RequestError for an unknown option, naming the nearest, and for a value of the wrong type or sign:
+    openvino_genai takes a negative count for "not given".
+    """
+    config = ov_genai.GenerationConfig()
+    if base is not None:
+        if not isinstance(base, ov_genai.GenerationConfig):
+            raise RequestError(f"generation_config must be an openvino_genai.GenerationConfig, got {type(base).__name__}")
+        for name in _FIELDS:
+            setattr(config, name, getattr(base, name))
+    for name, value in options.items():
+        if name not in _FIELDS:
+            raise RequestError(f"generation option must be a field of GenerationConfig, got {name!r}{nearest(name, _FIELDS)}")
+        current = getattr(config, name)
+        if isinstance(current, int) and isinstance(value, (int, float)) and value < 0 and name != "eos_token_id":
+            raise RequestError(f"{name} must be at least 0, got {value!r}")
+        try:
+            setattr(config, name, value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            raise RequestError(f"{name} must be of the type of {current!r}, got {value!r}") from None
+    return config
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is sampled and when it ends.
+
+    max_new_tokens counts the tokens of each sequence; stop_token_ids contains the end-of-sequence tokens unless
+    `ignore_eos`; top_k = 0 means no limit.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    stop_strings: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: bool = False
+    num_return_sequences: int = 1
+    echo: bool = False
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, f"in 0..max_new_tokens={self.max_new_tokens}"),
+            ("temperature", self.temperature >= 0 and math.isfinite(self.temperature), "a finite number of at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p < 1, "in [0, 1)"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("repetition_penalty", self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty), "above 0"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
+            ("num_return_sequences", self.num_return_sequences >= 1, "at least 1"),
+        )
+        for name, holds, rule in rules:
+            if not holds:
+                raise RequestError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+        if self.num_return_sequences > 1 and self.is_greedy:
+            raise RequestError(
+                f"num_return_sequences must be 1 for greedy decoding, got {self.num_return_sequences}; set do_sample=True"
+            )
+        if any(not s for s in self.stop_strings):
+            raise RequestError("stop_strings must be non-empty strings, got ''")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is always taken: no sampling, or a temperature of 0."""
+        return not self.do_sample or self.temperature == 0
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a penalty, or a ban on ending, changes the model's logits before a token is chosen."""
+        return (
+            self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0 or self.min_new_tokens > 0
+        )
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ov_genai.GenerationConfig,
+        defaults: ov_genai.GenerationConfig,
+        num_prompt_tokens: int,
+        max_tokens: int,
+    ) -> SamplingParams:
+        """Check `config` and fold in what depends on the model and the prompt.
+
+        defaults: the model's own generation config; its end-of-sequence tokens hold where `config` names none.
+        max_tokens: tokens that prompt and answer together may have; an answer without a length of its own is
+            limited by it.
+        Raises RequestError naming the field.
+        """
+        refuse_unsupported(config)
+        room = max_tokens - num_prompt_tokens
+        if config.max_new_tokens != UNLIMITED:
+            wanted = config.max_new_tokens
+        elif config.max_length != UNLIMITED:
+            wanted = config.max_length - num_prompt_tokens
+            if wanted < 1:
+                raise RequestError(
+                    f"max_length must be above the prompt's {num_prompt_tokens} tokens, got {config.max_length}"
+                )
+        else:
+            wanted = room
+        stop_ids = set(config.stop_token_ids)
+        if not config.ignore_eos:
+            if config.eos_token_id >= 0:
+                stop_ids.add(config.eos_token_id)
+            elif not stop_ids:
+                stop_ids |= set(defaults.stop_token_ids)
+                stop_ids |= {defaults.eos_token_id} if defaults.eos_token_id >= 0 else set()
+        else:
+            stop_ids.discard(config.eos_token_id)
+        min_new = config.min_new_tokens
+        return cls(
+            max_new_tokens=min(wanted, room) if wanted >= 1 else wanted,
+            min_new_tokens=min(min_new, room) if min_new <= max(wanted, 0) else min_new,
+            stop_token_ids=frozenset(stop_ids),
+            stop_strings=tuple(sorted(config.stop_strings)),
+            include_stop_str_in_output=config.include_stop_str_in_output,
+            do_sample=config.do_sample,
+            temperature=config.temperature,
+            top_k=0 if config.top_k == UNLIMITED else config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            seed=config.rng_seed,
+            repetition_penalty=config.repetition_penalty,
+            presence_penalty=config.presence_penalty,
+            frequency_penalty=config.frequency_penalty,
+            logprobs=config.logprobs > 0,
+            num_return_sequences=config.num_return_sequences,
+            echo=config.echo,
+        )
+
+
+def refuse_unsupported(config: ov_genai.GenerationConfig) -> None:
+    """Raise RequestError for the first field that asks for a way of decoding which the crush engine does not have."""
+    default = ov_genai.GenerationConfig()
+    for name, purpose in _UNSUPPORTED.items():
+        value, usual = getattr(config, name), getattr(default, name)
+        if value != usual:
+            raise RequestError(
+                f"{name} must be {usual!r} with engine='crush', got {value!r}: it has no {purpose} yet; use engine='genai'"
+            )

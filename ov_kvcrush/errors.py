@@ -1,0 +1,32 @@
+"""Errors that a caller can act on. Each is a ValueError, so `except ValueError` catches bad input of every kind."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CrushError(ValueError):
+    """Base of every error this package raises for bad input: the text names the field, its rule and the value it got."""
+
+
+class ModelError(CrushError):
+    """A model folder is missing, incomplete, damaged, or holds something that the engine cannot run."""
+
+
+class ExportError(CrushError):
+    """An export was refused or failed; nothing that looks like a finished model is left behind."""
+
+
+class RequestError(CrushError):
+    """One request was refused; no other request is touched."""
+
+
+class OutOfMemory(CrushError):
+    """The KV cache cannot hold what was asked, even with nothing else in it."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the known name closest to `name`, or "" if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

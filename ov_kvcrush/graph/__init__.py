@@ -1,0 +1,1 @@
+"""From an exported model to one that runs on a paged KV cache."""

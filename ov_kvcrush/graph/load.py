@@ -1,0 +1,91 @@
+"""From a folder on disk to a compiled model on a paged KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+
+from ov_kvcrush.errors import CrushError, ModelError
+from ov_kvcrush.graph.rewrite import gather_sampled_rows, use_paged_attention
+from ov_kvcrush.model_info import read_model_info
+
+MODEL_XML, MODEL_BIN = "openvino_model.xml", "openvino_model.bin"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A compiled model and what the engine must know of it. context_length is None where nothing on disk says it."""
+
+    compiled: ov.CompiledModel
+    num_layers: int
+    vocab_size: int
+    context_length: int | None
+
+
+def check_model_folder(models_path: str | Path) -> Path:
+    """Return the folder as a Path; raise ModelError naming what is missing."""
+    folder = Path(models_path)
+    if not folder.is_dir():
+        raise ModelError(f"models_path must be a folder with {MODEL_XML}, got {str(folder)!r}, which is not a folder")
+    missing = [name for name in (MODEL_XML, MODEL_BIN) if not (folder / name).is_file()]
+    if missing:
+        kind = "an encoder-decoder model" if (folder / "openvino_encoder_model.xml").exists() else "no exported LLM"
+        raise ModelError(
+            f"models_path must contain {MODEL_XML} and {MODEL_BIN}, got {str(folder)!r} without {' and '.join(missing)} ({kind}); "
+            "write one with ov_kvcrush-export"
+        )
+    return folder
+
+
+def check_device(core: ov.Core, device: str) -> None:
+    """Raise CrushError listing the devices of this machine if `device` is not one of them."""
+    available = core.available_devices
+    names = {name.split(".")[0] for name in available} | set(available)
+    if device.split(":")[0].upper() not in names | {"AUTO", "HETERO", "MULTI"}:
+        raise CrushError(f"device must be one of {', '.join(sorted(names))}, got {device!r}")
+
+
+def load_model(models_path: str | Path, device: str, properties: dict[str, Any]) -> LoadedModel:
+    """Read, rewrite and compile the model in `models_path`. `properties` go to `compile_model`.
+
+    Raises ModelError if the folder or the model in it cannot be used, CrushError for a wrong device or property.
+    """
+    folder = check_model_folder(models_path)
+    core = ov.Core()
+    check_device(core, device)
+    info = read_model_info(folder)
+    try:
+        model = core.read_model(folder / MODEL_XML)
+    except RuntimeError as error:
+        raise ModelError(f"{folder / MODEL_XML} must be a readable OpenVINO model, got: {_reason(error)}") from None
+    _check_is_llm(model, folder)
+    num_layers = use_paged_attention(model)
+    gather_sampled_rows(model)
+    vocab_size = model.output("logits").partial_shape[-1].get_length()
+    try:
+        compiled = core.compile_model(model, device, properties)
+    except RuntimeError as error:
+        raise CrushError(f"properties must be ones that {device} can compile with, got {properties}: {_reason(error)}") from None
+    return LoadedModel(compiled, num_layers, vocab_size, info.context_length if info else None)
+
+
+def _check_is_llm(model: ov.Model, folder: Path) -> None:
+    inputs = {name for port in model.inputs for name in port.names}
+    outputs = {name for port in model.outputs for name in port.names}
+    if "input_ids" not in inputs or "logits" not in outputs:
+        raise ModelError(
+            f"model in {str(folder)!r} must be an LLM with input 'input_ids' and output 'logits', "
+            f"got inputs {sorted(inputs)} and outputs {sorted(outputs)}"
+        )
+    if not model.get_sinks():
+        raise ModelError(
+            f"model in {str(folder)!r} must be stateful (exported for text-generation-with-past), got one without state"
+        )
+
+
+def _reason(error: Exception) -> str:
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith("Exception from ")]
+    return (lines or str(error).strip().splitlines())[-1]

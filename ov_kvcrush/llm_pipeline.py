@@ -1,0 +1,200 @@
+"""LLMPipeline: prompts in, answers out; a chat that keeps its KV between turns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import openvino_genai as ov_genai
+
+from ov_kvcrush.backend import Handle
+from ov_kvcrush.chat import ConversationTokens
+from ov_kvcrush.errors import RequestError
+from ov_kvcrush.pipeline_base import PipelineBase
+from ov_kvcrush.prompts import rows_of
+from ov_kvcrush.results import DecodedResults, EncodedResults, PerfMetrics
+from ov_kvcrush.streaming import Streamer
+
+CANCEL = ov_genai.GenerationStatus.CANCEL
+
+
+class LLMPipeline(PipelineBase):
+    """Generate text; the members are those of openvino_genai.LLMPipeline.
+
+    models_path: folder with an exported model; None = the default model, SmolLM2-135M-Instruct.
+    device: "CPU", or another device of `openvino.Core().available_devices` with engine="genai".
+    config, **properties: OpenVINO properties for `compile_model`.
+    engine: "crush" (default on CPU) or "genai" (default elsewhere).
+    scheduler_config: SchedulerConfig of this package or of openvino_genai, or a dict with its fields.
+    Raises ModelError or CrushError before anything heavy starts if an argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        models_path: str | Path | None = None,
+        device: str = "CPU",
+        config: dict[str, Any] | None = None,
+        *,
+        tokenizer: ov_genai.Tokenizer | None = None,
+        engine: str | None = None,
+        scheduler_config: Any = None,
+        **properties: Any,
+    ) -> None:
+        super().__init__(models_path, device, scheduler_config, engine, {**(config or {}), **properties}, tokenizer)
+        self._tokens = ConversationTokens(self._encoder)
+        self._history: ov_genai.ChatHistory | None = None  # of start_chat; None outside
+
+    def get_generation_config(self) -> ov_genai.GenerationConfig:
+        """The config that holds where `generate` gets none, a copy."""
+        return self._options(None, {})
+
+    def set_generation_config(self, config: ov_genai.GenerationConfig) -> None:
+        """Set the config that holds where `generate` gets none. Its end-of-sequence token stays if `config` has none."""
+        eos = self._config.eos_token_id
+        self._config = self._options(config, {})
+        if self._config.eos_token_id < 0 and eos >= 0:
+            self._config.set_eos_token_id(eos)
+
+    def start_chat(self, system_message: str = "") -> None:
+        """From now on `generate` of a text is a turn of one conversation, until `finish_chat`."""
+        if not self._tokenizer.chat_template:
+            raise RequestError("chat needs a tokenizer with a chat template, got one without")
+        self.finish_chat()
+        self._history = ov_genai.ChatHistory()
+        if system_message:
+            self._history.append({"role": "system", "content": system_message})
+
+    def finish_chat(self) -> None:
+        """Forget the conversation and give its KV back."""
+        self._history = None
+        self._tokens.clear()
+        self._backend.drop_kept_kv()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Same as `generate`."""
+        return self.generate(*args, **kwargs)
+
+    def generate(
+        self,
+        inputs: Any,
+        generation_config: ov_genai.GenerationConfig | None = None,
+        streamer: Streamer | None = None,
+        **options: Any,
+    ) -> Any:
+        """Generate from a str, list[str], ChatHistory, ov.Tensor of ids [B, S] or TokenizedInputs.
+
+        Returns a str for a str (DecodedResults if several sequences are asked for), DecodedResults for a list or a
+        history, EncodedResults for ids. A history keeps its KV for the next turn, as a chat does.
+        Raises RequestError naming the field for anything that cannot be run.
+        """
+        config = self._options(generation_config, options)
+        metrics = self._new_metrics()
+        if isinstance(inputs, ov_genai.ChatHistory):
+            return self._generate_turn(inputs, config, streamer, metrics)[0]
+        if isinstance(inputs, str) and self._history is not None:
+            return self._generate_in_chat(inputs, config, streamer, metrics)
+        texts = [inputs] if isinstance(inputs, str) else inputs
+        if isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts):
+            if not texts:
+                raise RequestError("inputs must have at least one prompt, got none")
+            rows = [self._encoder.encode_user_text(text, config, metrics) for text in texts]
+            results = self._decoded(self._run_rows(rows, config, streamer, metrics), rows, config, metrics)
+            return results.texts[0] if isinstance(inputs, str) and len(results.texts) == 1 else results
+        if isinstance(inputs, (ov.Tensor, ov_genai.TokenizedInputs)):
+            rows = rows_of(inputs)
+            return self._encoded(self._run_rows(rows, config, streamer, metrics), rows, config, metrics)
+        raise RequestError(
+            f"inputs must be a str, list[str], ChatHistory, ov.Tensor or TokenizedInputs, got {type(inputs).__name__}"
+        )
+
+    def _run_rows(
+        self,
+        rows: list[np.ndarray],
+        config: ov_genai.GenerationConfig,
+        streamer: Streamer | None,
+        metrics: PerfMetrics,
+        keep_kv: bool = False,
+    ) -> list[Handle]:
+        if streamer is not None and (len(rows) > 1 or config.num_return_sequences > 1):
+            raise RequestError(
+                f"streamer must be None for more than one sequence, got one for "
+                f"{len(rows)} prompts x {config.num_return_sequences} sequences"
+            )
+        return self._run(rows, [config] * len(rows), streamer, metrics, keep_kv)
+
+    # -- chat --------------------------------------------------------------------------------------------------------
+
+    def _generate_in_chat(
+        self, text: str, config: ov_genai.GenerationConfig, streamer: Streamer | None, metrics: PerfMetrics
+    ) -> Any:
+        """One turn of start_chat's conversation. A turn that fails or is cancelled leaves the history as it was."""
+        assert self._history is not None
+        if not text:
+            raise RequestError("prompt must have at least one token, got an empty text")
+        self._history.append({"role": "user", "content": text})
+        try:
+            results, status = self._generate_turn(self._history, config, streamer, metrics)
+        except BaseException:
+            self._history.pop()
+            raise
+        if status == CANCEL:
+            self._history.pop()
+        else:
+            self._history.append({"role": "assistant", "content": results.texts[0]})
+        return results.texts[0] if len(results.texts) == 1 else results
+
+    def _generate_turn(
+        self,
+        history: ov_genai.ChatHistory,
+        config: ov_genai.GenerationConfig,
+        streamer: Streamer | None,
+        metrics: PerfMetrics,
+    ) -> tuple[DecodedResults, ov_genai.GenerationStatus]:
+        if not len(history):
+            raise RequestError("history must have at least one message, got an empty one")
+        text = self._encoder.render(history, metrics)
+        ids = self._tokens.encode(text, metrics)
+        handle = self._run_rows([ids], config, streamer, metrics, keep_kv=True)[0]
+        results = self._decoded([handle], [ids], config, metrics)
+        if handle.get_status() != CANCEL:
+            answer = handle.read_all()[0]
+            answer_ids = answer.generated_ids
+            if answer_ids and self._is_end(answer_ids[-1], config):
+                answer_ids = answer_ids[:-1]
+            # After a stop string the tokens may hold more or less than the text: only the prompt is sure then.
+            if answer.text is None:
+                self._tokens.remember(text, ids, self._text(answer, metrics), answer_ids)
+            else:
+                self._tokens.remember(text, ids, "", [])
+        return results, handle.get_status()
+
+    def _is_end(self, token: int, config: ov_genai.GenerationConfig) -> bool:
+        ends = {config.eos_token_id, self._config.eos_token_id, *config.stop_token_ids, *self._config.stop_token_ids}
+        return token in ends
+
+    # -- results -----------------------------------------------------------------------------------------------------
+
+    def _decoded(
+        self, handles: list[Handle], rows: list[np.ndarray], config: ov_genai.GenerationConfig, metrics: PerfMetrics
+    ) -> DecodedResults:
+        results = DecodedResults([], [], metrics, [])
+        for handle, ids in zip(handles, rows, strict=True):
+            echo = self._tokenizer.decode(ids.tolist()) if config.echo else ""
+            for output in handle.read_all():
+                results.texts.append(echo + self._text(output, metrics))
+                results.scores.append(output.score)
+                results.finish_reasons.append(output.finish_reason)
+        return results
+
+    def _encoded(
+        self, handles: list[Handle], rows: list[np.ndarray], config: ov_genai.GenerationConfig, metrics: PerfMetrics
+    ) -> EncodedResults:
+        results = EncodedResults([], [], metrics, [])
+        for handle, ids in zip(handles, rows, strict=True):
+            for output in handle.read_all():
+                results.tokens.append((ids.tolist() if config.echo else []) + output.generated_ids)
+                results.scores.append(output.score)
+                results.finish_reasons.append(output.finish_reason)
+        return results

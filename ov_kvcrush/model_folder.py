@@ -1,0 +1,42 @@
+"""Is a folder a complete OpenVINO language model? Asked before anything heavy starts."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from ov_kvcrush.errors import ModelError
+
+MODEL_NAME = "openvino_model"
+IR_NAMES = (MODEL_NAME, "openvino_tokenizer", "openvino_detokenizer")
+_CONSTANT = re.compile(rb'offset="(\d+)"[^>]*?\bsize="(\d+)"')
+
+
+def check_model_folder(folder: str | os.PathLike[str]) -> None:
+    """Raise ModelError, naming what is missing or too short, unless `folder` holds a whole model with its tokenizers.
+
+    Reads the XML files, never the weights: each `.bin` must cover the constants that its `.xml` points to.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "is not there"
+        raise ModelError(f"model must be a folder, got {folder}, which {what}")
+    for name in IR_NAMES:
+        missing = [f"{name}{end}" for end in (".xml", ".bin") if not (folder / f"{name}{end}").is_file()]
+        if missing:
+            raise ModelError(
+                f"model must be an OpenVINO model folder, got {folder} without {' and '.join(missing)}: "
+                "make one with ov_kvcrush-export"
+            )
+        _check_ir(folder / f"{name}.xml", folder / f"{name}.bin")
+
+
+def _check_ir(xml: Path, weights: Path) -> None:
+    text = xml.read_bytes()
+    if not text.rstrip().endswith(b"</net>"):
+        raise ModelError(f"{xml} must be a complete OpenVINO model, got a file that stops early ({len(text)} bytes)")
+    needed = max((int(offset) + int(size) for offset, size in _CONSTANT.findall(text)), default=0)
+    have = weights.stat().st_size
+    if have < needed:
+        raise ModelError(f"{weights} must have at least {needed} bytes, got {have}: it is truncated")

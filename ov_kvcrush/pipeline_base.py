@@ -1,0 +1,190 @@
+"""What LLMPipeline and ContinuousBatchingPipeline share: loading, running requests to their end, streaming, results."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino_genai as ov_genai
+
+from ov_kvcrush.backend import Backend, Handle
+from ov_kvcrush.config import check_engine
+from ov_kvcrush.engine.sampling_params import make_generation_config
+from ov_kvcrush.errors import ModelError
+from ov_kvcrush.graph.load import check_model_folder
+from ov_kvcrush.prompts import PromptEncoder
+from ov_kvcrush.results import GenerationOutput, PerfMetrics, PipelineMetrics
+from ov_kvcrush.streaming import Streamer, make_sink, pump
+
+
+class PipelineBase:
+    """A loaded model, its tokenizer, and an engine that runs requests on it."""
+
+    def __init__(
+        self,
+        models_path: str | Path | None,
+        device: str,
+        scheduler_config: Any,
+        engine: str | None,
+        properties: dict[str, Any],
+        tokenizer: ov_genai.Tokenizer | None,
+        tokenizer_properties: dict[str, Any] | None = None,
+    ) -> None:
+        start = time.perf_counter()
+        self._engine_name = check_engine(engine, device)
+        folder = check_model_folder(models_path if models_path is not None else _default_model())
+        self._tokenizer = tokenizer or load_tokenizer(folder, tokenizer_properties or {})
+        self._config = load_generation_config(folder, self._tokenizer)
+        self._encoder = PromptEncoder(self._tokenizer)
+        self._backend = make_backend(
+            self._engine_name, folder, device, scheduler_config, properties, self._tokenizer, self._config
+        )
+        self._load_s = time.perf_counter() - start
+        self._next_id = 1 << 62  # of requests made here; callers of add_request choose theirs below
+        self._active: list[Handle] = []
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine that runs: "crush" or "genai"."""
+        return self._engine_name
+
+    def get_tokenizer(self) -> ov_genai.Tokenizer:
+        """The tokenizer that prompts go through."""
+        return self._tokenizer
+
+    def get_metrics(self) -> PipelineMetrics:
+        """Requests, cache usage and bytes after the last step."""
+        return self._backend.metrics()
+
+    def stop(self) -> None:
+        """End the running `generate` after its current step; it returns what there is. From any thread or signal handler."""
+        for handle in self._active:
+            handle.stop()
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def _options(self, config: ov_genai.GenerationConfig | None, options: dict[str, Any]) -> ov_genai.GenerationConfig:
+        return make_generation_config(config or self._config, options)
+
+    def _run(
+        self,
+        prompts: list[np.ndarray],
+        configs: list[ov_genai.GenerationConfig],
+        streamer: Streamer | None,
+        metrics: PerfMetrics,
+        keep_kv: bool = False,
+    ) -> list[Handle]:
+        """Run prompts to their end together. Fills `metrics`. If anything is raised, none of them is left running."""
+        start = time.perf_counter()
+        sink = make_sink(streamer, self._tokenizer, configs[0])
+        handles: list[Handle] = []
+        try:
+            for ids, config in zip(prompts, configs, strict=True):
+                handles.append(self._backend.add(self._new_id(), ids, config, keep_kv))
+            self._active = handles
+            while any(handle.get_status() == ov_genai.GenerationStatus.RUNNING for handle in handles):
+                self._backend.step()
+                infer_s, sampling_s = self._backend.last_step_seconds()
+                metrics.inference_s.append(infer_s)
+                metrics.sampling_s.append(sampling_s)
+                if sink:
+                    pump(handles[0], sink)
+            if sink:
+                sink.end()
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            self._backend.end_wanted()
+            raise
+        finally:
+            self._active = []
+        metrics.generate_s.append(time.perf_counter() - start)
+        for handle in handles:
+            _add_stats(metrics, handle)
+        return handles
+
+    def _new_id(self) -> int:
+        self._next_id += 1
+        return self._next_id
+
+    def _text(self, output: GenerationOutput, metrics: PerfMetrics) -> str:
+        if output.text is not None:
+            return output.text
+        start = time.perf_counter()
+        text: str = self._tokenizer.decode(output.generated_ids) if output.generated_ids else ""
+        metrics.detokenization_s.append(time.perf_counter() - start)
+        return text
+
+    def _new_metrics(self) -> PerfMetrics:
+        return PerfMetrics(load_time_s=self._load_s)
+
+
+def _default_model() -> Path:
+    from ov_kvcrush.default_model import default_model_path
+
+    return default_model_path()
+
+
+def load_tokenizer(folder: Path, properties: dict[str, Any]) -> ov_genai.Tokenizer:
+    """openvino_genai's tokenizer of a model folder. Raises ModelError naming what is missing."""
+    missing = [n for n in ("openvino_tokenizer.xml", "openvino_detokenizer.xml") if not (folder / n).is_file()]
+    if missing:
+        raise ModelError(
+            f"models_path must contain openvino_tokenizer.xml and openvino_detokenizer.xml, got {str(folder)!r} without "
+            f"{' and '.join(missing)}; ov_kvcrush-export writes them, or pass a tokenizer"
+        )
+    try:
+        return ov_genai.Tokenizer(str(folder), properties)
+    except RuntimeError as error:
+        raise ModelError(f"tokenizer in {str(folder)!r} must be readable, got: {str(error).strip().splitlines()[-1]}") from None
+
+
+def load_generation_config(folder: Path, tokenizer: ov_genai.Tokenizer) -> ov_genai.GenerationConfig:
+    """The model's own generation config, with the tokenizer's end-of-sequence token if it names none."""
+    path = folder / "generation_config.json"
+    try:
+        config = ov_genai.GenerationConfig(str(path)) if path.is_file() else ov_genai.GenerationConfig()
+    except RuntimeError as error:
+        raise ModelError(f"{path} must be a readable generation config, got: {str(error).strip().splitlines()[-1]}") from None
+    if config.eos_token_id < 0 and tokenizer.get_eos_token_id() >= 0:
+        config.set_eos_token_id(tokenizer.get_eos_token_id())
+    return config
+
+
+def make_backend(
+    engine: str,
+    folder: Path,
+    device: str,
+    scheduler_config: Any,
+    properties: dict[str, Any],
+    tokenizer: ov_genai.Tokenizer,
+    config: ov_genai.GenerationConfig,
+) -> Backend:
+    """The engine by its name, with the model loaded."""
+    if engine == "genai":
+        from ov_kvcrush.genai import GenaiBackend
+
+        return GenaiBackend(folder, tokenizer, device, scheduler_config, properties, config)
+    from ov_kvcrush.config import SchedulerConfig
+    from ov_kvcrush.engine.engine import Engine
+    from ov_kvcrush.graph.load import load_model
+
+    settings = SchedulerConfig.from_options(scheduler_config)
+    return Engine(load_model(folder, device, properties), settings, config, tokenizer.decode)
+
+
+def _add_stats(metrics: PerfMetrics, handle: Handle) -> None:
+    stats = handle.get_stats()
+    metrics.num_input_tokens += stats.num_input_tokens
+    metrics.num_reused_tokens += stats.num_reused_tokens
+    metrics.kv_bytes += stats.kv_bytes
+    for times in stats.token_times:
+        metrics.num_generated_tokens += len(times)
+        if times:
+            metrics.ttft_s.append(times[0] - stats.arrival)
+        if len(times) > 1:
+            intervals = np.diff(times).tolist()
+            metrics.token_intervals_s += intervals
+            metrics.tpot_s.append(sum(intervals) / len(intervals))

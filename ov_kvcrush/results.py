@@ -1,0 +1,192 @@
+"""What `generate` returns. The members are openvino_genai's, whose own result classes cannot be filled from Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import openvino_genai as ov_genai
+
+
+class MeanStdPair(NamedTuple):
+    """Mean and standard deviation, in milliseconds unless a method says otherwise."""
+
+    mean: float
+    std: float
+
+
+def mean_std(values: list[float]) -> MeanStdPair:
+    """Mean and standard deviation of `values`; (-1, -1), as openvino_genai has it, if there are none."""
+    if not values:
+        return MeanStdPair(-1.0, -1.0)
+    return MeanStdPair(float(np.mean(values)), float(np.std(values)))
+
+
+@dataclass
+class PerfMetrics:
+    """Timings of one `generate` call over all its requests. Durations are lists of seconds; getters return milliseconds."""
+
+    load_time_s: float = 0.0
+    num_input_tokens: int = 0
+    num_generated_tokens: int = 0
+    # Prompt tokens whose KV came from an earlier turn or request instead of being computed.
+    num_reused_tokens: int = 0
+    kv_bytes: int = 0
+    ttft_s: list[float] = field(default_factory=list)
+    tpot_s: list[float] = field(default_factory=list)
+    token_intervals_s: list[float] = field(default_factory=list)
+    generate_s: list[float] = field(default_factory=list)
+    inference_s: list[float] = field(default_factory=list)
+    sampling_s: list[float] = field(default_factory=list)
+    tokenization_s: list[float] = field(default_factory=list)
+    detokenization_s: list[float] = field(default_factory=list)
+    chat_template_s: list[float] = field(default_factory=list)
+
+    @staticmethod
+    def _ms(seconds: list[float]) -> MeanStdPair:
+        return mean_std([s * 1e3 for s in seconds])
+
+    def get_load_time(self) -> float:
+        """Milliseconds taken to load and compile the model."""
+        return self.load_time_s * 1e3
+
+    def get_num_input_tokens(self) -> int:
+        """Prompt tokens of all requests."""
+        return self.num_input_tokens
+
+    def get_num_generated_tokens(self) -> int:
+        """Generated tokens of all requests."""
+        return self.num_generated_tokens
+
+    def get_ttft(self) -> MeanStdPair:
+        """Time to first token."""
+        return self._ms(self.ttft_s)
+
+    def get_tpot(self) -> MeanStdPair:
+        """Time per output token after the first, per sequence."""
+        return self._ms(self.tpot_s)
+
+    def get_ipot(self) -> MeanStdPair:
+        """Inference time per step."""
+        return self._ms(self.inference_s)
+
+    def get_throughput(self) -> MeanStdPair:
+        """Generated tokens per second."""
+        total = sum(self.generate_s)
+        return MeanStdPair(self.num_generated_tokens / total, 0.0) if total else MeanStdPair(-1.0, -1.0)
+
+    def get_generate_duration(self) -> MeanStdPair:
+        """Whole `generate` call."""
+        return self._ms(self.generate_s)
+
+    def get_inference_duration(self) -> MeanStdPair:
+        """All inferences of the call together."""
+        return self._ms([sum(self.inference_s)] if self.inference_s else [])
+
+    def get_sampling_duration(self) -> MeanStdPair:
+        """Sampling, per step."""
+        return self._ms(self.sampling_s)
+
+    def get_tokenization_duration(self) -> MeanStdPair:
+        """Tokenization of the prompts."""
+        return self._ms(self.tokenization_s)
+
+    def get_detokenization_duration(self) -> MeanStdPair:
+        """Detokenization of the final texts."""
+        return self._ms(self.detokenization_s)
+
+    def get_chat_template_duration(self) -> MeanStdPair:
+        """Application of the chat template."""
+        return self._ms(self.chat_template_s)
+
+
+@dataclass
+class GenerationOutput:
+    """New tokens of one sequence: `generated_ids`, their log probabilities, and why it ended, if it did.
+
+    text: given where the ids alone do not tell the text, because a stop string ends inside a token.
+    """
+
+    generated_ids: list[int]
+    generated_log_probs: list[float]
+    score: float
+    finish_reason: ov_genai.GenerationFinishReason
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class RequestStats:
+    """What a request took. Moments are seconds on the clock of time.perf_counter; token_times has one list per sequence."""
+
+    num_input_tokens: int
+    num_reused_tokens: int
+    arrival: float
+    token_times: list[list[float]]
+    kv_bytes: int
+
+
+@dataclass
+class DecodedResults:
+    """Texts of all prompts; with n sequences for each, the first n belong to the first prompt."""
+
+    texts: list[str]
+    scores: list[float]
+    perf_metrics: PerfMetrics
+    finish_reasons: list[ov_genai.GenerationFinishReason]
+
+    def __str__(self) -> str:
+        return "\n".join(self.texts)
+
+
+@dataclass
+class EncodedResults:
+    """Token ids of all prompts; with n sequences for each, the first n belong to the first prompt."""
+
+    tokens: list[list[int]]
+    scores: list[float]
+    perf_metrics: PerfMetrics
+    finish_reasons: list[ov_genai.GenerationFinishReason]
+
+
+@dataclass
+class GenerationResult:
+    """Texts of one request of `ContinuousBatchingPipeline.generate`."""
+
+    m_request_id: int
+    m_generation_ids: list[str]
+    m_scores: list[float]
+    m_status: ov_genai.GenerationStatus
+    finish_reasons: list[ov_genai.GenerationFinishReason]
+    perf_metrics: PerfMetrics
+
+    def get_generation_ids(self) -> list[str]:
+        """The texts, under openvino_genai's name for them."""
+        return self.m_generation_ids
+
+
+@dataclass
+class EncodedGenerationResult:
+    """Token ids of one request of `ContinuousBatchingPipeline.generate`."""
+
+    m_request_id: int
+    m_generation_ids: list[list[int]]
+    m_scores: list[float]
+    m_status: ov_genai.GenerationStatus
+    finish_reasons: list[ov_genai.GenerationFinishReason]
+    perf_metrics: PerfMetrics
+
+
+@dataclass(frozen=True)
+class PipelineMetrics:
+    """State of the engine after its last step. Cache usage is in percent of the capacity, sizes are in bytes."""
+
+    requests: int
+    scheduled_requests: int
+    cache_usage: float
+    max_cache_usage: float
+    avg_cache_usage: float
+    kv_cache_size_in_bytes: int
+    cache_size_in_bytes: int
+    num_used_blocks: int
+    num_preemptions: int

@@ -1,0 +1,46 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_model
+
+from model_export import export_model
+from ov_kvcrush.default_model import default_model_path
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function from a kind (see tiny_models.KINDS) to its Hugging Face folder, built once per session."""
+    folders: dict[str, Path] = {}
+
+    def build(kind: str) -> Path:
+        if kind not in folders:
+            folders[kind] = tiny_model(kind, tmp_path_factory.mktemp("hf") / kind)
+        return folders[kind]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_ir(tiny_hf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function from a kind to its exported fp32 OpenVINO folder, exported once per session."""
+    folders: dict[str, Path] = {}
+
+    def build(kind: str) -> Path:
+        if kind not in folders:
+            out = tmp_path_factory.mktemp("ir") / kind
+            export_model(tiny_hf(kind), out, weight_format="fp32")
+            folders[kind] = out
+        return folders[kind]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of the default model, from the user's cache."""
+    return default_model_path()
