@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,8 +44,9 @@ def export(
 ) -> None:
     """Turn a language model into an OpenVINO folder for ov_kvcrush (and for openvino_genai).
 
-    OUT appears only when it is complete: an interrupted export leaves nothing that looks finished. A model that the
-    engine cannot run is refused at once, with the reason.
+    SOURCE is a Hugging Face folder, a hub id (owner/name), or a .gguf file. OUT must not exist or be empty; it appears
+    only when it is complete: an interrupted export leaves nothing that looks finished. A model that the engine cannot
+    run is refused at once, with the reason.
 
     [bold]Examples[/bold]
 
@@ -92,11 +92,10 @@ def _stages(console: Console) -> Iterator[Report]:
         return
     columns = (SpinnerColumn(finished_text="[green]✓[/green]"), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as bars:
-        running: list[object] = []
 
         def begin(name: str) -> None:
             _finish(bars)
-            running.append(bars.add_task(name, total=1))
+            bars.add_task(name, total=1)
 
         yield begin
         _finish(bars)
@@ -119,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,8 +13,9 @@ from typing import Any
 
 from model_export.options import DEFAULT_GROUP_SIZE, WeightOptions
 from ov_kvcrush.errors import ExportError
-from ov_kvcrush.gguf_model import gguf_hf_config, run_genai_converter
+from ov_kvcrush.gguf_model import gguf_hf_config, gguf_model_info, run_genai_converter
 from ov_kvcrush.gguf_reader import read_gguf_header
+from ov_kvcrush.model_info import ModelInfo
 
 Progress = Callable[[str], None]
 TASK = "text-generation-with-past"
@@ -39,7 +40,10 @@ def export_gguf(source: Path, out: Path, options: WeightOptions, say: Progress) 
         say("converting the model")
         _to_ir(Path(temporary), out, options, trust_remote_code=False)
     say("converting the tokenizer")
-    # Not through transformers: it guesses the splitting rules and special tokens of a GGUF, and guesses them wrong.
+    # Not through transformers: it guesses the splitting rules and special tokens of a GGUF, and guesses them wrong;
+    # the files of an empty tokenizer that it leaves would be believed before the IR.
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        (out / name).unlink(missing_ok=True)
     run_genai_converter(source, out, tokenizer_only=True)
     with _quiet():
         _compress(out, options, say)
@@ -69,15 +73,22 @@ def _to_ir(source: Path, out: Path, options: WeightOptions, trust_remote_code: b
 
 def _gguf_to_hf(source: Path, folder: Path) -> None:
     """Write the dequantised model as a Hugging Face folder without a tokenizer."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = gguf_hf_config(read_gguf_header(source))
-    model: Any = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name)
-    # transformers derives head_dim and tied weights by its own defaults: where they differ, the weights did not fit.
-    for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size"):
-        if getattr(model.config, key) != config[key]:
-            raise ExportError(f"{key} must be {config[key]} as in the GGUF, got {getattr(model.config, key)}")
-    model.generation_config.eos_token_id = config.get("eos_token_id")
+    header = read_gguf_header(source)
+    wanted = gguf_hf_config(header)
+    try:
+        config: Any = AutoConfig.from_pretrained(str(source.parent), gguf_file=source.name)
+        config.head_dim = wanted["head_dim"]  # left at its default for some architectures
+        model: Any = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name, config=config)
+    except Exception as error:
+        raise ExportError(f"SOURCE must be a GGUF that transformers can read, got {source}: {error}") from error
+    read, told = ModelInfo.from_hf_config(model.config.to_dict()), gguf_model_info(header)
+    for field in ("num_layers", "num_heads", "num_kv_heads", "k_head_size", "hidden_size", "vocab_size", "rope"):
+        if getattr(read, field) != getattr(told, field):
+            raise ExportError(f"{field} must be {getattr(told, field)} as in the GGUF, got {getattr(read, field)}")
+    for name in ("bos_token_id", "eos_token_id"):
+        setattr(model.generation_config, name, wanted.get(name))
     model.save_pretrained(folder)
 
 
@@ -145,6 +156,7 @@ def _forget_f16_cache(model: Any) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the bars and tracing warnings of the libraries inside: the stages are the progress that is shown."""
+    import nncf  # noqa: F401 - sets the level of its logger when imported, so it must be imported by now
     import transformers.utils.logging as hf_logging
 
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

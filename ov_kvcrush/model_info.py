@@ -231,9 +231,9 @@ def _check_rope(name: str, rope: object) -> None:
     if rope["type"] == "none":
         return
     theta, fraction = rope.get("theta"), rope.get("rotary_fraction")
-    if not _is_number(theta) or theta <= 0:
+    if not 0 < _number(theta):
         raise ModelError(f"{name}.theta must be a number above 0, got {theta!r}")
-    if not _is_number(fraction) or not 0 < fraction <= 1:
+    if not 0 < _number(fraction) <= 1:
         raise ModelError(f"{name}.rotary_fraction must be in (0, 1], got {fraction!r}")
     if not isinstance(rope.get("scaling", {}), Mapping | None):
         raise ModelError(f"{name}.scaling must be an object or null, got {rope['scaling']!r}")
@@ -241,5 +241,8 @@ def _check_rope(name: str, rope: object) -> None:
         _check_rope(f"{name}.local", rope["local"])
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+def _number(value: object) -> float:
+    """The value if it is a finite number, else NaN, which no comparison holds for."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf"):
+        return value
+    return float("nan")

@@ -19,7 +19,7 @@ from ov_kvcrush.engine.prefix_cache import PrefixCache
 from ov_kvcrush.engine.request import FinishReason, GenerationHandle, Request, Sequence, Status
 from ov_kvcrush.engine.runner import Runner
 from ov_kvcrush.engine.sampler import sample
-from ov_kvcrush.engine.sampling_params import SamplingParams
+from ov_kvcrush.engine.sampling_params import SamplingParams, refuse_unsupported
 from ov_kvcrush.engine.scheduler import Scheduler, StepPlan
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.graph.load import LoadedModel
@@ -143,6 +143,7 @@ class Engine:
         Raises RequestError; no other request is touched.
         """
         ids = self.check_prompt(ids)
+        refuse_unsupported(config)
         params = SamplingParams.from_config(config, self._defaults, len(ids), self.max_tokens)
         request = Request(request_id, ids, params, self._decode, keep_kv or self._config.enable_prefix_caching)
         handle = GenerationHandle(request, self.cache.bytes_per_block)

@@ -132,7 +132,6 @@ class SamplingParams:
             limited by it.
         Raises RequestError naming the field.
         """
-        refuse_unsupported(config)
         room = max_tokens - num_prompt_tokens
         if config.max_new_tokens != UNLIMITED:
             wanted = config.max_new_tokens

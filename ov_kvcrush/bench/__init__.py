@@ -1,0 +1,1 @@
+"""The benchmark: this engine, and openvino_genai beside it, under equal settings."""

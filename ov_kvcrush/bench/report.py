@@ -1,0 +1,171 @@
+"""From runs to rows, ratios, and a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ov_kvcrush.bench.compare import CellResult, EngineRuns
+from ov_kvcrush.bench.measure import RunResult
+from ov_kvcrush.bench.settings import BenchSettings, Cell
+from ov_kvcrush.errors import CrushError
+
+# Field of a row -> whether more of it is better.
+COMPARED = {"ttft_s": False, "tpot_ms": False, "tokens_per_s": True, "kv_bytes": False, "peak_rss_bytes": False}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine in one cell; times, rates and bytes are medians over the runs, but peak_rss_bytes is of the process.
+
+    kept_tokens: tokens of the prompt that stay in the cache. policy_ms: time spent choosing and moving cache, per step.
+    overhead_ms_per_step: see RunResult; None for an engine that does not tell.
+    """
+
+    engine: str
+    policy: str
+    context: int
+    batch: int
+    new_tokens: int
+    kept_tokens: int
+    ttft_s: float
+    tpot_ms: float
+    tokens_per_s: float
+    total_tokens_per_s: float
+    kv_bytes: int
+    peak_rss_bytes: int | None
+    load_peak_rss_bytes: int | None
+    load_s: float
+    policy_ms: float
+    overhead_ms_per_step: float | None
+    runs: list[RunResult]
+
+
+@dataclass(frozen=True)
+class Quotients:
+    """Ours divided by theirs. best: smallest time or bytes, largest rate. pairs: each run by the one right after it."""
+
+    of_medians: float
+    of_best: float
+    pairs_median: float
+    pairs_min: float
+    pairs_max: float
+
+
+def make_row(cell: Cell, new_tokens: int, engine: EngineRuns) -> Row:
+    """Summarise the runs of one engine in one cell."""
+
+    def middle(value: Callable[[RunResult], float]) -> float:
+        return median(value(run) for run in engine.runs)
+
+    overheads = [run.overhead_ms_per_step for run in engine.runs if run.overhead_ms_per_step is not None]
+    return Row(
+        engine=engine.engine,
+        policy="none",
+        context=cell.context,
+        batch=cell.batch,
+        new_tokens=new_tokens,
+        kept_tokens=cell.context,
+        ttft_s=middle(lambda run: run.ttft_s),
+        tpot_ms=middle(lambda run: run.tpot_ms),
+        tokens_per_s=middle(lambda run: run.tokens_per_s),
+        total_tokens_per_s=middle(lambda run: run.total_tokens_per_s),
+        kv_bytes=int(middle(lambda run: run.kv_bytes)),
+        peak_rss_bytes=engine.peak_rss_bytes,
+        load_peak_rss_bytes=engine.load_peak_rss_bytes,
+        load_s=engine.load_s,
+        policy_ms=0.0,
+        overhead_ms_per_step=median(overheads) if overheads else None,
+        runs=engine.runs,
+    )
+
+
+def quotients(ours: Sequence[float], theirs: Sequence[float], more_is_better: bool = False) -> Quotients:
+    """Compare two engines' runs; run i of one belongs to run i of the other. All values are above 0."""
+    best = max if more_is_better else min
+    pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return Quotients(
+        of_medians=median(ours) / median(theirs),
+        of_best=best(ours) / best(theirs),
+        pairs_median=median(pairs),
+        pairs_min=min(pairs),
+        pairs_max=max(pairs),
+    )
+
+
+def make_ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One entry for each row of another engine that follows the row of ours for the same cell."""
+    ratios: list[dict[str, Any]] = []
+    for ours, theirs in pairwise(rows):
+        if (ours.context, ours.batch) != (theirs.context, theirs.batch):
+            continue
+        entry: dict[str, Any] = {
+            "engine": ours.engine,
+            "against": theirs.engine,
+            "context": ours.context,
+            "batch": ours.batch,
+        }
+        for name, more_is_better in COMPARED.items():
+            a, b = _values(ours, name), _values(theirs, name)
+            known = None not in (*a, *b)
+            entry[name] = asdict(quotients(a, b, more_is_better)) if known else None
+        ratios.append(entry)
+    return ratios
+
+
+def _values(row: Row, name: str) -> list[Any]:
+    """The field's value in each run; a field that only the process has counts as one run."""
+    return [getattr(row, name)] if name == "peak_rss_bytes" else [getattr(run, name) for run in row.runs]
+
+
+def make_rows(results: Sequence[CellResult], settings: BenchSettings) -> list[Row]:
+    """All rows, the engines of a cell next to each other."""
+    return [make_row(r.cell, settings.new_tokens, engine) for r in results for engine in r.engines]
+
+
+def make_report(
+    rows: Sequence[Row], settings: BenchSettings, environment: Mapping[str, Any], command: str
+) -> dict[str, Any]:
+    """The content of the JSON file."""
+    return {
+        "rows": [asdict(row) for row in rows],
+        "ratios": make_ratios(rows),
+        "environment": dict(environment),
+        "settings": {**asdict(settings), "model": str(settings.model), "properties": dict(settings.properties)},
+        "command": command,
+    }
+
+
+def check_writable(path: Path) -> None:
+    """Raise CrushError unless a file can be written at `path`; leaves nothing there."""
+    if path.is_dir():
+        raise CrushError(f"--json must be a file to write, got the folder {str(path)!r}")
+    try:
+        tempfile.TemporaryFile(dir=path.absolute().parent).close()
+    except OSError as error:
+        raise CrushError(f"--json must be a file that can be written, got {str(path)!r}: {error.strerror}") from None
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Write the report whole or not at all; a file that is there is replaced. Raises CrushError if it cannot be."""
+    path = path.absolute()
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(report, file, indent=2)
+                file.write("\n")
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise CrushError(f"--json must be a file that can be written, got {str(path)!r}: {error.strerror}") from None

@@ -1,0 +1,161 @@
+"""What is measured: frozen, checked before anything heavy starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ov_kvcrush.config import ENGINES
+from ov_kvcrush.engine.block_pool import blocks_for
+from ov_kvcrush.errors import CrushError, ModelError, nearest
+from ov_kvcrush.model_folder import MODEL_NAME, check_model_folder
+from ov_kvcrush.model_info import read_model_info
+
+OURS = "crush"
+RIVALS = tuple(name for name in ENGINES if name != OURS)
+
+Property = str | int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the table: `batch` requests of `context` prompt tokens each, added at once."""
+
+    context: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """Everything that decides a measurement; each engine gets the same.
+
+    model: folder of the model, already checked.
+    vocab_size: prompts are random ids below it, the same for every engine and every run.
+    context_length: tokens the model was made for, None where nothing on disk says it.
+    new_tokens: generated per request; at least 2, because the time per token needs two.
+    Raises CrushError naming the option, its rule and the value.
+    """
+
+    model: Path
+    vocab_size: int
+    context_length: int | None
+    contexts: tuple[int, ...] = (1024,)
+    batches: tuple[int, ...] = (1,)
+    new_tokens: int = 64
+    runs: int = 3
+    against: str | None = None
+    max_num_batched_tokens: int = 512
+    properties: Mapping[str, Property] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option, values in (("context", self.contexts), ("batch", self.batches)):
+            if not values:
+                raise CrushError(f"--{option} must have at least one number, got none")
+            for value in values:
+                _check_at_least(option, value, 1)
+        _check_at_least("new-tokens", self.new_tokens, 2)
+        _check_at_least("runs", self.runs, 1)
+        _check_at_least("max-num-batched-tokens", self.max_num_batched_tokens, 1)
+        if max(self.batches) > self.max_num_batched_tokens:
+            limit = f"--max-num-batched-tokens={self.max_num_batched_tokens}"
+            raise CrushError(f"--batch must be at most {limit}, got {max(self.batches)}")
+        if self.against is not None and self.against not in RIVALS:
+            raise CrushError(
+                f"--against must be one of {', '.join(RIVALS)}, got {self.against!r}{nearest(self.against, RIVALS)}"
+            )
+        longest = max(self.contexts)
+        if self.context_length is not None and longest + self.new_tokens > self.context_length:
+            raise CrushError(
+                f"--context plus --new-tokens must be at most the model's context of {self.context_length} tokens, "
+                f"got {longest} + {self.new_tokens}"
+            )
+
+    @classmethod
+    def for_model(cls, model: str | Path | None, **options: Any) -> BenchSettings:
+        """Build for a model folder, None = the default model; `options` are the fields that follow from no model.
+
+        Raises ModelError for a folder that is missing or broken, CrushError for an option that cannot be.
+        """
+        # First with a made-up model: a wrong option shall not wait for the default model to be converted.
+        cls(Path(), 1, None, **options)
+        if model is None:
+            from ov_kvcrush.default_model import default_model_path
+
+            model = default_model_path()
+        check_model_folder(model)
+        info = read_model_info(model)
+        vocab_size = info.vocab_size if info else _vocab_size_of_graph(Path(model))
+        return cls(Path(model), vocab_size, info.context_length if info else None, **options)
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Names of the engines in the order in which they take turns."""
+        return (OURS,) if self.against is None else (OURS, self.against)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All combinations of context and batch, small ones first as given."""
+        return [Cell(context, batch) for context in self.contexts for batch in self.batches]
+
+    def worker_job(self, engine: str, cell: Cell) -> dict[str, object]:
+        """What a worker is told, as JSON values. Apart from `engine` it is the same for every engine."""
+        return {
+            "engine": engine,
+            "model": str(self.model),
+            "properties": dict(self.properties),
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+            # Exactly what the cell needs: neither side preempts, grows its cache, or reserves more than the other.
+            "num_kv_blocks": cell.batch * blocks_for(cell.context + self.new_tokens),
+            "max_num_seqs": max(cell.batch, 256),
+            "context": cell.context,
+            "batch": cell.batch,
+            "vocab_size": self.vocab_size,
+            "seed": self.seed,
+        }
+
+
+def parse_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Return the numbers of "1024,4096", without repetitions. Raises CrushError naming the option."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[+-]?\d+", part) for part in parts):
+        raise CrushError(f"--{option} must be whole numbers separated by commas, got {text!r}")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def parse_properties(texts: Iterable[str], **named: str | None) -> dict[str, Property]:
+    """Return OpenVINO properties from KEY=VALUE texts and from options with a name of their own.
+
+    named: property -> value, None where the option was not given. Whole numbers become int, all else stays text.
+    Raises CrushError for a text without key or value, and for a key that is given twice.
+    """
+    pairs = [(key, value) for key, value in named.items() if value is not None]
+    for text in texts:
+        key, sign, value = (part.strip() for part in text.partition("="))
+        if not (key and sign and value):
+            raise CrushError(f"--property must be KEY=VALUE, got {text!r}")
+        pairs.append((key, value))
+    properties: dict[str, Property] = {}
+    for key, value in pairs:
+        if key in properties:
+            raise CrushError(f"property {key} must be given once, got {properties[key]!r} and {value!r}")
+        properties[key] = int(value) if re.fullmatch(r"-?\d+", value) else value
+    return properties
+
+
+def _vocab_size_of_graph(model: Path) -> int:
+    import openvino as ov
+
+    try:
+        output = ov.Core().read_model(model / f"{MODEL_NAME}.xml").output("logits")
+        return int(output.partial_shape[-1].get_length())
+    except RuntimeError:
+        raise ModelError(f"model must be an LLM with an output 'logits' of known size, got {str(model)!r}") from None
+
+
+def _check_at_least(option: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise CrushError(f"--{option} must be at least {minimum}, got {value}")

@@ -1,0 +1,1 @@
+"""The `ov_kvcrush-chat` command."""

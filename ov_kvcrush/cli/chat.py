@@ -1,0 +1,182 @@
+"""The command `ov_kvcrush-chat`: its arguments, and what happens with them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from ov_kvcrush.cli.conversation import Conversation
+from ov_kvcrush.cli.options import ChatOptions
+from ov_kvcrush.cli.output import AnswerWriter, Messages, json_line, stats_line
+from ov_kvcrush.cli.prompt import is_interactive, one_prompt
+from ov_kvcrush.cli.session import Session, length_note
+from ov_kvcrush.default_model import MODEL_NAME
+from ov_kvcrush.errors import CrushError, RequestError
+
+BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # the last two are what a shell says of SIGINT and SIGPIPE
+
+HELP = """
+Chat with a language model on OpenVINO.
+
+MODEL is a folder written by ov_kvcrush-export; without it the default model answers.
+
+At a terminal this is a conversation. Given --prompt, or text piped to standard input, it is one answer: \
+the answer goes to standard output, everything else to standard error.
+
+While chatting, /help shows the commands. Ctrl-C stops the answer, not the program; Ctrl-D or /quit leaves.
+"""
+
+EXAMPLES = """
+[bold]Examples[/bold]
+
+[dim]# Chat with the default model, SmolLM2-135M-Instruct (converted once, at the first start)[/dim]
+
+ov_kvcrush-chat
+
+[dim]# One answer; what it took is shown, and the file gets nothing but the answer[/dim]
+
+ov_kvcrush-chat --stats --prompt "What is the capital of France?" > answer.txt
+
+[dim]# A question about a text, which is put below the prompt[/dim]
+
+ov_kvcrush-chat --prompt "Summarise this in one sentence:" < notes.txt
+
+[dim]# A model written by ov_kvcrush-export; sampled, repeatable by its seed[/dim]
+
+ov_kvcrush-chat ./my-model --temperature 0.7 --top-p 0.9 --seed 1
+
+[dim]# For a program[/dim]
+
+echo "Name three rivers." | ov_kvcrush-chat --json
+"""
+
+
+def main() -> None:
+    """Run the command with the arguments of the process; never returns."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C, 141 if the reader went away."""
+    messages = Messages()
+    try:
+        status = _command()(args=arguments, prog_name="ov_kvcrush-chat", standalone_mode=False)
+        sys.stdout.flush()
+        return int(status or 0)
+    except CrushError as error:
+        messages.error(error)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # What is still buffered goes nowhere at exit, instead of raising again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return PIPE_CLOSED
+    except Exception as error:
+        # Usage errors have no base class that all versions of typer export; this method is theirs alone.
+        if not hasattr(error, "format_message"):
+            raise
+        messages.error(f"{error.format_message()} See ov_kvcrush-chat --help")
+        return BAD_INPUT
+
+
+def _command() -> Callable[..., Any]:
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    app.command(help=HELP, epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})(chat)
+    return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        from ov_kvcrush import __version__
+
+        print(f"ov_kvcrush {__version__} (openvino {version('openvino')}, openvino-genai {version('openvino-genai')})")
+        raise typer.Exit
+
+
+def chat(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Folder of an exported model; the default model if omitted.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Answer this text and leave. Text piped to standard input is put below it, or stands alone."),
+    ] = None,
+    system: Annotated[str, typer.Option(help="System message: how the model is to behave.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of one answer.")] = ChatOptions.max_new_tokens,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token each time; higher values vary more.")
+    ] = ChatOptions.temperature,
+    top_p: Annotated[
+        float, typer.Option(help="With a temperature: draw from the likeliest tokens that have this share, in (0, 1].")
+    ] = ChatOptions.top_p,
+    seed: Annotated[int, typer.Option(help="With a temperature: same seed, same answer.")] = ChatOptions.seed,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="crush|genai", help="Engine that runs the model: crush on CPU, genai on other devices."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="OpenVINO device, for example CPU or GPU.")] = ChatOptions.device,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Say what each answer took: TTFT, TPOT, tokens, KV bytes.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the answer's text.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> int:
+    """What the command does once its arguments are read. Returns the exit status; raises CrushError for bad input."""
+    options = ChatOptions(model, system, max_new_tokens, temperature, top_p, seed, engine, device)
+    messages = Messages()
+    if is_interactive(prompt):
+        if json:
+            raise RequestError("prompt must be given with --json: there is no conversation in JSON")
+        return _converse(options, messages, stats)
+    return _answer_once(options, messages, one_prompt(prompt), stats, json)
+
+
+def _load(options: ChatOptions, messages: Messages) -> tuple[Conversation, str]:
+    """The model, ready for its first question, and the name of the engine that runs it."""
+    from ov_kvcrush.llm_pipeline import LLMPipeline
+
+    with messages.console.status("Loading the model"):
+        pipe = LLMPipeline(options.model, options.device, engine=options.engine)
+    return Conversation(pipe, options.system, options.generation_options()), pipe.engine
+
+
+def _converse(options: ChatOptions, messages: Messages, stats: bool) -> int:
+    conversation, engine = _load(options, messages)
+    if not conversation.is_chat:
+        raise RequestError(f"model must have a chat template to chat, got {options.model!r} without one; use --prompt")
+    name = options.model or MODEL_NAME
+    messages.note(f"{name}, engine {engine}, {options.device}. /help for commands, Ctrl-D to leave.")
+    Session(conversation, messages, stats).run()
+    return 0
+
+
+def _answer_once(options: ChatOptions, messages: Messages, prompt: str, stats: bool, json: bool) -> int:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding has not
+    conversation, engine = _load(options, messages)
+    status = messages.console.status("Thinking")
+    writer = AnswerWriter(sys.stdout, status.stop)
+    with status:
+        turn = conversation.ask(prompt, None if json else writer.write)
+    if json:
+        print(json_line(turn, engine, options.model or MODEL_NAME))
+    else:
+        writer.end()
+        if turn.finish_reason == "length":
+            messages.note(length_note(turn))
+    if stats:
+        messages.note(stats_line(turn.metrics))
+    return INTERRUPTED if turn.finish_reason == "interrupted" else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The interactive chat: read a message or a command, act on it, again."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+
+from ov_kvcrush.cli.conversation import Conversation, Turn
+from ov_kvcrush.cli.output import AnswerWriter, Messages, stats_line, stats_rows
+from ov_kvcrush.cli.reader import FENCE, MessageReader
+from ov_kvcrush.errors import CrushError, nearest
+
+_COMMAND = re.compile(r"/\w+")
+
+
+class Session:
+    """A chat at a terminal, until Ctrl-D, /quit, or Ctrl-C twice at an empty line.
+
+    show_stats: say after each answer what it took.
+    """
+
+    def __init__(self, conversation: Conversation, messages: Messages, show_stats: bool) -> None:
+        self._conversation = conversation
+        self._messages = messages
+        self._show_stats = show_stats
+        self._turns: list[Turn] = []
+        self._is_over = False
+        self._commands: dict[str, tuple[str, Callable[[], None]]] = {
+            "/help": ("show this", self._help),
+            "/reset": ("forget the conversation and start a new one", self._reset),
+            "/stats": ("show what the last answer and the conversation took", self._stats),
+            "/quit": ("leave; so does Ctrl-D", self._quit),
+        }
+
+    def run(self) -> None:
+        """Talk until the user leaves."""
+        reader = MessageReader()
+        leaves_next = False  # at a second Ctrl-C in a row
+        while not self._is_over:
+            try:
+                message = reader.read()
+                leaves_next = False
+                self.act(message)
+            except EOFError:
+                self._messages.note("")
+                return
+            except KeyboardInterrupt:
+                self._messages.note("")
+                if reader.was_typing():
+                    leaves_next = False
+                    continue
+                if leaves_next:
+                    return
+                leaves_next = True
+                self._messages.note("Press Ctrl-C again, Ctrl-D, or type /quit to leave.")
+
+    def act(self, message: str) -> None:
+        """Run a command or answer a message; errors are told and leave the conversation as it was."""
+        if not message.strip():
+            return
+        words = message.split()
+        if _COMMAND.fullmatch(words[0]) and message.startswith("/"):
+            self._command(words)
+            return
+        try:
+            self._answer(message)
+        except CrushError as error:
+            self._messages.error(error)
+            if self._turns:
+                self._messages.note("The conversation is as it was before; /reset starts a new one.")
+
+    def _command(self, words: list[str]) -> None:
+        name = words[0]
+        if name not in self._commands:
+            known = ", ".join(self._commands)
+            self._messages.error(f"command must be one of {known}, got {name!r}{nearest(name, self._commands)}")
+        elif len(words) > 1:
+            self._messages.error(f"{name} must stand alone, got {' '.join(words[1:])!r} after it")
+        else:
+            self._commands[name][1]()
+
+    def _answer(self, message: str) -> None:
+        status = self._messages.console.status("Thinking")
+        writer = AnswerWriter(sys.stdout, status.stop)
+        with status:
+            turn = self._conversation.ask(message, writer.write)
+        if turn.text:
+            writer.end()
+            self._turns.append(turn)
+        if turn.finish_reason == "interrupted":
+            self._messages.note("[stopped]" if turn.text else "[stopped before the answer began]")
+        elif turn.finish_reason == "length":
+            self._messages.note(length_note(turn))
+        if self._show_stats:
+            self._messages.note(stats_line(turn.metrics))
+
+    # -- commands ----------------------------------------------------------------------------------------------------
+
+    def _help(self) -> None:
+        self._messages.table("Commands", {name: what for name, (what, _) in self._commands.items()})
+        self._messages.table(
+            "Typing",
+            {
+                "\\ at the end of a line": "the message goes on in the next line",
+                FENCE: f"on a line of its own: a message of many lines, up to the next {FENCE}",
+                "a space before /": "a message that begins with / but is no command",
+                "Ctrl-C": "stop the answer; what was said so far stays in the conversation",
+            },
+        )
+
+    def _reset(self) -> None:
+        self._conversation.reset()
+        self._turns.clear()
+        self._messages.note("A new conversation begins.")
+
+    def _stats(self) -> None:
+        if not self._turns:
+            self._messages.note("No answer yet.")
+            return
+        all_metrics = [turn.metrics for turn in self._turns]
+        generated = sum(m.num_generated_tokens for m in all_metrics)
+        computed = sum(m.num_input_tokens - m.num_reused_tokens for m in all_metrics)
+        self._messages.table("Last answer", stats_rows(all_metrics[-1]))
+        self._messages.table(
+            "Conversation",
+            {"answers": str(len(self._turns)), "tokens": f"{computed} input computed, {generated} generated"},
+        )
+
+    def _quit(self) -> None:
+        self._is_over = True
+
+
+def length_note(turn: Turn) -> str:
+    """What to say of an answer that was cut."""
+    return f"[cut after {turn.metrics.num_generated_tokens} tokens: --max-new-tokens or the model's context is used up]"
