@@ -71,8 +71,8 @@ def export_model(
     say("checking the source")
     if is_gguf and options is None:
         return _convert_gguf(Path(source), out, overwrite, say)
-    check_export_installed()
     checked = _gguf_source(Path(source)) if is_gguf else _hf_source(source, say)
+    check_export_installed()
     assert options is not None
     check_disk(checked, options, out)
     return _export(checked, out, options, trust_remote_code, overwrite, say)
@@ -118,6 +118,7 @@ def _hf_source(source: str | os.PathLike[str], say: Progress) -> Source:
 
     if not is_hub_id(str(source)):
         raise ExportError(f"SOURCE must be a folder that exists, a hub id (owner/name) or a .gguf file, got {source}")
+    check_export_installed()  # the hub's client comes with it
     return check_hf_folder(fetch(str(source), say), name=str(source))
 
 

@@ -29,7 +29,7 @@ def export_folder(source: Path, out: Path, options: WeightOptions, trust_remote_
         _to_ir(source, out, options, trust_remote_code)
         say("converting the tokenizer")
         _convert_tokenizer(source, out, trust_remote_code)
-        _compress(out, options, say)
+        compress(out, options, say)
 
 
 def export_gguf(source: Path, out: Path, options: WeightOptions, say: Progress) -> None:
@@ -46,7 +46,7 @@ def export_gguf(source: Path, out: Path, options: WeightOptions, say: Progress) 
         (out / name).unlink(missing_ok=True)
     run_genai_converter(source, out, tokenizer_only=True)
     with _quiet():
-        _compress(out, options, say)
+        compress(out, options, say)
 
 
 def _to_ir(source: Path, out: Path, options: WeightOptions, trust_remote_code: bool) -> None:
@@ -102,9 +102,12 @@ def _convert_tokenizer(source: Path, out: Path, trust_remote_code: bool) -> None
     from optimum.exporters.openvino.convert import export_tokenizer
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, local_files_only=True)
-    tokenizer.save_pretrained(out)
-    export_tokenizer(tokenizer, out, task=TASK)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, local_files_only=True)
+        tokenizer.save_pretrained(out)
+        export_tokenizer(tokenizer, out, task=TASK)
+    except Exception as error:
+        raise ExportError(f"SOURCE must have a tokenizer that transformers can read, got {source}: {error}") from error
     if not (out / "openvino_tokenizer.xml").is_file() or not (out / "openvino_detokenizer.xml").is_file():
         raise ExportError(
             f"SOURCE must have a tokenizer that openvino_tokenizers can convert, got {type(tokenizer).__name__} "
@@ -112,7 +115,8 @@ def _convert_tokenizer(source: Path, out: Path, trust_remote_code: bool) -> None
         )
 
 
-def _compress(out: Path, options: WeightOptions, say: Progress) -> None:
+def compress(out: Path, options: WeightOptions, say: Progress) -> None:
+    """Compress the weights of the IR in `out` in place if the options ask for it."""
     if options.weight_format not in ("int8", "int4"):
         return
     say(f"compressing the weights to {options.weight_format}")

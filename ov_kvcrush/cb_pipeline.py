@@ -95,14 +95,14 @@ class ContinuousBatchingPipeline(PipelineBase):
         as_text = isinstance(items[0], (str, ov_genai.ChatHistory))
         rows = [self._encode(item, config, metrics) for item, config in zip(items, configs, strict=True)]
         handles = self._run(rows, configs, streamer, metrics)
-        return [
-            self._result(i, handle, rows[i], configs[i], metrics, as_text) for i, handle in enumerate(handles)
-        ]  # type: ignore[return-value]
+        return [self._result(i, handle, rows[i], configs[i], metrics, as_text) for i, handle in enumerate(handles)]  # type: ignore[return-value]
 
     def _configs(self, given: Any, count: int, options: dict[str, Any]) -> list[ov_genai.GenerationConfig]:
         configs = list(given) if isinstance(given, (list, tuple)) else [given] * count
         if len(configs) != count:
-            raise RequestError(f"generation_config must be one for all or one for each of {count} prompts, got {len(configs)}")
+            raise RequestError(
+                f"generation_config must be one for all or one for each of {count} prompts, got {len(configs)}"
+            )
         return [self._options(config, options) for config in configs]
 
     def _encode(self, item: Any, config: ov_genai.GenerationConfig, metrics: PerfMetrics) -> np.ndarray:

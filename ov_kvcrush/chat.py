@@ -1,4 +1,4 @@
-"""The tokens of a conversation: a later turn goes on from the very tokens of the earlier ones, so that their KV fits."""
+"""The tokens of a conversation: a later turn goes on from the very tokens of the earlier ones, so their KV fits."""
 
 from __future__ import annotations
 

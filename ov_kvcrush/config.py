@@ -53,7 +53,9 @@ class SchedulerConfig:
         if isinstance(options, dict):
             for name in options:
                 if name not in known:
-                    raise CrushError(f"scheduler option must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
+                    raise CrushError(
+                        f"scheduler option must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
+                    )
             return cls(**options)
         if not all(hasattr(options, name) for name in known):
             raise CrushError(f"scheduler_config must be a SchedulerConfig or a dict, got {type(options).__name__}")

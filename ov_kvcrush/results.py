@@ -25,7 +25,7 @@ def mean_std(values: list[float]) -> MeanStdPair:
 
 @dataclass
 class PerfMetrics:
-    """Timings of one `generate` call over all its requests. Durations are lists of seconds; getters return milliseconds."""
+    """Timings of one `generate` call over all its requests. Fields are in seconds, getters return milliseconds."""
 
     load_time_s: float = 0.0
     num_input_tokens: int = 0
@@ -117,7 +117,7 @@ class GenerationOutput:
 
 @dataclass(frozen=True)
 class RequestStats:
-    """What a request took. Moments are seconds on the clock of time.perf_counter; token_times has one list per sequence."""
+    """What a request took. Moments are seconds of time.perf_counter; token_times has one list per sequence."""
 
     num_input_tokens: int
     num_reused_tokens: int

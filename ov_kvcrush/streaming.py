@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, Union
+from typing import Any, Protocol
 
 import openvino_genai as ov_genai
 
@@ -12,14 +12,14 @@ from ov_kvcrush.engine.stop_strings import StopStringTracker
 from ov_kvcrush.errors import RequestError
 
 StreamingStatus = ov_genai.StreamingStatus
-TextCallback = Callable[[str], Union[StreamingStatus, bool, int, None]]
-Streamer = Union[ov_genai.StreamerBase, TextCallback]
+TextCallback = Callable[[str], ov_genai.StreamingStatus | bool | None]
+Streamer = Any  # an ov_genai.StreamerBase or a TextCallback
 
 
 class TokenSink(Protocol):
     """Takes the tokens of one sequence, one by one."""
 
-    def write(self, token: int) -> StreamingStatus: ...
+    def write(self, token: int) -> ov_genai.StreamingStatus: ...
 
     def end(self) -> None: ...
 
@@ -27,8 +27,8 @@ class TokenSink(Protocol):
 def make_sink(
     streamer: Streamer | None, tokenizer: ov_genai.Tokenizer, config: ov_genai.GenerationConfig
 ) -> TokenSink | None:
-    """Wrap what the caller gave. Text goes through openvino_genai's TextStreamer, which holds incomplete UTF-8 back; with stop
-    strings it goes through a tracker, which also holds back what may become a stop string.
+    """Wrap what the caller gave. Text goes through openvino_genai's TextStreamer, which holds incomplete UTF-8 back;
+    with stop strings it goes through a tracker, which also holds back what may become a stop string.
 
     Raises RequestError if it is neither a callable nor a StreamerBase.
     """
@@ -50,7 +50,7 @@ def _tracker(stops: tuple[str, ...], tokenizer: ov_genai.Tokenizer) -> StopStrin
     return StopStringTracker(stops, tokenizer.decode)
 
 
-def as_status(answer: Any) -> StreamingStatus:
+def as_status(answer: Any) -> ov_genai.StreamingStatus:
     """What a callback's answer means: None and False go on, True stops, a StreamingStatus is itself."""
     if isinstance(answer, StreamingStatus):
         return answer
@@ -63,7 +63,7 @@ class _StatusOf:
     def __init__(self, streamer: ov_genai.StreamerBase) -> None:
         self._streamer = streamer
 
-    def write(self, token: int) -> StreamingStatus:
+    def write(self, token: int) -> ov_genai.StreamingStatus:
         return as_status(self._streamer.write(token))
 
     def end(self) -> None:
@@ -79,7 +79,7 @@ class _TextHoldBack:
         self._include = config.include_stop_str_in_output
         self._num_shown = 0
 
-    def write(self, token: int) -> StreamingStatus:
+    def write(self, token: int) -> ov_genai.StreamingStatus:
         if not self._tracker.match:
             self._tracker.add(token)
         return self._show(self._limit())
@@ -91,7 +91,7 @@ class _TextHoldBack:
         match = self._tracker.match
         return match[1] if match and self._include else self._tracker.safe_length
 
-    def _show(self, length: int) -> StreamingStatus:
+    def _show(self, length: int) -> ov_genai.StreamingStatus:
         text = self._tracker.text[self._num_shown : length]
         self._num_shown = max(length, self._num_shown)
         return as_status(self._callback(text)) if text else StreamingStatus.RUNNING
@@ -107,7 +107,7 @@ class _TokenHoldBack:
         self._tokens: list[int] = []
         self._num_shown = 0
 
-    def write(self, token: int) -> StreamingStatus:
+    def write(self, token: int) -> ov_genai.StreamingStatus:
         if not self._tracker.match:
             self._tokens.append(token)
             self._tracker.add(token)
@@ -120,7 +120,7 @@ class _TokenHoldBack:
             self._show(len(self._tokens))
         self._sink.end()
 
-    def _show(self, num_tokens: int) -> StreamingStatus:
+    def _show(self, num_tokens: int) -> ov_genai.StreamingStatus:
         status = StreamingStatus.RUNNING
         while self._num_shown < num_tokens and status == StreamingStatus.RUNNING:
             status = self._sink.write(self._tokens[self._num_shown])

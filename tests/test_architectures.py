@@ -42,9 +42,7 @@ def one_step(runner: Runner, sequence: Sequence, count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_equal_hugging_face(
-    kind: str, tiny_hf: Callable[[str], Path], tiny_ir: Callable[[str], Path]
-) -> None:
+def test_logits_equal_hugging_face(kind: str, tiny_hf: Callable[[str], Path], tiny_ir: Callable[[str], Path]) -> None:
     import torch
     import transformers
 

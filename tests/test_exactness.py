@@ -1,4 +1,4 @@
-"""Without compression the engine is exact: the same greedy tokens as openvino_genai, in any batch, after any preemption."""
+"""Without compression the engine is exact: openvino_genai's greedy tokens, in any batch, after any preemption."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from ov_kvcrush import ContinuousBatchingPipeline, GenerationConfig, GenerationStatus, SchedulerConfig
 
-# Without the last one the plugin quantises the activations of compressed layers to int8 in groups of 32: a difference of 1e-5
-# between two orders of summation then becomes one of 0.5 in a logit wherever a value crosses a rounding border.
+# Without the last one the plugin quantises the activations of compressed layers to int8 in groups of 32: a difference
+# of 1e-5 between two orders of summation then becomes 0.5 in a logit wherever a value crosses a rounding border.
 F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 LENGTHS = (5, 17, 33, 64, 200, 513, 1000, 3000)
 CHUNK = 512

@@ -29,25 +29,28 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 HELP = """\
 Measure speed and memory of the engine on this machine, alone or beside openvino_genai.
 
+MODEL is the folder of an exported model; left out, it is SmolLM2-135M-Instruct.
+
 Requests of random token ids are added at once and run to their end. \
-All engines get the same prompts, chunk size, cache capacity and OpenVINO properties, ignore the end-of-sequence token, \
+All engines get the same prompts, chunk size, cache capacity and OpenVINO properties, ignore the end of sequence, \
 and reuse nothing from earlier runs. For each context and batch, each engine runs in a process of its own; \
 after a warm-up they take turns, run by run.
 
 [bold]Columns[/bold] (medians over the runs)
 
-[bold]TTFT[/bold] from adding the requests to the first token of a request; mean over the requests.
+[bold]TTFT[/bold]: from adding the requests to the first token of a request; mean over the requests.
 
-[bold]TPOT[/bold] (time of the last token - time of the first) / (tokens - 1) of a request; mean over the requests.
+[bold]TPOT[/bold]: (time of the last token - time of the first) / (tokens - 1) of a request; mean over the requests.
 
-[bold]tokens/s[/bold] tokens generated after every request had its first, per second from then to the end: decoding \
+[bold]tokens/s[/bold]: tokens generated after every request had its first, per second from then to the end: decoding \
 alone. The file also has total_tokens_per_s, prompts included.
 
-[bold]KV[/bold] peak of the cache, as the engine tells it: openvino_genai what it allocated, ours what was used of that.
+[bold]KV[/bold]: peak of the cache, as the engine tells it: of openvino_genai what it allocated, of ours what was \
+used of that.
 
-[bold]peak[/bold] largest resident memory of the engine's process, loading the model included.
+[bold]peak[/bold]: largest resident memory of the engine's process, loading the model included.
 
-[bold]overhead[/bold] time per step outside of the inference itself while all requests decode; of our engine only.
+[bold]overhead[/bold]: time per step outside of the inference itself while all requests decode; of our engine only.
 
 [bold]Examples[/bold]
 

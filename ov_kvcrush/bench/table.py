@@ -8,17 +8,15 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from ov_kvcrush.bench.report import Row
+from ov_kvcrush.bench.report import COMPARED, Row
 
 MIB = 1 << 20
+_COSTS = ("KV\nMiB", "peak\nMiB", "overhead\nms/step")
 
 
 def rows_table(rows: Sequence[Row]) -> Table:
     """One line per engine and cell."""
-    table = Table(box=box.SIMPLE_HEAD, title="medians")
-    table.add_column("engine")
-    for name in ("context", "batch", "TTFT s", "TPOT ms", "tokens/s", "KV MiB", "peak MiB", "overhead ms/step"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table("medians", "engine", "context", "batch", "TTFT\ns", "TPOT\nms", "tokens\n/s", *_COSTS)
     for row in rows:
         table.add_row(
             row.engine,
@@ -35,24 +33,24 @@ def rows_table(rows: Sequence[Row]) -> Table:
 
 
 def ratios_table(ratios: Sequence[dict[str, Any]]) -> Table:
-    """Per cell: medians, then best runs, then the middle of the pairs, as one cell for each of the times and rates."""
-    against = ratios[0]["against"]
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"{ratios[0]['engine']} / {against}",
-        caption="of the medians (of the best runs, median of the pairs of runs)",
-    )
-    timed = {"TTFT": "ttft_s", "TPOT": "tpot_ms", "tokens/s": "tokens_per_s"}
-    for name in ("context", "batch", *timed, "KV", "peak"):
-        table.add_column(name, justify="right", no_wrap=True)
+    """Three lines per cell: of the medians, of the best runs, the middle of the pairs of runs."""
+    title = f"{ratios[0]['engine']} / {ratios[0]['against']}"
+    table = _table(title, "quotient", "context", "batch", "TTFT", "TPOT", "tokens/s", "KV", "peak")
+    names = {"of_medians": "of medians", "of_best": "of best runs", "pairs_median": "median of pairs"}
     for entry in ratios:
-        numbers = [entry[field] for field in timed.values()]
-        table.add_row(
-            str(entry["context"]),
-            str(entry["batch"]),
-            *(f"{q['of_medians']:.3f} ({q['of_best']:.3f}, {q['pairs_median']:.3f})" for q in numbers),
-            *(_number(entry[f] and entry[f]["of_medians"], 2) for f in ("kv_bytes", "peak_rss_bytes")),
-        )
+        for field, label in names.items():
+            numbers = [_number(entry[name] and entry[name][field], 3) for name in COMPARED]
+            table.add_row(
+                label, str(entry["context"]), str(entry["batch"]), *numbers, end_section=field == "pairs_median"
+            )
+    return table
+
+
+def _table(title: str, first: str, *names: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title)
+    table.add_column(first, no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 

@@ -7,22 +7,20 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import IO, Any
 
 from ov_kvcrush.errors import CrushError
 
 
 def main() -> None:
     """Load the engine of the first line, then run once per further line, until standard input ends."""
-    # Libraries may print: what they print goes to standard error, so that standard output holds answers only.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    questions, answers = _take_pipes()
     lines: SimpleQueue[str] = SimpleQueue()
-    threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
+    threading.Thread(target=_read_lines, args=(questions, lines), daemon=True).start()
 
     def answer(reply: dict[str, Any]) -> None:
         answers.write(json.dumps(reply) + "\n")
@@ -37,9 +35,27 @@ def main() -> None:
         answer({"failed": f"{type(error).__name__}: {error}"})
 
 
-def _read_lines(lines: SimpleQueue[str]) -> None:
+def _take_pipes() -> tuple[IO[str], IO[str]]:
+    """Keep the pipes to the parent for this process's own use; what libraries print goes to standard error."""
+    ends = os.dup(0), os.dup(1)
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
+    # OpenVINO's telemetry forks a process that may outlive this one. It must not hold the pipes open, and must not find
+    # sys.stdin locked by a thread that waits for input: it would wait for that lock for ever.
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: _close(ends))
+    return os.fdopen(ends[0], encoding="utf-8"), os.fdopen(ends[1], "w", encoding="utf-8")
+
+
+def _close(ends: Iterable[int]) -> None:
+    for end in ends:
+        os.close(end)
+
+
+def _read_lines(questions: IO[str], lines: SimpleQueue[str]) -> None:
     """Feed the queue. The end of input is the parent's end, however it came: nothing here may outlive it."""
-    for line in sys.stdin:
+    for line in questions:
         lines.put(line)
     os._exit(0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -16,8 +17,10 @@ from ov_kvcrush.cli.prompt import is_interactive, one_prompt
 from ov_kvcrush.cli.session import Session, length_note
 from ov_kvcrush.default_model import MODEL_NAME
 from ov_kvcrush.errors import CrushError, RequestError
+from ov_kvcrush.llm_pipeline import LLMPipeline
 
-BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # the last two are what a shell says of SIGINT and SIGPIPE
+FAILED, BAD_INPUT = 1, 2
+INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell says of SIGINT and SIGPIPE
 
 HELP = """
 Chat with a language model on OpenVINO.
@@ -55,27 +58,45 @@ echo "Name three rivers." | ov_kvcrush-chat --json
 """
 
 
+@dataclass(frozen=True)
+class Task:
+    """What one run of the command has to do."""
+
+    options: ChatOptions
+    prompt: str | None
+    stats: bool
+    json: bool
+
+
 def main() -> None:
     """Run the command with the arguments of the process; never returns."""
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
-    """Run the command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C, 141 if the reader went away."""
+    """Run the command. Returns its exit status: 0, FAILED, BAD_INPUT, INTERRUPTED or PIPE_CLOSED."""
     messages = Messages()
     try:
-        status = _command()(args=arguments, prog_name="ov_kvcrush-chat", standalone_mode=False)
+        if sys.stdout is None:
+            raise RequestError("standard output must be open, got a closed one")
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding has not
+        task = _parser()(args=arguments, prog_name="ov_kvcrush-chat", standalone_mode=False)
+        status = _carry_out(task, messages) if isinstance(task, Task) else int(task or 0)
         sys.stdout.flush()
-        return int(status or 0)
+        return status
     except CrushError as error:
         messages.error(error)
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # What is still buffered goes nowhere at exit, instead of raising again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_output()
         return PIPE_CLOSED
+    except OSError as error:
+        _drop_output()
+        messages.error(error)
+        return FAILED
     except Exception as error:
         # Usage errors have no base class that all versions of typer export; this method is theirs alone.
         if not hasattr(error, "format_message"):
@@ -84,9 +105,14 @@ def run(arguments: list[str]) -> int:
         return BAD_INPUT
 
 
-def _command() -> Callable[..., Any]:
+def _drop_output() -> None:
+    """Let what is still buffered go nowhere at exit, instead of failing again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parser() -> Callable[..., Any]:
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-    app.command(help=HELP, epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})(chat)
+    app.command(help=HELP, epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})(parse)
     return app
 
 
@@ -100,7 +126,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def chat(
+def parse(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="Folder of an exported model; the default model if omitted.")
     ] = None,
@@ -129,51 +155,51 @@ def chat(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
     ] = False,
-) -> int:
-    """What the command does once its arguments are read. Returns the exit status; raises CrushError for bad input."""
+) -> Task:
+    """What the arguments ask for. Raises CrushError naming the first that cannot be used."""
     options = ChatOptions(model, system, max_new_tokens, temperature, top_p, seed, engine, device)
-    messages = Messages()
-    if is_interactive(prompt):
-        if json:
-            raise RequestError("prompt must be given with --json: there is no conversation in JSON")
-        return _converse(options, messages, stats)
-    return _answer_once(options, messages, one_prompt(prompt), stats, json)
+    return Task(options, prompt, stats, json)
+
+
+def _carry_out(task: Task, messages: Messages) -> int:
+    if not is_interactive(task.prompt):
+        return _answer_once(task, one_prompt(task.prompt), messages)
+    if task.json:
+        raise RequestError("prompt must be given with --json: there is no conversation in JSON")
+    return _converse(task, messages)
 
 
 def _load(options: ChatOptions, messages: Messages) -> tuple[Conversation, str]:
     """The model, ready for its first question, and the name of the engine that runs it."""
-    from ov_kvcrush.llm_pipeline import LLMPipeline
-
     with messages.console.status("Loading the model"):
         pipe = LLMPipeline(options.model, options.device, engine=options.engine)
     return Conversation(pipe, options.system, options.generation_options()), pipe.engine
 
 
-def _converse(options: ChatOptions, messages: Messages, stats: bool) -> int:
+def _converse(task: Task, messages: Messages) -> int:
+    options = task.options
     conversation, engine = _load(options, messages)
     if not conversation.is_chat:
         raise RequestError(f"model must have a chat template to chat, got {options.model!r} without one; use --prompt")
     name = options.model or MODEL_NAME
     messages.note(f"{name}, engine {engine}, {options.device}. /help for commands, Ctrl-D to leave.")
-    Session(conversation, messages, stats).run()
+    Session(conversation, messages, task.stats).run()
     return 0
 
 
-def _answer_once(options: ChatOptions, messages: Messages, prompt: str, stats: bool, json: bool) -> int:
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding has not
-    conversation, engine = _load(options, messages)
+def _answer_once(task: Task, prompt: str, messages: Messages) -> int:
+    conversation, engine = _load(task.options, messages)
     status = messages.console.status("Thinking")
     writer = AnswerWriter(sys.stdout, status.stop)
     with status:
-        turn = conversation.ask(prompt, None if json else writer.write)
-    if json:
-        print(json_line(turn, engine, options.model or MODEL_NAME))
+        turn = conversation.ask(prompt, None if task.json else writer.write)
+    if task.json:
+        print(json_line(turn, engine, task.options.model or MODEL_NAME))
     else:
         writer.end()
         if turn.finish_reason == "length":
             messages.note(length_note(turn))
-    if stats:
+    if task.stats:
         messages.note(stats_line(turn.metrics))
     return INTERRUPTED if turn.finish_reason == "interrupted" else 0
 

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 PROMPT, MORE = "> ", ". "
 FENCE = '"""'
 
 
+@dataclass(frozen=True)
+class Message:
+    """What was typed. may_be_command: it is a plain line, not put together from several."""
+
+    text: str
+    may_be_command: bool = True
+
+
 class MessageReader:
     """Reads one message after the other, with line editing and recall where Python has readline.
 
-    A line that ends with a backslash goes on in the next one; lines between two lines of triple quotes are one message.
+    A line that ends with a backslash goes on in the next one; lines between two lines of triple quotes, and lines pasted
+    together, are one message.
     """
 
     def __init__(self) -> None:
@@ -20,16 +30,17 @@ class MessageReader:
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="replace")
 
-    def read(self) -> str:
+    def read(self) -> Message:
         """The next message. Raises EOFError at Ctrl-D and KeyboardInterrupt at Ctrl-C; what was typed is dropped."""
         line = _line(PROMPT)
         if line.strip() == FENCE:
-            return _fenced()
+            return Message(_fenced(), may_be_command=False)
         lines = []
         while line.endswith("\\"):
             lines.append(line[:-1])
             line = _line(MORE)
-        return "\n".join([*lines, line])
+        text = "\n".join([*lines, line])
+        return Message(text, may_be_command="\n" not in text)
 
     def was_typing(self) -> bool:
         """Whether there was text in the line at the last Ctrl-C."""
@@ -59,4 +70,5 @@ def _enable_line_editing() -> Callable[[], str]:
         import readline
     except ImportError:  # Windows: the console edits lines by itself
         return str
+    readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one message; Python turns this off
     return readline.get_line_buffer

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from ov_kvcrush.cli.conversation import Conversation, Turn
 from ov_kvcrush.cli.output import AnswerWriter, Messages, stats_line, stats_rows
-from ov_kvcrush.cli.reader import FENCE, MessageReader
+from ov_kvcrush.cli.reader import FENCE, Message, MessageReader
 from ov_kvcrush.errors import CrushError, nearest
 
 _COMMAND = re.compile(r"/\w+")
@@ -55,16 +55,16 @@ class Session:
                 leaves_next = True
                 self._messages.note("Press Ctrl-C again, Ctrl-D, or type /quit to leave.")
 
-    def act(self, message: str) -> None:
+    def act(self, message: Message) -> None:
         """Run a command or answer a message; errors are told and leave the conversation as it was."""
-        if not message.strip():
+        words = message.text.split()
+        if not words:
             return
-        words = message.split()
-        if _COMMAND.fullmatch(words[0]) and message.startswith("/"):
+        if message.may_be_command and message.text.startswith("/") and _COMMAND.fullmatch(words[0]):
             self._command(words)
             return
         try:
-            self._answer(message)
+            self._answer(message.text)
         except CrushError as error:
             self._messages.error(error)
             if self._turns:
@@ -80,11 +80,11 @@ class Session:
         else:
             self._commands[name][1]()
 
-    def _answer(self, message: str) -> None:
+    def _answer(self, question: str) -> None:
         status = self._messages.console.status("Thinking")
         writer = AnswerWriter(sys.stdout, status.stop)
         with status:
-            turn = self._conversation.ask(message, writer.write)
+            turn = self._conversation.ask(question, writer.write)
         if turn.text:
             writer.end()
             self._turns.append(turn)

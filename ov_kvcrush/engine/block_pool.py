@@ -62,7 +62,7 @@ class BlockPool:
 
 
 class BlockTable:
-    """The blocks of one sequence in the order of its tokens: int32, grown in place so that a step can read it uncopied."""
+    """The blocks of one sequence in the order of its tokens: int32, grown in place and read uncopied."""
 
     def __init__(self) -> None:
         self._ids = np.zeros(8, np.int32)

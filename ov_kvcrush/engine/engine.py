@@ -74,7 +74,7 @@ class Engine:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens that prompt and answer of one sequence may have: by the model's context, and by the memory of the cache."""
+        """Tokens that prompt and answer of one sequence may have, by the model's context and by the cache's memory."""
         memory = self.pool.num_blocks * BLOCK_SIZE
         return min(memory, self._model.context_length or memory)
 
@@ -122,7 +122,9 @@ class Engine:
             raise RequestError(f"token ids must be in 0..{self._model.vocab_size - 1}, got {outside[0]}")
         context = self._model.context_length
         if context is not None and len(ids) >= context:
-            raise RequestError(f"prompt must be shorter than the model's context of {context} tokens, got {len(ids)} tokens")
+            raise RequestError(
+                f"prompt must be shorter than the model's context of {context} tokens, got {len(ids)} tokens"
+            )
         if blocks_for(len(ids) + 1) > self.pool.num_blocks:
             raise RequestError(
                 f"prompt must fit into the KV cache of {self.pool.num_blocks * BLOCK_SIZE} tokens "
@@ -131,7 +133,8 @@ class Engine:
         limit = self._config.max_num_batched_tokens
         if not self._config.dynamic_split_fuse and len(ids) > limit:
             raise RequestError(
-                f"prompt must have at most max_num_batched_tokens={limit} tokens with dynamic_split_fuse=False, got {len(ids)}"
+                f"prompt must have at most max_num_batched_tokens={limit} tokens with dynamic_split_fuse=False, "
+                f"got {len(ids)}"
             )
         return ids
 
@@ -255,7 +258,7 @@ class Engine:
 
     # -- ending ------------------------------------------------------------------------------------------------------
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, keep: bool = True) -> None:
+    def _finish(self, sequence: Sequence, reason: ov_genai.GenerationFinishReason, keep: bool = True) -> None:
         sequence.finish_reason = reason
         self._retire(sequence, keep)
 
@@ -298,7 +301,7 @@ class Engine:
         times.overhead_s += times.last_overhead_s
 
 
-def finish_reason(sequence: Sequence, token: int) -> FinishReason:
+def finish_reason(sequence: Sequence, token: int) -> ov_genai.GenerationFinishReason:
     """Why `sequence` ends with `token`, NONE if it goes on."""
     params = sequence.request.params
     if sequence.stop_tracker and sequence.stop_tracker.add(token):

@@ -34,7 +34,7 @@ def free_memory_bytes() -> int:
 
 
 class KVCache:
-    """Key and value tensors `[num_blocks, K, rows, columns]` of every layer, in the shape and precision of the compiled model.
+    """Key and value tensors `[num_blocks, K, rows, columns]` of every layer, as the compiled model wants them.
 
     The whole capacity is reserved as address space; the operating system gives memory to a block when it is first
     written. Growing by reallocation instead would copy the cache and bind 2 x layers tensors again.
@@ -60,7 +60,8 @@ class KVCache:
         num_blocks = wanted // self.bytes_per_block
         if num_blocks < 1:
             raise OutOfMemory(
-                f"cache_size must be at least one block of {self.bytes_per_block} bytes ({BLOCK_SIZE} tokens), got {wanted} bytes"
+                f"cache_size must be at least one block of {BLOCK_SIZE} tokens, {self.bytes_per_block} bytes, "
+                f"got {wanted} bytes"
             )
         return num_blocks
 

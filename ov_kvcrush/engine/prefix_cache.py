@@ -11,7 +11,7 @@ from ov_kvcrush.engine.block_pool import BlockPool, blocks_for
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Tokens int64 (S,) and the blocks int32 (blocks_for(S),) that hold their KV; each block has the cache as an owner."""
+    """Tokens int64 (S,) and the blocks int32 (blocks_for(S),) that hold their KV; the cache is an owner of each."""
 
     ids: np.ndarray
     blocks: np.ndarray

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,10 @@ from ov_kvcrush.results import GenerationOutput, RequestStats
 
 FinishReason = ov_genai.GenerationFinishReason
 Status = ov_genai.GenerationStatus
+
+
+def _no_decoder(ids: list[int]) -> str:
+    raise AssertionError("a request with stop strings needs a decoder")
 
 
 class TokenIds:
@@ -112,7 +117,12 @@ class Request:
     """
 
     def __init__(
-        self, request_id: int, ids: np.ndarray, params: SamplingParams, decode: object = None, keep_kv: bool = False
+        self,
+        request_id: int,
+        ids: np.ndarray,
+        params: SamplingParams,
+        decode: Callable[[list[int]], str] = _no_decoder,
+        keep_kv: bool = False,
     ) -> None:
         self.request_id = request_id
         self.params = params
@@ -126,7 +136,7 @@ class Request:
         first = Sequence(self, 0, TokenIds(ids, len(ids) + min(params.max_new_tokens, 4096)))
         self.sequences = [first]
         # Written by any thread, acted on by the engine between two steps.
-        self.wanted_end: tuple[Status, FinishReason] | None = None
+        self.wanted_end: tuple[ov_genai.GenerationStatus, ov_genai.GenerationFinishReason] | None = None
 
     @property
     def prompt_ids(self) -> np.ndarray:
@@ -140,7 +150,7 @@ class Request:
 
 
 class GenerationHandle:
-    """The caller's side of a request: read what has been generated, stop it, or cancel it. Safe to use from any thread."""
+    """The caller's side of a request: read what has been generated, stop it, or cancel it; from any thread."""
 
     def __init__(self, request: Request, bytes_per_block: int) -> None:
         self._request = request

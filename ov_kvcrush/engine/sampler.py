@@ -1,4 +1,4 @@
-"""From logits to tokens. Each sequence has its own random stream: what else is in the batch does not change its draws."""
+"""From logits to tokens. Each sequence has its own random stream, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def sample(logits: np.ndarray, sequence: Sequence) -> tuple[int, float]:
 def apply_penalties(logits: np.ndarray, sequence: Sequence) -> np.ndarray:
     """Repetition penalty over prompt and answer (CTRL, arXiv 1909.05858); presence and frequency over the answer.
 
-    Presence and frequency are subtracted whatever the sign of the logit (openvino_genai adds them to negative logits), and
-    an end that comes too early is impossible rather than a logit of 0.
+    Presence and frequency are subtracted whatever the sign of the logit (openvino_genai adds them to negative logits),
+    and an end that comes too early is impossible rather than a logit of 0.
     """
     params = sequence.request.params
     logits = logits.copy()

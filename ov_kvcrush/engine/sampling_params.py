@@ -1,4 +1,4 @@
-"""From openvino_genai's GenerationConfig to what the engine samples by: checked, frozen, independent of the caller's object."""
+"""From openvino_genai's GenerationConfig to what the engine samples by: checked, frozen, the engine's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from ov_kvcrush.errors import RequestError, nearest
 
 UNLIMITED = 2**64 - 1  # how GenerationConfig spells "not given" for its integers
 
-_FIELDS = tuple(n for n in dir(ov_genai.GenerationConfig) if isinstance(vars(ov_genai.GenerationConfig).get(n), property))
+_FIELDS = tuple(
+    n for n in dir(ov_genai.GenerationConfig) if isinstance(vars(ov_genai.GenerationConfig).get(n), property)
+)
 
 # Fields that select a way of decoding which the crush engine does not have, with what they are for.
 _UNSUPPORTED = {
@@ -31,7 +33,9 @@ _UNSUPPORTED = {
 }
 
 
-def make_generation_config(base: ov_genai.GenerationConfig | None, options: dict[str, Any]) -> ov_genai.GenerationConfig:
+def make_generation_config(
+    base: ov_genai.GenerationConfig | None, options: dict[str, Any]
+) -> ov_genai.GenerationConfig:
     """Copy `base` (or a default one) and set `options` on the copy.
 
     Raises RequestError for an unknown option, naming the nearest, and for a value of the wrong type or sign:
@@ -40,12 +44,16 @@ def make_generation_config(base: ov_genai.GenerationConfig | None, options: dict
     config = ov_genai.GenerationConfig()
     if base is not None:
         if not isinstance(base, ov_genai.GenerationConfig):
-            raise RequestError(f"generation_config must be an openvino_genai.GenerationConfig, got {type(base).__name__}")
+            raise RequestError(
+                f"generation_config must be an openvino_genai.GenerationConfig, got {type(base).__name__}"
+            )
         for name in _FIELDS:
             setattr(config, name, getattr(base, name))
     for name, value in options.items():
         if name not in _FIELDS:
-            raise RequestError(f"generation option must be a field of GenerationConfig, got {name!r}{nearest(name, _FIELDS)}")
+            raise RequestError(
+                f"generation option must be a field of GenerationConfig, got {name!r}{nearest(name, _FIELDS)}"
+            )
         current = getattr(config, name)
         if isinstance(current, int) and isinstance(value, (int, float)) and value < 0 and name != "eos_token_id":
             raise RequestError(f"{name} must be at least 0, got {value!r}")
@@ -85,7 +93,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         rules = (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, f"in 0..max_new_tokens={self.max_new_tokens}"),
+            (
+                "min_new_tokens",
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                f"in 0..max_new_tokens={self.max_new_tokens}",
+            ),
             ("temperature", self.temperature >= 0 and math.isfinite(self.temperature), "a finite number of at least 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p < 1, "in [0, 1)"),
@@ -100,7 +112,8 @@ class SamplingParams:
                 raise RequestError(f"{name} must be {rule}, got {getattr(self, name)!r}")
         if self.num_return_sequences > 1 and self.is_greedy:
             raise RequestError(
-                f"num_return_sequences must be 1 for greedy decoding, got {self.num_return_sequences}; set do_sample=True"
+                f"num_return_sequences must be 1 for greedy decoding, got {self.num_return_sequences}; "
+                "set do_sample=True"
             )
         if any(not s for s in self.stop_strings):
             raise RequestError("stop_strings must be non-empty strings, got ''")
@@ -114,7 +127,10 @@ class SamplingParams:
     def changes_logits(self) -> bool:
         """Whether a penalty, or a ban on ending, changes the model's logits before a token is chosen."""
         return (
-            self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0 or self.min_new_tokens > 0
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.min_new_tokens > 0
         )
 
     @classmethod
@@ -181,5 +197,6 @@ def refuse_unsupported(config: ov_genai.GenerationConfig) -> None:
         value, usual = getattr(config, name), getattr(default, name)
         if value != usual:
             raise RequestError(
-                f"{name} must be {usual!r} with engine='crush', got {value!r}: it has no {purpose} yet; use engine='genai'"
+                f"{name} must be {usual!r} with engine='crush', got {value!r}: it has no {purpose} yet; "
+                "use engine='genai'"
             )

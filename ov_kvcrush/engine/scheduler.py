@@ -14,7 +14,7 @@ from ov_kvcrush.engine.request import Sequence
 
 @dataclass(frozen=True)
 class RowPlan:
-    """`num_tokens` rows of one sequence, from its first token without KV on; with `samples` the last row gives a token."""
+    """`num_tokens` rows of one sequence, from its first token without KV on; `samples`: the last one gives a token."""
 
     sequence: Sequence
     num_tokens: int
@@ -38,8 +38,9 @@ class StepPlan:
 class Scheduler:
     """Waiting and running sequences in the order of their arrival, and the blocks they hold.
 
-    A prompt gets all its blocks when it is admitted, a decoding sequence one at a time. When none is left, kept prefixes are
-    dropped first; then the sequence that arrived last gives up its blocks and waits at the front, to be computed again.
+    A prompt gets all its blocks when it is admitted, a decoding sequence one at a time. When none is left, kept
+    prefixes are dropped first; then the sequence that arrived last gives up its blocks and waits at the front, to be
+    computed again.
     """
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool, prefixes: PrefixCache) -> None:
@@ -84,7 +85,7 @@ class Scheduler:
         self._plan_new_prompts(budget, rows, stuck)
         return StepPlan(tuple(rows), tuple(self._copies), tuple(stuck))
 
-    # Rows are planned in the order of arrival and the last to arrive is preempted first: no planned row loses its blocks.
+    # Rows are planned in the order of arrival and the last is preempted first: no planned row loses its blocks.
     def _plan_decodes(self, budget: int, rows: list[RowPlan], stuck: list[Sequence]) -> int:
         for sequence in list(self.running):
             if sequence.num_pending != 1 or budget < 1 or sequence not in self.running:
@@ -144,7 +145,7 @@ class Scheduler:
         return True
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """See that the next token of a decoding sequence has a slot that nobody else reads; preempt others if it must be."""
+        """See that the next token of a decoding sequence has a slot of its own; preempt others if it must be."""
         needs_block = blocks_for(sequence.num_cached + 1) > len(sequence.blocks)
         needs_copy = not needs_block and self._pool.is_shared(int(sequence.blocks.ids[-1]))
         if not (needs_block or needs_copy):

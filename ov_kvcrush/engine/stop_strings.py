@@ -18,8 +18,8 @@ class StopStringTracker:
         self._stops = tuple(stop_strings)
         self._decode = decode
         self._ids: list[int] = []
-        # Tokens before `_window_start` are settled; those up to `_window_end` have their text in `text` already. Decoding only
-        # the window keeps the cost of a token constant; its first part gives the decoder the context it needs for spaces.
+        # Tokens before `_window_start` are settled; those up to `_window_end` have their text in `text` already.
+        # Decoding only the window keeps the cost of a token constant; its first part is the context that spaces depend on.
         self._window_start = 0
         self._window_end = 0
         self.text = ""
@@ -31,7 +31,8 @@ class StopStringTracker:
         self._ids.append(token)
         before = self._decode(self._ids[self._window_start : self._window_end])
         now = self._decode(self._ids[self._window_start :])
-        if not now.endswith(_REPLACEMENT) and len(now) >= len(before):
+        # Part of a character shows as a replacement character or, with openvino_genai's tokenizers, not at all.
+        if not now.endswith(_REPLACEMENT) and len(now) > len(before):
             searched = len(self.text)
             self.text += now[len(before) :]
             self._window_start, self._window_end = self._window_end, len(self._ids)

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import openvino as ov
+import openvino.opset15 as ops
 
-from ov_kvcrush.errors import CrushError, ModelError
+from ov_kvcrush.errors import CrushError, ModelError, nearest
 from ov_kvcrush.graph.rewrite import gather_sampled_rows, use_paged_attention
 from ov_kvcrush.model_info import read_model_info
+
+_PIPELINE_OPTIONS = ("engine", "scheduler_config", "tokenizer", "device", "properties")
 
 MODEL_XML, MODEL_BIN = "openvino_model.xml", "openvino_model.bin"
 
@@ -34,8 +37,8 @@ def check_model_folder(models_path: str | Path) -> Path:
     if missing:
         kind = "an encoder-decoder model" if (folder / "openvino_encoder_model.xml").exists() else "no exported LLM"
         raise ModelError(
-            f"models_path must contain {MODEL_XML} and {MODEL_BIN}, got {str(folder)!r} without {' and '.join(missing)} ({kind}); "
-            "write one with ov_kvcrush-export"
+            f"models_path must contain {MODEL_XML} and {MODEL_BIN}, got {str(folder)!r} without "
+            f"{' and '.join(missing)} ({kind}); write one with ov_kvcrush-export"
         )
     return folder
 
@@ -48,6 +51,22 @@ def check_device(core: ov.Core, device: str) -> None:
         raise CrushError(f"device must be one of {', '.join(sorted(names))}, got {device!r}")
 
 
+def check_properties(core: ov.Core, device: str, properties: dict[str, Any]) -> None:
+    """Raise CrushError, with the plugin's reason or the nearest name, if `device` does not take `properties`.
+
+    The plugin lists fewer properties than it takes, so it is asked: by compiling a model of one operation.
+    """
+    node = ops.parameter(ov.PartialShape([1]), ov.Type.f32)
+    try:
+        core.compile_model(ov.Model([ops.relu(node)], [node]), device, properties)
+    except (RuntimeError, TypeError, ValueError) as error:
+        known = {*core.get_property(device, "SUPPORTED_PROPERTIES"), *_PIPELINE_OPTIONS}
+        likely = "".join(nearest(name, known) for name in properties if name not in known)
+        raise CrushError(
+            f"options must be the pipeline's or properties of {device}, got {properties}: {_reason(error)}{likely}"
+        ) from None
+
+
 def load_model(models_path: str | Path, device: str, properties: dict[str, Any]) -> LoadedModel:
     """Read, rewrite and compile the model in `models_path`. `properties` go to `compile_model`.
 
@@ -56,6 +75,7 @@ def load_model(models_path: str | Path, device: str, properties: dict[str, Any])
     folder = check_model_folder(models_path)
     core = ov.Core()
     check_device(core, device)
+    check_properties(core, device, properties)
     info = read_model_info(folder)
     try:
         model = core.read_model(folder / MODEL_XML)
@@ -65,10 +85,7 @@ def load_model(models_path: str | Path, device: str, properties: dict[str, Any])
     num_layers = use_paged_attention(model)
     gather_sampled_rows(model)
     vocab_size = model.output("logits").partial_shape[-1].get_length()
-    try:
-        compiled = core.compile_model(model, device, properties)
-    except RuntimeError as error:
-        raise CrushError(f"properties must be ones that {device} can compile with, got {properties}: {_reason(error)}") from None
+    compiled = core.compile_model(model, device, properties)
     return LoadedModel(compiled, num_layers, vocab_size, info.context_length if info else None)
 
 

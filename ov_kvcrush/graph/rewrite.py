@@ -12,7 +12,7 @@ SAMPLED_ROWS = "sampled_rows"  # input of the rewritten model: i64, the rows who
 
 
 def use_paged_attention(model: ov.Model) -> int:
-    """Replace stateful attention by PagedAttention over one block table shared by all layers; return the number of layers.
+    """Replace stateful attention by PagedAttention, with one block table for all layers; return the number of layers.
 
     Raises ModelError if the model has attention that the rewrite does not recognise.
     """
@@ -26,7 +26,7 @@ def use_paged_attention(model: ov.Model) -> int:
     layers, left = _count(model, "PagedAttentionExtension"), _count(model, "ScaledDotProductAttention")
     if not layers or left or layers != before:
         raise ModelError(
-            f"model must use ScaledDotProductAttention in every layer (soft-capped or linear attention is not supported), "
+            "model must use ScaledDotProductAttention in every layer (soft-capped or linear attention does not), "
             f"got {layers} of {max(before, layers + left)} layers that can be paged"
         )
     return layers
@@ -40,7 +40,9 @@ def gather_sampled_rows(model: ov.Model) -> None:
     node = model.output("logits").get_node().input_value(0).get_node()
     while node.get_type_name() != "MatMul":
         if not node.inputs():
-            raise ModelError("model must compute its logits by a matrix product, got none on the way back from 'logits'")
+            raise ModelError(
+                "model must compute its logits by a matrix product, got none on the way back from 'logits'"
+            )
         node = node.input_value(0).get_node()
     rows = ops.parameter(ov.PartialShape([-1]), ov.Type.i64, name=SAMPLED_ROWS)
     rows.output(0).get_tensor().set_names({SAMPLED_ROWS})

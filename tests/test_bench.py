@@ -1,0 +1,416 @@
+"""The benchmark: equal settings on both sides, right arithmetic, clear ends. No test says how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from ov_kvcrush.bench.cli import app
+from ov_kvcrush.bench.compare import EngineRuns, measure, num_stages
+from ov_kvcrush.bench.environment import describe_environment
+from ov_kvcrush.bench.measure import RunResult, random_prompts, run_once, summarise
+from ov_kvcrush.bench.process import WorkerError, worker
+from ov_kvcrush.bench.report import check_writable, make_ratios, make_row, quotients, write_json
+from ov_kvcrush.bench.settings import BenchSettings, Cell, parse_numbers, parse_properties
+from ov_kvcrush.errors import CrushError
+
+ROW_FIELDS = {
+    *("engine", "policy", "context", "batch", "kept_tokens", "ttft_s", "tpot_ms", "tokens_per_s", "kv_bytes"),
+    *("peak_rss_bytes", "policy_ms", "overhead_ms_per_step", "runs"),
+}
+ENVIRONMENT_FIELDS = {"cpu", "threads", "isa", "os", "python", "versions", "kernel", "total_memory_bytes"}
+
+
+def bench(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def settings(**changes: Any) -> BenchSettings:
+    return replace(BenchSettings(Path("model"), vocab_size=100, context_length=None), **changes)
+
+
+# -- against openvino_genai --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("bench") / "out.json"
+    shape = ("--context", "64", "--batch", "1,3", "--new-tokens", 8, "--runs", 2, "--max-num-batched-tokens", 96)
+    done = bench(smollm2, *shape, "--against", "genai", "--property", "INFERENCE_NUM_THREADS=1", "--json", path)
+    assert done.exit_code == 0, done.output
+    assert "crush / genai" in done.output
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded
+
+
+def test_report_has_both_engines_in_every_cell(report: dict[str, Any]) -> None:
+    cells = [(row["context"], row["batch"], row["engine"]) for row in report["rows"]]
+    assert cells == [(64, batch, engine) for batch in (1, 3) for engine in ("crush", "genai")]
+    assert {(entry["context"], entry["batch"]) for entry in report["ratios"]} == {(64, 1), (64, 3)}
+
+
+def test_report_has_the_promised_fields(report: dict[str, Any]) -> None:
+    assert set(report) >= {"rows", "ratios", "environment", "command", "settings"}
+    assert set(report["environment"]) >= ENVIRONMENT_FIELDS
+    assert report["environment"]["kernel"] == "PagedAttention"
+    assert set(report["environment"]["versions"]) == {"openvino", "openvino_genai", "ov_kvcrush"}
+    for row in report["rows"]:
+        assert set(row) >= ROW_FIELDS
+        assert (row["policy"], row["kept_tokens"], row["policy_ms"]) == ("none", row["context"], 0)
+        assert (row["overhead_ms_per_step"] is None) == (row["engine"] == "genai")
+        assert row["peak_rss_bytes"] >= row["load_peak_rss_bytes"] > 0
+        assert len(row["runs"]) == 2
+        for run in row["runs"]:
+            assert len(run["ttft_s_each"]) == len(run["tpot_ms_each"]) == row["batch"]
+            assert 0 < min(run["ttft_s_each"]) <= run["ttft_s"] <= max(run["ttft_s_each"])
+            assert min(run["tokens_per_s"], run["total_tokens_per_s"], run["kv_bytes"]) > 0
+
+
+def test_both_engines_take_the_same_steps_in_the_same_cache(report: dict[str, Any]) -> None:
+    """Chunk size, prompts and capacity that differed would show in the number of steps or in the bytes."""
+    for ours, theirs in zip(report["rows"][::2], report["rows"][1::2], strict=True):
+        assert {run["num_steps"] for run in ours["runs"]} == {run["num_steps"] for run in theirs["runs"]}
+        assert ours["kv_bytes"] == theirs["kv_bytes"]
+
+
+def test_ratios_of_the_report_follow_from_its_rows(report: dict[str, Any]) -> None:
+    for i, entry in enumerate(report["ratios"]):
+        ours, theirs = report["rows"][2 * i : 2 * i + 2]
+        for name in ("ttft_s", "tpot_ms", "tokens_per_s", "kv_bytes", "peak_rss_bytes"):
+            assert entry[name]["of_medians"] == pytest.approx(ours[name] / theirs[name])
+
+
+def test_alone_there_is_nothing_to_compare(smollm2: Path) -> None:
+    chosen = BenchSettings.for_model(smollm2, contexts=(40,), new_tokens=2, runs=1)
+    stages: list[str] = []
+    results = list(measure(chosen, stages.append))
+    rows = [make_row(result.cell, 2, engine) for result in results for engine in result.engines]
+    assert [row.engine for row in rows] == ["crush"]
+    assert make_ratios(rows) == []
+    assert len(stages) == num_stages(chosen)
+
+
+def test_engines_are_told_the_same() -> None:
+    chosen = settings(against="genai", properties={"KV_CACHE_PRECISION": "u8"}, max_num_batched_tokens=77)
+    ours, theirs = (chosen.worker_job(engine, Cell(1000, 2)) for engine in chosen.engines)
+    assert (ours.pop("engine"), theirs.pop("engine")) == ("crush", "genai")
+    assert ours == theirs
+    assert (ours["properties"], ours["max_num_batched_tokens"]) == ({"KV_CACHE_PRECISION": "u8"}, 77)
+
+
+def test_prompts_are_the_same_every_time_and_differ_from_each_other() -> None:
+    prompts = random_prompts(4, 50, 1000, seed=3)
+    assert np.array_equal(prompts, random_prompts(4, 50, 1000, seed=3))
+    assert prompts.shape == (4, 50)
+    assert prompts.min() >= 0
+    assert prompts.max() < 1000
+    assert len({row.tobytes() for row in prompts}) == 4
+
+
+# -- arithmetic --------------------------------------------------------------------------------------------------------
+
+
+def test_times_follow_their_definitions() -> None:
+    times = [[1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0]]  # the second prompt is done at 2, then 5 tokens follow in 3 s
+    result = summarise(times, kv_bytes=7, overheads=[0.001, 0.003], num_steps=5, num_full_decode_steps=2)
+    assert result.ttft_s == 1.5
+    assert result.ttft_s_each == [1, 2]
+    assert result.tpot_ms == 1000
+    assert result.tokens_per_s == pytest.approx(5 / 3)
+    assert result.total_tokens_per_s == pytest.approx(8 / 5)
+    assert result.overhead_ms_per_step == pytest.approx(2)
+
+
+def test_quotients_pair_runs_in_order() -> None:
+    q = quotients([2.0, 6.0, 4.0], [1.0, 2.0, 4.0])
+    assert (q.of_medians, q.of_best) == (4 / 2, 2 / 1)
+    assert (q.pairs_median, q.pairs_min, q.pairs_max) == (2, 1, 3)
+    assert quotients([2.0, 6.0], [1.0, 2.0], more_is_better=True).of_best == 3
+
+
+def made_up_run(**changes: Any) -> RunResult:
+    run = summarise([[1.0, 2.0, 3.0]], kv_bytes=100, overheads=[0.001], num_steps=3, num_full_decode_steps=2)
+    return replace(run, **changes)
+
+
+def test_rows_hold_medians_and_ratios_compare_only_one_cell() -> None:
+    ours = EngineRuns("crush", 1.0, 10, 30, [made_up_run(tpot_ms=t) for t in (5.0, 1.0, 3.0)])
+    theirs = EngineRuns("genai", 1.0, 10, 60, [made_up_run(tpot_ms=6.0, overhead_ms_per_step=None)] * 3)
+    rows = [make_row(Cell(c, 1), 3, e) for c in (8, 16) for e in (ours, theirs)]
+    assert [row.tpot_ms for row in rows] == [3, 6, 3, 6]
+    assert [row.overhead_ms_per_step for row in rows[:2]] == [1, None]
+    ratios = make_ratios(rows)
+    assert [entry["context"] for entry in ratios] == [8, 16]
+    assert ratios[0]["tpot_ms"]["of_medians"] == 0.5
+    assert ratios[0]["peak_rss_bytes"]["of_medians"] == 0.5
+
+
+def test_memory_that_nobody_tells_is_not_compared() -> None:
+    engines = [EngineRuns(name, 1.0, None, None, [made_up_run()]) for name in ("crush", "genai")]
+    ratios = make_ratios([make_row(Cell(8, 1), 3, engine) for engine in engines])
+    assert ratios[0]["peak_rss_bytes"] is None
+    assert ratios[0]["kv_bytes"]["of_medians"] == 1
+
+
+class FakeHandle:
+    """Gives `gives` tokens, one after each step from the step `begins` on."""
+
+    def __init__(self, gives: int, begins: int) -> None:
+        self.gives, self.begins, self.waiting = gives, begins, 0
+
+    def can_read(self) -> bool:
+        return self.waiting > 0
+
+    def read(self) -> dict[int, Any]:
+        tokens, self.waiting = [0] * self.waiting, 0
+        return {0: type("Output", (), {"generated_ids": tokens})}
+
+
+class FakeEngine:
+    """Prompts end one after the other, as they do in chunks; a request may give fewer tokens than asked for."""
+
+    def __init__(self, missing: int = 0) -> None:
+        self.handles: list[FakeHandle] = []
+        self.missing, self.num_steps = missing, 0
+
+    def add(self, request_id: int, ids: np.ndarray, new_tokens: int) -> FakeHandle:
+        self.handles.append(FakeHandle(new_tokens - self.missing, begins=len(self.handles) + 1))
+        return self.handles[-1]
+
+    def step(self) -> None:
+        self.num_steps += 1
+        for handle in self.handles:
+            if handle.gives and self.num_steps >= handle.begins:
+                handle.gives -= 1
+                handle.waiting += 1
+
+    def has_unfinished(self) -> bool:
+        return any(handle.gives for handle in self.handles)
+
+    def kv_bytes(self) -> int:
+        return 10 * sum(handle.gives > 0 for handle in self.handles)
+
+    def last_overhead_s(self) -> float | None:
+        return self.num_steps * 1e-3
+
+
+def test_overhead_counts_the_steps_in_which_all_requests_decode() -> None:
+    result = run_once(FakeEngine(), np.zeros((2, 4), np.int64), new_tokens=4)
+    assert result.num_steps == 5  # first tokens in steps 1 and 2; both decode in 3 and 4; the second alone in 5
+    assert result.num_full_decode_steps == 2
+    assert result.overhead_ms_per_step == pytest.approx(3.5)
+    assert result.kv_bytes == 20
+
+
+def test_request_that_ends_early_is_no_measurement() -> None:
+    with pytest.raises(RuntimeError, match="request 0 must give 4 tokens, got 3"):
+        run_once(FakeEngine(missing=1), np.zeros((1, 4), np.int64), new_tokens=4)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+BAD_OPTIONS = {
+    "unknown engine": (("--against", "genei"), "--against must be one of genai, got 'genei' (did you mean 'genai'?)"),
+    "no context": (("--context", "0"), "--context must be at least 1, got 0"),
+    "negative context": (("--context", "64,-1"), "--context must be at least 1, got -1"),
+    "context not a number": (("--context", "1k"), "--context must be whole numbers separated by commas, got '1k'"),
+    "context too long": (
+        ("--context", "8190"),
+        "--context plus --new-tokens must be at most the model's context of 8192",
+    ),
+    "no batch": (("--batch", "0"), "--batch must be at least 1, got 0"),
+    "batch above a step": (("--batch", "600"), "--batch must be at most --max-num-batched-tokens=512, got 600"),
+    "one token": (("--new-tokens", "1"), "--new-tokens must be at least 2, got 1"),
+    "no runs": (("--runs", "0"), "--runs must be at least 1, got 0"),
+    "no chunk": (("--max-num-batched-tokens", "-1"), "--max-num-batched-tokens must be at least 1, got -1"),
+    "property without value": (("--property", "KV_CACHE_PRECISION"), "--property must be KEY=VALUE"),
+    "property twice": (
+        ("--property", "KV_CACHE_PRECISION=u4", "--kv-precision", "u8"),
+        "property KV_CACHE_PRECISION must be given once, got 'u8' and 'u4'",
+    ),
+    "json into nowhere": (("--json", "/nowhere/out.json"), "--json must be a file that can be written"),
+    "json onto a folder": (("--json", "."), "--json must be a file to write, got the folder"),
+    "property value": (("--kv-precision", "u99", "--context", "8"), "KV_CACHE_PRECISION"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_option_is_one_clear_line(case: str, smollm2: Path) -> None:
+    options, message = BAD_OPTIONS[case]
+    done = bench(smollm2, *options)
+    assert done.exit_code == 2, done.output
+    errors = [line for line in done.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_missing_model_is_named(tmp_path: Path) -> None:
+    done = bench(tmp_path / "nothing")
+    assert done.exit_code == 2
+    assert str(tmp_path / "nothing") in done.output
+
+
+def test_numbers_and_properties_are_read_as_written() -> None:
+    assert parse_numbers("batch", "8, 1,8") == (8, 1)
+    assert parse_properties(["A=1", "B = x=y"], C="u8", D=None) == {"A": 1, "B": "x=y", "C": "u8"}
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    write_json(path, {"rows": []})
+    with pytest.raises(TypeError):
+        write_json(path, {"rows": [object()]})
+    assert json.loads(path.read_text()) == {"rows": []}
+    assert os.listdir(tmp_path) == ["out.json"]
+
+
+def test_check_leaves_nothing(tmp_path: Path) -> None:
+    check_writable(tmp_path / "out.json")
+    assert os.listdir(tmp_path) == []
+
+
+def test_environment_is_json() -> None:
+    environment = describe_environment()
+    assert json.loads(json.dumps(environment)) == environment
+    assert environment["threads"] >= 1
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
+
+
+@pytest.fixture
+def job(smollm2: Path) -> dict[str, object]:
+    return BenchSettings.for_model(smollm2).worker_job("crush", Cell(64, 1))
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process exists and is more than an entry that its parent has not collected yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_death_of_a_worker_is_an_error_and_no_hang(job: dict[str, object]) -> None:
+    with worker("crush") as process:
+        process.ask(job)
+        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(WorkerError, match="worker of engine crush died, killed by SIGKILL"):
+            process.ask({"new_tokens": 4})
+
+
+def test_last_words_of_a_worker_are_told() -> None:
+    with worker("crush") as process, pytest.raises(WorkerError, match=r"engine crush failed: KeyError: 'engine'"):
+        process.ask({})
+
+
+def test_refusal_of_an_engine_is_bad_input(job: dict[str, object]) -> None:
+    with worker("genai") as process, pytest.raises(CrushError, match="openvino_genai can load"):
+        process.ask({**job, "engine": "genai", "properties": {"KV_CACHE_PRECISION": "u99"}})
+
+
+@needs_proc
+def test_forked_child_of_a_library_neither_blocks_nor_holds_the_pipes() -> None:
+    """Libraries fork with multiprocessing, whose children close sys.stdin: as OpenVINO's telemetry does."""
+    code = """
+import multiprocessing, sys, threading, time
+from queue import SimpleQueue
+from ov_kvcrush.bench import worker
+questions, answers = worker._take_pipes()
+threading.Thread(target=worker._read_lines, args=(questions, SimpleQueue()), daemon=True).start()
+time.sleep(0.3)
+child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+child.start()
+quick = multiprocessing.get_context("fork").Process(target=int)
+quick.start()
+quick.join(20)
+print(child.pid, quick.exitcode, file=answers, flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        child, exitcode = process.stdout.readline().split()
+        try:
+            assert exitcode == "0"
+            process.kill()
+            assert process.stdout.readline() == ""  # the end, while the forked child still runs
+            assert is_running(int(child))
+        finally:
+            os.kill(int(child), signal.SIGKILL)
+
+
+@needs_proc
+def test_worker_is_gone_after_the_block(job: dict[str, object]) -> None:
+    pids = []
+
+    def interrupted() -> None:
+        with worker("crush") as process:
+            process.ask(job)
+            pids.append(process.pid)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not is_running(pids[0])
+
+
+@pytest.fixture
+def running_bench(smollm2: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A bench that would take very long, in the middle of its first runs."""
+    code = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from ov_kvcrush.bench.cli import main; main()"
+    options = [str(smollm2), "--context", "64", "--runs", "100000", "--json", str(tmp_path / "out.json")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(sys.path), *options], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "run 2 of" in line:
+            break
+    yield process
+    process.kill()
+    process.wait()
+    process.stderr.close()
+
+
+@needs_proc
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_the_bench(
+    end: signal.Signals, running_bench: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    children = Path(f"/proc/{running_bench.pid}/task/{running_bench.pid}/children").read_text().split()
+    assert children
+    running_bench.send_signal(end)
+    code = running_bench.wait(30)
+    assert code == (130 if end == signal.SIGINT else -end)
+    for _ in range(300):
+        if not any(is_running(int(pid)) for pid in children):
+            break
+        time.sleep(0.1)
+    assert not any(is_running(int(pid)) for pid in children)
+    assert os.listdir(tmp_path) == []

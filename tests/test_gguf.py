@@ -1,0 +1,263 @@
+"""The GGUF reader believes no length, and a converted GGUF computes what its weights say."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_gguf import MERGED, ROPE_THETA, tiny_gguf
+from tiny_models import CONTEXT_LENGTH, HEAD_SIZE, HIDDEN_SIZE, NUM_HEADS, NUM_KV_HEADS, VOCAB_SIZE
+
+from ov_kvcrush import gguf_model
+from ov_kvcrush.errors import ModelError
+from ov_kvcrush.gguf_model import check_convertible, convert_gguf, gguf_model_info
+from ov_kvcrush.gguf_reader import TENSOR_TYPES, read_gguf_header
+from ov_kvcrush.model_info import ModelInfo
+
+
+@pytest.fixture(scope="module")
+def q8_gguf(tiny_hf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf"
+    tiny_gguf(path, tiny_hf("llama"), "Q8_0")
+    return path
+
+
+def ir_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
+    """Logits float32 (T, vocabulary) of one prompt, everything in float32."""
+    import openvino as ov
+
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    request = ov.Core().compile_model(folder / "openvino_model.xml", "CPU", exact).create_infer_request()
+    length = len(ids)
+    feed = {
+        "input_ids": ids[None],
+        "attention_mask": np.ones((1, length), np.int64),
+        "position_ids": np.arange(length)[None],
+        "beam_idx": np.zeros(1, np.int32),
+    }
+    logits: np.ndarray = request.infer(feed)["logits"][0]
+    return logits
+
+
+def test_block_sizes_are_those_of_the_format() -> None:
+    import gguf
+
+    for number, (name, per_block, block_bytes) in TENSOR_TYPES.items():
+        kind = gguf.GGMLQuantizationType(number)
+        assert (kind.name, gguf.GGML_QUANT_SIZES[kind]) == (name, (per_block, block_bytes))
+
+
+def test_reader_agrees_with_the_reference(q8_gguf: Path) -> None:
+    import gguf
+
+    header, reference = read_gguf_header(q8_gguf), gguf.GGUFReader(q8_gguf)
+    expected = {field.name: field.contents() for field in reference.fields.values() if "GGUF." not in field.name}
+    assert dict(header.metadata) == expected
+    assert {t.name: (t.tensor_type.name, tuple(t.shape), t.data_offset, t.n_bytes) for t in reference.tensors} == {
+        t.name: (t.type_name, t.dims, t.start, t.num_bytes) for t in header.tensors.values()
+    }
+
+
+def test_truncated_file_is_refused_with_both_numbers(q8_gguf: Path, tmp_path: Path) -> None:
+    whole = q8_gguf.read_bytes()
+    tensors = read_gguf_header(q8_gguf).tensors.values()
+    end = max(tensor.start + tensor.num_bytes for tensor in tensors)
+    start = min(tensor.start for tensor in tensors)
+    points = [*range(0, 200), *range(200, start, 997), *range(start, end, 4999), end - 1]
+    short = tmp_path / "short.gguf"
+    for length in points:
+        short.write_bytes(whole[:length])
+        with pytest.raises(ModelError) as caught:
+            read_gguf_header(short)
+        assert str(length) in str(caught.value)
+        if length >= start:
+            assert str(end) in str(caught.value)
+    short.write_bytes(whole[:end])
+    assert read_gguf_header(short).tensors
+
+
+def test_truncated_file_is_not_converted(q8_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = tmp_path / "short.gguf"
+    short.write_bytes(q8_gguf.read_bytes()[:-50])
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the converter was started")
+
+    monkeypatch.setattr(gguf_model, "run_genai_converter", fail)
+    with pytest.raises(ModelError, match="truncated"):
+        convert_gguf(short, tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["short.gguf"]
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_corrupted_header_never_crashes(q8_gguf: Path, tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    """Whatever bytes of the header change: ModelError, or a header whose tensors lie within the file."""
+    content = bytearray(q8_gguf.read_bytes())
+    start = min(tensor.start for tensor in read_gguf_header(q8_gguf).tensors.values())
+    # Lengths and counts sit all over the header: corrupt runs of bytes with the values that hurt most.
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, start - 8))
+        size = data.draw(st.sampled_from([1, 4, 8]))
+        content[at : at + size] = data.draw(
+            st.one_of(st.binary(min_size=size, max_size=size), st.sampled_from([b"\xff" * size, b"\0" * size]))
+        )
+    path = tmp_path_factory.getbasetemp() / "corrupt.gguf"
+    path.write_bytes(content)
+    try:
+        header = read_gguf_header(path)
+        for tensor in header.tensors.values():
+            assert 0 < tensor.start <= tensor.start + tensor.num_bytes <= len(content)
+        check_convertible(header, path)
+        gguf_model_info(header)
+    except ModelError:
+        pass
+
+
+@settings(max_examples=200, deadline=None)
+@given(tail=st.binary(max_size=300), counts=st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)))
+def test_random_bytes_never_crash(
+    tmp_path_factory: pytest.TempPathFactory, tail: bytes, counts: tuple[int, int]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "random.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + tail)
+    with suppress(ModelError):
+        assert len(read_gguf_header(path).tensors) == counts[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "at least 24 bytes"),
+        (b"PK\x03\x04" + bytes(40), "not a GGUF"),
+        (b"GGUF" + struct.pack("<IQQ", 1, 0, 0) + bytes(40), "version"),
+        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0) + bytes(40), "big-endian"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0) + bytes(40), "tensors"),
+    ],
+    ids=["empty", "zip", "version-1", "big-endian", "absurd-count"],
+)
+def test_what_is_no_gguf_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=words):
+        read_gguf_header(path)
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="readable"):
+        read_gguf_header(tmp_path / "none.gguf")
+
+
+def test_info_from_metadata(q8_gguf: Path) -> None:
+    info = gguf_model_info(read_gguf_header(q8_gguf))
+    assert (info.architecture, info.model_type, info.num_layers) == ("LlamaForCausalLM", "llama", 2)
+    assert (info.num_heads, info.num_kv_heads, info.k_head_size) == (NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE)
+    assert (info.hidden_size, info.vocab_size, info.context_length) == (HIDDEN_SIZE, VOCAB_SIZE, CONTEXT_LENGTH)
+    assert info.rope["theta"] == ROPE_THETA
+    assert info.weight_format == "gguf-Q8_0"
+
+
+# Q4_1 has float16 zero points, and F16 weights are multiplied in less than float32 by the plugin; the rest is exact.
+@pytest.mark.parametrize(
+    ("kind", "weight_type", "tolerance"),
+    [
+        ("llama", "Q8_0", 1e-3),
+        ("llama", "Q4_0", 1e-3),
+        ("llama", "Q4_1", 0.2),
+        ("llama", "F16", 0.2),
+        ("qwen2", "Q8_0", 1e-3),
+        ("qwen3", "Q4_0", 1e-3),
+    ],
+)
+def test_converted_model_computes_what_the_file_says(
+    tiny_hf: Callable[[str], Path], tmp_path: Path, kind: str, weight_type: str, tolerance: float
+) -> None:
+    import torch
+
+    path, out = tmp_path / "m.gguf", tmp_path / "out"
+    model = tiny_gguf(path, tiny_hf(kind), weight_type)
+    model.config.rope_parameters["rope_theta"] = ROPE_THETA
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    stages: list[str] = []
+    info = convert_gguf(path, out, stage=stages.append)
+    assert ModelInfo.read(out) == info
+    assert "building the OpenVINO model" in stages
+    assert not list(out.glob("*.gguf"))
+    assert {file.name for file in tmp_path.iterdir()} == {"m.gguf", "out"}
+    ids = np.arange(40, 90)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids[None])).logits[0].numpy()
+    assert np.abs(ir_logits(out, ids) - expected).max() <= tolerance
+
+
+def test_converted_folder_chats_in_stock_genai(q8_gguf: Path, tmp_path: Path) -> None:
+    import openvino_genai
+
+    out = tmp_path / "out"
+    convert_gguf(q8_gguf, out)
+    pipeline = openvino_genai.LLMPipeline(out, "CPU")
+    tokenizer = pipeline.get_tokenizer()
+    assert tokenizer.get_eos_token_id() == 257
+    assert tokenizer.encode(MERGED).input_ids.data.tolist() == [[260]]
+    assert "<|start|>user\nhello<|end|>" in tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], True)
+    result = pipeline.generate(["hello"], max_new_tokens=4, ignore_eos=True)
+    assert result.perf_metrics.get_num_generated_tokens() == 4
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 257
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "architecture": ({"general__architecture": "gemma2"}, "general.architecture"),
+    "experts": ({"llama__expert_count": 8}, "expert_count"),
+    "scaled rope": ({"llama__rope__scaling__type": "yarn"}, "RoPE"),
+    "partial rope": ({"llama__rope__dimension_count": 16}, "dimension_count"),
+    "split": ({"split__count": 2}, "split.count"),
+    "tokenizer model": ({"tokenizer__ggml__model": "llama"}, "tokenizer.ggml.model"),
+    "pre-tokenizer": ({"tokenizer__ggml__pre": "unheard-of"}, "tokenizer.ggml.pre"),
+    "no tokens": ({"tokenizer__ggml__tokens": None}, "tokenizer.ggml.tokens"),
+    "eos outside": ({"tokenizer__ggml__eos_token_id": 5000}, "eos_token_id"),
+    "no layers": ({"llama__block_count": None}, "num_hidden_layers"),
+    "no heads": ({"llama__attention__head_count": None}, "num_attention_heads"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_converter_cannot_do_is_refused(tiny_hf: Callable[[str], Path], tmp_path: Path, case: str) -> None:
+    changes, words = REFUSED[case]
+    path = tmp_path / "m.gguf"
+    tiny_gguf(path, tiny_hf("llama"), "F16", **changes)
+    with pytest.raises(ModelError, match=words):
+        convert_gguf(path, tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_weight_type_of_no_use_is_refused(tiny_hf: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    tiny_gguf(path, tiny_hf("llama"), "Q5_0")
+    with pytest.raises(ModelError, match=r"must be of type .*, got Q5_0"):
+        convert_gguf(path, tmp_path / "out")
+
+
+def test_converter_failure_is_told_and_leaves_nothing(
+    q8_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_model, "_CONVERT", "import os, sys; print('it broke', file=sys.stderr); os.abort()")
+    with pytest.raises(ModelError, match="it broke"):
+        convert_gguf(q8_gguf, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_target_that_is_not_empty_is_kept(q8_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(ModelError, match="empty"):
+        convert_gguf(q8_gguf, tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    assert len(list(tmp_path.iterdir())) == 1

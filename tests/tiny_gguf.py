@@ -1,0 +1,101 @@
+"""Tiny GGUF files made from the tiny random models, with the package `gguf` (which the runtime does without)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tiny_models import CHAT_TEMPLATE, VOCAB_SIZE, tiny_tokenizer
+
+FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8}
+ROPE_THETA = 50000.0
+MERGED = "th"  # openvino_genai wants at least one merge; its token is the first id after the special ones
+
+
+def tiny_gguf(path: Path, hf_folder: Path, weight_type: str = "F16", **metadata: Any) -> Any:
+    """Write the model of `hf_folder` (llama, qwen2 or qwen3) as a GGUF and return it with the weights of the file.
+
+    weight_type: one of FILE_TYPES, for all matrices; vectors are float32. metadata: extra keys, or None to leave a
+    usual key out (dots are written as double underscores).
+    """
+    import gguf
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf_folder)
+    config, kind = model.config, gguf.GGMLQuantizationType[weight_type]
+    arch = config.model_type
+    writer = gguf.GGUFWriter(path, arch)
+    _write_shape(writer, config, FILE_TYPES[weight_type])
+    _write_tokenizer(writer)
+    for name, value in metadata.items():
+        key = name.replace("__", ".")
+        if value is None:
+            del writer.kv_data[0][key]
+        else:
+            writer.kv_data[0].pop(key, None)
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            base, suffix = name.rsplit(".", 1)
+            target = f"{names.get_name(base)}.{suffix}"
+            values = weight.numpy()
+            if values.ndim == 1:
+                writer.add_tensor(target, values)
+                continue
+            if arch == "llama" and base.endswith(("q_proj", "k_proj")):
+                heads = config.num_attention_heads if base.endswith("q_proj") else config.num_key_value_heads
+                stored = gguf.quantize(_interleave(values, heads), kind)
+            else:
+                stored = gguf.quantize(values, kind)
+            writer.add_tensor(target, stored, raw_dtype=kind)
+            # Blocks lie within rows, so that quantising and reordering rows commute.
+            weight.copy_(torch.from_numpy(gguf.dequantize(gguf.quantize(values, kind), kind).copy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def _write_shape(writer: Any, config: Any, file_type: int) -> None:
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
+    writer.add_rope_freq_base(ROPE_THETA)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(file_type)
+
+
+def _write_tokenizer(writer: Any) -> None:
+    ids = tiny_tokenizer().get_vocab()
+    tokens = [f"<unused{i}>" for i in range(VOCAB_SIZE)]
+    kinds = [3] * VOCAB_SIZE  # 3: control, 1: normal
+    for token, index in ids.items():
+        tokens[index] = token
+        kinds[index] = 3 if index >= 256 else 1
+    tokens[len(ids)], kinds[len(ids)] = MERGED, 1
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(MERGED)])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    writer.add_pad_token_id(257)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Order rows as llama.cpp's rotary positions want them: pairs (i, i + half) become neighbours."""
+    half = weight.shape[0] // heads // 2
+    return weight.reshape(heads, 2, half, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
