@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import openvino_genai as ov_genai
 
-from ov_kvcrush.results import GenerationOutput, PipelineMetrics, RequestStats
+from ov_kvcrush.results import GenerationOutput, PipelineMetrics, RequestStats, StepSeconds
 
 
 class Handle(Protocol):
@@ -48,6 +48,4 @@ class Backend(Protocol):
 
     def metrics(self) -> PipelineMetrics: ...
 
-    def last_step_seconds(self) -> tuple[float, float]:
-        """Inference and sampling of the last step; zeros where the engine does not tell."""
-        ...
+    def last_step(self) -> StepSeconds: ...

@@ -16,7 +16,7 @@ from ov_kvcrush.config import SchedulerConfig
 from ov_kvcrush.engine.sampling_params import SamplingParams
 from ov_kvcrush.errors import CrushError, ModelError, RequestError, nearest
 from ov_kvcrush.graph.load import check_device
-from ov_kvcrush.results import GenerationOutput, PipelineMetrics, RequestStats
+from ov_kvcrush.results import GenerationOutput, PipelineMetrics, RequestStats, StepSeconds
 
 Status = ov_genai.GenerationStatus
 FinishReason = ov_genai.GenerationFinishReason
@@ -174,9 +174,9 @@ class GenaiBackend:
     def drop_kept_kv(self) -> None:
         """Nothing to do: openvino_genai drops kept prefixes itself when it needs their memory."""
 
-    def last_step_seconds(self) -> tuple[float, float]:
-        """openvino_genai does not tell."""
-        return 0.0, 0.0
+    def last_step(self) -> StepSeconds:
+        """Zeros: openvino_genai does not tell."""
+        return StepSeconds(0.0, 0.0, 0.0)
 
     def metrics(self) -> PipelineMetrics:
         """openvino_genai's figures; it does not tell blocks and preemptions."""

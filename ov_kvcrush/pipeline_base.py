@@ -15,7 +15,7 @@ from ov_kvcrush.engine.sampling_params import make_generation_config
 from ov_kvcrush.errors import ModelError
 from ov_kvcrush.graph.load import check_model_folder
 from ov_kvcrush.prompts import PromptEncoder
-from ov_kvcrush.results import GenerationOutput, PerfMetrics, PipelineMetrics
+from ov_kvcrush.results import GenerationOutput, PerfMetrics, PipelineMetrics, StepSeconds
 from ov_kvcrush.streaming import Streamer, make_sink, pump
 
 
@@ -58,6 +58,10 @@ class PipelineBase:
         """Requests, cache usage and bytes after the last step."""
         return self._backend.metrics()
 
+    def get_last_step(self) -> StepSeconds:
+        """What the last step took; zeros with engine="genai", which does not tell."""
+        return self._backend.last_step()
+
     def stop(self) -> None:
         """End the running `generate` after its step; it returns what there is. For other threads or signal handlers."""
         for handle in self._active:
@@ -86,9 +90,8 @@ class PipelineBase:
             self._active = handles
             while any(handle.get_status() == ov_genai.GenerationStatus.RUNNING for handle in handles):
                 self._backend.step()
-                infer_s, sampling_s = self._backend.last_step_seconds()
-                metrics.inference_s.append(infer_s)
-                metrics.sampling_s.append(sampling_s)
+                metrics.inference_s.append(self._backend.last_step().inference)
+                metrics.sampling_s.append(self._backend.last_step().sampling)
                 if sink:
                     pump(handles[0], sink)
             if sink:

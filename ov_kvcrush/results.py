@@ -115,6 +115,14 @@ class GenerationOutput:
     text: str | None = None
 
 
+class StepSeconds(NamedTuple):
+    """What one step took: the inference, sampling, and everything but the inference (planning, inputs, sampling)."""
+
+    inference: float
+    sampling: float
+    overhead: float
+
+
 @dataclass(frozen=True)
 class RequestStats:
     """What a request took. Moments are seconds of time.perf_counter; token_times has one list per sequence."""

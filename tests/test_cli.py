@@ -310,6 +310,7 @@ MESSAGES = {
     "continued": (["a\\", "b \\", "", "left"], Message("a\nb \n", may_be_command=False)),
     "block": (['"""', "a", "", "b\\", '  """ ', "left"], Message("a\n\nb\\", may_be_command=False)),
     "block ended by Ctrl-D": (['"""', "a"], Message("a", may_be_command=False)),
+    "pasted lines": (["/help\nme", "left"], Message("/help\nme", may_be_command=False)),
     "quotes inside a line": (['"""a"""', "left"], Message('"""a"""')),
 }
 

@@ -153,7 +153,7 @@ def test_options_of_int4_reach_the_weights(tiny_ir: Build, tmp_path: Path) -> No
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"weight_format": "int5"}, "weight_format.*did you mean 'int"),
-    ({"weight_format": "float16"}, "weight_format.*did you mean 'fp16"),
+    ({"weight_format": "fp-16"}, "weight_format.*did you mean 'fp16"),
     ({"weight_format": "int8", "group_size": 64}, "group_size"),
     ({"weight_format": "fp32", "sym": True}, "sym"),
     ({"weight_format": "int4", "ratio": 0.0}, "ratio"),

@@ -33,15 +33,11 @@ class CrushUnderTest:
     def __init__(self, job: dict[str, Any]) -> None:
         from ov_kvcrush.cb_pipeline import ContinuousBatchingPipeline
         from ov_kvcrush.config import SchedulerConfig
-        from ov_kvcrush.engine.engine import Engine
 
         scheduler = SchedulerConfig(**{name: job[name] for name in _SCHEDULER_FIELDS})
         self._pipeline = ContinuousBatchingPipeline(
             job["model"], scheduler, "CPU", job["properties"], engine=job["engine"]
         )
-        backend = self._pipeline._backend
-        assert isinstance(backend, Engine)
-        self._times = backend.times
 
     def add(self, request_id: int, ids: np.ndarray, new_tokens: int) -> MeasuredHandle:
         return self._pipeline.add_request(request_id, ov.Tensor(ids[None]), _greedy(new_tokens))
@@ -56,7 +52,7 @@ class CrushUnderTest:
         return self._pipeline.get_metrics().kv_cache_size_in_bytes
 
     def last_overhead_s(self) -> float | None:
-        return self._times.last_overhead_s
+        return self._pipeline.get_last_step().overhead
 
 
 class GenaiUnderTest:

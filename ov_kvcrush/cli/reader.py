@@ -21,8 +21,8 @@ class Message:
 class MessageReader:
     """Reads one message after the other, with line editing and recall where Python has readline.
 
-    A line that ends with a backslash goes on in the next one; lines between two lines of triple quotes, and lines pasted
-    together, are one message.
+    A line that ends with a backslash goes on in the next one. Lines between two lines of triple quotes are one message,
+    and so are lines that are pasted together.
     """
 
     def __init__(self) -> None:

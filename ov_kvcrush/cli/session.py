@@ -89,7 +89,9 @@ class Session:
             writer.end()
             self._turns.append(turn)
         if turn.finish_reason == "interrupted":
-            self._messages.note("[stopped]" if turn.text else "[stopped before the answer began]")
+            self._messages.note(
+                "[stopped]" if turn.text else "[stopped before the answer began; the question is not kept]"
+            )
         elif turn.finish_reason == "length":
             self._messages.note(length_note(turn))
         if self._show_stats:
@@ -104,6 +106,7 @@ class Session:
             {
                 "\\ at the end of a line": "the message goes on in the next line",
                 FENCE: f"on a line of its own: a message of many lines, up to the next {FENCE}",
+                "pasted lines": "one message",
                 "a space before /": "a message that begins with / but is no command",
                 "Ctrl-C": "stop the answer; what was said so far stays in the conversation",
             },

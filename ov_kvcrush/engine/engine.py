@@ -7,7 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 import openvino_genai as ov_genai
@@ -23,26 +22,11 @@ from ov_kvcrush.engine.sampling_params import SamplingParams, refuse_unsupported
 from ov_kvcrush.engine.scheduler import Scheduler, StepPlan
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.graph.load import LoadedModel
-from ov_kvcrush.results import GenerationOutput, PipelineMetrics
+from ov_kvcrush.results import GenerationOutput, PipelineMetrics, StepSeconds
 
 _log = logging.getLogger(__name__)
 
 Decode = Callable[[list[int]], str]
-
-
-@dataclass
-class StepTimes:
-    """Seconds of the steps since the engine was built, and of the last one."""
-
-    num_steps: int = 0
-    infer_s: float = 0.0
-    overhead_s: float = 0.0  # everything but infer(): planning, input tensors, sampling, bookkeeping
-    last_infer_s: float = 0.0
-    last_sampling_s: float = 0.0
-    last_overhead_s: float = 0.0
-    cache_usage_sum: float = 0.0
-    max_cache_usage: float = 0.0
-    last_num_rows: int = field(default=0)
 
 
 class Engine:
@@ -68,7 +52,10 @@ class Engine:
         self._handles: dict[int, GenerationHandle] = {}
         self._lock = threading.RLock()
         self._add_lock = threading.Lock()
-        self.times = StepTimes()
+        self._num_steps = 0
+        self._usage_sum = 0.0
+        self._max_usage = 0.0
+        self._last_step = StepSeconds(0.0, 0.0, 0.0)
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
@@ -95,17 +82,17 @@ class Engine:
             requests=len(self._handles),
             scheduled_requests=len({s.request.request_id for s in self.scheduler.running}),
             cache_usage=100 * used / capacity,
-            max_cache_usage=self.times.max_cache_usage,
-            avg_cache_usage=self.times.cache_usage_sum / max(self.times.num_steps, 1),
+            max_cache_usage=self._max_usage,
+            avg_cache_usage=self._usage_sum / max(self._num_steps, 1),
             kv_cache_size_in_bytes=used * self.cache.bytes_per_block,
             cache_size_in_bytes=self.cache.capacity_bytes,
             num_used_blocks=used,
             num_preemptions=self.scheduler.num_preemptions,
         )
 
-    def last_step_seconds(self) -> tuple[float, float]:
-        """Inference and sampling of the last step, in seconds."""
-        return self.times.last_infer_s, self.times.last_sampling_s
+    def last_step(self) -> StepSeconds:
+        """What the last step took."""
+        return self._last_step
 
     # -- adding ------------------------------------------------------------------------------------------------------
 
@@ -209,7 +196,7 @@ class Engine:
         logits = self._runner.infer()
         infer_end = time.perf_counter()
         sampling_s = self._commit(plan, logits)
-        self._measure(plan, start, infer_start, infer_end, sampling_s)
+        self._measure(start, infer_start, infer_end, sampling_s)
 
     def _commit(self, plan: StepPlan, logits: np.ndarray) -> float:
         """Note what is cached now, choose tokens, end what is complete. Returns the seconds taken by sampling."""
@@ -287,18 +274,13 @@ class Engine:
                     sequence.finish_reason = FinishReason.STOP
             self._end(request, Status.CANCEL)
 
-    def _measure(self, plan: StepPlan, start: float, infer_start: float, infer_end: float, sampling_s: float) -> None:
-        times = self.times
-        times.num_steps += 1
-        times.last_num_rows = len(plan.rows)
-        times.last_infer_s = infer_end - infer_start
-        times.last_sampling_s = sampling_s
+    def _measure(self, start: float, infer_start: float, infer_end: float, sampling_s: float) -> None:
         usage = 100 * self.pool.num_used / self.pool.num_blocks
-        times.cache_usage_sum += usage
-        times.max_cache_usage = max(times.max_cache_usage, usage)
-        times.last_overhead_s = time.perf_counter() - start - times.last_infer_s
-        times.infer_s += times.last_infer_s
-        times.overhead_s += times.last_overhead_s
+        self._num_steps += 1
+        self._usage_sum += usage
+        self._max_usage = max(self._max_usage, usage)
+        inference = infer_end - infer_start
+        self._last_step = StepSeconds(inference, sampling_s, time.perf_counter() - start - inference)
 
 
 def finish_reason(sequence: Sequence, token: int) -> ov_genai.GenerationFinishReason:

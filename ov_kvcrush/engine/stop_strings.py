@@ -19,7 +19,7 @@ class StopStringTracker:
         self._decode = decode
         self._ids: list[int] = []
         # Tokens before `_window_start` are settled; those up to `_window_end` have their text in `text` already.
-        # Decoding only the window keeps the cost of a token constant; its first part is the context that spaces depend on.
+        # Decoding only the window keeps the cost of a token constant; its first part is context for the spaces.
         self._window_start = 0
         self._window_end = 0
         self.text = ""
