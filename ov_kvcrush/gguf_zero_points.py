@@ -1,12 +1,14 @@
-"""Exact zero points for Q4_1 weights, which openvino_genai's GGUF converter rounds to 4 bits.
+"""Exact zero points for Q4_1 and Q4_K weights, which openvino_genai's GGUF converter rounds to 4 bits.
 
-A Q4_1 block means `scale * q + minimum`; the converter stores `scale * (q - zero)`, `zero = -minimum / scale` rounded
-to a whole number. With exact zero points SmolLM2-135M keeps its perplexity (11.5 on a paragraph; 14.8 with rounded
-ones) at the same speed and 5% more bytes.
+Their groups of 32 mean `scale * q - minimum`; the converter stores `scale * (q - zero)` with `zero = minimum / scale`
+rounded to a whole number. With exact zero points SmolLM2-135M (Q4_1) keeps its perplexity (11.5 on a paragraph; 14.8
+with rounded ones) at the same speed and 5% more bytes.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,20 @@ import numpy as np
 
 from ov_kvcrush.gguf_reader import GgufHeader, GgufTensor
 
-BLOCK, BLOCK_BYTES = 32, 20
+GROUP = 32
 XML = "openvino_model.xml"
+
+# 4-bit values uint8 (rows, groups, 32); scales and minima float32 (rows, groups)
+Decoded = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def restore_zero_points(header: GgufHeader, gguf: Path, folder: Path) -> int:
-    """Give the Q4_1 weights of the model in `folder` exact float16 zero points; return how many matrices changed.
+    """Give the Q4_1 and Q4_K weights of the model in `folder` exact float16 zero points; return how many were changed.
 
     Rows are recognised by their content, because the converter reorders those of queries and keys. A matrix that is
     not recognised whole stays as the converter made it.
     """
-    tensors = [tensor for tensor in header.tensors.values() if tensor.type_name == "Q4_1"]
+    tensors = [tensor for tensor in header.tensors.values() if tensor.type_name in DECODERS]
     if not tensors:
         return 0
     import openvino as ov
@@ -47,18 +52,47 @@ def _zeros_by_row(tensors: list[GgufTensor], gguf: Path) -> dict[bytes, np.ndarr
     """Map a row's packed 4-bit values and float16 scales to its zero points, float16 (groups,)."""
     data = np.memmap(gguf, np.uint8, "r")
     zeros: dict[bytes, np.ndarray] = {}
+    limit = np.finfo(np.float16).max
     for tensor in tensors:
-        # A block: scale and minimum (float16), then 16 bytes: values 0..15 in the low halves, 16..31 in the high ones.
-        rows = data[tensor.start : tensor.start + tensor.num_bytes].reshape(-1, tensor.dims[0] // BLOCK, BLOCK_BYTES)
-        scale, minimum = (np.ascontiguousarray(rows[:, :, i : i + 2]).view(np.float16)[:, :, 0] for i in (0, 2))
-        values = np.concatenate([rows[:, :, 4:] & 15, rows[:, :, 4:] >> 4], axis=-1)
-        packed = (values[:, :, 0::2] | values[:, :, 1::2] << 4).reshape(len(rows), -1)
+        num_rows = math.prod(tensor.dims[1:])
+        rows = data[tensor.start : tensor.start + tensor.num_bytes].reshape(num_rows, -1)
+        values, scale, minimum = DECODERS[tensor.type_name](rows)
         zero = np.zeros(scale.shape, np.float32)
-        np.divide(-minimum.astype(np.float32), scale, out=zero, where=scale != 0, dtype=np.float32)
-        limit = np.finfo(np.float16).max
+        np.divide(minimum, scale, out=zero, where=scale != 0)
+        packed = (values[:, :, 0::2] | values[:, :, 1::2] << 4).reshape(num_rows, -1)
+        stored = scale.astype(np.float16)
         for index, row in enumerate(np.clip(zero, -limit, limit).astype(np.float16)):
-            zeros[packed[index].tobytes() + scale[index].tobytes()] = row
+            zeros[packed[index].tobytes() + stored[index].tobytes()] = row
     return zeros
+
+
+def _decode_q4_1(rows: np.ndarray) -> Decoded:
+    """Blocks of 32: scale and minimum (float16), 16 bytes: values 0..15 in the low halves, 16..31 in the high ones."""
+    blocks = rows.reshape(len(rows), -1, 20)
+    values = np.concatenate([blocks[:, :, 4:] & 15, blocks[:, :, 4:] >> 4], axis=-1)
+    return values, _halves(blocks[:, :, 0:2]), -_halves(blocks[:, :, 2:4])
+
+
+def _decode_q4_k(rows: np.ndarray) -> Decoded:
+    """Blocks of 256: two float16, which multiply the 6-bit scales and minima of 8 groups (12 bytes), 128 bytes."""
+    blocks = rows.reshape(len(rows), -1, 144)
+    low, high, mixed = blocks[:, :, 4:8], blocks[:, :, 8:12], blocks[:, :, 12:16]
+    scale = np.concatenate([low & 63, (mixed & 15) | (low >> 6) << 4], axis=-1)
+    minimum = np.concatenate([high & 63, (mixed >> 4) | (high >> 6) << 4], axis=-1)
+    quarters = blocks[:, :, 16:].reshape(len(rows), -1, 4, 1, GROUP)
+    values = np.concatenate([quarters & 15, quarters >> 4], axis=3).reshape(len(rows), -1, GROUP)
+    scale = _halves(blocks[:, :, 0:2])[:, :, None] * scale
+    minimum = _halves(blocks[:, :, 2:4])[:, :, None] * minimum
+    return values, scale.reshape(len(rows), -1), minimum.reshape(len(rows), -1)
+
+
+def _halves(pairs: np.ndarray) -> np.ndarray:
+    """Bytes (rows, blocks, 2) as float16 numbers, widened to float32 (rows, blocks)."""
+    return np.ascontiguousarray(pairs).view(np.float16)[:, :, 0].astype(np.float32)
+
+
+# Type name -> decoder of its rows, uint8 (rows, bytes per row).
+DECODERS: dict[str, Callable[[np.ndarray], Decoded]] = {"Q4_1": _decode_q4_1, "Q4_K": _decode_q4_k}
 
 
 def _restore(subtract: Any, zeros: dict[bytes, np.ndarray]) -> bool:
@@ -75,7 +109,7 @@ def _restore(subtract: Any, zeros: dict[bytes, np.ndarray]) -> bool:
         return False
     num_rows, groups, size = weights.shape
     scale = scales.data
-    if size != BLOCK or scale.dtype != np.float16 or scale.size != num_rows * groups:
+    if size != GROUP or scale.dtype != np.float16 or scale.size != num_rows * groups:
         return False
     packed = weights.data.view(np.uint8).reshape(num_rows, -1)
     scale = scale.reshape(num_rows, groups)

@@ -21,9 +21,7 @@ def main() -> None:
 
     pipe = ContinuousBatchingPipeline(args.model)
     tokenizer = pipe.get_tokenizer()
-    waiting = list(enumerate(PROMPTS))
-    running = {}
-    step = 0
+    waiting, running, step = list(enumerate(PROMPTS)), {}, 0
     while waiting or pipe.has_non_finished_requests():
         if waiting and step % max(args.every, 1) == 0:
             request_id, prompt = waiting.pop(0)

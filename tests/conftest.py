@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from tiny_models import tiny_model
 
 from model_export import export_model
 from ov_kvcrush.default_model import default_model_path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test asks the hub for anything
 
 
 @pytest.fixture(scope="session")

@@ -134,7 +134,7 @@ def run_in_process(*arguments: str, stdin: bytes = b"") -> int:
 
 BAD_ARGUMENTS = {
     "unknown option": (["--promt", "x"], "--prompt"),
-    "not a number": (["--max-new-tokens", "abc"], "abc"),
+    "not a number": (["--max-new-tokens", "abc"], "--max-new-tokens"),
     "no tokens": (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
     "negative tokens": (["--prompt", "x", "--max-new-tokens", "-3"], "max_new_tokens must be at least 1, got -3"),
     "far too many tokens": (["--prompt", "x", "--max-new-tokens", "9" * 30], "max_new_tokens must be"),
@@ -354,7 +354,7 @@ def test_only_a_slash_and_a_word_is_a_command(
 
 # -- at a terminal -----------------------------------------------------------------------------------------------------
 
-PROMPT = r"(^|\n)(\x1b\[\?2004h)?> $"  # at the end of what is on the screen; with what switches bracketed paste on
+PROMPT = r"(^|\n)(\x1b\[\?2004[hl])*> $"  # the last thing on the screen; the codes switch bracketed paste
 # A session leader without a terminal takes the one that it opens; then the command takes its place.
 TAKE_TERMINAL = "import os, sys; os.open(os.ttyname(0), os.O_RDWR); os.execv(sys.executable, ['python', *sys.argv[1:]])"
 

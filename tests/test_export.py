@@ -234,8 +234,7 @@ def test_incomplete_source_is_refused(llama_copy: Path, tmp_path: Path, case: st
 
 
 @pytest.mark.usefixtures("no_heavy_work")
-def test_what_is_no_source_is_refused(tiny_ir: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_what_is_no_source_is_refused(tiny_ir: Build, tmp_path: Path) -> None:
     (tmp_path / "file.txt").write_text("hello")
     (tmp_path / "bare").mkdir()
     shutil.copy(tiny_ir("llama") / "openvino_model.xml", tmp_path / "bare")

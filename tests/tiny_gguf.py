@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tiny_models import CHAT_TEMPLATE, VOCAB_SIZE, tiny_tokenizer
 
-FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8}
+FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 15}
 ROPE_THETA = 50000.0
 MERGED = "th"  # openvino_genai wants at least one merge; its token is the first id after the special ones
 
@@ -47,12 +47,12 @@ def tiny_gguf(path: Path, hf_folder: Path, weight_type: str = "F16", **metadata:
                 continue
             if arch == "llama" and base.endswith(("q_proj", "k_proj")):
                 heads = config.num_attention_heads if base.endswith("q_proj") else config.num_key_value_heads
-                stored = gguf.quantize(_interleave(values, heads), kind)
+                stored = _quantize(_interleave(values, heads), kind)
             else:
-                stored = gguf.quantize(values, kind)
+                stored = _quantize(values, kind)
             writer.add_tensor(target, stored, raw_dtype=kind)
             # Blocks lie within rows, so that quantising and reordering rows commute.
-            weight.copy_(torch.from_numpy(gguf.dequantize(gguf.quantize(values, kind), kind).copy()))
+            weight.copy_(torch.from_numpy(gguf.dequantize(_quantize(values, kind), kind).copy()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -93,6 +93,34 @@ def _write_tokenizer(writer: Any) -> None:
     writer.add_eos_token_id(257)
     writer.add_pad_token_id(257)
     writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _quantize(values: np.ndarray, kind: Any) -> np.ndarray:
+    """As gguf.quantize, which cannot write Q4_K: that is done here in the plainest way."""
+    import gguf
+
+    if kind.name != "Q4_K":
+        return np.asarray(gguf.quantize(values, kind))
+    groups = values.reshape(len(values), -1, 8, 32)
+    lowest = np.minimum(groups.min(-1), 0)
+    step = (groups.max(-1) - lowest) / 15
+
+    def six_bits(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        unit = (x.max(-1, keepdims=True) / 63).astype(np.float16)
+        return unit, np.round(x / unit).clip(0, 63).astype(np.uint8)
+
+    (unit, scale), (low_unit, low) = six_bits(step), six_bits(-lowest)
+    shifted = groups + (low_unit.astype(np.float32) * low)[..., None]
+    q = np.round(shifted / (unit.astype(np.float32) * scale)[..., None]).clip(0, 15).astype(np.uint8)
+    parts = [
+        unit.view(np.uint8),
+        low_unit.view(np.uint8),
+        scale[..., :4] | scale[..., 4:] >> 4 << 6,
+        low[..., :4] | low[..., 4:] >> 4 << 6,
+        scale[..., 4:] & 15 | (low[..., 4:] & 15) << 4,
+        (q[..., 0::2, :] | q[..., 1::2, :] << 4).reshape(*q.shape[:2], 128),
+    ]
+    return np.concatenate(parts, axis=-1).reshape(len(values), -1)
 
 
 def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:

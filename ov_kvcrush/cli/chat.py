@@ -101,7 +101,7 @@ def run(arguments: list[str]) -> int:
         # Usage errors have no base class that all versions of typer export; this method is theirs alone.
         if not hasattr(error, "format_message"):
             raise
-        messages.error(f"{error.format_message()} See ov_kvcrush-chat --help")
+        messages.error(f"{error.format_message().rstrip('.')}; see ov_kvcrush-chat --help")
         return BAD_INPUT
 
 
