@@ -21,21 +21,37 @@ def is_hub_id(name: str) -> bool:
 
 def fetch(name: str, say: Callable[[str], None]) -> Path:
     """Return the local folder of a hub model, fetching what is not cached; ExportError with the hub's words."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
     say(f"fetching {name}")
+    config = read_json_object(_ask(name, _fetch_config))
+    reason = unsupported_reason(config or {})
+    if reason:
+        raise ExportError(f"SOURCE must be a model that the engine can run, got {name}: {reason}")
+    return _ask(name, _fetch_all)
+
+
+def _fetch_config(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name, "config.json"))
+
+
+def _fetch_all(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(name, allow_patterns=PATTERNS))
+    if not list(folder.glob("*.safetensors")):  # only then the older format: many models hold both
+        folder = Path(snapshot_download(name, allow_patterns=[*PATTERNS, "pytorch_model*"]))
+    return folder
+
+
+def _ask(name: str, question: Callable[[str], Path]) -> Path:
     try:
-        config = read_json_object(Path(hf_hub_download(name, "config.json")))
-        reason = unsupported_reason(config or {})
-        if reason:
-            raise ExportError(f"SOURCE must be a model that the engine can run, got {name}: {reason}")
-        folder = Path(snapshot_download(name, allow_patterns=PATTERNS))
-        if not list(folder.glob("*.safetensors")):  # only then the older format: many models hold both
-            folder = Path(snapshot_download(name, allow_patterns=[*PATTERNS, "pytorch_model*"]))
-        return folder
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        words = str(error).strip().splitlines()
+        return question(name)
+    except Exception as error:  # the hub's client lets errors of the layers below through as they are
+        root: BaseException = error
+        while root.__context__ is not None:
+            root = root.__context__
+        words = (str(root).strip() or type(root).__name__).splitlines()[0]
         raise ExportError(
-            f"SOURCE must be a folder that exists or a reachable hub model, got {name}: {words[0] if words else error}"
-        ) from None
+            f"SOURCE must be a folder that exists or a reachable hub model, got {name}: {words}"
+        ) from error

@@ -13,7 +13,7 @@ from ov_kvcrush.backend import Handle
 from ov_kvcrush.chat import ConversationTokens
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipeline_base import PipelineBase
-from ov_kvcrush.prompts import rows_of
+from ov_kvcrush.prompts import check_text, rows_of
 from ov_kvcrush.results import DecodedResults, EncodedResults, PerfMetrics
 from ov_kvcrush.streaming import Streamer
 
@@ -131,8 +131,7 @@ class LLMPipeline(PipelineBase):
     ) -> Any:
         """One turn of start_chat's conversation. A turn that fails or is cancelled leaves the history as it was."""
         assert self._history is not None
-        if not text:
-            raise RequestError("prompt must have at least one token, got an empty text")
+        check_text(text)
         self._history.append({"role": "user", "content": text})
         try:
             results, status = self._generate_turn(self._history, config, streamer, metrics)

@@ -231,7 +231,7 @@ def _check_rope(name: str, rope: object) -> None:
     if rope["type"] == "none":
         return
     theta, fraction = rope.get("theta"), rope.get("rotary_fraction")
-    if not 0 < _number(theta):
+    if not _number(theta) > 0:
         raise ModelError(f"{name}.theta must be a number above 0, got {theta!r}")
     if not 0 < _number(fraction) <= 1:
         raise ModelError(f"{name}.rotary_fraction must be in (0, 1], got {fraction!r}")

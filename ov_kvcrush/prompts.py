@@ -12,34 +12,64 @@ import openvino_genai as ov_genai
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.results import PerfMetrics
 
+_SHORTEST_LIMIT = 128  # tokens; no tokenizer of an LLM cuts below
+_MORE_TEXT = " and so on"
+
+
+def check_text(text: Any) -> None:
+    """Raise RequestError unless `text` is a string with something in it that can be encoded."""
+    if not isinstance(text, str):
+        raise RequestError(f"prompt must be a string, got {type(text).__name__}")
+    if not text:
+        raise RequestError("prompt must have at least one token, got an empty text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError("prompt must be valid Unicode, got a text with lone surrogates") from None
+
 
 class PromptEncoder:
     """Chat template and tokenizer, with the time they take noted in the metrics of the call."""
 
     def __init__(self, tokenizer: ov_genai.Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._longest = 0  # tokens of the longest prompt so far that was not cut
 
     def encode(self, text: str, metrics: PerfMetrics, add_special_tokens: bool = True) -> np.ndarray:
         """Tokens int64 (S,) of a text as it is. Raises RequestError if there are none."""
-        if not isinstance(text, str):
-            raise RequestError(f"prompt must be a string, got {type(text).__name__}")
-        if not text:
-            raise RequestError("prompt must have at least one token, got an empty text")
+        check_text(text)
         start = time.perf_counter()
-        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).input_ids.data.reshape(-1).copy()
+        ids = self._encode(text, add_special_tokens)
+        if len(ids) > self._longest:
+            # A tokenizer may cut long texts without a word; then more text gives no more tokens.
+            if len(ids) >= _SHORTEST_LIMIT and len(self._encode(text + _MORE_TEXT, add_special_tokens)) == len(ids):
+                raise RequestError(
+                    f"prompt must have fewer than the {len(ids)} tokens after which this model's tokenizer cuts a text, "
+                    f"got {len(text)} characters; pass token ids, or export the model with ov_kvcrush-export"
+                )
+            self._longest = len(ids)
         metrics.tokenization_s.append(time.perf_counter() - start)
-        return np.asarray(ids, np.int64)
+        return ids
+
+    def _encode(self, text: str, add_special_tokens: bool) -> np.ndarray:
+        data = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).input_ids.data
+        return np.array(data, np.int64).reshape(-1)
 
     def render(self, history: Any, metrics: PerfMetrics) -> str:
         """The text of a conversation, ending where the model is to answer."""
         start = time.perf_counter()
-        text: str = self._tokenizer.apply_chat_template(history, add_generation_prompt=True)
+        try:
+            text: str = self._tokenizer.apply_chat_template(history, add_generation_prompt=True)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise RequestError(f"history must fit the model's chat template, got: {reason}") from None
         metrics.chat_template_s.append(time.perf_counter() - start)
         return text
 
     def encode_user_text(self, text: str, config: ov_genai.GenerationConfig, metrics: PerfMetrics) -> np.ndarray:
         """Tokens of a prompt outside a chat: as the only message of a conversation if the model has a chat template."""
-        if isinstance(text, str) and text and config.apply_chat_template and self._tokenizer.chat_template:
+        check_text(text)
+        if config.apply_chat_template and self._tokenizer.chat_template:
             rendered = self.render([{"role": "user", "content": text}], metrics)
             return self.encode(rendered, metrics, add_special_tokens=False)
         return self.encode(text, metrics)

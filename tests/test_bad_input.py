@@ -17,9 +17,11 @@ from ov_kvcrush import (
     GenerationConfig,
     LLMPipeline,
     ModelError,
+    PerfMetrics,
     RequestError,
     SchedulerConfig,
 )
+from ov_kvcrush.prompts import PromptEncoder
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +191,34 @@ def llm(smollm2: Path) -> LLMPipeline:
 def test_inputs_of_a_wrong_kind(llm: LLMPipeline, bad: object) -> None:
     with pytest.raises(RequestError):
         llm.generate(bad, max_new_tokens=2)
+
+
+def test_a_text_that_the_tokenizer_cuts_is_refused() -> None:
+    """Some tokenizers cut long texts without a word, and the end of the prompt, where the question is, is lost."""
+
+    class Cutting:
+        def encode(self, text: str, add_special_tokens: bool) -> ov_genai.TokenizedInputs:
+            data = np.frombuffer(text.encode()[:200], np.uint8).astype(np.int64)[None]
+            return ov_genai.TokenizedInputs(ov.Tensor(data), ov.Tensor(np.ones_like(data)))
+
+    encoder = PromptEncoder(Cutting())
+    assert len(encoder.encode("x" * 150, PerfMetrics())) == 150
+    with pytest.raises(RequestError, match=r"fewer than the 200 tokens .* got 500 characters"):
+        encoder.encode("x" * 500, PerfMetrics())
+
+
+def test_text_without_an_encoding_is_refused(llm: LLMPipeline) -> None:
+    with pytest.raises(RequestError, match="lone surrogates"):
+        llm.generate("a\ud800b", max_new_tokens=2)
+
+
+def test_a_history_that_the_template_refuses() -> None:
+    class Strict:
+        def apply_chat_template(self, history: object, add_generation_prompt: bool) -> str:
+            raise RuntimeError("Check failed\nSystem role not supported")
+
+    with pytest.raises(RequestError, match="must fit the model's chat template, got: System role not supported"):
+        PromptEncoder(Strict()).render([], PerfMetrics())
 
 
 def test_wrong_streamers(pipe: ContinuousBatchingPipeline) -> None:

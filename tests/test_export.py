@@ -30,8 +30,9 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def no_heavy_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_heavy_work(tiny_ir: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail the test if anything heavy starts."""
+    tiny_ir("llama")  # built before it is forbidden
 
     def fail(*_: object) -> None:
         raise AssertionError("heavy work was started")
@@ -44,9 +45,10 @@ def no_heavy_work(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def quick_export(tiny_ir: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the heavy part take a folder that was exported before, for tests of what is around it."""
+    ready = tiny_ir("llama")
 
     def export_folder(_source: Path, out: Path, *_: object) -> None:
-        shutil.copytree(tiny_ir("llama"), out, dirs_exist_ok=True)
+        shutil.copytree(ready, out, dirs_exist_ok=True)
 
     monkeypatch.setattr(pipeline, "export_folder", export_folder)
 
@@ -249,6 +251,24 @@ def test_what_is_no_source_is_refused(tiny_ir: Build, tmp_path: Path) -> None:
         with pytest.raises(ExportError, match=words):
             export_model(source, tmp_path / "out", "int8")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_heavy_work")
+def test_hub_model_is_refused_by_its_config_alone(
+    tiny_hf: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: str(tmp_path / "config.json"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("weights were fetched"))
+    with pytest.raises(ExportError, match=r"got owner/name: MambaForCausalLM cannot be run"):
+        export_model("owner/name", tmp_path / "out")
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_hub_model_is_exported_under_its_name(tiny_hf: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: str(tiny_hf("llama") / "config.json"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tiny_hf("llama")))
+    assert export_model("owner/name", tmp_path / "out").source_name == "owner/name"
 
 
 @pytest.mark.usefixtures("no_heavy_work")

@@ -106,12 +106,13 @@ def _quantize(values: np.ndarray, kind: Any) -> np.ndarray:
     step = (groups.max(-1) - lowest) / 15
 
     def six_bits(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        unit = (x.max(-1, keepdims=True) / 63).astype(np.float16)
+        unit = np.maximum(x.max(-1, keepdims=True) / 63, 1e-6).astype(np.float16)
         return unit, np.round(x / unit).clip(0, 63).astype(np.uint8)
 
     (unit, scale), (low_unit, low) = six_bits(step), six_bits(-lowest)
     shifted = groups + (low_unit.astype(np.float32) * low)[..., None]
-    q = np.round(shifted / (unit.astype(np.float32) * scale)[..., None]).clip(0, 15).astype(np.uint8)
+    steps = np.maximum(unit.astype(np.float32) * scale, 1e-9)[..., None]
+    q = np.round(shifted / steps).clip(0, 15).astype(np.uint8)
     parts = [
         unit.view(np.uint8),
         low_unit.view(np.uint8),
