@@ -44,8 +44,8 @@ class PromptEncoder:
             # A tokenizer may cut long texts without a word; then more text gives no more tokens.
             if len(ids) >= _SHORTEST_LIMIT and len(self._encode(text + _MORE_TEXT, add_special_tokens)) == len(ids):
                 raise RequestError(
-                    f"prompt must have fewer than the {len(ids)} tokens after which this model's tokenizer cuts a text, "
-                    f"got {len(text)} characters; pass token ids, or export the model with ov_kvcrush-export"
+                    f"prompt must have fewer than the {len(ids)} tokens after which the model's tokenizer cuts a text, "
+                    f"got {len(text)} characters with more; pass token ids instead"
                 )
             self._longest = len(ids)
         metrics.tokenization_s.append(time.perf_counter() - start)
