@@ -9,24 +9,29 @@ from pathlib import Path
 from ov_kvcrush.errors import ModelError
 
 MODEL_NAME = "openvino_model"
-IR_NAMES = (MODEL_NAME, "openvino_tokenizer", "openvino_detokenizer")
+TOKENIZER_NAMES = ("openvino_tokenizer", "openvino_detokenizer")
 _CONSTANT = re.compile(rb'offset="(\d+)"[^>]*?\bsize="(\d+)"')
 
 
-def check_model_folder(folder: str | os.PathLike[str]) -> None:
-    """Raise ModelError, naming what is missing or too short, unless `folder` holds a whole model with its tokenizers.
+def check_model_folder(folder: str | os.PathLike[str], tokenizer: bool = True) -> None:
+    """Raise ModelError, naming what is missing or too short, unless `folder` holds a whole model.
+
+    tokenizer: whether tokenizer and detokenizer must be there too.
 
     Reads the XML files, never the weights: each `.bin` must cover the constants that its `.xml` points to.
     """
     folder = Path(folder)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "is not there"
-        raise ModelError(f"model must be a folder, got {folder}, which {what}")
-    for name in IR_NAMES:
+        fix = f"; convert it with: ov_kvcrush-export {folder} OUT" if folder.suffix == ".gguf" else ""
+        raise ModelError(f"model must be a folder, got {folder}, which {what}{fix}")
+    for name in (MODEL_NAME, *TOKENIZER_NAMES) if tokenizer else (MODEL_NAME,):
         missing = [f"{name}{end}" for end in (".xml", ".bin") if not (folder / f"{name}{end}").is_file()]
         if missing:
+            encoder = (folder / "openvino_encoder_model.xml").exists()
+            kind = " (an encoder-decoder model, which cannot be run)" if encoder else ""
             raise ModelError(
-                f"model must be an OpenVINO model folder, got {folder} without {' and '.join(missing)}: "
+                f"model must be an OpenVINO model folder, got {folder} without {' and '.join(missing)}{kind}: "
                 "make one with ov_kvcrush-export"
             )
         _check_ir(folder / f"{name}.xml", folder / f"{name}.bin")

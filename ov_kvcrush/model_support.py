@@ -74,10 +74,11 @@ def unsupported_reason(config: Mapping[str, Any]) -> str | None:
         return f"{label} is a multimodal model; only text models can be run"
     if family in _RECURRENT_FAMILIES or any(config.get(key) for key in _RECURRENT_KEYS):
         return f"{label} cannot be run: {_STATE_SPACE}"
-    return _attention_reason(config, str(label)) or _head_reason(name)
+    return attention_reason(config, str(label)) or _head_reason(name)
 
 
-def _attention_reason(config: Mapping[str, Any], label: str) -> str | None:
+def attention_reason(config: Mapping[str, Any], label: str) -> str | None:
+    """Return why the attention of a model cannot be run, or None: the part that an exported graph does not show."""
     kinds = config.get("layer_types")
     for kind in kinds if isinstance(kinds, list) else []:
         if kind in (FULL, SLIDING):

@@ -13,7 +13,7 @@ from ov_kvcrush.backend import Backend, Handle
 from ov_kvcrush.config import check_engine
 from ov_kvcrush.engine.sampling_params import make_generation_config
 from ov_kvcrush.errors import ModelError
-from ov_kvcrush.graph.load import check_model_folder
+from ov_kvcrush.model_folder import check_model_folder
 from ov_kvcrush.prompts import PromptEncoder
 from ov_kvcrush.results import GenerationOutput, PerfMetrics, PipelineMetrics, StepSeconds
 from ov_kvcrush.streaming import Streamer, make_sink, pump
@@ -34,7 +34,8 @@ class PipelineBase:
     ) -> None:
         start = time.perf_counter()
         self._engine_name = check_engine(engine, device)
-        folder = check_model_folder(models_path if models_path is not None else _default_model())
+        folder = Path(models_path) if models_path is not None else _default_model()
+        check_model_folder(folder, tokenizer=tokenizer is None)
         self._tokenizer = tokenizer or load_tokenizer(folder, tokenizer_properties or {})
         self._config = load_generation_config(folder, self._tokenizer)
         self._encoder = PromptEncoder(self._tokenizer)
@@ -132,14 +133,7 @@ def _default_model() -> Path:
 
 
 def load_tokenizer(folder: Path, properties: dict[str, Any]) -> ov_genai.Tokenizer:
-    """openvino_genai's tokenizer of a model folder. Raises ModelError naming what is missing."""
-    missing = [n for n in ("openvino_tokenizer.xml", "openvino_detokenizer.xml") if not (folder / n).is_file()]
-    if missing:
-        raise ModelError(
-            "models_path must contain openvino_tokenizer.xml and openvino_detokenizer.xml, "
-            f"got {str(folder)!r} without "
-            f"{' and '.join(missing)}; ov_kvcrush-export writes them, or pass a tokenizer"
-        )
+    """openvino_genai's tokenizer of a model folder. Raises ModelError if it cannot be read."""
     try:
         return ov_genai.Tokenizer(str(folder), properties)
     except RuntimeError as error:

@@ -11,11 +11,13 @@ import openvino.opset15 as ops
 
 from ov_kvcrush.errors import CrushError, ModelError, nearest
 from ov_kvcrush.graph.rewrite import gather_sampled_rows, use_paged_attention
-from ov_kvcrush.model_info import read_model_info
+from ov_kvcrush.model_folder import MODEL_NAME, check_model_folder
+from ov_kvcrush.model_info import read_json_object, read_model_info
+from ov_kvcrush.model_support import attention_reason
 
 _PIPELINE_OPTIONS = ("engine", "scheduler_config", "tokenizer", "device", "properties")
 
-MODEL_XML, MODEL_BIN = "openvino_model.xml", "openvino_model.bin"
+MODEL_XML = f"{MODEL_NAME}.xml"
 
 
 @dataclass(frozen=True)
@@ -26,21 +28,6 @@ class LoadedModel:
     num_layers: int
     vocab_size: int
     context_length: int | None
-
-
-def check_model_folder(models_path: str | Path) -> Path:
-    """Return the folder as a Path; raise ModelError naming what is missing."""
-    folder = Path(models_path)
-    if not folder.is_dir():
-        raise ModelError(f"models_path must be a folder with {MODEL_XML}, got {str(folder)!r}, which is not a folder")
-    missing = [name for name in (MODEL_XML, MODEL_BIN) if not (folder / name).is_file()]
-    if missing:
-        kind = "an encoder-decoder model" if (folder / "openvino_encoder_model.xml").exists() else "no exported LLM"
-        raise ModelError(
-            f"models_path must contain {MODEL_XML} and {MODEL_BIN}, got {str(folder)!r} without "
-            f"{' and '.join(missing)} ({kind}); write one with ov_kvcrush-export"
-        )
-    return folder
 
 
 def check_device(core: ov.Core, device: str) -> None:
@@ -72,11 +59,15 @@ def load_model(models_path: str | Path, device: str, properties: dict[str, Any])
 
     Raises ModelError if the folder or the model in it cannot be used, CrushError for a wrong device or property.
     """
-    folder = check_model_folder(models_path)
+    folder = Path(models_path)
+    check_model_folder(folder, tokenizer=False)
     core = ov.Core()
     check_device(core, device)
     check_properties(core, device, properties)
     info = read_model_info(folder)
+    reason = attention_reason(read_json_object(folder / "config.json") or {}, "the model")
+    if reason:
+        raise ModelError(f"model in {str(folder)!r} must be one that the engine can run, but {reason}")
     try:
         model = core.read_model(folder / MODEL_XML)
     except RuntimeError as error:
