@@ -124,8 +124,6 @@ class LLMPipeline(PipelineBase):
             )
         return self._run(rows, [config] * len(rows), streamer, metrics, keep_kv)
 
-    # -- chat --------------------------------------------------------------------------------------------------------
-
     def _generate_in_chat(
         self, text: str, config: ov_genai.GenerationConfig, streamer: Streamer | None, metrics: PerfMetrics
     ) -> Any:
@@ -172,8 +170,6 @@ class LLMPipeline(PipelineBase):
     def _is_end(self, token: int, config: ov_genai.GenerationConfig) -> bool:
         ends = {config.eos_token_id, self._config.eos_token_id, *config.stop_token_ids, *self._config.stop_token_ids}
         return token in ends
-
-    # -- results -----------------------------------------------------------------------------------------------------
 
     def _decoded(
         self, handles: list[Handle], rows: list[np.ndarray], config: ov_genai.GenerationConfig, metrics: PerfMetrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ class PipelineBase:
             self._engine_name, folder, device, scheduler_config, properties, self._tokenizer, self._config
         )
         self._load_s = time.perf_counter() - start
-        self._next_id = 1 << 62  # of requests made here; callers of add_request choose theirs below
-        self._active: list[Handle] = []
+        self._ids = itertools.count(1 << 62)  # of requests made here; callers of add_request choose theirs below
+        self._active: list[Handle] = []  # of all `generate` calls that run, each in its own thread
 
     @property
     def engine(self) -> str:
@@ -65,10 +66,8 @@ class PipelineBase:
 
     def stop(self) -> None:
         """End the running `generate` after its step; it returns what there is. For other threads or signal handlers."""
-        for handle in self._active:
+        for handle in list(self._active):
             handle.stop()
-
-    # -- running -----------------------------------------------------------------------------------------------------
 
     def _options(self, config: ov_genai.GenerationConfig | None, options: dict[str, Any]) -> ov_genai.GenerationConfig:
         return make_generation_config(config or self._config, options)
@@ -87,8 +86,8 @@ class PipelineBase:
         handles: list[Handle] = []
         try:
             for ids, config in zip(prompts, configs, strict=True):
-                handles.append(self._backend.add(self._new_id(), ids, config, keep_kv))
-            self._active = handles
+                handles.append(self._backend.add(next(self._ids), ids, config, keep_kv))
+                self._active.append(handles[-1])
             while any(handle.get_status() == ov_genai.GenerationStatus.RUNNING for handle in handles):
                 self._backend.step()
                 metrics.inference_s.append(self._backend.last_step().inference)
@@ -104,15 +103,11 @@ class PipelineBase:
             self._backend.end_wanted()
             raise
         finally:
-            self._active = []
+            self._active = [handle for handle in self._active if handle not in handles]
         metrics.generate_s.append(time.perf_counter() - start)
         for handle in handles:
             _add_stats(metrics, handle)
         return handles
-
-    def _new_id(self) -> int:
-        self._next_id += 1
-        return self._next_id
 
     def _text(self, output: GenerationOutput, metrics: PerfMetrics) -> str:
         if output.text is not None:

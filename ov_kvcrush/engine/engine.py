@@ -12,6 +12,7 @@ import numpy as np
 import openvino_genai as ov_genai
 
 from ov_kvcrush.config import SchedulerConfig
+from ov_kvcrush.engine.answer import finish_reason, settle_answer
 from ov_kvcrush.engine.block_pool import BLOCK_SIZE, BlockPool, blocks_for
 from ov_kvcrush.engine.kv_cache import KVCache
 from ov_kvcrush.engine.prefix_cache import PrefixCache
@@ -57,8 +58,6 @@ class Engine:
         self._max_usage = 0.0
         self._last_step = StepSeconds(0.0, 0.0, 0.0)
 
-    # -- asking ------------------------------------------------------------------------------------------------------
-
     @property
     def max_tokens(self) -> int:
         """Tokens that prompt and answer of one sequence may have, by the model's context and by the cache's memory."""
@@ -93,8 +92,6 @@ class Engine:
     def last_step(self) -> StepSeconds:
         """What the last step took."""
         return self._last_step
-
-    # -- adding ------------------------------------------------------------------------------------------------------
 
     def check_prompt(self, ids: np.ndarray) -> np.ndarray:
         """Return the prompt as int64 (S,); raise RequestError if this model or this cache cannot run it."""
@@ -143,8 +140,6 @@ class Engine:
             self._handles[request_id] = handle
             self._inbox.append(handle)
         return handle
-
-    # -- running -----------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
         """Run one inference for as many rows as the plan holds; hand their tokens to the handles.
@@ -243,8 +238,6 @@ class Engine:
         sequence.finish_reason = finish_reason(sequence, token)
         return GenerationOutput([token], [logprob], sequence.cumulative_logprob, sequence.finish_reason)
 
-    # -- ending ------------------------------------------------------------------------------------------------------
-
     def _finish(self, sequence: Sequence, reason: ov_genai.GenerationFinishReason, keep: bool = True) -> None:
         sequence.finish_reason = reason
         self._retire(sequence, keep)
@@ -281,26 +274,3 @@ class Engine:
         self._max_usage = max(self._max_usage, usage)
         inference = infer_end - infer_start
         self._last_step = StepSeconds(inference, sampling_s, time.perf_counter() - start - inference)
-
-
-def finish_reason(sequence: Sequence, token: int) -> ov_genai.GenerationFinishReason:
-    """Why `sequence` ends with `token`, NONE if it goes on."""
-    params = sequence.request.params
-    if sequence.stop_tracker and sequence.stop_tracker.add(token):
-        return FinishReason.STOP
-    if token in params.stop_token_ids and sequence.num_generated >= params.min_new_tokens:
-        return FinishReason.STOP
-    if sequence.num_generated >= params.max_new_tokens:
-        return FinishReason.LENGTH
-    return FinishReason.NONE
-
-
-def settle_answer(sequence: Sequence) -> None:
-    """Fix the ids, and for a stop string the text, of an ended sequence."""
-    ids = sequence.generated.tolist()
-    tracker = sequence.stop_tracker
-    if tracker and tracker.match:
-        length = tracker.match[sequence.request.params.include_stop_str_in_output]
-        sequence.final_text = tracker.text[:length]
-        ids = ids[: tracker.num_tokens_within(length)]
-    sequence.final_ids = ids
