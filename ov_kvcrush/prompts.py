@@ -14,6 +14,7 @@ from ov_kvcrush.results import PerfMetrics
 
 _SHORTEST_LIMIT = 128  # tokens; no tokenizer of an LLM cuts below
 _MORE_TEXT = " and so on"
+_PIECE = 4000  # characters; to count the tokens of a text that is cut as a whole
 
 
 def check_text(text: Any) -> None:
@@ -41,15 +42,20 @@ class PromptEncoder:
         start = time.perf_counter()
         ids = self._encode(text, add_special_tokens)
         if len(ids) > self._longest:
-            # A tokenizer may cut long texts without a word; then more text gives no more tokens.
-            if len(ids) >= _SHORTEST_LIMIT and len(self._encode(text + _MORE_TEXT, add_special_tokens)) == len(ids):
+            if len(ids) >= _SHORTEST_LIMIT and self._is_cut(text, len(ids), add_special_tokens):
+                pieces = [text[i : i + _PIECE] for i in range(0, len(text), _PIECE)]
+                count = sum(len(self._encode(piece, False)) for piece in pieces)
                 raise RequestError(
-                    f"prompt must have fewer than the {len(ids)} tokens after which the model's tokenizer cuts a text, "
-                    f"got {len(text)} characters with more; pass token ids instead"
+                    f"prompt must be shorter than the {len(ids)} tokens at which the model's tokenizer cuts a text, "
+                    f"usually its context, got about {count} tokens"
                 )
             self._longest = len(ids)
         metrics.tokenization_s.append(time.perf_counter() - start)
         return ids
+
+    def _is_cut(self, text: str, num_tokens: int, add_special_tokens: bool) -> bool:
+        """A tokenizer may cut long texts without a word; then more text gives no more tokens."""
+        return len(self._encode(text + _MORE_TEXT, add_special_tokens)) == num_tokens
 
     def _encode(self, text: str, add_special_tokens: bool) -> np.ndarray:
         data = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).input_ids.data

@@ -203,8 +203,13 @@ def test_a_text_that_the_tokenizer_cuts_is_refused() -> None:
 
     encoder = PromptEncoder(Cutting())
     assert len(encoder.encode("x" * 150, PerfMetrics())) == 150
-    with pytest.raises(RequestError, match=r"fewer than the 200 tokens .* got 500 characters"):
-        encoder.encode("x" * 500, PerfMetrics())
+    with pytest.raises(RequestError, match=r"shorter than the 200 tokens .* got about 350 tokens"):
+        encoder.encode("x" * 4150, PerfMetrics())
+
+
+def test_a_text_longer_than_the_context_says_both_numbers(llm: LLMPipeline) -> None:
+    with pytest.raises(RequestError, match=r"8192 tokens .* context, got about 20\d\d\d tokens"):
+        llm.generate("one " * 20_000, max_new_tokens=2)
 
 
 def test_text_without_an_encoding_is_refused(llm: LLMPipeline) -> None:
