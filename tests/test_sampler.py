@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ov_kvcrush import CrushError, RequestError
 from ov_kvcrush.engine.request import Request, Sequence
-from ov_kvcrush.engine.sampler import apply_penalties, sample, softmax
+from ov_kvcrush.engine.sampler import apply_penalties, exponential_noise, nucleus, sample, softmax
 from ov_kvcrush.engine.sampling_params import SamplingParams, make_generation_config
 
 LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -3.0, 1.5, -0.5], np.float32)
@@ -24,8 +24,8 @@ def sequence(prompt: list[int] | None = None, generated: tuple[int, ...] = (), *
 
 
 def frequencies(draws: int = 4000, **params: object) -> np.ndarray:
-    s = sequence(do_sample=True, **params)
-    counts = np.bincount([sample(LOGITS, s)[0] for _ in range(draws)], minlength=len(LOGITS))
+    tokens = [sample(LOGITS, sequence(do_sample=True, seed=seed, **params))[0] for seed in range(draws)]
+    counts = np.bincount(tokens, minlength=len(LOGITS))
     return counts / draws
 
 
@@ -57,6 +57,16 @@ def test_limits_cut_and_renormalise() -> None:
         assert set(np.flatnonzero(got)) <= set(kept), name
 
 
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999, 1.0])
+def test_nucleus_is_the_smallest_set_that_reaches_top_p(spread: float, top_p: float) -> None:
+    probs = softmax(np.random.default_rng(0).normal(size=20_000) * spread)
+    kept = nucleus(probs, top_p)
+    order = np.argsort(-probs)
+    expected = order[: int((np.cumsum(probs[order]) < top_p).sum()) + 1]
+    assert sorted(kept) == sorted(expected)
+
+
 @given(st.floats(0.0001, 100), st.integers(0, 8), st.floats(0.001, 1), st.floats(0, 0.99), st.integers(0, 2**32))
 def test_any_setting_draws_a_possible_token(t: float, k: int, p: float, min_p: float, seed: int) -> None:
     logits = LOGITS.copy()
@@ -67,14 +77,44 @@ def test_any_setting_draws_a_possible_token(t: float, k: int, p: float, min_p: f
     assert token != 3
 
 
-def test_draws_depend_on_seed_and_sequence_only() -> None:
-    def draws(s: Sequence) -> list[int]:
-        return [sample(LOGITS, s)[0] for _ in range(30)]
+def draws_along(s: Sequence, count: int = 30) -> list[int]:
+    """Tokens that one sequence draws, step by step, from the same logits."""
+    for _ in range(count):
+        s.ids.append(sample(LOGITS, s)[0])
+    return s.generated.tolist()
 
-    one = draws(sequence(do_sample=True, seed=5))
-    assert draws(sequence(do_sample=True, seed=5)) == one
-    assert draws(sequence(do_sample=True, seed=6)) != one
-    assert draws(sequence(do_sample=True, seed=5).request.sequences[0].fork(1)) != one
+
+def test_draws_depend_on_seed_sequence_and_position_only() -> None:
+    one = draws_along(sequence(do_sample=True, seed=5))
+    assert draws_along(sequence(do_sample=True, seed=5)) == one
+    assert draws_along(sequence(do_sample=True, seed=6)) != one
+    assert draws_along(sequence(do_sample=True, seed=5).fork(1)) != one
+    assert len(set(one)) > 3
+
+
+def test_draws_along_a_sequence_follow_the_softmax() -> None:
+    tokens = draws_along(sequence(do_sample=True, max_new_tokens=4000), 4000)
+    np.testing.assert_allclose(np.bincount(tokens, minlength=8) / 4000, softmax(LOGITS.astype(np.float64)), atol=0.03)
+
+
+def test_noise_is_exponential_and_uncorrelated() -> None:
+    noise = np.stack([exponential_noise(1, 0, position, np.arange(20_000)) for position in range(3)])
+    np.testing.assert_allclose(noise.mean(axis=1), 1, atol=0.03)
+    np.testing.assert_allclose(noise.std(axis=1), 1, atol=0.03)
+    assert np.abs(np.corrcoef(noise)[np.triu_indices(3, 1)]).max() < 0.03
+    assert abs(np.corrcoef(noise[0, 1:], noise[0, :-1])[0, 1]) < 0.03
+
+
+def test_rounding_rarely_changes_a_draw() -> None:
+    """Noise of 1e-5 in the logits, as between two batches, on a flat distribution over many tokens."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=5000).astype(np.float32)
+    changed = 0
+    for seed in range(1000):
+        s = sequence(do_sample=True, seed=seed)
+        other = logits + rng.uniform(-1e-5, 1e-5, len(logits)).astype(np.float32)
+        changed += sample(logits, s)[0] != sample(other, s)[0]
+    assert changed <= 2
 
 
 def test_penalties_by_hand() -> None:

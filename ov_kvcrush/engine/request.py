@@ -68,7 +68,6 @@ class Sequence:
         self.final_ids: list[int] | None = None  # set at the end: without the tokens of a stop string
         self.final_text: str | None = None  # set at the end by a stop string, which may cut inside a token
         self.token_times: list[float] = []
-        self.rng = np.random.default_rng([request.params.seed, index]) if not request.params.is_greedy else None
         tracked = request.params.stop_strings
         self.stop_tracker = StopStringTracker(tracked, request.decode) if tracked else None
 
