@@ -110,6 +110,19 @@ def test_wrong_option_names_the_nearest(smollm2: Path, options: dict[str, object
         LLMPipeline(smollm2, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_kv_block": 3}, "did you mean 'num_kv_blocks'"),
+        ({"cache_size": 0.5}, "cache_size must be of the type of 0 with engine='genai', got 0.5"),
+        ({"max_num_seqs": "many"}, "max_num_seqs must be"),
+    ],
+)
+def test_what_openvino_genai_cannot_express_is_named(smollm2: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(CrushError, match=message):
+        ContinuousBatchingPipeline(smollm2, options, engine="genai")
+
+
 def test_eviction_is_for_the_other_engine(smollm2: Path) -> None:
     config = ov_genai.SchedulerConfig()
     config.use_cache_eviction = True

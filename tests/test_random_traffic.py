@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,33 @@ def test_answers_are_those_of_each_request_alone(pipes: Pipes, arrivals: list[Ar
     for pipe in pipes:
         assert pipe.get_metrics().num_used_blocks == 0
         assert pipe.get_metrics().requests == 0
+
+
+def test_threads_share_a_pipeline(pipes: Pipes) -> None:
+    """Several threads generate at once on one engine: each gets its own answer."""
+    busy, calm = pipes
+    prompts = [ov.Tensor(PROMPT[None, 7 * i : 7 * i + 20 + i].copy()) for i in range(6)]
+    options = {"max_new_tokens": 20, "ignore_eos": True}
+    expected = [calm.generate([p], **options)[0].m_generation_ids for p in prompts]
+    with ThreadPoolExecutor(6) as threads:
+        results = list(threads.map(lambda p: busy.generate([p], **options)[0].m_generation_ids, prompts))
+    assert results == expected
+    busy._backend.drop_kept_kv()
+    assert busy.get_metrics().num_used_blocks == 0
+
+
+def test_a_broken_inference_ends_its_requests_only(pipes: Pipes, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, calm = pipes
+    ids = ov.Tensor(PROMPT[None, :20].copy())
+    lost = busy.add_request(1, ids, max_new_tokens=5, ignore_eos=True)
+    busy.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(busy._backend._runner, "infer", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            busy.step()
+    assert lost.get_status() == GenerationStatus.CANCEL
+    busy._backend.drop_kept_kv()
+    assert busy.get_metrics().num_used_blocks == 0
+    after = busy.generate([ids], max_new_tokens=5, ignore_eos=True)[0].m_generation_ids
+    assert after == calm.generate([ids], max_new_tokens=5, ignore_eos=True)[0].m_generation_ids
+    busy._backend.drop_kept_kv()
