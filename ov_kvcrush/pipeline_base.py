@@ -84,6 +84,7 @@ class PipelineBase:
         start = time.perf_counter()
         sink = make_sink(streamer, self._tokenizer, configs[0])
         handles: list[Handle] = []
+        goes_on = True
         try:
             for ids, config in zip(prompts, configs, strict=True):
                 handles.append(self._backend.add(next(self._ids), ids, config, keep_kv))
@@ -92,9 +93,11 @@ class PipelineBase:
                 self._backend.step()
                 metrics.inference_s.append(self._backend.last_step().inference)
                 metrics.sampling_s.append(self._backend.last_step().sampling)
-                if sink:
-                    pump(handles[0], sink)
+                if sink and goes_on:
+                    goes_on = pump(handles[0], sink)
             if sink:
+                if goes_on:  # another thread's step may have brought the last tokens
+                    pump(handles[0], sink)
                 sink.end()
             self._backend.end_wanted()
         except BaseException:

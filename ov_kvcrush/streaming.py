@@ -128,8 +128,8 @@ class _TokenHoldBack:
         return status
 
 
-def pump(handle: Handle, sink: TokenSink) -> None:
-    """Write what is new in `handle` to `sink`; stop or cancel the request if the sink says so.
+def pump(handle: Handle, sink: TokenSink) -> bool:
+    """Write what is new in `handle` to `sink`; stop or cancel the request if the sink says so, and return False then.
 
     An exception of the caller's streamer cancels the request and goes on to the caller.
     """
@@ -139,7 +139,8 @@ def pump(handle: Handle, sink: TokenSink) -> None:
                 status = sink.write(token)
                 if status != StreamingStatus.RUNNING:
                     handle.cancel() if status == StreamingStatus.CANCEL else handle.stop()
-                    return
+                    return False
+        return True
     except BaseException:
         handle.cancel()
         raise

@@ -14,7 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ov_kvcrush import ContinuousBatchingPipeline, GenerationStatus, RequestError, SchedulerConfig
+from ov_kvcrush import (
+    ContinuousBatchingPipeline,
+    GenerationStatus,
+    RequestError,
+    SchedulerConfig,
+    StreamerBase,
+    StreamingStatus,
+)
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 SMALL = SchedulerConfig(max_num_batched_tokens=48, num_kv_blocks=10, max_num_seqs=5, enable_prefix_caching=True)
@@ -116,9 +123,24 @@ def test_threads_share_a_pipeline(pipes: Pipes) -> None:
     prompts = [ov.Tensor(PROMPT[None, 7 * i : 7 * i + 20 + i].copy()) for i in range(6)]
     options = {"max_new_tokens": 20, "ignore_eos": True}
     expected = [calm.generate([p], **options)[0].m_generation_ids for p in prompts]
+
+    class Collector(StreamerBase):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens: list[int] = []
+
+        def write(self, token: int) -> StreamingStatus:
+            self.tokens.append(token)
+            return StreamingStatus.RUNNING
+
+        def end(self) -> None:
+            pass
+
+    streamed = [Collector() for _ in prompts]
     with ThreadPoolExecutor(6) as threads:
-        results = list(threads.map(lambda p: busy.generate([p], **options)[0].m_generation_ids, prompts))
-    assert results == expected
+        results = list(threads.map(lambda p, s: busy.generate([p], None, s, **options)[0], prompts, streamed))
+    assert [r.m_generation_ids for r in results] == expected
+    assert [[s.tokens] for s in streamed] == expected
     busy._backend.drop_kept_kv()
     assert busy.get_metrics().num_used_blocks == 0
 

@@ -164,7 +164,9 @@ class Engine:
 
     def _take_in(self) -> None:
         while self._inbox:
-            self.scheduler.add(self._inbox.popleft()._request.sequences[0])
+            request = self._inbox.popleft()._request
+            if not request.is_finished:  # cancelled before it was taken in
+                self.scheduler.add(request.sequences[0])
 
     def _end_wanted(self) -> None:
         for handle in list(self._handles.values()):
