@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import openvino as ov
 import pytest
 from tiny_models import KINDS, VOCAB_SIZE
 
@@ -17,6 +18,7 @@ from ov_kvcrush.engine.runner import Runner
 from ov_kvcrush.engine.sampling_params import SamplingParams
 from ov_kvcrush.engine.scheduler import RowPlan, StepPlan
 from ov_kvcrush.graph.load import load_model
+from ov_kvcrush.graph.rewrite import SAMPLED_ROWS, gather_sampled_rows, use_paged_attention
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 # Row counts of the steps: a prompt in uneven chunks that cross blocks of 32 and windows of 16, then single tokens.
@@ -39,6 +41,19 @@ def one_step(runner: Runner, sequence: Sequence, count: int) -> np.ndarray:
     logits = runner.infer()[0].copy()
     sequence.num_cached += count
     return logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_gathered_behind_the_last_attention(kind: str, tiny_ir: Callable[[str], Path]) -> None:
+    """Not only before the LM head: the last layer's projections see the sampled rows alone."""
+    model = ov.Core().read_model(tiny_ir(kind) / "openvino_model.xml")
+    use_paged_attention(model)
+    gather_sampled_rows(model)
+    rows = next(p for p in model.get_parameters() if p.get_friendly_name() == SAMPLED_ROWS)
+    readers = [t.get_node().output(0) for t in rows.output(0).get_target_inputs()]
+    fed = {t.get_node().get_type_name() for output in readers for t in output.get_target_inputs()}
+    assert len(readers) >= 2, "the residual stream and the attention"
+    assert fed == {"Add", "MatMul"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

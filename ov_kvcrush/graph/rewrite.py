@@ -8,6 +8,12 @@ import openvino.opset15 as ops
 
 from ov_kvcrush.errors import ModelError
 
+# Operations that treat each row of [rows, 1, channels] by itself; their other operands are weights.
+_ROW_WISE = frozenset(
+    {"Add", "Clamp", "Convert", "Divide", "Gelu", "MatMul", "Multiply", "MVN", "Power", "ReduceMean", "Relu", "RMS"}
+    | {"Sigmoid", "SoftPlus", "Split", "Sqrt", "Subtract", "Swish", "Tanh", "VariadicSplit"}
+)
+
 SAMPLED_ROWS = "sampled_rows"  # input of the rewritten model: i64, the rows whose logits are wanted
 
 
@@ -35,8 +41,26 @@ def use_paged_attention(model: ov.Model) -> int:
 def gather_sampled_rows(model: ov.Model) -> None:
     """Add the input `sampled_rows` and compute logits for those rows only.
 
-    Without it a prompt chunk of 512 rows computes 512 x vocabulary logits, of which one row is used.
+    The rows are picked right after the last attention: its output projection, the last MLP, the norms and the LM head
+    treat each row by itself. A prompt chunk of 512 rows, of which at most one is sampled, else computes 512 of each:
+    2 to 6 % more time to the first token than now (SmolLM2 of 30 layers, Qwen 0.5B of 24; 2 cores, pairs of runs).
     """
+    head = _lm_head(model)
+    rows = ops.parameter(ov.PartialShape([-1]), ov.Type.i64, name=SAMPLED_ROWS)
+    rows.output(0).get_tensor().set_names({SAMPLED_ROWS})
+    gathered: dict[tuple[str, int], ov.Output] = {}
+    for target in _inputs_after_last_attention(model, head):
+        source = target.get_source_output()
+        key = (source.get_node().get_friendly_name(), source.get_index())
+        if key not in gathered:
+            gathered[key] = ops.gather(source, rows, ops.constant(np.int64(0))).output(0)
+        target.replace_source_output(gathered[key])
+    model.add_parameters([rows])
+    model.validate_nodes_and_infer_types()
+
+
+def _lm_head(model: ov.Model) -> ov.Node:
+    """The matrix product that gives the logits, looked for backwards from them."""
     node = model.output("logits").get_node().input_value(0).get_node()
     while node.get_type_name() != "MatMul":
         if not node.inputs():
@@ -44,12 +68,67 @@ def gather_sampled_rows(model: ov.Model) -> None:
                 "model must compute its logits by a matrix product, got none on the way back from 'logits'"
             )
         node = node.input_value(0).get_node()
-    rows = ops.parameter(ov.PartialShape([-1]), ov.Type.i64, name=SAMPLED_ROWS)
-    rows.output(0).get_tensor().set_names({SAMPLED_ROWS})
-    gathered = ops.gather(node.input_value(0), rows, ops.constant(np.int64(0)))
-    node.input(0).replace_source_output(gathered.output(0))
-    model.add_parameters([rows])
-    model.validate_nodes_and_infer_types()
+    return node
+
+
+def _inputs_after_last_attention(model: ov.Model, head: ov.Node) -> list[ov.Input]:
+    """The inputs through which rows enter the part behind the last attention that treats each row by itself.
+
+    That part grows backwards from the LM head, to the first operations that are not known to be row-wise.
+    """
+    part = _row_wise_part(_behind_last_attention(model), head)
+    targets = [head.input(0), *(target for node in part.values() for target in node.inputs())]
+    return [
+        target
+        for target in targets
+        if _is_rows(target.get_partial_shape()) and _source(target).get_friendly_name() not in part
+    ]
+
+
+def _behind_last_attention(model: ov.Model) -> set[str]:
+    """Names of the nodes that depend on the last attention of the model."""
+    behind: set[str] = set()
+    for node in model.get_ordered_ops():
+        name = node.get_friendly_name()
+        if node.get_type_name() == "PagedAttentionExtension":
+            behind = {name}
+        elif any(value.get_node().get_friendly_name() in behind for value in node.input_values()):
+            behind.add(name)
+    return behind
+
+
+def _row_wise_part(behind: set[str], head: ov.Node) -> dict[str, ov.Node]:
+    part: dict[str, ov.Node] = {}
+    waiting = [_source(head.input(0))]
+    while waiting:
+        node = waiting.pop()
+        name = node.get_friendly_name()
+        is_row_wise = node.get_type_name() in _ROW_WISE and all(_is_rows(o.partial_shape) for o in node.outputs())
+        if name in behind and name not in part and is_row_wise:
+            part[name] = node
+            waiting += [_source(target) for target in node.inputs()]
+    # Who is read from outside must keep all its rows, and then so must what it reads.
+    allowed = {head.get_friendly_name()}
+    while True:
+        read_outside = [
+            name
+            for name, node in part.items()
+            for output in node.outputs()
+            if any(t.get_node().get_friendly_name() not in part.keys() | allowed for t in output.get_target_inputs())
+        ]
+        if not read_outside:
+            return part
+        for name in set(read_outside):
+            del part[name]
+
+
+def _source(target: ov.Input) -> ov.Node:
+    return target.get_source_output().get_node()
+
+
+def _is_rows(shape: ov.PartialShape) -> bool:
+    """Whether a tensor has the shape of hidden states, [rows, 1, channels]."""
+    return shape.rank.is_static and len(shape) == 3 and shape[0].is_dynamic and shape[1] == ov.Dimension(1)
 
 
 def _count(model: ov.Model, type_name: str) -> int:
