@@ -63,7 +63,6 @@ class SchedulerConfig:
             if getattr(options, feature, False):
                 raise CrushError(f"{feature} must be False with engine='crush', got True; engine='genai' runs it")
         values = {name: getattr(options, name) for name in known}
-        # openvino_genai allows "no limit" as the largest 64-bit number; a plain int does the same here.
         return cls(**values)
 
 

@@ -26,6 +26,12 @@ class OutOfMemory(CrushError):
     """The KV cache cannot hold what was asked, even with nothing else in it."""
 
 
+def reason_of(error: Exception) -> str:
+    """The last line of an OpenVINO error that says something: the lines before name places in its C++ sources."""
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith("Exception from ")]
+    return (lines or [str(error).strip() or type(error).__name__])[-1]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for the known name closest to `name`, or "" if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)

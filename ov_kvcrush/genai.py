@@ -14,7 +14,7 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.config import SchedulerConfig
 from ov_kvcrush.engine.sampling_params import SamplingParams
-from ov_kvcrush.errors import CrushError, ModelError, RequestError, nearest
+from ov_kvcrush.errors import CrushError, ModelError, RequestError, nearest, reason_of
 from ov_kvcrush.graph.load import check_device
 from ov_kvcrush.results import GenerationOutput, PipelineMetrics, RequestStats, StepSeconds
 
@@ -113,14 +113,12 @@ class GenaiBackend:
                 str(folder), tokenizer, scheduler, device, **properties
             )
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
             raise ModelError(
-                f"model in {str(folder)!r} must load in openvino_genai on {device}, got: {reason}"
+                f"model in {str(folder)!r} must load in openvino_genai on {device}, got: {reason_of(error)}"
             ) from None
         self._defaults = defaults
         self._handles: dict[int, GenaiHandle] = {}
         self._lock = threading.RLock()
-        self._num_blocks_bytes = 0
 
     def add(
         self, request_id: int, ids: np.ndarray, config: ov_genai.GenerationConfig, keep_kv: bool = False
@@ -135,17 +133,15 @@ class GenaiBackend:
         if config.eos_token_id < 0 and not config.ignore_eos and self._defaults.eos_token_id >= 0:
             config.set_eos_token_id(self._defaults.eos_token_id)
         if config.num_beams == 1:
-            SamplingParams.from_config(
-                config, self._defaults, ids.size, _NO_LIMIT
-            )  # its checks; openvino_genai has fewer
+            # For its checks: openvino_genai has fewer.
+            SamplingParams.from_config(config, self._defaults, ids.size, _NO_LIMIT)
         with self._lock:
             if request_id in self._handles:
                 raise RequestError(f"request_id must differ from those of running requests, got {request_id} again")
             try:
                 handle = self._pipeline.add_request(request_id, ov.Tensor(ids), config)
             except (RuntimeError, ValueError) as error:
-                reason = str(error).strip().splitlines()[-1]
-                raise RequestError(f"request must be one that openvino_genai runs, got: {reason}") from None
+                raise RequestError(f"request must be one that openvino_genai runs, got: {reason_of(error)}") from None
             self._handles[request_id] = GenaiHandle(request_id, handle, ids.size)
             return self._handles[request_id]
 

@@ -13,7 +13,7 @@ import openvino_genai as ov_genai
 from ov_kvcrush.backend import Backend, Handle
 from ov_kvcrush.config import check_engine
 from ov_kvcrush.engine.sampling_params import make_generation_config
-from ov_kvcrush.errors import ModelError
+from ov_kvcrush.errors import ModelError, reason_of
 from ov_kvcrush.model_folder import check_model_folder
 from ov_kvcrush.prompts import PromptEncoder
 from ov_kvcrush.results import GenerationOutput, PerfMetrics, PipelineMetrics, StepSeconds
@@ -135,9 +135,7 @@ def load_tokenizer(folder: Path, properties: dict[str, Any]) -> ov_genai.Tokeniz
     try:
         return ov_genai.Tokenizer(str(folder), properties)
     except RuntimeError as error:
-        raise ModelError(
-            f"tokenizer in {str(folder)!r} must be readable, got: {str(error).strip().splitlines()[-1]}"
-        ) from None
+        raise ModelError(f"tokenizer in {str(folder)!r} must be readable, got: {reason_of(error)}") from None
 
 
 def load_generation_config(folder: Path, tokenizer: ov_genai.Tokenizer) -> ov_genai.GenerationConfig:
@@ -146,9 +144,7 @@ def load_generation_config(folder: Path, tokenizer: ov_genai.Tokenizer) -> ov_ge
     try:
         config = ov_genai.GenerationConfig(str(path)) if path.is_file() else ov_genai.GenerationConfig()
     except RuntimeError as error:
-        raise ModelError(
-            f"{path} must be a readable generation config, got: {str(error).strip().splitlines()[-1]}"
-        ) from None
+        raise ModelError(f"{path} must be a readable generation config, got: {reason_of(error)}") from None
     if config.eos_token_id < 0 and tokenizer.get_eos_token_id() >= 0:
         config.set_eos_token_id(tokenizer.get_eos_token_id())
     return config

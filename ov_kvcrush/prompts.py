@@ -9,7 +9,7 @@ import numpy as np
 import openvino as ov
 import openvino_genai as ov_genai
 
-from ov_kvcrush.errors import RequestError
+from ov_kvcrush.errors import RequestError, reason_of
 from ov_kvcrush.results import PerfMetrics
 
 _SHORTEST_LIMIT = 128  # tokens; no tokenizer of an LLM cuts below
@@ -67,8 +67,7 @@ class PromptEncoder:
         try:
             text: str = self._tokenizer.apply_chat_template(history, add_generation_prompt=True)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise RequestError(f"history must fit the model's chat template, got: {reason}") from None
+            raise RequestError(f"history must fit the model's chat template, got: {reason_of(error)}") from None
         metrics.chat_template_s.append(time.perf_counter() - start)
         return text
 

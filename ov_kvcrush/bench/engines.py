@@ -10,7 +10,7 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.bench.measure import MeasuredEngine, MeasuredHandle
 from ov_kvcrush.bench.settings import OURS
-from ov_kvcrush.errors import CrushError
+from ov_kvcrush.errors import CrushError, reason_of
 
 _SCHEDULER_FIELDS = ("max_num_batched_tokens", "num_kv_blocks", "max_num_seqs")
 
@@ -69,8 +69,9 @@ class GenaiUnderTest:
         try:
             self._pipeline = ov_genai.ContinuousBatchingPipeline(job["model"], scheduler, "CPU", job["properties"])
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise CrushError(f"model and properties must be ones that openvino_genai can load, got: {reason}") from None
+            raise CrushError(
+                f"model and properties must be ones that openvino_genai can load, got: {reason_of(error)}"
+            ) from None
 
     def add(self, request_id: int, ids: np.ndarray, new_tokens: int) -> MeasuredHandle:
         handle: MeasuredHandle = self._pipeline.add_request(request_id, ov.Tensor(ids[None]), _greedy(new_tokens))

@@ -230,13 +230,10 @@ class Engine:
         return [sequence]
 
     def _accept(self, sequence: Sequence, token: int, logprob: float, now: float) -> GenerationOutput:
-        request = sequence.request
         sequence.ids.append(token)
         sequence.token_times.append(now)
         sequence.logprobs.append(logprob)
         sequence.cumulative_logprob += logprob
-        if request.timing.first_token is None:
-            request.timing.first_token = now
         sequence.finish_reason = finish_reason(sequence, token)
         return GenerationOutput([token], [logprob], sequence.cumulative_logprob, sequence.finish_reason)
 
@@ -256,7 +253,6 @@ class Engine:
             self._end(request, Status.FINISHED)
 
     def _end(self, request: Request, status: Status) -> None:
-        request.timing.finish = time.perf_counter()
         request.status = status
         with self._add_lock:
             self._handles.pop(request.request_id, None)

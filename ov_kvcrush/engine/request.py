@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 import openvino_genai as ov_genai
@@ -99,15 +98,6 @@ class Sequence:
         return self.finish_reason != FinishReason.NONE
 
 
-@dataclass
-class Timing:
-    """Moments of a request on the clock of time.perf_counter, in seconds."""
-
-    arrival: float = field(default_factory=time.perf_counter)
-    first_token: float | None = None
-    finish: float | None = None
-
-
 class Request:
     """A prompt, how to sample it, and the sequences that grow from it.
 
@@ -131,7 +121,7 @@ class Request:
         self.num_reused_tokens = 0
         self.peak_blocks = 0
         self.status = Status.RUNNING
-        self.timing = Timing()
+        self.arrival = time.perf_counter()
         first = Sequence(self, 0, TokenIds(ids, len(ids) + min(params.max_new_tokens, 4096)))
         self.sequences = [first]
         # Written by any thread, acted on by the engine between two steps.
@@ -193,7 +183,7 @@ class GenerationHandle:
         return RequestStats(
             num_input_tokens=request.num_prompt_tokens,
             num_reused_tokens=request.num_reused_tokens,
-            arrival=request.timing.arrival,
+            arrival=request.arrival,
             token_times=[s.token_times for s in request.sequences],
             kv_bytes=request.peak_blocks * self._bytes_per_block,
         )

@@ -88,7 +88,6 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logprobs: bool = False
     num_return_sequences: int = 1
-    echo: bool = False
 
     def __post_init__(self) -> None:
         rules = (
@@ -186,7 +185,6 @@ class SamplingParams:
             frequency_penalty=config.frequency_penalty,
             logprobs=config.logprobs > 0,
             num_return_sequences=config.num_return_sequences,
-            echo=config.echo,
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import openvino as ov
 import openvino.opset15 as ops
 
-from ov_kvcrush.errors import CrushError, ModelError, nearest
+from ov_kvcrush.errors import CrushError, ModelError, nearest, reason_of
 from ov_kvcrush.graph.rewrite import gather_sampled_rows, use_paged_attention
 from ov_kvcrush.model_folder import MODEL_NAME, check_model_folder
 from ov_kvcrush.model_info import read_json_object, read_model_info
@@ -25,7 +25,6 @@ class LoadedModel:
     """A compiled model and what the engine must know of it. context_length is None where nothing on disk says it."""
 
     compiled: ov.CompiledModel
-    num_layers: int
     vocab_size: int
     context_length: int | None
 
@@ -50,7 +49,7 @@ def check_properties(core: ov.Core, device: str, properties: dict[str, Any]) -> 
         known = {*core.get_property(device, "SUPPORTED_PROPERTIES"), *_PIPELINE_OPTIONS}
         likely = "".join(nearest(name, known) for name in properties if name not in known)
         raise CrushError(
-            f"options must be the pipeline's or properties of {device}, got {properties}: {_reason(error)}{likely}"
+            f"options must be the pipeline's or properties of {device}, got {properties}: {reason_of(error)}{likely}"
         ) from None
 
 
@@ -71,13 +70,13 @@ def load_model(models_path: str | Path, device: str, properties: dict[str, Any])
     try:
         model = core.read_model(folder / MODEL_XML)
     except RuntimeError as error:
-        raise ModelError(f"{folder / MODEL_XML} must be a readable OpenVINO model, got: {_reason(error)}") from None
+        raise ModelError(f"{folder / MODEL_XML} must be a readable OpenVINO model, got: {reason_of(error)}") from None
     _check_is_llm(model, folder)
-    num_layers = use_paged_attention(model)
+    use_paged_attention(model)
     gather_sampled_rows(model)
     vocab_size = model.output("logits").partial_shape[-1].get_length()
     compiled = core.compile_model(model, device, properties)
-    return LoadedModel(compiled, num_layers, vocab_size, info.context_length if info else None)
+    return LoadedModel(compiled, vocab_size, info.context_length if info else None)
 
 
 def _check_is_llm(model: ov.Model, folder: Path) -> None:
@@ -92,8 +91,3 @@ def _check_is_llm(model: ov.Model, folder: Path) -> None:
         raise ModelError(
             f"model in {str(folder)!r} must be stateful (exported for text-generation-with-past), got one without state"
         )
-
-
-def _reason(error: Exception) -> str:
-    lines = [line for line in str(error).strip().splitlines() if not line.startswith("Exception from ")]
-    return (lines or str(error).strip().splitlines())[-1]

@@ -6,7 +6,7 @@ import numpy as np
 import openvino as ov
 import openvino.opset15 as ops
 
-from ov_kvcrush.errors import ModelError
+from ov_kvcrush.errors import ModelError, reason_of
 
 # Operations that treat each row of [rows, 1, channels] by itself; their other operands are weights.
 _ROW_WISE = frozenset(
@@ -28,7 +28,7 @@ def use_paged_attention(model: ov.Model) -> int:
     try:
         paged_attention_transformation(model, False, False, False, False, False, False)
     except RuntimeError as error:
-        raise ModelError(f"model must have attention that can be paged: {_last_line(error)}") from None
+        raise ModelError(f"model must have attention that can be paged: {reason_of(error)}") from None
     layers, left = _count(model, "PagedAttentionExtension"), _count(model, "ScaledDotProductAttention")
     if not layers or left or layers != before:
         raise ModelError(
@@ -133,7 +133,3 @@ def _is_rows(shape: ov.PartialShape) -> bool:
 
 def _count(model: ov.Model, type_name: str) -> int:
     return sum(op.get_type_name() == type_name for op in model.get_ops())
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]
