@@ -355,8 +355,11 @@ def test_only_a_slash_and_a_word_is_a_command(
 # -- at a terminal -----------------------------------------------------------------------------------------------------
 
 PROMPT = r"(^|\n)(\x1b\[\?2004[hl])*> $"  # the last thing on the screen; the codes switch bracketed paste
-# A session leader without a terminal takes the one that it opens; then the command takes its place.
-TAKE_TERMINAL = "import os, sys; os.open(os.ttyname(0), os.O_RDWR); os.execv(sys.executable, ['python', *sys.argv[1:]])"
+# A session leader without a terminal takes the one that it opens; then the command takes its place. Python finds its
+# environment by argv[0], so that is the whole path: a bare name would be looked up in PATH.
+TAKE_TERMINAL = (
+    "import os, sys; os.open(os.ttyname(0), os.O_RDWR); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
 
 
 class Terminal:
