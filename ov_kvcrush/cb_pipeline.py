@@ -25,6 +25,7 @@ class ContinuousBatchingPipeline(PipelineBase):
     scheduler_config: SchedulerConfig of this package or of openvino_genai, or a dict with its fields.
     properties: OpenVINO properties for `compile_model`.
     engine: "crush" (default on CPU) or "genai" (default elsewhere).
+    cache_config: CacheConfig, or a dict with its fields: precisions and memory of keys and values.
     Raises ModelError or CrushError before anything heavy starts if an argument cannot be used.
     """
 
@@ -38,9 +39,17 @@ class ContinuousBatchingPipeline(PipelineBase):
         *,
         tokenizer: ov_genai.Tokenizer | None = None,
         engine: str | None = None,
+        cache_config: Any = None,
     ) -> None:
         super().__init__(
-            models_path, device, scheduler_config, engine, properties or {}, tokenizer, tokenizer_properties
+            models_path,
+            device,
+            scheduler_config,
+            engine,
+            properties or {},
+            tokenizer,
+            tokenizer_properties,
+            cache_config,
         )
 
     def get_config(self) -> ov_genai.GenerationConfig:

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import warnings
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ov_kvcrush.errors import CrushError, nearest
 
 ENGINES = ("crush", "genai")
+PRECISIONS = ("f32", "bf16", "f16", "u8", "u4", "u2")
+ATTENTIONS = ("auto", "crush", "paged")
+_PRECISION_PROPERTIES = ("KV_CACHE_PRECISION", "KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION")
+
+
+def _check_integer(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise CrushError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise CrushError(f"{name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}")
+
+
+def _known(options: dict[str, Any], cls: type, what: str) -> dict[str, Any]:
+    known = [f.name for f in fields(cls)]
+    for name in options:
+        if name not in known:
+            raise CrushError(f"{what} must be one of {', '.join(known)}, got {name!r}{nearest(str(name), known)}")
+    return options
 
 
 @dataclass(frozen=True)
@@ -33,9 +55,7 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         for name, minimum in (("max_num_batched_tokens", 1), ("num_kv_blocks", 0), ("max_num_seqs", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                raise CrushError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+            _check_integer(name, getattr(self, name), minimum)
         if isinstance(self.cache_size, bool) or not isinstance(self.cache_size, (int, float)) or self.cache_size < 0:
             raise CrushError(f"cache_size must be a number of GiB of at least 0, got {self.cache_size!r}")
 
@@ -51,12 +71,7 @@ class SchedulerConfig:
             return options
         known = [f.name for f in fields(cls)]
         if isinstance(options, dict):
-            for name in options:
-                if name not in known:
-                    raise CrushError(
-                        f"scheduler option must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
-                    )
-            return cls(**options)
+            return cls(**_known(options, cls, "scheduler option"))
         if not all(hasattr(options, name) for name in known):
             raise CrushError(f"scheduler_config must be a SchedulerConfig or a dict, got {type(options).__name__}")
         for feature in ("use_cache_eviction", "use_sparse_attention"):
@@ -64,6 +79,93 @@ class SchedulerConfig:
                 raise CrushError(f"{feature} must be False with engine='crush', got True; engine='genai' runs it")
         values = {name: getattr(options, name) for name in known}
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """How the crush engine stores keys and values.
+
+    key_precision, value_precision: "f32", "bf16", "f16", "u8", "u4" or "u2", for tokens that left the recent window.
+        Quantised keys have a scale per channel and 32 tokens, quantised values one per token and group of channels
+        (KIVI, arXiv 2402.02750).
+    recent_tokens: the newest tokens of every head that stay in the precision the model computes in; up to 31 more do.
+    group_size: channels that share a scale of quantised values: a multiple of 16.
+    max_bytes: limit of the store, never exceeded; 0 = by the SchedulerConfig's num_kv_blocks or cache_size.
+    staging_bytes: full-precision blocks that prompts are read on, given back when a prompt is complete. Longer prompts
+        are read chunk by chunk through the store, which is slower. 0 = enough for 65536 tokens, or for the model's
+        context if that is longer, and at most a quarter of the free memory.
+    attention: "crush" = the store; "paged" = OpenVINO's own PagedAttention, with none of the above; "auto" = "crush"
+        where the native library is there, else "paged".
+    """
+
+    key_precision: str = "u8"
+    value_precision: str = "u8"
+    recent_tokens: int = 32
+    group_size: int = 32
+    max_bytes: int = 0
+    staging_bytes: int = 0
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("key_precision", "value_precision"):
+            _check_choice(name, getattr(self, name), PRECISIONS)
+        _check_choice("attention", self.attention, ATTENTIONS)
+        for name, minimum in (("recent_tokens", 0), ("group_size", 16), ("max_bytes", 0), ("staging_bytes", 0)):
+            _check_integer(name, getattr(self, name), minimum)
+        if self.group_size % 16:
+            raise CrushError(f"group_size must be a multiple of 16, got {self.group_size}")
+
+    @classmethod
+    def from_options(cls, options: Any = None) -> CacheConfig:
+        """Build from None, this class or a dict. Raises CrushError for an unknown field."""
+        if options is None:
+            return cls()
+        if isinstance(options, cls):
+            return options
+        if not isinstance(options, dict):
+            raise CrushError(f"cache_config must be a CacheConfig or a dict, got {type(options).__name__}")
+        return cls(**_known(options, cls, "cache option"))
+
+    def choose_attention(self) -> str:
+        """Return "crush" or "paged". Warns where "auto" must do without the native library.
+
+        Raises CrushError where "crush" was asked for without it, or precisions for "paged".
+        """
+        from ov_kvcrush import native
+
+        reason = native.why_unavailable() if self.attention != "paged" else None
+        if self.attention == "crush" and reason:
+            raise CrushError(f"attention must be 'paged' where the native library is missing, got 'crush': {reason}")
+        if self.attention == "paged" and (self.key_precision, self.value_precision) != ("u8", "u8"):
+            raise CrushError(
+                "key_precision and value_precision must be left alone with attention='paged', got "
+                f"{self.key_precision!r}, {self.value_precision!r}; it has the property KV_CACHE_PRECISION instead"
+            )
+        if reason:
+            warnings.warn(
+                f"the KV cache is not compressed: {reason}. Prompts and answers run on OpenVINO's PagedAttention, "
+                "without key_precision, value_precision and max_bytes",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return "paged" if reason or self.attention == "paged" else "crush"
+
+    def with_properties(self, properties: dict[str, Any]) -> tuple[CacheConfig, dict[str, Any]]:
+        """Take OpenVINO's properties of cache precision, where there are any, out of `properties`."""
+        rest = {name: value for name, value in properties.items() if name not in _PRECISION_PROPERTIES}
+        both, key, value = (_precision_name(properties.get(name)) for name in _PRECISION_PROPERTIES)
+        key, value = key or both, value or both
+        return replace(
+            self, key_precision=key or self.key_precision, value_precision=value or self.value_precision
+        ), rest
+
+
+def _precision_name(value: Any) -> str | None:
+    """OpenVINO takes its types as objects and by name; a type's own name is written "bfloat16"."""
+    if value is None:
+        return None
+    name = value.to_string() if hasattr(value, "to_string") else str(value)
+    return str(name).lower()
 
 
 def check_engine(engine: str | None, device: str) -> str:

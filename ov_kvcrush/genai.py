@@ -12,7 +12,7 @@ import numpy as np
 import openvino as ov
 import openvino_genai as ov_genai
 
-from ov_kvcrush.config import SchedulerConfig
+from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.engine.sampling_params import SamplingParams
 from ov_kvcrush.errors import CrushError, ModelError, RequestError, nearest, reason_of
 from ov_kvcrush.graph.load import check_device
@@ -22,6 +22,25 @@ Status = ov_genai.GenerationStatus
 FinishReason = ov_genai.GenerationFinishReason
 
 _NO_LIMIT = 1 << 40  # tokens
+
+
+def genai_cache_properties(config: CacheConfig) -> dict[str, Any]:
+    """The properties that say to openvino_genai what `config` says. Raises CrushError naming what it cannot express."""
+    default = CacheConfig()
+    for name in ("recent_tokens", "group_size", "max_bytes", "staging_bytes"):
+        value = getattr(config, name)
+        if value != getattr(default, name):
+            hint = "; use cache_size of scheduler_config" if name == "max_bytes" else ""
+            raise CrushError(f"{name} must be left alone with engine='genai', got {value}{hint}")
+    if config.attention == "crush":
+        raise CrushError("attention must be 'auto' or 'paged' with engine='genai', got 'crush'")
+    if "u2" in (config.key_precision, config.value_precision):
+        raise CrushError(
+            "key_precision and value_precision must be f32, bf16, f16, u8 or u4 with engine='genai', got 'u2'"
+        )
+    if config.key_precision == config.value_precision:
+        return {"KV_CACHE_PRECISION": config.key_precision}
+    return {"KEY_CACHE_PRECISION": config.key_precision, "VALUE_CACHE_PRECISION": config.value_precision}
 
 
 class GenaiHandle:

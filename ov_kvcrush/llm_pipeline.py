@@ -27,6 +27,7 @@ class LLMPipeline(PipelineBase):
     device: "CPU", or another device of `openvino.Core().available_devices` with engine="genai".
     config, **properties: OpenVINO properties for `compile_model`.
     engine: "crush" (default on CPU) or "genai" (default elsewhere).
+    cache_config: CacheConfig, or a dict with its fields: precisions and memory of keys and values.
     scheduler_config: SchedulerConfig of this package or of openvino_genai, or a dict with its fields.
     Raises ModelError or CrushError before anything heavy starts if an argument cannot be used.
     """
@@ -40,9 +41,13 @@ class LLMPipeline(PipelineBase):
         tokenizer: ov_genai.Tokenizer | None = None,
         engine: str | None = None,
         scheduler_config: Any = None,
+        cache_config: Any = None,
         **properties: Any,
     ) -> None:
-        super().__init__(models_path, device, scheduler_config, engine, {**(config or {}), **properties}, tokenizer)
+        properties = {**(config or {}), **properties}
+        super().__init__(
+            models_path, device, scheduler_config, engine, properties, tokenizer, cache_config=cache_config
+        )
         self._tokens = ConversationTokens(self._encoder)
         self._history: ov_genai.ChatHistory | None = None  # of start_chat; None outside
 

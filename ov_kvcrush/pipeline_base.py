@@ -11,7 +11,7 @@ import numpy as np
 import openvino_genai as ov_genai
 
 from ov_kvcrush.backend import Backend, Handle
-from ov_kvcrush.config import check_engine
+from ov_kvcrush.config import CacheConfig, SchedulerConfig, check_engine
 from ov_kvcrush.engine.sampling_params import make_generation_config
 from ov_kvcrush.errors import ModelError, reason_of
 from ov_kvcrush.model_folder import check_model_folder
@@ -32,6 +32,7 @@ class PipelineBase:
         properties: dict[str, Any],
         tokenizer: ov_genai.Tokenizer | None,
         tokenizer_properties: dict[str, Any] | None = None,
+        cache_config: Any = None,
     ) -> None:
         start = time.perf_counter()
         self._engine_name = check_engine(engine, device)
@@ -41,7 +42,7 @@ class PipelineBase:
         self._config = load_generation_config(folder, self._tokenizer)
         self._encoder = PromptEncoder(self._tokenizer)
         self._backend = make_backend(
-            self._engine_name, folder, device, scheduler_config, properties, self._tokenizer, self._config
+            self._engine_name, folder, device, scheduler_config, cache_config, properties, self._tokenizer, self._config
         )
         self._load_s = time.perf_counter() - start
         self._ids = itertools.count(1 << 62)  # of requests made here; callers of add_request choose theirs below
@@ -155,21 +156,27 @@ def make_backend(
     folder: Path,
     device: str,
     scheduler_config: Any,
+    cache_config: Any,
     properties: dict[str, Any],
     tokenizer: ov_genai.Tokenizer,
     config: ov_genai.GenerationConfig,
 ) -> Backend:
     """The engine by its name, with the model loaded."""
+    settings = CacheConfig.from_options(cache_config)
     if engine == "genai":
-        from ov_kvcrush.genai import GenaiBackend
+        from ov_kvcrush.genai import GenaiBackend, genai_cache_properties
 
+        properties = {**properties, **(genai_cache_properties(settings) if cache_config is not None else {})}
         return GenaiBackend(folder, tokenizer, device, scheduler_config, properties, config)
-    from ov_kvcrush.config import SchedulerConfig
     from ov_kvcrush.engine.engine import Engine
     from ov_kvcrush.graph.load import load_model
 
-    settings = SchedulerConfig.from_options(scheduler_config)
-    return Engine(load_model(folder, device, properties), settings, config, tokenizer.decode)
+    scheduler = SchedulerConfig.from_options(scheduler_config)
+    attention = settings.choose_attention()
+    if attention == "crush":
+        settings, properties = settings.with_properties(properties)
+    model = load_model(folder, device, properties, attention)
+    return Engine(model, scheduler, config, tokenizer.decode, settings)
 
 
 def _add_stats(metrics: PerfMetrics, handle: Handle) -> None:

@@ -187,7 +187,11 @@ class EncodedGenerationResult:
 
 @dataclass(frozen=True)
 class PipelineMetrics:
-    """State of the engine after its last step. Cache usage is in percent of the capacity, sizes are in bytes."""
+    """State of the engine after its last step. Cache usage is in percent of the capacity, sizes are in bytes.
+
+    kv_cache_size_in_bytes: keys and values that requests and kept prefixes hold. staging_size_in_bytes: blocks of
+    prompts that are being read, beside them; 0 where prompts are read in the cache itself.
+    """
 
     requests: int
     scheduled_requests: int
@@ -198,3 +202,4 @@ class PipelineMetrics:
     cache_size_in_bytes: int
     num_used_blocks: int
     num_preemptions: int
+    staging_size_in_bytes: int = 0

@@ -146,7 +146,7 @@ def ids(*tokens: int) -> ov.Tensor:
         (ids(1, -1), {}, "got -1"),
         (ov.Tensor(np.ones((1, 3), np.float32)), {}, "integer"),
         (ov.Tensor(np.ones((2, 3), np.int64)), {}, "one row"),
-        (ov.Tensor(np.ones((1, 128), np.int64)), {}, r"KV cache of 128 tokens .*got 128 tokens"),
+        (ov.Tensor(np.ones((1, 128), np.int64)), {}, r"fit into the KV .*got 128 tokens"),
         (ov.Tensor(np.ones((1, 9000), np.int64)), {}, r"context of 8192 tokens, got 9000"),
         (ids(1), {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         (ids(1), {"max_new_tokens": -4}, "max_new_tokens must be at least 0, got -4"),

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from ov_kvcrush import SchedulerConfig
 from ov_kvcrush.engine.block_pool import BLOCK_SIZE, BlockPool, blocks_for
+from ov_kvcrush.engine.paged_memory import PagedMemory
 from ov_kvcrush.engine.prefix_cache import PrefixCache, common_length
 from ov_kvcrush.engine.request import FinishReason, Request, Sequence
-from ov_kvcrush.engine.runner import step_inputs
 from ov_kvcrush.engine.sampling_params import SamplingParams
 from ov_kvcrush.engine.scheduler import Scheduler, StepPlan
 
@@ -21,11 +21,14 @@ class FakeCache:
 
     def __init__(self, num_blocks: int) -> None:
         self.slots = np.full((num_blocks, BLOCK_SIZE), -1, np.int64)
+        self.num_copies = 0
+
+    def copy_block(self, source: int, target: int) -> None:
+        self.slots[target] = self.slots[source]
+        self.num_copies += 1
 
     def run(self, plan: StepPlan) -> None:
-        """Copy and write what a real step would, and check that every sequence reads its own history."""
-        for source, target in plan.block_copies:
-            self.slots[target] = self.slots[source]
+        """Write what a real step would, and check that every sequence reads its own history."""
         for row in plan.rows:
             s = row.sequence
             positions = np.arange(s.num_cached, s.num_cached + row.num_tokens)
@@ -41,10 +44,10 @@ class Harness:
     """Scheduler, pool and fake memory; tokens are drawn by a counter, so that no two are alike."""
 
     def __init__(self, num_blocks: int, **config: object) -> None:
-        self.pool = BlockPool(num_blocks)
-        self.prefixes = PrefixCache(self.pool)
-        self.scheduler = Scheduler(SchedulerConfig(**config), self.pool, self.prefixes)  # type: ignore[arg-type]
         self.cache = FakeCache(num_blocks)
+        self.pool = BlockPool(num_blocks)
+        self.memory = PagedMemory(self.pool, None, self.cache.copy_block)
+        self.scheduler = Scheduler(SchedulerConfig(**config), self.memory)  # type: ignore[arg-type]
         self.next_token = 1_000_000
         self.finished: list[Sequence] = []
 
@@ -80,8 +83,8 @@ class Harness:
 
     def _end(self, sequence: Sequence) -> None:
         sequence.finish_reason = FinishReason.LENGTH
-        if sequence.request.keep_kv and sequence.num_cached:
-            self.prefixes.put(sequence.ids[: sequence.num_cached], sequence.blocks.ids)
+        if sequence.request.keep_kv:
+            self.memory.keep(sequence)
         self.scheduler.remove([sequence])
         self.finished.append(sequence)
 
@@ -125,7 +128,7 @@ def test_every_request_ends_and_every_block_comes_back(
             # Shorter only where the cache was full with this sequence alone.
             full = blocks_for(len(sequence.ids)) >= num_blocks - 1
             assert sequence.num_generated == request.params.max_new_tokens or full
-    h.prefixes.clear()
+    h.memory.drop_kept()
     assert h.pool.num_used == 0
     assert h.pool.num_free == num_blocks
 
@@ -169,7 +172,7 @@ def test_kept_prefix_is_shared_by_token_and_copied_on_write() -> None:
     plan = h.step()
     assert again.sequences[0].num_cached == 80
     assert [row.num_tokens for row in plan.rows] == [30]
-    assert len(plan.block_copies) == 1, "50 tokens end inside the second block"
+    assert h.cache.num_copies == 1, "50 tokens end inside the second block"
     # The first block is shared; the copied one and one more are its own.
     assert h.pool.num_used == held + 2
     h.run()
@@ -190,18 +193,17 @@ def test_forks_share_the_prompt() -> None:
 
 def test_prefix_cache_keeps_the_longest_and_the_latest() -> None:
     pool = BlockPool(10)
-    cache = PrefixCache(pool, max_prefixes=2)
+    cache: PrefixCache[np.ndarray] = PrefixCache(pool.release, max_prefixes=2)
     for start, length in ((0, 32), (0, 64), (5000, 32), (7000, 32)):
         blocks = np.array([pool.allocate() for _ in range(blocks_for(length))], np.int32)
         cache.put(prompt(length, start), blocks)
-        pool.release(blocks)
     # The first is contained in the second; the second is the least recently used of three.
     assert len(cache) == 2
     assert pool.num_used == 2
-    assert cache.match(prompt(64))[1] == 0
-    blocks, length = cache.match(prompt(32, 5000))
-    assert length == 31, "the last token's logits are needed"
-    pool.release(blocks)
+    assert cache.match(prompt(64)) is None
+    match = cache.match(prompt(32, 5000))
+    assert match is not None
+    assert match[1] == 31, "the last token's logits are needed"
 
 
 @given(st.lists(st.integers(0, 2), max_size=8), st.lists(st.integers(0, 2), max_size=8))
@@ -216,7 +218,7 @@ def test_step_inputs_describe_the_rows() -> None:
     h.add(prompt(34), 5)
     h.step()
     h.add(prompt(60, 500), 5)
-    inputs = step_inputs(h.scheduler.plan().rows)
+    inputs = h.memory.step_inputs(h.scheduler.plan().rows)
     assert inputs["past_lens"].tolist() == [34, 0]
     assert inputs["subsequence_begins"].tolist() == [0, 1, 48]
     assert inputs["block_indices_begins"].tolist() == [0, 2, 4]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from ov_kvcrush.bench.measure import RunResult
+from ov_kvcrush.bench.measure import RunResult, Storage
 from ov_kvcrush.bench.process import worker
 from ov_kvcrush.bench.settings import BenchSettings, Cell
 
@@ -17,13 +17,25 @@ Report = Callable[[str], None]
 
 @dataclass
 class EngineRuns:
-    """What one engine did in one cell. Peaks are those of its own process, from its start; None where nobody tells."""
+    """What one engine did in one cell. Resident sizes are those of its own process; None where nobody tells.
+
+    load_peak_rss_bytes: largest until the model was loaded. loaded_rss_bytes: when it was. idle_rss_bytes: after the
+    first inference, without requests. run_peak_rss_bytes: largest since the model was loaded, or ever.
+    """
 
     engine: str
     load_s: float
-    load_peak_rss_bytes: int | None
-    peak_rss_bytes: int | None
+    storage: Storage
+    load_peak_rss_bytes: int | None = None
+    loaded_rss_bytes: int | None = None
+    idle_rss_bytes: int | None = None
+    run_peak_rss_bytes: int | None = None
     runs: list[RunResult] = field(default_factory=list)
+
+    @property
+    def peak_rss_bytes(self) -> int | None:
+        """Largest resident size of the process, loading included."""
+        return max((x for x in (self.load_peak_rss_bytes, self.run_peak_rss_bytes) if x is not None), default=None)
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ def _measure_cell(settings: BenchSettings, cell: Cell, report: Report) -> CellRe
         for name, process in workers:
             report(f"{place}: {name} loads")
             reply = process.ask(settings.worker_job(name, cell))
-            results.append(EngineRuns(name, reply["load_s"], reply["peak_rss_bytes"], reply["peak_rss_bytes"]))
+            results.append(EngineRuns(name, **{**reply, "storage": Storage(**reply["storage"])}))
         for name, process in workers:
             report(f"{place}: {name} warms up")
             process.ask({"new_tokens": min(settings.new_tokens, WARM_UP_TOKENS)})
@@ -66,5 +78,5 @@ def _measure_cell(settings: BenchSettings, cell: Cell, report: Report) -> CellRe
                 report(f"{place}: {name}, run {i + 1} of {settings.runs}")
                 reply = process.ask({"new_tokens": settings.new_tokens})
                 result.runs.append(RunResult(**reply["run"]))
-                result.peak_rss_bytes = reply["peak_rss_bytes"]
+                result.run_peak_rss_bytes = reply["peak_rss_bytes"]
     return CellResult(cell, results)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import openvino as ov
 import openvino_genai as ov_genai
 
-from ov_kvcrush.bench.measure import MeasuredEngine, MeasuredHandle
+from ov_kvcrush import native
+from ov_kvcrush.bench.measure import MeasuredEngine, MeasuredHandle, Storage
+from ov_kvcrush.bench.precision import paged_precisions, plugin_precisions
 from ov_kvcrush.bench.settings import OURS
+from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError, reason_of
 
 _SCHEDULER_FIELDS = ("max_num_batched_tokens", "num_kv_blocks", "max_num_seqs")
+_DEFAULT_PRECISION = "u8"  # of a type that is not given beside one that is
 
 
 def make_engine(job: dict[str, Any]) -> MeasuredEngine:
@@ -34,10 +39,16 @@ class CrushUnderTest:
         from ov_kvcrush.cb_pipeline import ContinuousBatchingPipeline
         from ov_kvcrush.config import SchedulerConfig
 
-        scheduler = SchedulerConfig(**{name: job[name] for name in _SCHEDULER_FIELDS})
+        cache, self._storage = _cache_of(job)
+        values = {name: job[name] for name in _SCHEDULER_FIELDS}
+        if cache.attention == "crush":
+            values["num_kv_blocks"] = 0  # the store takes memory as it fills, up to max_bytes or half of what is free
         self._pipeline = ContinuousBatchingPipeline(
-            job["model"], scheduler, "CPU", job["properties"], engine=job["engine"]
+            job["model"], SchedulerConfig(**values), "CPU", job["properties"], engine=OURS, cache_config=cache
         )
+
+    def storage(self) -> Storage:
+        return self._storage
 
     def add(self, request_id: int, ids: np.ndarray, new_tokens: int) -> MeasuredHandle:
         return self._pipeline.add_request(request_id, ov.Tensor(ids[None]), _greedy(new_tokens))
@@ -55,6 +66,32 @@ class CrushUnderTest:
         return self._pipeline.get_last_step().overhead
 
 
+def _cache_of(job: dict[str, Any]) -> tuple[CacheConfig, Storage]:
+    """The cache that `job` asks for, and what it will be. Raises CrushError if it asks for what is not there."""
+    wanted = {"key_precision": job["key_precision"], "value_precision": job["value_precision"]}
+    wanted["max_bytes"] = job["max_kv_bytes"] or None
+    cache = CacheConfig(**{name: value for name, value in wanted.items() if value is not None})
+    reason = native.why_unavailable()
+    if reason is None:
+        stored = cache.with_properties(job["properties"])[0]
+        storage = Storage("CrushAttention", stored.key_precision, stored.value_precision)
+        return replace(cache, attention="crush"), storage
+    if cache != CacheConfig():
+        raise CrushError(
+            "--key-precision, --value-precision and --max-kv-mb must be left out without the native library, got "
+            f"{cache.key_precision}, {cache.value_precision}, {cache.max_bytes >> 20}: {reason}"
+        )
+    return CacheConfig(attention="paged"), _paged_storage(job["properties"])
+
+
+def _paged_storage(properties: dict[str, Any]) -> Storage:
+    try:
+        precisions = plugin_precisions(properties)
+    except RuntimeError as error:
+        raise CrushError(f"--property must be one that the CPU takes, got: {reason_of(error)}") from None
+    return Storage("PagedAttention", precisions.key, precisions.value)
+
+
 class GenaiUnderTest:
     """openvino_genai's own ContinuousBatchingPipeline, not through this package."""
 
@@ -66,8 +103,13 @@ class GenaiUnderTest:
         scheduler.dynamic_split_fuse = True
         scheduler.enable_prefix_caching = False
         scheduler.use_cache_eviction = False
+        properties = dict(job["properties"])
         try:
-            self._pipeline = ov_genai.ContinuousBatchingPipeline(job["model"], scheduler, "CPU", job["properties"])
+            if job["key_precision"] or job["value_precision"]:
+                types = (job[name] or _DEFAULT_PRECISION for name in ("key_precision", "value_precision"))
+                properties |= paged_precisions(*types, properties)
+            self._storage = _paged_storage(properties)
+            self._pipeline = ov_genai.ContinuousBatchingPipeline(job["model"], scheduler, "CPU", properties)
         except RuntimeError as error:
             raise CrushError(
                 f"model and properties must be ones that openvino_genai can load, got: {reason_of(error)}"
@@ -85,6 +127,9 @@ class GenaiUnderTest:
 
     def kv_bytes(self) -> int:
         return int(self._pipeline.get_metrics().kv_cache_size_in_bytes)
+
+    def storage(self) -> Storage:
+        return self._storage
 
     def last_overhead_s(self) -> float | None:
         return None

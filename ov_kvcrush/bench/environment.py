@@ -8,9 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ov_kvcrush import __version__
+from ov_kvcrush import __version__, native
 
-KERNEL = "PagedAttention"
 ISA_FLAGS = (
     *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_tile", "amx_int8", "amx_bf16"),
@@ -22,7 +21,7 @@ def describe_environment() -> dict[str, Any]:
     cpuinfo = _read("/proc/cpuinfo")
     return {
         "cpu": _field(cpuinfo, "model name") or platform.processor() or platform.machine(),
-        "threads": _usable_threads(),
+        "threads": usable_threads(),
         "isa": _isa(cpuinfo),
         "total_memory_bytes": _total_memory_bytes(),
         "os": platform.platform(),
@@ -32,11 +31,16 @@ def describe_environment() -> dict[str, Any]:
             "openvino_genai": metadata.version("openvino-genai"),
             "ov_kvcrush": __version__,
         },
-        "kernel": KERNEL,
+        "kernel": _kernel(),
     }
 
 
-def _usable_threads() -> int | None:
+def _kernel() -> str:
+    """The attention of our engine, with the instruction set of its kernels where they are our own."""
+    return f"CrushAttention {native.info()['isa']}" if native.available() else "PagedAttention"
+
+
+def usable_threads() -> int | None:
     """Logical CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

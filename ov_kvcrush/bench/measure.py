@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Protocol
 
 import numpy as np
+
+from ov_kvcrush.bench.memory import rss_bytes
 
 
 class MeasuredHandle(Protocol):
@@ -30,9 +32,20 @@ class MeasuredEngine(Protocol):
 
     def kv_bytes(self) -> int: ...
 
+    def storage(self) -> Storage: ...
+
     def last_overhead_s(self) -> float | None:
         """Time of the last step outside of the inference itself; None where the engine does not tell."""
         ...
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The attention operation that decode rows go through, and the types in which it finds keys and values."""
+
+    attention: str
+    key_precision: str
+    value_precision: str
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,9 @@ class RunResult:
     ttft_s_each, tpot_ms_each: per request; ttft_s, tpot_ms are their means.
     tokens_per_s: tokens made after the last prompt was finished, per second of that time: pure decoding.
     total_tokens_per_s: all generated tokens per second of the whole run, prompts included.
-    kv_bytes: peak of what the engine calls its KV cache size.
+    kv_bytes: peak of what the engine calls its KV cache size; blocks that prompts are read on are not part of it.
+    kv_bytes_per_token, held_rss_bytes: that size per cached token, and the resident size of the process, at the last
+        moment at which all B requests decode; None if there is none, or nobody tells.
     overhead_ms_per_step: mean over the steps in which all B requests decode, None if there is none or nobody tells.
     """
 
@@ -56,6 +71,8 @@ class RunResult:
     tpot_ms_each: list[float]
     num_steps: int
     num_full_decode_steps: int
+    kv_bytes_per_token: float | None = None
+    held_rss_bytes: int | None = None
 
 
 def random_prompts(batch: int, context: int, vocab_size: int, seed: int) -> np.ndarray:
@@ -72,6 +89,7 @@ def run_once(engine: MeasuredEngine, prompts: np.ndarray, new_tokens: int, first
     times: list[list[float]] = [[] for _ in prompts]  # per request, one moment per token
     overheads: list[float] = []
     kv_bytes = num_steps = num_full_decode_steps = 0
+    held: dict[str, Any] = {}
     start = time.perf_counter()
     paused = 0.0
     handles = [engine.add(first_id + i, ids, new_tokens) for i, ids in enumerate(prompts)]
@@ -86,7 +104,12 @@ def run_once(engine: MeasuredEngine, prompts: np.ndarray, new_tokens: int, first
                 moments += [now] * sum(len(output.generated_ids) for output in handle.read().values())
         # openvino_genai takes some 60 us to tell its metrics: the clock stands still meanwhile, for both engines.
         pause = time.perf_counter()
-        kv_bytes = max(kv_bytes, engine.kv_bytes())
+        now_bytes = engine.kv_bytes()
+        kv_bytes = max(kv_bytes, now_bytes)
+        counts = [len(moments) for moments in times]
+        if min(counts) > 0 and max(counts) == new_tokens - 1:  # one step before the first request ends
+            num_cached = sum(prompts.shape[1] + count - 1 for count in counts)
+            held = {"kv_bytes_per_token": now_bytes / num_cached, "held_rss_bytes": rss_bytes()}
         overhead = engine.last_overhead_s()
         if is_full_decode and overhead is not None:
             overheads.append(overhead)
@@ -94,7 +117,7 @@ def run_once(engine: MeasuredEngine, prompts: np.ndarray, new_tokens: int, first
     for i, moments in enumerate(times):
         if len(moments) != new_tokens:
             raise RuntimeError(f"request {i} must give {new_tokens} tokens, got {len(moments)}")
-    return summarise(times, kv_bytes, overheads, num_steps, num_full_decode_steps)
+    return replace(summarise(times, kv_bytes, overheads, num_steps, num_full_decode_steps), **held)
 
 
 def summarise(

@@ -27,9 +27,18 @@ class Row:
 
     kept_tokens: tokens of the prompt that stay in the cache. policy_ms: time spent choosing and moving cache, per step.
     overhead_ms_per_step: see RunResult; None for an engine that does not tell.
+    attention, key_precision, value_precision: see Storage. is_as_asked: whether these types are the ones asked for.
+    kv_bytes, kv_bytes_per_token: see RunResult.
+    peak_growth_bytes: largest resident size since the model was loaded, less the one right then: cache, blocks of
+        prompts and activations. held_growth_bytes: resident size while all requests decode, less that of the idle
+        engine after its first inference: the cache that is held.
     """
 
     engine: str
+    attention: str
+    key_precision: str
+    value_precision: str
+    is_as_asked: bool
     policy: str
     context: int
     batch: int
@@ -40,8 +49,11 @@ class Row:
     tokens_per_s: float
     total_tokens_per_s: float
     kv_bytes: int
+    kv_bytes_per_token: float | None
     peak_rss_bytes: int | None
     load_peak_rss_bytes: int | None
+    peak_growth_bytes: int | None
+    held_growth_bytes: int | None
     load_s: float
     policy_ms: float
     overhead_ms_per_step: float | None
@@ -59,32 +71,48 @@ class Quotients:
     pairs_max: float
 
 
-def make_row(cell: Cell, new_tokens: int, engine: EngineRuns) -> Row:
+def make_row(cell: Cell, settings: BenchSettings, engine: EngineRuns) -> Row:
     """Summarise the runs of one engine in one cell."""
 
     def middle(value: Callable[[RunResult], float]) -> float:
         return median(value(run) for run in engine.runs)
 
-    overheads = [run.overhead_ms_per_step for run in engine.runs if run.overhead_ms_per_step is not None]
+    def middle_if_told(value: Callable[[RunResult], float | None]) -> float | None:
+        told = [x for x in map(value, engine.runs) if x is not None]
+        return median(told) if told else None
+
+    stored = engine.storage
+    asked = (settings.key_precision, stored.key_precision), (settings.value_precision, stored.value_precision)
     return Row(
         engine=engine.engine,
+        attention=stored.attention,
+        key_precision=stored.key_precision,
+        value_precision=stored.value_precision,
+        is_as_asked=all(wanted in (None, there) for wanted, there in asked),
         policy="none",
         context=cell.context,
         batch=cell.batch,
-        new_tokens=new_tokens,
+        new_tokens=settings.new_tokens,
         kept_tokens=cell.context,
         ttft_s=middle(lambda run: run.ttft_s),
         tpot_ms=middle(lambda run: run.tpot_ms),
         tokens_per_s=middle(lambda run: run.tokens_per_s),
         total_tokens_per_s=middle(lambda run: run.total_tokens_per_s),
         kv_bytes=int(middle(lambda run: run.kv_bytes)),
+        kv_bytes_per_token=middle_if_told(lambda run: run.kv_bytes_per_token),
         peak_rss_bytes=engine.peak_rss_bytes,
         load_peak_rss_bytes=engine.load_peak_rss_bytes,
+        peak_growth_bytes=_difference(engine.run_peak_rss_bytes, engine.loaded_rss_bytes),
+        held_growth_bytes=_difference(middle_if_told(lambda run: run.held_rss_bytes), engine.idle_rss_bytes),
         load_s=engine.load_s,
         policy_ms=0.0,
-        overhead_ms_per_step=median(overheads) if overheads else None,
+        overhead_ms_per_step=middle_if_told(lambda run: run.overhead_ms_per_step),
         runs=engine.runs,
     )
+
+
+def _difference(after: float | None, before: float | None) -> int | None:
+    return None if after is None or before is None else int(after - before)
 
 
 def quotients(ours: Sequence[float], theirs: Sequence[float], more_is_better: bool = False) -> Quotients:
@@ -127,7 +155,7 @@ def _values(row: Row, name: str) -> list[Any]:
 
 def make_rows(results: Sequence[CellResult], settings: BenchSettings) -> list[Row]:
     """All rows, the engines of a cell next to each other."""
-    return [make_row(r.cell, settings.new_tokens, engine) for r in results for engine in r.engines]
+    return [make_row(r.cell, settings, engine) for r in results for engine in r.engines]
 
 
 def make_report(

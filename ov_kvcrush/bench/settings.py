@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ov_kvcrush.config import ENGINES
+from ov_kvcrush.config import ENGINES, PRECISIONS
 from ov_kvcrush.engine.block_pool import blocks_for
 from ov_kvcrush.errors import CrushError, ModelError, nearest
 from ov_kvcrush.model_folder import MODEL_NAME, check_model_folder
@@ -16,6 +16,9 @@ from ov_kvcrush.model_info import read_model_info
 
 OURS = "crush"
 RIVALS = tuple(name for name in ENGINES if name != OURS)
+
+# Properties of cache precision, which --key-precision and --value-precision stand for.
+_PRECISION_PROPERTIES = ("KV_CACHE_PRECISION", "KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION")
 
 Property = str | int
 
@@ -36,6 +39,9 @@ class BenchSettings:
     vocab_size: prompts are random ids below it, the same for every engine and every run.
     context_length: tokens the model was made for, None where nothing on disk says it.
     new_tokens: generated per request; at least 2, because the time per token needs two.
+    key_precision, value_precision: of the cache, None = each engine's default. An engine that has not got them keeps
+        its default.
+    max_kv_mb: limit of our store in MiB, None = by the free memory; other engines get what the cell needs.
     Raises CrushError naming the option, its rule and the value.
     """
 
@@ -50,23 +56,22 @@ class BenchSettings:
     max_num_batched_tokens: int = 512
     properties: Mapping[str, Property] = field(default_factory=dict)
     seed: int = 0
+    key_precision: str | None = None
+    value_precision: str | None = None
+    max_kv_mb: int | None = None
 
     def __post_init__(self) -> None:
         for option, values in (("context", self.contexts), ("batch", self.batches)):
-            if not values:
-                raise CrushError(f"--{option} must have at least one number, got none")
-            for value in values:
-                _check_at_least(option, value, 1)
-        _check_at_least("new-tokens", self.new_tokens, 2)
-        _check_at_least("runs", self.runs, 1)
-        _check_at_least("max-num-batched-tokens", self.max_num_batched_tokens, 1)
+            check_numbers(option, values)
+        check_at_least("new-tokens", self.new_tokens, 2)
+        check_at_least("runs", self.runs, 1)
+        check_at_least("max-num-batched-tokens", self.max_num_batched_tokens, 1)
+        check_at_least("max-kv-mb", 1 if self.max_kv_mb is None else self.max_kv_mb, 1)
         if max(self.batches) > self.max_num_batched_tokens:
             limit = f"--max-num-batched-tokens={self.max_num_batched_tokens}"
             raise CrushError(f"--batch must be at most {limit}, got {max(self.batches)}")
-        if self.against is not None and self.against not in RIVALS:
-            raise CrushError(
-                f"--against must be one of {', '.join(RIVALS)}, got {self.against!r}{nearest(self.against, RIVALS)}"
-            )
+        check_choice("against", self.against, RIVALS)
+        check_precisions(self.key_precision, self.value_precision, self.properties)
         longest = max(self.contexts)
         if self.context_length is not None and longest + self.new_tokens > self.context_length:
             raise CrushError(
@@ -108,8 +113,11 @@ class BenchSettings:
             "model": str(self.model),
             "properties": dict(self.properties),
             "max_num_batched_tokens": self.max_num_batched_tokens,
-            # Exactly what the cell needs: neither side preempts, grows its cache, or reserves more than the other.
+            # Exactly what the cell needs: nobody preempts or reserves more. A store takes memory as it fills instead.
             "num_kv_blocks": cell.batch * blocks_for(cell.context + self.new_tokens),
+            "key_precision": self.key_precision,
+            "value_precision": self.value_precision,
+            "max_kv_bytes": (self.max_kv_mb or 0) << 20,
             "max_num_seqs": max(cell.batch, 256),
             "context": cell.context,
             "batch": cell.batch,
@@ -156,6 +164,30 @@ def _vocab_size_of_graph(model: Path) -> int:
         raise ModelError(f"model must be an LLM with an output 'logits' of known size, got {str(model)!r}") from None
 
 
-def _check_at_least(option: str, value: int, minimum: int) -> None:
+def check_at_least(option: str, value: int, minimum: int) -> None:
+    """Raise CrushError naming the option if its value is below `minimum`."""
     if value < minimum:
         raise CrushError(f"--{option} must be at least {minimum}, got {value}")
+
+
+def check_numbers(option: str, values: tuple[int, ...]) -> None:
+    """Raise CrushError naming the option unless there are numbers and all are at least 1."""
+    if not values:
+        raise CrushError(f"--{option} must have at least one number, got none")
+    for value in values:
+        check_at_least(option, value, 1)
+
+
+def check_choice(option: str, value: str | None, choices: tuple[str, ...]) -> None:
+    """Raise CrushError naming the option unless its value is None or one of `choices`."""
+    if value is not None and value not in choices:
+        raise CrushError(f"--{option} must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}")
+
+
+def check_precisions(key: str | None, value: str | None, properties: Mapping[str, Property]) -> None:
+    """Raise CrushError for a type that there is not, and for one that is given as a property too."""
+    for option, name in (("key-precision", key), ("value-precision", value)):
+        check_choice(option, name, PRECISIONS)
+        for twin in _PRECISION_PROPERTIES:
+            if name is not None and twin in properties:
+                raise CrushError(f"--property {twin} must be left out with --{option}, got {properties[twin]!r}")

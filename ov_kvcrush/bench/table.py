@@ -9,27 +9,44 @@ from rich import box
 from rich.table import Table
 
 from ov_kvcrush.bench.report import COMPARED, Row
+from ov_kvcrush.bench.settings import OURS
 
 MIB = 1 << 20
-_COSTS = ("KV\nMiB", "peak\nMiB", "overhead\nms/step")
+_COSTS = ("KV\nMiB", "KV bytes\n/token", "peak\nMiB", "growth\nMiB", "overhead\nms/step")
 
 
 def rows_table(rows: Sequence[Row]) -> Table:
     """One line per engine and cell."""
-    table = _table("medians", "engine", "context", "batch", "TTFT\ns", "TPOT\nms", "tokens\n/s", *_COSTS)
+    names = ("keys\n/values", "context", "batch", "TTFT\ns", "TPOT\nms", "tokens\n/s", *_COSTS)
+    table = _table("medians", "engine", *names)
+    table.caption = "\n".join(_remarks(rows))
+    table.caption_justify = "left"
     for row in rows:
         table.add_row(
             row.engine,
+            f"{row.key_precision}/{row.value_precision}{'' if row.is_as_asked else ' *'}",
             str(row.context),
             str(row.batch),
             f"{row.ttft_s:.3f}",
             f"{row.tpot_ms:.2f}",
             f"{row.tokens_per_s:.1f}",
             _number(row.kv_bytes / MIB, 1),
-            _number(None if row.peak_rss_bytes is None else row.peak_rss_bytes / MIB, 0),
+            _number(row.kv_bytes_per_token, 0),
+            _number(row.peak_rss_bytes, 0, MIB),
+            _number(row.peak_growth_bytes, 0, MIB),
             _number(row.overhead_ms_per_step, 3),
         )
     return table
+
+
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    """What a reader must know lest the table misleads."""
+    remarks = []
+    if not all(row.is_as_asked for row in rows):
+        remarks.append("* cannot store the types that were asked for, and keeps its default")
+    if any(row.engine == OURS and row.attention == "PagedAttention" for row in rows):
+        remarks.append(f"{OURS} runs on PagedAttention, uncompressed: the native library is missing")
+    return remarks
 
 
 def ratios_table(ratios: Sequence[dict[str, Any]]) -> Table:
@@ -54,5 +71,5 @@ def _table(title: str, first: str, *names: str) -> Table:
     return table
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, digits: int, unit: float = 1) -> str:
+    return "-" if value is None else f"{value / unit:.{digits}f}"

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
@@ -62,35 +60,31 @@ def _read_lines(questions: IO[str], lines: SimpleQueue[str]) -> None:
 
 def _replies(lines: SimpleQueue[str]) -> Iterator[dict[str, Any]]:
     """One answer per line: first that the engine is loaded, then what each run gave."""
+    from ov_kvcrush.bench import memory
     from ov_kvcrush.bench.engines import make_engine
     from ov_kvcrush.bench.measure import random_prompts, run_once
 
     job = json.loads(lines.get())
     start = time.perf_counter()
     engine = make_engine(job)
-    yield {"load_s": time.perf_counter() - start, "peak_rss_bytes": peak_rss_bytes()}
+    load_s, load_peak = time.perf_counter() - start, memory.peak_rss_bytes()
+    can_reset = memory.reset_peak()
+    loaded = memory.rss_bytes() if can_reset else None
     prompts = random_prompts(job["batch"], job["context"], job["vocab_size"], job["seed"])
-    next_id = 0
+    # One chunk, so that what the first inference allocates once is not taken for cache.
+    run_once(engine, prompts[:1, : job["max_num_batched_tokens"]], 2)
+    yield {
+        "load_s": load_s,
+        "load_peak_rss_bytes": load_peak,
+        "loaded_rss_bytes": loaded,
+        "idle_rss_bytes": memory.rss_bytes(),
+        "storage": asdict(engine.storage()),
+    }
+    next_id = 1
     while True:
         result = run_once(engine, prompts, json.loads(lines.get())["new_tokens"], next_id)
         next_id += len(prompts)
-        yield {"run": asdict(result), "peak_rss_bytes": peak_rss_bytes()}
-
-
-def peak_rss_bytes() -> int | None:
-    """Largest resident size this process had so far, None where the system does not tell."""
-    try:
-        # Not ru_maxrss first: on Linux a child starts with the peak of the process that forked it.
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        yield {"run": asdict(result), "peak_rss_bytes": memory.peak_rss_bytes()}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -15,6 +17,7 @@ from ov_kvcrush.cli.options import ChatOptions
 from ov_kvcrush.cli.output import AnswerWriter, Messages, json_line, stats_line
 from ov_kvcrush.cli.prompt import is_interactive, one_prompt
 from ov_kvcrush.cli.session import Session, length_note
+from ov_kvcrush.config import PRECISIONS
 from ov_kvcrush.default_model import MODEL_NAME
 from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.llm_pipeline import LLMPipeline
@@ -51,6 +54,10 @@ ov_kvcrush-chat --prompt "Summarise this in one sentence:" < notes.txt
 [dim]# A model written by ov_kvcrush-export; sampled, repeatable by its seed[/dim]
 
 ov_kvcrush-chat ./my-model --temperature 0.7 --top-p 0.9 --seed 1
+
+[dim]# A long conversation in little memory: keys in 4 bits, values in 2, at most 64 MiB of them[/dim]
+
+ov_kvcrush-chat --stats --key-precision u4 --value-precision u2 --max-kv-mb 64
 
 [dim]# For a program[/dim]
 
@@ -148,8 +155,29 @@ def parse(
         typer.Option(metavar="crush|genai", help="Engine that runs the model: crush on CPU, genai on other devices."),
     ] = None,
     device: Annotated[str, typer.Option(help="OpenVINO device, for example CPU or GPU.")] = ChatOptions.device,
+    key_precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help=f"How cached keys are stored: {', '.join(PRECISIONS)}. The default u8 changes next to nothing; u4 "
+            "takes about half of its memory, u2 a quarter. The newest tokens stay as they were computed.",
+        ),
+    ] = None,
+    value_precision: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", help="The same for values; they lose less by few bits: u2 here with u4 for keys."),
+    ] = None,
+    max_kv_mb: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Most MiB of cached keys and values; a message that does not fit is refused. Default: half of the "
+            "free memory. With engine genai whole GiB: a multiple of 1024.",
+        ),
+    ] = None,
     stats: Annotated[
-        bool, typer.Option("--stats", help="Say what each answer took: TTFT, TPOT, tokens, KV bytes.")
+        bool,
+        typer.Option("--stats", help="Say what each answer took: TTFT, TPOT, tokens, KV bytes in all and per token."),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the answer's text.")] = False,
     version: Annotated[
@@ -157,7 +185,8 @@ def parse(
     ] = False,
 ) -> Task:
     """What the arguments ask for. Raises CrushError naming the first that cannot be used."""
-    options = ChatOptions(model, system, max_new_tokens, temperature, top_p, seed, engine, device)
+    cache = (key_precision, value_precision, max_kv_mb)
+    options = ChatOptions(model, system, max_new_tokens, temperature, top_p, seed, engine, device, *cache)
     return Task(options, prompt, stats, json)
 
 
@@ -171,9 +200,18 @@ def _carry_out(task: Task, messages: Messages) -> int:
 
 def _load(options: ChatOptions, messages: Messages) -> tuple[Conversation, str]:
     """The model, ready for its first question, and the name of the engine that runs it."""
-    with messages.console.status("Loading the model"):
-        pipe = LLMPipeline(options.model, options.device, engine=options.engine)
+    configs: dict[str, Any] = {"cache_config": options.cache_config(), "scheduler_config": options.scheduler_config()}
+    with messages.console.status("Loading the model"), _warnings_as_notes(messages):
+        pipe = LLMPipeline(options.model, options.device, engine=options.engine, **configs)
     return Conversation(pipe, options.system, options.generation_options()), pipe.engine
+
+
+@contextmanager
+def _warnings_as_notes(messages: Messages) -> Iterator[None]:
+    """Say what Python would print with a file name, a line number and a line of code as one line without them."""
+    with warnings.catch_warnings():  # puts showwarning back as well
+        warnings.showwarning = lambda message, *_: messages.note(f"note: {message}")
+        yield
 
 
 def _converse(task: Task, messages: Messages) -> int:
@@ -200,7 +238,7 @@ def _answer_once(task: Task, prompt: str, messages: Messages) -> int:
         if turn.finish_reason == "length":
             messages.note(length_note(turn))
     if task.stats:
-        messages.note(stats_line(turn.metrics))
+        messages.note(stats_line(turn))
     return INTERRUPTED if turn.finish_reason == "interrupted" else 0
 
 

@@ -17,11 +17,16 @@ from ov_kvcrush.results import PerfMetrics
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer. finish_reason: "stop", "length" (max_new_tokens reached) or "interrupted" (Ctrl-C)."""
+    """One answer. finish_reason: "stop", "length" (max_new_tokens reached) or "interrupted" (Ctrl-C).
+
+    kv_bytes_per_token: of all tokens that had KV when the answer ended; None where the bytes are not those of this
+    answer, because the engine tells what it allocated.
+    """
 
     text: str
     finish_reason: str
     metrics: PerfMetrics
+    kv_bytes_per_token: float | None = None
 
 
 @dataclass
@@ -71,7 +76,14 @@ class Conversation:
         text = results.texts[0]
         if text or not interrupt.pressed:
             self._messages = [*messages, {"role": "assistant", "content": text}]
-        return Turn(text, _reason(results.finish_reasons[0], interrupt), results.perf_metrics)
+        metrics = results.perf_metrics
+        return Turn(text, _reason(results.finish_reasons[0], interrupt), metrics, self._kv_bytes_per_token(metrics))
+
+    def _kv_bytes_per_token(self, metrics: PerfMetrics) -> float | None:
+        # The last token of an answer is never run, so it has no KV.
+        num_cached = metrics.num_input_tokens + metrics.num_generated_tokens - 1
+        is_told = self._pipe.engine == "crush" and metrics.num_generated_tokens > 0 and metrics.kv_bytes > 0
+        return metrics.kv_bytes / num_cached if is_told else None
 
 
 @contextmanager

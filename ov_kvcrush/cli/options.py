@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ov_kvcrush.config import check_engine
+from ov_kvcrush.config import CacheConfig, SchedulerConfig, check_engine
 from ov_kvcrush.engine.sampling_params import SamplingParams, make_generation_config
-from ov_kvcrush.errors import RequestError
+from ov_kvcrush.errors import CrushError, RequestError
+from ov_kvcrush.genai import genai_cache_properties
+
+_MIB_PER_GIB = 1024
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,8 @@ class ChatOptions:
     model: folder of an exported model; None = the default model.
     temperature: 0 = greedy. top_p: in (0, 1], 1 = no limit; only with a temperature above 0.
     engine, device: as in LLMPipeline.
+    key_precision, value_precision: as in CacheConfig; None = the engine's default.
+    max_kv_mb: limit of the KV store in MiB; None = by the free memory. openvino_genai takes whole GiB only.
     Raises RequestError or CrushError naming the first field that cannot be used.
     """
 
@@ -28,6 +33,9 @@ class ChatOptions:
     seed: int = 0
     engine: str | None = None
     device: str = "CPU"
+    key_precision: str | None = None
+    value_precision: str | None = None
+    max_kv_mb: int | None = None
 
     def __post_init__(self) -> None:
         SamplingParams(
@@ -40,8 +48,34 @@ class ChatOptions:
         if self.top_p != 1 and self.temperature == 0:
             raise RequestError(f"top_p must be 1 while temperature is 0 (greedy), got {self.top_p}; set --temperature")
         make_generation_config(None, self.generation_options())
-        check_engine(self.engine, self.device)
+        self._check_cache(check_engine(self.engine, self.device))
         check_unicode("system", self.system)
+
+    def _check_cache(self, engine: str) -> None:
+        if self.max_kv_mb is not None and self.max_kv_mb < 1:
+            raise CrushError(f"max_kv_mb must be at least 1, got {self.max_kv_mb}")
+        if engine == "genai" and (self.max_kv_mb or 0) % _MIB_PER_GIB:
+            raise CrushError(
+                f"max_kv_mb must be a multiple of {_MIB_PER_GIB} with engine='genai', whose cache_size is in whole "
+                f"GiB, got {self.max_kv_mb}"
+            )
+        config = self.cache_config()
+        if engine == "genai" and config:
+            genai_cache_properties(config)
+
+    def cache_config(self) -> CacheConfig | None:
+        """What the engine is told of precisions and of the store's limit; None = nothing."""
+        values: dict[str, Any] = {"key_precision": self.key_precision, "value_precision": self.value_precision}
+        if self.max_kv_mb is not None and check_engine(self.engine, self.device) != "genai":
+            values["max_bytes"] = self.max_kv_mb << 20
+        given = {name: value for name, value in values.items() if value is not None}
+        return CacheConfig(**given) if given else None
+
+    def scheduler_config(self) -> SchedulerConfig | None:
+        """What openvino_genai is told of the limit, and to keep the KV of a chat as it does by default; else None."""
+        if self.max_kv_mb is None or check_engine(self.engine, self.device) != "genai":
+            return None
+        return SchedulerConfig(cache_size=self.max_kv_mb // _MIB_PER_GIB, enable_prefix_caching=True)
 
     def generation_options(self) -> dict[str, Any]:
         """The options for `LLMPipeline.generate`; what is not among them stays as the model's own config has it."""

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ov_kvcrush.cli.conversation import Turn
-from ov_kvcrush.results import PerfMetrics
 
 # What could move the cursor or reprogram the terminal (C0 but tab and newline, DEL, C1), shown as a picture of itself.
 _CONTROLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
@@ -79,21 +78,23 @@ class Messages:
         self.console.print(visible(text), style=style, markup=False, emoji=False, soft_wrap=True)
 
 
-def stats_rows(metrics: PerfMetrics) -> dict[str, str]:
+def stats_rows(turn: Turn) -> dict[str, str]:
     """Numbers of one answer as text, by name."""
+    metrics, per_token = turn.metrics, turn.kv_bytes_per_token
     ttft, tpot = _ms(metrics.get_ttft().mean), _ms(metrics.get_tpot().mean)
     return {
         "TTFT": "-" if ttft is None else f"{ttft / 1e3:.3f} s",
         "TPOT": "-" if tpot is None else f"{tpot:.1f} ms ({1e3 / tpot:.1f} tokens/s)",
         "tokens": f"{metrics.num_input_tokens} input ({metrics.num_reused_tokens} reused), "
         f"{metrics.num_generated_tokens} generated",
-        "KV": f"{metrics.kv_bytes} bytes ({metrics.kv_bytes / 2**20:.2f} MiB)",
+        "KV": f"{metrics.kv_bytes} bytes ({metrics.kv_bytes / 2**20:.2f} MiB"
+        + (")" if per_token is None else f", {per_token:.0f} per token)"),
     }
 
 
-def stats_line(metrics: PerfMetrics) -> str:
+def stats_line(turn: Turn) -> str:
     """Numbers of one answer in one line."""
-    return " | ".join(f"{name} {value}" for name, value in stats_rows(metrics).items())
+    return " | ".join(f"{name} {value}" for name, value in stats_rows(turn).items())
 
 
 def json_line(turn: Turn, engine: str, model: str) -> str:
@@ -108,6 +109,7 @@ def json_line(turn: Turn, engine: str, model: str) -> str:
         "ttft_s": None if ttft_ms is None else ttft_ms / 1e3,
         "tpot_ms": tpot_ms,
         "kv_bytes": turn.metrics.kv_bytes,
+        "kv_bytes_per_token": turn.kv_bytes_per_token,
         "engine": engine,
         "model": model,
     }

@@ -95,7 +95,7 @@ class Session:
         elif turn.finish_reason == "length":
             self._messages.note(length_note(turn))
         if self._show_stats:
-            self._messages.note(stats_line(turn.metrics))
+            self._messages.note(stats_line(turn))
 
     # -- commands ----------------------------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class Session:
         all_metrics = [turn.metrics for turn in self._turns]
         generated = sum(m.num_generated_tokens for m in all_metrics)
         computed = sum(m.num_input_tokens - m.num_reused_tokens for m in all_metrics)
-        self._messages.table("Last answer", stats_rows(all_metrics[-1]))
+        self._messages.table("Last answer", stats_rows(self._turns[-1]))
         self._messages.table(
             "Conversation",
             {"answers": str(len(self._turns)), "tokens": f"{computed} input computed, {generated} generated"},

@@ -11,12 +11,10 @@ from collections.abc import Callable
 import numpy as np
 import openvino_genai as ov_genai
 
-from ov_kvcrush.config import SchedulerConfig
+from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.engine.answer import finish_reason, settle_answer
-from ov_kvcrush.engine.block_pool import BLOCK_SIZE, BlockPool, blocks_for
-from ov_kvcrush.engine.kv_cache import KVCache
-from ov_kvcrush.engine.prefix_cache import PrefixCache
-from ov_kvcrush.engine.request import FinishReason, GenerationHandle, Request, Sequence, Status
+from ov_kvcrush.engine.make_memory import make_memory
+from ov_kvcrush.engine.request import FinishReason, GenerationHandle, Request, ScoreWindow, Sequence, Status
 from ov_kvcrush.engine.runner import Runner
 from ov_kvcrush.engine.sampler import sample
 from ov_kvcrush.engine.sampling_params import SamplingParams, refuse_unsupported
@@ -37,18 +35,21 @@ class Engine:
     """
 
     def __init__(
-        self, model: LoadedModel, config: SchedulerConfig, defaults: ov_genai.GenerationConfig, decode: Decode
+        self,
+        model: LoadedModel,
+        config: SchedulerConfig,
+        defaults: ov_genai.GenerationConfig,
+        decode: Decode,
+        cache_config: CacheConfig | None = None,
     ) -> None:
         self._model = model
         self._config = config
         self._defaults = defaults  # the model's own: its end-of-sequence tokens hold where a request names none
         self._decode = decode  # token ids -> text, for stop strings
-        self.cache = KVCache(model.compiled, config)
-        self.pool = BlockPool(self.cache.num_blocks)
-        # Without prefix caching only the conversation that runs keeps its KV between turns.
-        self.prefixes = PrefixCache(self.pool, None if config.enable_prefix_caching else 1)
-        self.scheduler = Scheduler(config, self.pool, self.prefixes)
-        self._runner = Runner(model, self.cache)
+        self.memory = make_memory(model, config, cache_config or CacheConfig())
+        self.scheduler = Scheduler(config, self.memory)
+        self._runner = Runner(model, self.memory)
+        self._capacity_tokens = self.memory.capacity_tokens
         self._inbox: deque[GenerationHandle] = deque()
         self._handles: dict[int, GenerationHandle] = {}
         self._lock = threading.RLock()
@@ -61,8 +62,7 @@ class Engine:
     @property
     def max_tokens(self) -> int:
         """Tokens that prompt and answer of one sequence may have, by the model's context and by the cache's memory."""
-        memory = self.pool.num_blocks * BLOCK_SIZE
-        return min(memory, self._model.context_length or memory)
+        return min(self._capacity_tokens, self._model.context_length or self._capacity_tokens)
 
     def end_wanted(self) -> None:
         """End the requests whose handles were told to stop or cancel, without running a step."""
@@ -76,16 +76,17 @@ class Engine:
 
     def metrics(self) -> PipelineMetrics:
         """Requests and cache usage after the last step."""
-        used, capacity = self.pool.num_used, self.pool.num_blocks
+        use = self.memory.use()
         return PipelineMetrics(
             requests=len(self._handles),
             scheduled_requests=len({s.request.request_id for s in self.scheduler.running}),
-            cache_usage=100 * used / capacity,
+            cache_usage=100 * use.used_bytes / use.capacity_bytes,
             max_cache_usage=self._max_usage,
             avg_cache_usage=self._usage_sum / max(self._num_steps, 1),
-            kv_cache_size_in_bytes=used * self.cache.bytes_per_block,
-            cache_size_in_bytes=self.cache.capacity_bytes,
-            num_used_blocks=used,
+            kv_cache_size_in_bytes=use.used_bytes,
+            cache_size_in_bytes=use.capacity_bytes,
+            staging_size_in_bytes=use.staging_bytes,
+            num_used_blocks=use.num_used_blocks,
             num_preemptions=self.scheduler.num_preemptions,
         )
 
@@ -109,11 +110,9 @@ class Engine:
             raise RequestError(
                 f"prompt must be shorter than the model's context of {context} tokens, got {len(ids)} tokens"
             )
-        if blocks_for(len(ids) + 1) > self.pool.num_blocks:
-            raise RequestError(
-                f"prompt must fit into the KV cache of {self.pool.num_blocks * BLOCK_SIZE} tokens "
-                f"({self.cache.capacity_bytes} bytes), got {len(ids)} tokens; raise num_kv_blocks or cache_size"
-            )
+        refusal = self.memory.refusal(len(ids))
+        if refusal:
+            raise RequestError(refusal)
         limit = self._config.max_num_batched_tokens
         if not self._config.dynamic_split_fuse and len(ids) > limit:
             raise RequestError(
@@ -123,17 +122,26 @@ class Engine:
         return ids
 
     def add(
-        self, request_id: int, ids: np.ndarray, config: ov_genai.GenerationConfig, keep_kv: bool = False
+        self,
+        request_id: int,
+        ids: np.ndarray,
+        config: ov_genai.GenerationConfig,
+        keep_kv: bool = False,
+        score_window: ScoreWindow | None = None,
     ) -> GenerationHandle:
         """Check a request and queue it for the next step. `keep_kv` leaves its KV for a prompt that goes on from it.
 
+        score_window: asks for the attention of the prompt's last tokens, `GenerationHandle.attention_scores`.
         Raises RequestError; no other request is touched.
         """
         ids = self.check_prompt(ids)
         refuse_unsupported(config)
         params = SamplingParams.from_config(config, self._defaults, len(ids), self.max_tokens)
-        request = Request(request_id, ids, params, self._decode, keep_kv or self._config.enable_prefix_caching)
-        handle = GenerationHandle(request, self.cache.bytes_per_block)
+        if score_window and not self._model.has_scores:
+            raise RequestError("score_window must be None with attention='paged', which has no scores per head")
+        keep_kv = keep_kv or self._config.enable_prefix_caching
+        request = Request(request_id, ids, params, self._decode, keep_kv, score_window)
+        handle = GenerationHandle(request)
         with self._add_lock:
             if request_id in self._handles:
                 raise RequestError(f"request_id must differ from those of running requests, got {request_id} again")
@@ -160,7 +168,7 @@ class Engine:
     def drop_kept_kv(self) -> None:
         """Give back the KV that ended requests left for reuse."""
         with self._lock:
-            self.prefixes.clear()
+            self.memory.drop_kept()
 
     def _take_in(self) -> None:
         while self._inbox:
@@ -181,8 +189,8 @@ class Engine:
     def _run(self, plan: StepPlan, start: float) -> None:
         for sequence in plan.out_of_memory:
             _log.warning(
-                "request %d ends after %d tokens: the KV cache of %d tokens is full; raise num_kv_blocks or cache_size",
-                sequence.request.request_id, len(sequence.ids), self.pool.num_blocks * BLOCK_SIZE,
+                "request %d ends after %d tokens: the KV cache of %d tokens is full; give it more memory",
+                sequence.request.request_id, len(sequence.ids), self._capacity_tokens,
             )  # fmt: skip
             self._finish(sequence, FinishReason.LENGTH)
             self._end_if_complete(sequence.request)
@@ -195,24 +203,36 @@ class Engine:
         sampling_s = self._commit(plan, logits)
         self._measure(start, infer_start, infer_end, sampling_s)
 
+    def _cache(self, plan: StepPlan) -> None:
+        """Note what is cached now, hand out attention scores, and let the memory settle."""
+        for row in plan.rows:
+            row.sequence.num_cached += row.num_tokens
+        if any(row.sequence.request.reduction_of(row.samples) for row in plan.rows):
+            for sequence, scores in self.memory.split_scores(plan.rows, self._runner.attention_scores()).items():
+                sequence.request.attention_scores = scores
+        for sequence in self.memory.commit(plan.rows):
+            self._finish(sequence, FinishReason.LENGTH, keep=False)
+            self._end_if_complete(sequence.request)
+
     def _commit(self, plan: StepPlan, logits: np.ndarray) -> float:
         """Note what is cached now, choose tokens, end what is complete. Returns the seconds taken by sampling."""
+        self._cache(plan)
         start = time.perf_counter()
         now = start
         new: dict[Request, dict[int, GenerationOutput]] = {}
         logits_rows = iter(logits)
         for row in plan.rows:
             sequence = row.sequence
-            sequence.num_cached += row.num_tokens
             if not row.samples:
                 continue
             row_logits = next(logits_rows)
+            if sequence.is_finished:  # its KV found no place
+                continue
             for member in self._members(sequence):
                 token, logprob = sample(row_logits, member)
                 new.setdefault(member.request, {})[member.index] = self._accept(member, token, logprob, now)
         sampling_s = time.perf_counter() - start
         for request, outputs in new.items():
-            request.peak_blocks = max(request.peak_blocks, sum(len(s.blocks) for s in request.sequences))
             self._handles[request.request_id].push(outputs)
             for index in outputs:
                 if request.sequences[index].is_finished:
@@ -244,8 +264,11 @@ class Engine:
     def _retire(self, sequence: Sequence, keep: bool = True) -> None:
         """Settle the answer of an ended sequence, keep its KV if the request wants that, give its blocks back."""
         settle_answer(sequence)
-        if keep and sequence.request.keep_kv and sequence.index == 0 and sequence.num_cached:
-            self.prefixes.put(sequence.ids[: sequence.num_cached], sequence.blocks.ids)
+        request = sequence.request
+        held = sum(self.memory.bytes_of(s) for s in request.sequences)
+        request.peak_kv_bytes = max(request.peak_kv_bytes, held)
+        if keep and request.keep_kv and sequence.index == 0:
+            self.memory.keep(sequence)
         self.scheduler.remove([sequence])
 
     def _end_if_complete(self, request: Request) -> None:
@@ -266,7 +289,8 @@ class Engine:
             self._end(request, Status.CANCEL)
 
     def _measure(self, start: float, infer_start: float, infer_end: float, sampling_s: float) -> None:
-        usage = 100 * self.pool.num_used / self.pool.num_blocks
+        use = self.memory.use()
+        usage = 100 * use.used_bytes / use.capacity_bytes
         self._num_steps += 1
         self._usage_sum += usage
         self._max_usage = max(self._max_usage, usage)

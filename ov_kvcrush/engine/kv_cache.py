@@ -1,21 +1,25 @@
-"""The memory of the KV cache: one key and one value tensor per layer, bound to the inference request once."""
+"""Blocks of keys and values: one tensor of each per layer, bound to the inference request once."""
 
 from __future__ import annotations
 
+import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino as ov
 
-from ov_kvcrush.config import SchedulerConfig
-from ov_kvcrush.engine.block_pool import BLOCK_SIZE
 from ov_kvcrush.errors import OutOfMemory
+
+if TYPE_CHECKING:
+    from ov_kvcrush.native import Store
 
 _ALIGNMENT = 64  # bytes: one cache line, one AVX-512 register
 _FALLBACK_FREE_BYTES = 4 << 30  # where the operating system does not say what is free
-_FREE_MEMORY_SHARE = 0.5  # of the free memory, taken by a cache without a given size
+# Names that the store knows, by OpenVINO's.
+PRECISION_OF = {"f32": "f32", "bf16": "bf16", "f16": "f16", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 def free_memory_bytes() -> int:
@@ -38,9 +42,11 @@ class KVCache:
 
     The whole capacity is reserved as address space; the operating system gives memory to a block when it is first
     written. Growing by reallocation instead would copy the cache and bind 2 x layers tensors again.
+
+    choose_blocks: from the bytes of one block over all layers to the number of blocks.
     """
 
-    def __init__(self, compiled: ov.CompiledModel, config: SchedulerConfig) -> None:
+    def __init__(self, compiled: ov.CompiledModel, choose_blocks: Callable[[int], int]) -> None:
         self._ports = [p for p in compiled.inputs if p.any_name.startswith(("key_cache.", "value_cache."))]
         self._block_shapes = [[p.partial_shape[i].get_length() for i in (1, 2, 3)] for p in self._ports]
         self._block_bytes = [
@@ -48,36 +54,32 @@ class KVCache:
             for shape, port in zip(self._block_shapes, self._ports, strict=True)
         ]
         self.bytes_per_block = sum(self._block_bytes)
-        self.num_blocks = self._capacity(config)
+        self.num_blocks = choose_blocks(self.bytes_per_block)
+        self._maps: list[mmap.mmap] = []
         self._buffers: list[np.ndarray] = []
         self._tensors: list[Any] = []
         self._reserve()
 
-    def _capacity(self, config: SchedulerConfig) -> int:
-        if config.num_kv_blocks:
-            return config.num_kv_blocks
-        wanted = int(config.cache_size * (1 << 30)) or int(free_memory_bytes() * _FREE_MEMORY_SHARE)
-        num_blocks = wanted // self.bytes_per_block
-        if num_blocks < 1:
-            raise OutOfMemory(
-                f"cache_size must be at least one block of {BLOCK_SIZE} tokens, {self.bytes_per_block} bytes, "
-                f"got {wanted} bytes"
-            )
-        return num_blocks
-
     def _reserve(self) -> None:
         try:
             for port, shape, size in zip(self._ports, self._block_shapes, self._block_bytes, strict=True):
-                raw = np.empty(self.num_blocks * size + _ALIGNMENT, np.uint8)
-                start = -raw.ctypes.data % _ALIGNMENT
-                data = raw[start : start + self.num_blocks * size]
+                data = self._reserve_bytes(self.num_blocks * size)
                 self._buffers.append(data.reshape(self.num_blocks, size))
                 self._tensors.append(ov.Tensor(data, ov.Shape([self.num_blocks, *shape]), port.element_type))
-        except MemoryError:
+        except (MemoryError, OSError):
             raise OutOfMemory(
                 f"num_kv_blocks must fit into memory, got {self.num_blocks} blocks of {self.bytes_per_block} bytes; "
                 "lower num_kv_blocks or cache_size"
             ) from None
+
+    def _reserve_bytes(self, size: int) -> np.ndarray:
+        if hasattr(mmap, "MAP_NORESERVE"):  # Linux: pages can be given back one by one
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+            self._maps.append(mmap.mmap(-1, size, flags=flags))
+            return np.frombuffer(self._maps[-1], np.uint8)
+        raw = np.empty(size + _ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % _ALIGNMENT
+        return raw[start : start + size]
 
     def bind(self, request: ov.InferRequest) -> None:
         """Make the tensors the inputs of `request`."""
@@ -89,7 +91,37 @@ class KVCache:
         for buffer in self._buffers:
             buffer[target] = buffer[source]
 
+    def register(self, store: Store) -> None:
+        """Let `store` read the keys and values that PagedAttention writes, layer by layer."""
+        keys, values = ({}, {})  # type: dict[int, int], dict[int, int]
+        for index, port in enumerate(self._ports):
+            kind, _, layer = port.any_name.partition(".")
+            (keys if kind == "key_cache" else values)[int(layer)] = index
+        for place, layer in enumerate(sorted(keys)):
+            key, value = keys[layer], values[layer]
+            precision = PRECISION_OF[self._ports[key].element_type.get_type_name()]
+            store.set_staging(
+                place, self._buffers[key].reshape(-1), self._buffers[value].reshape(-1), self.num_blocks, precision
+            )
+
+    def discard(self, blocks: np.ndarray) -> None:
+        """Give the memory of `blocks` back to the operating system; they can be written again at any time."""
+        if not self._maps:
+            return
+        for begin, end in _runs(np.sort(blocks)):
+            for data, size in zip(self._maps, self._block_bytes, strict=True):
+                start = -(-begin * size // mmap.PAGESIZE) * mmap.PAGESIZE
+                length = (end * size // mmap.PAGESIZE) * mmap.PAGESIZE - start
+                if length > 0:
+                    data.madvise(mmap.MADV_DONTNEED, start, length)
+
     @property
     def capacity_bytes(self) -> int:
         """Bytes of all blocks, used or not."""
         return self.num_blocks * self.bytes_per_block
+
+
+def _runs(blocks: np.ndarray) -> list[tuple[int, int]]:
+    """Half-open ranges of consecutive numbers in a sorted array."""
+    cuts = np.flatnonzero(np.diff(blocks) != 1) + 1
+    return [(int(part[0]), int(part[-1]) + 1) for part in np.split(blocks, cuts) if len(part)]

@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from ov_kvcrush.engine.block_pool import BlockPool, blocks_for
+KV = TypeVar("KV")
 
 
 @dataclass(frozen=True, eq=False)
-class Prefix:
-    """Tokens int64 (S,) and the blocks int32 (blocks_for(S),) that hold their KV; the cache is an owner of each."""
+class Prefix(Generic[KV]):
+    """Tokens int64 (S,) and what holds their keys and values."""
 
     ids: np.ndarray
-    blocks: np.ndarray
+    kv: KV
 
 
-class PrefixCache:
-    """Prefixes from the least to the most recently used. Sharing is by token, not by block: the block in which a common
-    prefix ends is shared too, and copied by whoever writes to it first.
+class PrefixCache(Generic[KV]):
+    """Prefixes from the least to the most recently used. Sharing is by token: a common prefix may end anywhere.
+
+    release: gives back the KV of a prefix that is dropped.
     """
 
-    def __init__(self, pool: BlockPool, max_prefixes: int | None = None) -> None:
-        self._pool = pool
+    def __init__(self, release: Callable[[KV], None], max_prefixes: int | None = None) -> None:
+        self._release = release
         self._max_prefixes = max_prefixes
-        self._prefixes: list[Prefix] = []
+        self._prefixes: list[Prefix[KV]] = []
 
     def __len__(self) -> int:
         return len(self._prefixes)
 
-    def put(self, ids: np.ndarray, blocks: np.ndarray) -> None:
-        """Keep the KV of `ids` in `blocks`: the cache becomes one more owner. Prefixes contained in it are dropped."""
-        new = Prefix(ids.copy(), blocks[: blocks_for(len(ids))].copy())
-        if not len(new.ids):
-            return
-        self._pool.share(new.blocks)
+    def put(self, ids: np.ndarray, kv: KV) -> None:
+        """Keep `kv`, which now belongs to the cache, as that of `ids`. Prefixes contained in it are dropped."""
+        new = Prefix(ids.copy(), kv)
         for old in list(self._prefixes):
             if common_length(old.ids, new.ids) == len(old.ids):
                 self._drop(old)
@@ -43,10 +43,10 @@ class PrefixCache:
         if self._max_prefixes is not None and len(self._prefixes) > self._max_prefixes:
             self._drop(self._prefixes[0])
 
-    def match(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
+    def match(self, ids: np.ndarray) -> tuple[KV, int] | None:
         """Find the longest common prefix with `ids`, short of its last token, whose logits are needed.
 
-        Returns the blocks, with the caller as one more owner, and the number of tokens that they hold of `ids`.
+        Returns what holds it, still the cache's, and the number of common tokens; None if there are none.
         """
         best, length = None, 0
         for prefix in self._prefixes:
@@ -54,26 +54,26 @@ class PrefixCache:
             if common > length:
                 best, length = prefix, common
         if best is None:
-            return np.zeros(0, np.int32), 0
+            return None
         self._prefixes.remove(best)
         self._prefixes.append(best)
-        blocks = best.blocks[: blocks_for(length)]
-        self._pool.share(blocks)
-        return blocks, length
+        return best.kv, length
 
-    def reclaim(self, num_blocks: int) -> None:
-        """Drop the least recently used prefixes until `num_blocks` blocks are free or nothing is left to drop."""
-        while self._prefixes and self._pool.num_free < num_blocks:
+    def drop_oldest(self) -> bool:
+        """Drop the least recently used prefix; False if there is none."""
+        if self._prefixes:
             self._drop(self._prefixes[0])
+            return True
+        return False
 
     def clear(self) -> None:
         """Drop everything."""
-        while self._prefixes:
-            self._drop(self._prefixes[0])
+        while self.drop_oldest():
+            pass
 
-    def _drop(self, prefix: Prefix) -> None:
+    def _drop(self, prefix: Prefix[KV]) -> None:
         self._prefixes.remove(prefix)
-        self._pool.release(prefix.blocks)
+        self._release(prefix.kv)
 
 
 def common_length(a: np.ndarray, b: np.ndarray) -> int:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import openvino_genai as ov_genai
@@ -13,10 +14,35 @@ import openvino_genai as ov_genai
 from ov_kvcrush.engine.block_pool import BlockTable
 from ov_kvcrush.engine.sampling_params import SamplingParams
 from ov_kvcrush.engine.stop_strings import StopStringTracker
+from ov_kvcrush.errors import CrushError, nearest
 from ov_kvcrush.results import GenerationOutput, RequestStats
 
 FinishReason = ov_genai.GenerationFinishReason
 Status = ov_genai.GenerationStatus
+
+
+# [layer][KV head] float32 (G query heads of the KV head, S cached tokens)
+AttentionScores = list[list[np.ndarray]]
+REDUCTIONS = {"mean": 1, "max": 2, "sum_squares": 3}  # codes of native/src/attention.hpp
+
+
+@dataclass(frozen=True)
+class ScoreWindow:
+    """Attention that the last `rows` tokens of a prompt pay to every token, per query head, reduced over those rows.
+
+    reduce: "mean", "max" or "sum_squares". Raises CrushError for anything else.
+    """
+
+    rows: int
+    reduce: str = "mean"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1:
+            raise CrushError(f"rows must be an integer of at least 1, got {self.rows!r}")
+        if self.reduce not in REDUCTIONS:
+            raise CrushError(
+                f"reduce must be one of {', '.join(REDUCTIONS)}, got {self.reduce!r}{nearest(self.reduce, REDUCTIONS)}"
+            )
 
 
 def _no_decoder(ids: list[int]) -> str:
@@ -52,7 +78,9 @@ class TokenIds:
 class Sequence:
     """One growing line of tokens with its KV.
 
-    num_cached tokens, counted from the start, have their KV in `blocks`; the others are still to be run.
+    num_cached tokens, counted from the start, have their KV in memory; the others are still to be run.
+    The last three are the memory's: blocks hold the KV of a sequence (or stage that of a prompt), `stored` is its place
+    in the store, `free_slots` tokens can be appended there as it is.
     """
 
     def __init__(self, request: Request, index: int, ids: TokenIds) -> None:
@@ -61,6 +89,8 @@ class Sequence:
         self.ids = ids
         self.num_cached = 0
         self.blocks = BlockTable()
+        self.stored: int | None = None
+        self.free_slots = 0
         self.logprobs: list[float] = []
         self.cumulative_logprob = 0.0
         self.finish_reason = FinishReason.NONE
@@ -112,6 +142,7 @@ class Request:
         params: SamplingParams,
         decode: Callable[[list[int]], str] = _no_decoder,
         keep_kv: bool = False,
+        score_window: ScoreWindow | None = None,
     ) -> None:
         self.request_id = request_id
         self.params = params
@@ -119,13 +150,26 @@ class Request:
         self.keep_kv = keep_kv  # leave the KV in the prefix cache at the end, for the next turn
         self.num_prompt_tokens = len(ids)
         self.num_reused_tokens = 0
-        self.peak_blocks = 0
+        self.peak_kv_bytes = 0
+        self.score_window = score_window
+        self.attention_scores: AttentionScores | None = None  # when the prompt is complete, if a window was asked for
         self.status = Status.RUNNING
         self.arrival = time.perf_counter()
         first = Sequence(self, 0, TokenIds(ids, len(ids) + min(params.max_new_tokens, 4096)))
         self.sequences = [first]
         # Written by any thread, acted on by the engine between two steps.
         self.wanted_end: tuple[ov_genai.GenerationStatus, ov_genai.GenerationFinishReason] | None = None
+
+    @property
+    def captured_rows(self) -> int:
+        """Query rows to be captured while the request runs."""
+        return self.score_window.rows if self.score_window else 0
+
+    def reduction_of(self, samples: bool) -> int:
+        """Code of the reduction if rows that sample complete the prompt and scores are wanted of it, else 0."""
+        if self.score_window is None or not samples or self.sequences[0].num_generated:
+            return 0
+        return REDUCTIONS[self.score_window.reduce]
 
     @property
     def prompt_ids(self) -> np.ndarray:
@@ -141,9 +185,8 @@ class Request:
 class GenerationHandle:
     """The caller's side of a request: read what has been generated, stop it, or cancel it; from any thread."""
 
-    def __init__(self, request: Request, bytes_per_block: int) -> None:
+    def __init__(self, request: Request) -> None:
         self._request = request
-        self._bytes_per_block = bytes_per_block
         self._lock = threading.Lock()
         self._new: deque[dict[int, GenerationOutput]] = deque()
 
@@ -169,6 +212,11 @@ class GenerationHandle:
         """Everything generated so far: one output for each sequence, in their order."""
         return [whole_output(s) for s in self._request.sequences]
 
+    @property
+    def attention_scores(self) -> AttentionScores | None:
+        """Of the prompt, if a score window was asked for and the prompt is complete."""
+        return self._request.attention_scores
+
     def stop(self, finish_reason: ov_genai.GenerationFinishReason = FinishReason.STOP) -> None:
         """End the request after the running step; what was generated counts as the answer."""
         self._request.wanted_end = (Status.STOP, finish_reason)
@@ -185,7 +233,7 @@ class GenerationHandle:
             num_reused_tokens=request.num_reused_tokens,
             arrival=request.arrival,
             token_times=[s.token_times for s in request.sequences],
-            kv_bytes=request.peak_blocks * self._bytes_per_block,
+            kv_bytes=request.peak_kv_bytes,
         )
 
     def push(self, outputs: dict[int, GenerationOutput]) -> None:

@@ -10,23 +10,36 @@ import openvino as ov
 import openvino.opset15 as ops
 
 from ov_kvcrush.errors import CrushError, ModelError, nearest, reason_of
-from ov_kvcrush.graph.rewrite import gather_sampled_rows, use_paged_attention
+from ov_kvcrush.graph.attention import AttentionLayer, attention_ops, read_layer
+from ov_kvcrush.graph.rewrite import gather_sampled_rows, use_crush_attention, use_paged_attention
 from ov_kvcrush.model_folder import MODEL_NAME, check_model_folder
 from ov_kvcrush.model_info import read_json_object, read_model_info
 from ov_kvcrush.model_support import attention_reason
 
-_PIPELINE_OPTIONS = ("engine", "scheduler_config", "tokenizer", "device", "properties")
+_PIPELINE_OPTIONS = ("engine", "scheduler_config", "cache_config", "tokenizer", "device", "properties")
 
 MODEL_XML = f"{MODEL_NAME}.xml"
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A compiled model and what the engine must know of it. context_length is None where nothing on disk says it."""
+    """A compiled model and what the engine must know of it.
+
+    context_length: None where nothing on disk says it. attention: "crush" or "paged".
+    layers: of the attention, with "crush" only. recent_precision: of keys and values that are not quantised yet.
+    """
 
     compiled: ov.CompiledModel
     vocab_size: int
     context_length: int | None
+    attention: str = "paged"
+    layers: tuple[AttentionLayer, ...] = ()
+    recent_precision: str = "f32"
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether there are outputs of attention scores."""
+        return self.attention == "crush"
 
 
 def check_device(core: ov.Core, device: str) -> None:
@@ -53,9 +66,12 @@ def check_properties(core: ov.Core, device: str, properties: dict[str, Any]) -> 
         ) from None
 
 
-def load_model(models_path: str | Path, device: str, properties: dict[str, Any]) -> LoadedModel:
+def load_model(
+    models_path: str | Path, device: str, properties: dict[str, Any], attention: str = "paged"
+) -> LoadedModel:
     """Read, rewrite and compile the model in `models_path`. `properties` go to `compile_model`.
 
+    attention: "paged", or "crush" for CrushAttention over a store beside PagedAttention for prompts.
     Raises ModelError if the folder or the model in it cannot be used, CrushError for a wrong device or property.
     """
     folder = Path(models_path)
@@ -73,10 +89,30 @@ def load_model(models_path: str | Path, device: str, properties: dict[str, Any])
         raise ModelError(f"{folder / MODEL_XML} must be a readable OpenVINO model, got: {reason_of(error)}") from None
     _check_is_llm(model, folder)
     use_paged_attention(model)
+    layers: tuple[AttentionLayer, ...] = ()
+    precision = "f32"
+    if attention == "crush":
+        from ov_kvcrush import native
+
+        layers = tuple(read_layer(op) for op in attention_ops(model))
+        library = native.info()["path"]
+        core.add_extension(library)
+        precision = _inference_precision(core, device, properties)
+        use_crush_attention(model, library, precision)
+        # Staging blocks hold prompts as they were computed: quantising is the store's.
+        properties = {**properties, "KV_CACHE_PRECISION": precision}
     gather_sampled_rows(model)
     vocab_size = model.output("logits").partial_shape[-1].get_length()
     compiled = core.compile_model(model, device, properties)
-    return LoadedModel(compiled, vocab_size, info.context_length if info else None)
+    context_length = info.context_length if info else None
+    return LoadedModel(compiled, vocab_size, context_length, attention, layers, precision)
+
+
+def _inference_precision(core: ov.Core, device: str, properties: dict[str, Any]) -> str:
+    """Name of the type that the device computes in: "f32", "bf16" or "f16"."""
+    wanted = properties.get("INFERENCE_PRECISION_HINT", core.get_property(device, "INFERENCE_PRECISION_HINT"))
+    name = wanted.to_string() if hasattr(wanted, "to_string") else str(wanted)
+    return name if name in ("bf16", "f16") else "f32"
 
 
 def _check_is_llm(model: ov.Model, folder: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import openvino as ov
 import openvino.opset15 as ops
+from openvino.utils.node_factory import NodeFactory
 
 from ov_kvcrush.errors import ModelError, reason_of
+from ov_kvcrush.graph.attention import K, Q, V, attention_ops
 
 # Operations that treat each row of [rows, 1, channels] by itself; their other operands are weights.
 _ROW_WISE = frozenset(
@@ -14,7 +16,15 @@ _ROW_WISE = frozenset(
     | {"Sigmoid", "SoftPlus", "Split", "Sqrt", "Subtract", "Swish", "Tanh", "VariadicSplit"}
 )
 
-SAMPLED_ROWS = "sampled_rows"  # input of the rewritten model: i64, the rows whose logits are wanted
+_ATTENTIONS = ("PagedAttentionExtension", "CrushAttention")
+
+# Inputs of the rewritten model.
+SAMPLED_ROWS = "sampled_rows"  # i64 (rows that sample,): the rows whose logits are wanted
+PROMPT_ROWS = "num_prompt_rows"  # i64 (1,): rows of fresh prompts, which come first
+CRUSH_STORE = "crush_store"  # i32 (1,): id of the store
+CRUSH_PLAN = "crush_plan"  # i32 (n,): see native/src/plan.hpp
+# Outputs, "attention_scores.<layer>": f32 (n,), empty unless a request asks.
+ATTENTION_SCORES = "attention_scores"
 
 
 def use_paged_attention(model: ov.Model) -> int:
@@ -38,6 +48,50 @@ def use_paged_attention(model: ov.Model) -> int:
     return layers
 
 
+def use_crush_attention(model: ov.Model, library: str, precision: str = "f32") -> None:
+    """Let CrushAttention follow each PagedAttention, which keeps the rows of fresh prompts only.
+
+    CrushAttention writes its rows behind PagedAttention's, so nothing is concatenated. PagedAttention without rows is
+    skipped by the plugin and leaves its old output (none at all before it ever ran): that is sliced, or every decode
+    step would convert it.
+    library: path of the native library, which is the extension. precision: the plugin gives an operation that it does
+    not know float32, and converts what it computes in bf16 there and back, 5 us a time. Where the graph itself asks
+    for bf16 there is nothing to convert.
+    """
+    is_narrow = precision == "bf16"
+    factory = NodeFactory("opset1")
+    factory.add_extension(library)
+    num_prompt_rows = _parameter(PROMPT_ROWS, ov.Type.i64, 1)
+    store, plan = _parameter(CRUSH_STORE, ov.Type.i32, 1), _parameter(CRUSH_PLAN, ov.Type.i32, -1)
+    zero, one = ops.constant(np.array([0], np.int64)), ops.constant(np.array([1], np.int64))
+    outputs = []
+    for layer, attention in enumerate(attention_ops(model)):
+        rows = [attention.input_value(i) for i in (Q, K, V)]
+        targets = list(attention.output(0).get_target_inputs())
+        for i, value in zip((Q, K, V), rows, strict=True):
+            prompt = ops.slice(value, zero, num_prompt_rows, one, zero)
+            attention.input(i).replace_source_output(prompt.output(0))
+        prompt_out = ops.slice(attention.output(0), zero, num_prompt_rows, one, zero)
+        floats = [*rows, prompt_out.output(0)]
+        if is_narrow:
+            floats = [ops.convert(value, "bf16").output(0) for value in floats]
+        crush = factory.create("CrushAttention", [*floats, store.output(0), plan.output(0)], {"layer": layer})
+        merged = ops.convert(crush.output(0), "f32") if is_narrow else crush
+        for target in targets:
+            target.replace_source_output(merged.output(0))
+        crush.output(1).get_tensor().set_names({f"{ATTENTION_SCORES}.{layer}"})
+        outputs.append(crush.output(1))
+    model.add_parameters([num_prompt_rows, store, plan])
+    model.add_outputs(outputs)
+    model.validate_nodes_and_infer_types()
+
+
+def _parameter(name: str, element_type: ov.Type, size: int) -> ov.Node:
+    node = ops.parameter(ov.PartialShape([size]), element_type, name=name)
+    node.output(0).get_tensor().set_names({name})
+    return node
+
+
 def gather_sampled_rows(model: ov.Model) -> None:
     """Add the input `sampled_rows` and compute logits for those rows only.
 
@@ -46,8 +100,7 @@ def gather_sampled_rows(model: ov.Model) -> None:
     2 to 6 % more time to the first token than now (SmolLM2 of 30 layers, Qwen 0.5B of 24; 2 cores, pairs of runs).
     """
     head = _lm_head(model)
-    rows = ops.parameter(ov.PartialShape([-1]), ov.Type.i64, name=SAMPLED_ROWS)
-    rows.output(0).get_tensor().set_names({SAMPLED_ROWS})
+    rows = _parameter(SAMPLED_ROWS, ov.Type.i64, -1)
     gathered: dict[tuple[str, int], ov.Output] = {}
     for target in _inputs_after_last_attention(model, head):
         source = target.get_source_output()
@@ -90,7 +143,7 @@ def _behind_last_attention(model: ov.Model) -> set[str]:
     behind: set[str] = set()
     for node in model.get_ordered_ops():
         name = node.get_friendly_name()
-        if node.get_type_name() == "PagedAttentionExtension":
+        if node.get_type_name() in _ATTENTIONS:
             behind = {name}
         elif any(value.get_node().get_friendly_name() in behind for value in node.input_values()):
             behind.add(name)

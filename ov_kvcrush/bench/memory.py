@@ -1,0 +1,44 @@
+"""Memory of this process, as the operating system tells it; None where it does not."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def rss_bytes() -> int | None:
+    """Resident size now."""
+    return _status("VmRSS")
+
+
+def peak_rss_bytes() -> int | None:
+    """Largest resident size so far, or since `reset_peak` said True."""
+    # Not ru_maxrss first: on Linux a child starts with the peak of the process that forked it.
+    peak = _status("VmHWM")
+    if peak is not None:
+        return peak
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak() -> bool:
+    """Let the peak start anew from the resident size of now. False where that cannot be, and then nothing changes."""
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(name: str) -> int | None:
+    try:
+        lines = _STATUS.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+    except (OSError, StopIteration):
+        return None

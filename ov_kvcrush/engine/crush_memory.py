@@ -1,0 +1,269 @@
+"""Memory of CrushAttention: prompts are read on staging blocks, then live in the compressed store."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Items
+
+import numpy as np
+import openvino as ov
+
+from ov_kvcrush.engine.block_pool import BLOCK_SIZE, BlockPool, blocks_for
+from ov_kvcrush.engine.kv_cache import KVCache
+from ov_kvcrush.engine.memory import MemoryUse
+from ov_kvcrush.engine.paged_memory import paged_inputs, row_inputs
+from ov_kvcrush.engine.prefix_cache import PrefixCache
+from ov_kvcrush.engine.request import AttentionScores, Sequence
+from ov_kvcrush.engine.scheduler import RowPlan
+from ov_kvcrush.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, PROMPT_ROWS, SAMPLED_ROWS
+from ov_kvcrush.native import Store, StoreFull
+
+_log = logging.getLogger(__name__)
+
+_PLAN_VERSION = 1
+_STORED, _STAGED = 0, 1  # kinds of plan entries, see native/src/plan.hpp
+
+
+class CrushMemory:
+    """A staging pool of full-precision blocks, and the store.
+
+    A fresh prompt gets staging blocks for all its tokens and attends through PagedAttention; when it is complete the
+    store adopts it and the blocks are given back. Every other row attends through the store: decode rows, prompts that
+    go on from kept KV, and prompts that are longer than the staging pool.
+    """
+
+    def __init__(self, store: Store, heads: list[tuple[int, int]], staging: KVCache, max_prefixes: int | None) -> None:
+        self.store = store
+        self._heads = heads  # of each layer: query heads, KV heads
+        self.pool = BlockPool(staging.num_blocks)
+        self.prefixes: PrefixCache[int] = PrefixCache(store.release, max_prefixes)
+        self._staging = staging
+        self._reading: set[Sequence] = set()  # prompts that have not taken all the bytes promised to them
+        self._store_id = np.array([store.id], np.int32)
+        staging.register(store)
+        self._bytes_per_block = store.bytes_for(BLOCK_SIZE * 1024) / 1024
+
+    # -- how much fits -------------------------------------------------------------------------------------------------
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens of the longest sequence whose bytes are within the store's limit."""
+        low, high = 0, int(self.store.max_bytes / self._bytes_per_block * BLOCK_SIZE) + BLOCK_SIZE
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._bytes_to_hold(middle) <= self.store.max_bytes else (low, middle - 1)
+        return low
+
+    def refusal(self, num_tokens: int) -> str | None:
+        """Why a prompt can never be run; None if it can."""
+        needed = self._bytes_to_hold(num_tokens + 1)
+        if needed <= self.store.max_bytes:
+            return None
+        return (
+            f"prompt must fit into the KV store of {self.store.max_bytes} bytes, got {num_tokens} tokens, "
+            f"which take {needed} bytes; raise max_bytes or lower the precision"
+        )
+
+    def _bytes_to_hold(self, num_tokens: int) -> int:
+        return self.store.bytes_for(num_tokens)
+
+    def _promised(self, without: Sequence | None = None) -> int:
+        """Bytes that prompts being read will still take."""
+        return sum(self._missing(s) for s in self._reading if s is not without)
+
+    def _missing(self, sequence: Sequence) -> int:
+        held = 0 if sequence.blocks.ids.size else sequence.num_cached
+        return self.store.bytes_for(len(sequence.ids)) - self.store.bytes_for(held)
+
+    # -- the life of a sequence ----------------------------------------------------------------------------------------
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Promise bytes for all tokens, and staging blocks where the prompt is fresh and fits the pool."""
+        num_blocks = blocks_for(len(sequence.ids))
+        reused = self._reuse(sequence)
+        staged = not reused and num_blocks <= self.pool.num_blocks
+        if staged and num_blocks > self.pool.num_free:
+            return False
+        if not reused:
+            sequence.stored = self.store.create(sequence.request.captured_rows)
+        needed = self._missing(sequence)
+        while self.store.nbytes + self._promised() + needed > self.store.max_bytes:
+            if not self.prefixes.drop_oldest():
+                self.release(sequence)
+                sequence.num_cached = 0
+                return False
+        self._reading.add(sequence)
+        if staged:
+            for _ in range(num_blocks):
+                sequence.blocks.append(self.pool.allocate())
+            self.store.stage(sequence.stored, sequence.blocks.ids, len(sequence.ids))
+        return True
+
+    def _reuse(self, sequence: Sequence) -> bool:
+        """Begin with kept KV if that pays, else with nothing."""
+        sequence.num_cached = 0
+        kv, length = self.prefixes.match(sequence.ids[:]) or (None, 0)
+        # Rows behind kept KV attend through the store, several times slower than PagedAttention reads a prompt. And a
+        # captured window of queries must be captured.
+        if kv is None or length < len(sequence.ids) - length or sequence.request.captured_rows:
+            return False
+        try:
+            sequence.stored = self.store.fork(kv, length)
+        except StoreFull:
+            return False
+        sequence.num_cached = length
+        return True
+
+    def make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """See that the store has slots for the next tokens; a staged prompt has its blocks since it was admitted."""
+        if len(sequence.blocks) or sequence.free_slots >= num_tokens:
+            return True
+        assert sequence.stored is not None, "make_room() for a sequence that was not admitted"
+        promised = self._promised(without=sequence)
+        while not self.store.reserve(sequence.stored, num_tokens, promised):
+            if not self.prefixes.drop_oldest():
+                return False
+        sequence.free_slots = self.store.free_slots(sequence.stored)
+        return True
+
+    def fork(self, parent: Sequence, twin: Sequence) -> None:
+        """Share all tiles; who appends to a shared one copies it first."""
+        assert parent.stored is not None, "fork() of a sequence that was not admitted"
+        twin.stored = self.store.fork(parent.stored)
+        parent.free_slots = twin.free_slots = 0
+
+    def release(self, sequence: Sequence) -> None:
+        """Give back tiles, staging blocks and what was promised."""
+        self._reading.discard(sequence)
+        self._unstage(sequence)
+        if sequence.stored is not None:
+            self.store.release(sequence.stored)
+        sequence.stored = None
+        sequence.free_slots = 0
+
+    def _unstage(self, sequence: Sequence) -> None:
+        if len(sequence.blocks):
+            self.pool.release(sequence.blocks.ids)
+            self._staging.discard(sequence.blocks.ids)
+            sequence.blocks.clear()
+
+    def keep(self, sequence: Sequence) -> None:
+        """Hold the stored KV. A prompt that ends while it is staged leaves nothing."""
+        if sequence.stored is None or len(sequence.blocks) or not sequence.num_cached:
+            return
+        self.prefixes.put(sequence.ids[: sequence.num_cached], self.store.fork(sequence.stored))
+
+    def drop_kept(self) -> None:
+        """Give back the KV of ended sequences."""
+        self.prefixes.clear()
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def bind(self, request: ov.InferRequest) -> None:
+        """Make the staging blocks the cache inputs of `request`, and run one prompt row.
+
+        The plugin skips PagedAttention in a step without prompt rows; before it ever ran, its output has no shape.
+        """
+        self._staging.bind(request)
+        one = np.array([1], np.int64)
+        inputs = {
+            "input_ids": np.zeros(1, np.int64),
+            "position_ids": np.zeros(1, np.int64),
+            "past_lens": np.zeros(1, np.int32),
+            "subsequence_begins": np.array([0, 1], np.int32),
+            "block_indices": np.zeros(1, np.int32),
+            "block_indices_begins": np.array([0, 1], np.int32),
+            "max_context_len": np.array(1, np.int32),
+            SAMPLED_ROWS: np.zeros(1, np.int64),
+            PROMPT_ROWS: one,
+            CRUSH_STORE: self._store_id,
+            CRUSH_PLAN: np.array([_PLAN_VERSION, 1, 1, 0], np.int32),
+        }
+        for port in request.model_inputs:
+            for name in port.names & inputs.keys():
+                request.set_tensor(port, ov.Tensor(inputs[name].copy()))
+        request.infer()
+        self._staging.discard(np.zeros(1, np.int32))
+
+    def step_inputs(self, rows: Items[RowPlan]) -> dict[str, np.ndarray]:
+        """Rows of staged prompts first, for PagedAttention; the others follow. See native/src/plan.hpp for the plan."""
+        staged = [row for row in rows if len(row.sequence.blocks)]
+        order = staged + [row for row in rows if not len(row.sequence.blocks)]
+        num_prompt_rows = sum(row.num_tokens for row in staged)
+        ends: dict[Sequence, int] = {}
+        plan: list[int] = []
+        begin = 0
+        for row in order:
+            s = row.sequence
+            kind = _STAGED if begin < num_prompt_rows else _STORED
+            assert s.stored is not None, "a planned row of a sequence that was not admitted"
+            plan += [s.stored, begin, row.num_tokens, s.num_cached, kind, s.request.reduction_of(row.samples)]
+            begin += row.num_tokens
+            ends[s] = begin
+        header = [_PLAN_VERSION, begin, num_prompt_rows, len(order)]
+        return {
+            **paged_inputs(staged),
+            **row_inputs(order),
+            SAMPLED_ROWS: np.array([ends[row.sequence] - 1 for row in rows if row.samples], np.int64),
+            PROMPT_ROWS: np.array([num_prompt_rows], np.int64),
+            CRUSH_STORE: self._store_id,
+            CRUSH_PLAN: np.array(header + plan, np.int32),
+        }
+
+    def commit(self, rows: Items[RowPlan]) -> list[Sequence]:
+        """Adopt prompts that are complete; move what left a recent window into tiles of the target precision."""
+        homeless = []
+        for row in rows:
+            s = row.sequence
+            assert s.stored is not None, "commit() of a sequence that was not admitted"
+            if len(s.blocks):
+                if not s.num_pending and not self._adopt(s):
+                    homeless.append(s)
+                continue
+            s.free_slots -= row.num_tokens
+            if row.num_tokens > 1 or not s.free_slots:
+                self.store.settle(s.stored)
+            if not s.num_pending:
+                self._reading.discard(s)
+        return homeless
+
+    def _adopt(self, sequence: Sequence) -> bool:
+        assert sequence.stored is not None, "a staged sequence without a place in the store"
+        self._reading.discard(sequence)
+        try:
+            self.store.adopt(sequence.stored, keep_free=self._promised())
+        except StoreFull as error:
+            _log.warning("request %d ends: %s", sequence.request.request_id, error)
+            return False
+        self._unstage(sequence)
+        return True
+
+    def split_scores(self, rows: Items[RowPlan], outputs: list[np.ndarray]) -> dict[Sequence, AttentionScores]:
+        """The scores of each sequence that asked in this step, from one flat output per layer, before `commit`."""
+        asking = [row.sequence for row in rows if row.sequence.request.reduction_of(row.samples)]
+        asking.sort(key=lambda s: not len(s.blocks))  # staged first, as in the plan
+        scores: dict[Sequence, AttentionScores] = {s: [] for s in asking}
+        for layer, output in enumerate(outputs):
+            num_heads, num_kv_heads = self._heads[layer]
+            group, begin = num_heads // num_kv_heads, 0
+            for s in asking:
+                heads = []
+                for head in range(num_kv_heads):
+                    length = s.num_cached if len(s.blocks) else self.store.num_tokens(s.stored, layer, head)
+                    heads.append(output[begin : begin + group * length].reshape(group, length).copy())
+                    begin += group * length
+                scores[s].append(heads)
+        return scores
+
+    # -- figures -------------------------------------------------------------------------------------------------------
+
+    def bytes_of(self, sequence: Sequence) -> int:
+        """Bytes of the tiles that a sequence can reach."""
+        return 0 if sequence.stored is None else self.store.nbytes_of(sequence.stored)
+
+    def use(self) -> MemoryUse:
+        """The store's bytes; blocks are those that as many bytes of long prompts would take."""
+        used = self.store.nbytes
+        staging = self.pool.num_used * self._staging.bytes_per_block
+        blocks = -int(-used // self._bytes_per_block) + self.pool.num_used
+        return MemoryUse(used, self.store.max_bytes, blocks, staging)

@@ -1,0 +1,74 @@
+"""The memory that a loaded model and the configs ask for."""
+
+from __future__ import annotations
+
+from ov_kvcrush.config import CacheConfig, SchedulerConfig
+from ov_kvcrush.engine.block_pool import BLOCK_SIZE
+from ov_kvcrush.engine.kv_cache import KVCache, free_memory_bytes
+from ov_kvcrush.engine.memory import Memory
+from ov_kvcrush.engine.paged_memory import PagedCacheMemory
+from ov_kvcrush.errors import CrushError, OutOfMemory
+from ov_kvcrush.graph.load import LoadedModel
+
+_FREE_MEMORY_SHARE = 0.5  # of the free memory, taken by a cache without a given size
+_STAGING_SHARE = 0.25  # of the free memory, at most, taken by staging blocks without a given size
+_STAGED_TOKENS = 65536  # of prompts read at the same time, where staging has no given size
+
+
+def make_memory(model: LoadedModel, scheduler: SchedulerConfig, cache: CacheConfig) -> Memory:
+    """Raises CrushError or OutOfMemory if the configs ask for what cannot be."""
+    # Without prefix caching only the conversation that runs keeps its KV between turns.
+    max_prefixes = None if scheduler.enable_prefix_caching else 1
+    if model.attention == "paged":
+        return PagedCacheMemory(KVCache(model.compiled, lambda size: _paged_blocks(scheduler, size)), max_prefixes)
+    from ov_kvcrush.engine.crush_memory import CrushMemory
+    from ov_kvcrush.native import Store
+
+    shapes = [(x.num_heads, x.num_kv_heads, x.head_size, x.window, x.scale) for x in model.layers]
+
+    def make_store(max_bytes: int) -> Store:
+        return Store(
+            layers=shapes, key=cache.key_precision, value=cache.value_precision, recent=model.recent_precision,
+            recent_tokens=cache.recent_tokens, group_size=cache.group_size, max_bytes=max_bytes,
+        )  # fmt: skip
+
+    measure = make_store(0)
+    bytes_per_block = measure.bytes_for(BLOCK_SIZE)
+    max_bytes = cache.max_bytes or _store_bytes(scheduler, measure)
+    measure.close()
+    if max_bytes < bytes_per_block:
+        raise OutOfMemory(f"max_bytes must be at least {bytes_per_block}, as a short request takes, got {max_bytes}")
+    staging = KVCache(model.compiled, lambda size: _staging_blocks(cache, model.context_length, size))
+    heads = [(x.num_heads, x.num_kv_heads) for x in model.layers]
+    return CrushMemory(make_store(max_bytes), heads, staging, max_prefixes)
+
+
+def _paged_blocks(config: SchedulerConfig, bytes_per_block: int) -> int:
+    if config.num_kv_blocks:
+        return config.num_kv_blocks
+    wanted = int(config.cache_size * (1 << 30)) or int(free_memory_bytes() * _FREE_MEMORY_SHARE)
+    if wanted < bytes_per_block:
+        raise OutOfMemory(
+            f"cache_size must be at least one block of {BLOCK_SIZE} tokens, {bytes_per_block} bytes, got {wanted} bytes"
+        )
+    return wanted // bytes_per_block
+
+
+def _store_bytes(config: SchedulerConfig, store: object) -> int:
+    """The limit of a store that is given none: as many tokens as num_kv_blocks have, or cache_size, or half of RAM."""
+    if config.num_kv_blocks:
+        return int(store.bytes_for(config.num_kv_blocks * BLOCK_SIZE))  # type: ignore[attr-defined]
+    return int(config.cache_size * (1 << 30)) or int(free_memory_bytes() * _FREE_MEMORY_SHARE)
+
+
+def _staging_blocks(config: CacheConfig, context_length: int | None, bytes_per_block: int) -> int:
+    if config.staging_bytes:
+        if config.staging_bytes < bytes_per_block:
+            raise CrushError(
+                f"staging_bytes must be at least one block of {BLOCK_SIZE} tokens, {bytes_per_block} bytes, "
+                f"got {config.staging_bytes}"
+            )
+        return config.staging_bytes // bytes_per_block
+    tokens = max(context_length or 0, _STAGED_TOKENS)
+    fitting = int(free_memory_bytes() * _STAGING_SHARE) // bytes_per_block
+    return max(min(-(-tokens // BLOCK_SIZE), fitting), 1)

@@ -1,0 +1,101 @@
+"""Types of the compiled module (src/module.cpp).
+
+Letters: H query heads, K KV heads, D channels of a head, S cached tokens of a head, T rows of a step, W rows of scored queries.
+Arrays must be contiguous and of the dtype told. Wrong values raise ValueError "<field> must be <rule>, got <value>".
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Float32 = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
+
+class StoreFull(MemoryError):
+    """The limit in bytes would be passed; nothing has changed. The text has the numbers."""
+
+class Store:
+    """Tokens of all KV heads of many sequences, in tiles of 32 tokens; every function is safe to call from any thread."""
+
+    def __init__(
+        self,
+        *,
+        layers: list[tuple[int, int, int, int, float]],
+        key: str,
+        value: str,
+        recent: str,
+        recent_tokens: int,
+        group_size: int,
+        max_bytes: int = 0,
+        isa: str = "",
+    ) -> None:
+        """layers: (H, K, D, sliding window in tokens or 0, softmax scale) each. Precisions: f32, bf16, f16, u8, u4, u2; the
+        newest `recent_tokens` of a head stay in `recent`. group_size: channels that share a scale of the values. max_bytes: hard limit of
+        `nbytes`, 0 = none. isa: kernels to use, "" = the best of this CPU."""
+
+    @property
+    def id(self) -> int:
+        """What the graph input crush_store takes, until close() or garbage collection."""
+    @property
+    def isa(self) -> str: ...
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tiles in use, each counted once."""
+    @property
+    def reserved_bytes(self) -> int:
+        """What the tiles' slabs take of the system's address space."""
+    @property
+    def max_bytes(self) -> int: ...
+    @property
+    def num_sequences(self) -> int: ...
+    def close(self) -> None: ...
+    def create(self, capture_rows: int = 0) -> int:
+        """A new sequence; of its queries the last `capture_rows` are kept for scores."""
+    def release(self, seq: int) -> None: ...
+    def fork(self, seq: int, num_tokens: int | None = None) -> int:
+        """A twin that shares all tiles; with num_tokens only positions below it, where no head has dropped any. May raise StoreFull."""
+    def reserve(self, seq: int, num_tokens: int, keep_free: int = 0) -> bool:
+        """Room for num_tokens more in every head, all or nothing; False if nbytes would pass max_bytes - keep_free."""
+    def free_slots(self, seq: int) -> int:
+        """Tokens that can be appended at the next position without a reserve."""
+    def settle(self, seq: int) -> None:
+        """Move what left the recent window into tiles of the target precisions."""
+    def set_staging(self, layer: int, keys: Array, values: Array, num_blocks: int, precision: str) -> None:
+        """uint8 (bytes,): PagedAttention's cache [num_blocks, K, 32, D] of f32, bf16 or f16. The arrays are held until they are
+        replaced."""
+    def stage(self, seq: int, blocks: Int32, num_tokens: int) -> None:
+        """The prompt of an empty sequence lies in these staging blocks (n,)."""
+    def adopt(
+        self, seq: int, offsets: Array | None = None, indices: Int32 | None = None, keep_free: int = 0
+    ) -> None:
+        """Take the staged tokens, all or, for KV head h of all layers, indices[offsets[h]:offsets[h + 1]]. Raises StoreFull."""
+    def compact(self, seq: int, offsets: Array, indices: Int32) -> Int32:
+        """Keep these cached tokens (as adopt). Returns (len(indices),): for each new cached index the old one, head by head: tiles
+        of which all is kept move to the front. Raises StoreFull."""
+    def append(self, seq: int, layer: int, k: Float32, v: Float32, first_position: int) -> None:
+        """k, v (T, K * D) at positions first_position, ...; RuntimeError without a reserve before."""
+    def attend(self, layer: int, spans: list[tuple[int, int, int, int]], q: Float32) -> Float32:
+        """q (T, H * D) to (T, H * D). Spans: (seq, first row, rows, position of the first row); other rows are 0."""
+    def scores(self, seq: int, layer: int, q: Float32, positions: Int32, reduce: str) -> Float32:
+        """q (W, H * D) at positions (W,): softmax of each query head over all tokens, reduced over the rows by "mean", "max" or
+        "sum_squares". Flat: for each KV head (H / K, S). Of a staged sequence: over the staged tokens."""
+    def captured(self, seq: int, layer: int) -> tuple[Float32, Int32]:
+        """The captured queries (W, H * D) and their positions (W,), oldest first."""
+    def num_tokens(self, seq: int, layer: int, head: int) -> int: ...
+    def positions(self, seq: int, layer: int, head: int) -> Int32:
+        """(S,)"""
+    def read(self, seq: int, layer: int, head: int) -> tuple[Float32, Float32]:
+        """Keys and values (S, D) as the kernels see them."""
+    def nbytes_of(self, seq: int) -> int:
+        """Bytes of the tiles that a sequence can reach, shared ones in full."""
+    def bytes_for(self, num_tokens: int) -> int:
+        """Bytes of a sequence that adopts num_tokens whole."""
+
+def info() -> dict[str, Any]: ...
+def tile_bytes(key: str, value: str, head_size: int, group_size: int, scattered: bool = False) -> int: ...
+def encode_decode(
+    key: str, value: str, group_size: int, k: Float32, v: Float32, isa: str = ""
+) -> tuple[Float32, Float32]:
+    """k, v (n, D), n <= 32: one tile there and back."""

@@ -1,0 +1,84 @@
+"""Finds and loads the compiled module. Nothing is loaded until somebody asks."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import struct
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+MODULE = "ov_kvcrush.native._crush"
+_REINSTALL = "install ov_kvcrush again with a C++17 compiler at hand: pip install --force-reinstall --no-deps <ov_kvcrush>"
+
+
+@functools.cache
+def _load() -> ModuleType | str:
+    """The module, or why there is none."""
+    try:
+        # First of all, since it loads libopenvino and TBB: the module then finds them wherever it lies.
+        import openvino
+    except ImportError as error:
+        return f"openvino must be installed, got {error}"
+    spec = importlib.util.find_spec(MODULE)
+    if spec is None or spec.origin is None:
+        return f"the native module was not built; {_REINSTALL}"
+    damage = _damage_of(Path(spec.origin))
+    if damage:
+        return f"{spec.origin} must be a whole shared library, got {damage}; {_REINSTALL}"
+    try:
+        return importlib.import_module(MODULE)
+    except ImportError as error:
+        version = getattr(openvino, "__version__", "unknown")
+        return f"the native module must fit the installed openvino {version}, got: {error}; {_REINSTALL}"
+
+
+def _damage_of(path: Path) -> str | None:
+    """What is wrong with an ELF file that was not written to its end: the system would load it and crash.
+
+    Other formats are left to the system.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        return str(error)
+    if not head:
+        return "an empty file"
+    if head[:4] != b"\x7fELF" or head[4:6] != b"\x02\x01":  # 64 bits, little endian
+        return None
+    if len(head) < 64:
+        return f"{size} bytes"
+    # The table of sections comes last in the file: its offset, the size of an entry, their number.
+    (sections,) = struct.unpack_from("<Q", head, 40)
+    entry, count = struct.unpack_from("<HH", head, 58)
+    expected = sections + entry * count
+    return None if size >= expected else f"{size} of {expected} bytes"
+
+
+def load() -> ModuleType:
+    """The compiled module. Raises ImportError with the reason and what to do if it cannot be used."""
+    found = _load()
+    if isinstance(found, str):
+        raise ImportError(found, name=MODULE)
+    return found
+
+
+def available() -> bool:
+    """Whether the compiled module can be used."""
+    return not isinstance(_load(), str)
+
+
+def why_unavailable() -> str | None:
+    """Why the compiled module cannot be used; None if it can."""
+    found = _load()
+    return found if isinstance(found, str) else None
+
+
+def info() -> dict[str, Any]:
+    """What runs: `isa` (kernels in use), `isas` (all that this CPU can run, slowest first), `openvino` (version), `path`."""
+    module = load()
+    return {**module.info(), "path": module.__file__}

@@ -1,0 +1,130 @@
+"""Codecs, tiles and attention of the compressed KV cache in numpy: what the native module must compute, said slowly.
+
+Letters: H query heads, K KV heads, D channels of a head, S cached tokens of a KV head, T rows of a step, W scored rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+TILE = 32  # tokens of a tile
+BITS = {"f32": 32, "bf16": 16, "f16": 16, "u8": 8, "u4": 4, "u2": 2}
+QUANTISED = ("u8", "u4", "u2")
+F16_MAX = 65504.0
+F16_TINY = 2.0**-24  # the smallest positive f16
+
+
+# -- codecs
+
+
+def to_float(x: Array, precision: str) -> Array:
+    """What float32 `x` is once stored as f32, f16 or bf16: rounded to nearest, ties to even; f16 clamps to +-65504."""
+    x = np.ascontiguousarray(x, np.float32)
+    if precision == "f32":
+        return x
+    if precision == "f16":
+        return np.clip(x, -F16_MAX, F16_MAX).astype(np.float16).astype(np.float32)
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def f16_down(x: Array) -> Array:
+    """The largest f16 that is at most x, |x| <= 65504, as float32."""
+    half = x.astype(np.float16)
+    below = np.nextafter(half, np.float16(-F16_MAX))
+    return np.where(half.astype(np.float32) > x, below, half).astype(np.float32)
+
+
+def quantise(x: Array, precision: str) -> tuple[Array, Array, Array]:
+    """Codes, scale and minimum of float32 `x` (..., n); the numbers of the last axis share scale and minimum (..., 1).
+
+    minimum = f16 rounded down of min(x); scale = f16 rounded up of (max(x) - minimum) / levels, never 0;
+    code = round half to even of (x - minimum) / scale; x beyond +-65504 is clamped first.
+    So |x - (minimum + code * scale)| <= scale / 2, up to float32 rounding.
+    """
+    levels = np.float32(2 ** BITS[precision] - 1)
+    x = np.clip(x.astype(np.float32), -F16_MAX, F16_MAX)
+    minimum = f16_down(x.min(axis=-1, keepdims=True))
+    scale = -f16_down(-(x.max(axis=-1, keepdims=True) - minimum) / levels)
+    scale = np.maximum(scale, np.float32(F16_TINY))
+    codes = np.clip(np.rint((x - minimum) / scale), 0, levels).astype(np.uint8)
+    return codes, scale, minimum
+
+
+def round_trip(x: Array, precision: str) -> Array:
+    """`x` (..., n) stored and read back; the last axis shares a scale if the precision is a quantised one."""
+    if precision not in QUANTISED:
+        return to_float(x, precision)
+    codes, scale, minimum = quantise(x, precision)
+    return (minimum + codes.astype(np.float32) * scale).astype(np.float32)
+
+
+def encode_decode(key: str, value: str, group_size: int, k: Array, v: Array) -> tuple[Array, Array]:
+    """Keys and values (n, D) of one tile, n <= 32, there and back.
+
+    Quantised keys share a scale per channel, quantised values per token and group of `group_size` channels.
+    """
+    n, head_size = k.shape
+    back_k = round_trip(k.T, key).T
+    if value not in QUANTISED:
+        return back_k, round_trip(v, value)
+    return back_k, round_trip(v.reshape(n, head_size // group_size, group_size), value).reshape(n, head_size)
+
+
+def tile_bytes(key: str, value: str, head_size: int, group_size: int, scattered: bool = False) -> int:
+    """Bytes of a tile: header; codes, scales, minima of keys; those of values; positions. Each part a multiple of 64."""
+
+    def round64(n: int) -> int:
+        return -(-n // 64) * 64
+
+    num_bytes = 64 + round64(TILE * head_size * BITS[key] // 8) + round64(TILE * head_size * BITS[value] // 8)
+    if key in QUANTISED:
+        num_bytes += 2 * round64(2 * head_size)
+    if value in QUANTISED:
+        num_bytes += 2 * round64(2 * TILE * head_size // group_size)
+    return num_bytes + (4 * TILE if scattered else 0)
+
+
+def num_target_tiles(num_tokens: int, recent_tokens: int) -> int:
+    """Tiles of the target precision in a head of `num_tokens`: full ones without any of the newest `recent_tokens`."""
+    return max(0, num_tokens - recent_tokens) // TILE
+
+
+# -- attention
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Shape of a layer: query head h reads KV head h // (H / K); a window of 0 tokens is none; scale is of q . k."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    window: int
+    scale: float
+
+
+def probabilities(q: Array, k: Array, positions: Array, row_positions: Array, scale: float, window: int) -> Array:
+    """Softmax (R, S) of rows q (R, D) over keys (S, D).
+
+    A row at position p sees positions p - window + 1 .. p; a row that sees none has probabilities of 0.
+    """
+    age = row_positions[:, None].astype(np.int64) - positions[None, :].astype(np.int64)
+    sees = (age >= 0) & ((age < window) if window else True)
+    logits = np.where(sees, q.astype(np.float64) @ k.astype(np.float64).T * scale, -np.inf)
+    top = logits.max(axis=1, keepdims=True, initial=-1e300)
+    weights = np.exp(logits - top)
+    return np.asarray(weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-300))
+
+
+def reduce_rows(p: Array, how: str) -> Array:
+    """Probabilities (W, S) of the scored rows as one number per token (S,)."""
+    if how == "mean":
+        return np.asarray(p.mean(axis=0))
+    return np.asarray(p.max(axis=0, initial=0) if how == "max" else (p**2).sum(axis=0))

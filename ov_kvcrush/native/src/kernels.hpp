@@ -1,0 +1,51 @@
+// The kernels of one instruction set. All take and give float32; tiles say their own layout.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "tile.hpp"
+
+namespace crush {
+
+constexpr int MAX_ROWS = 8;  // query rows that one kernel call takes: they share one pass over the tiles
+
+// Rows of queries of one KV head against tiles [0, num_tiles). Row r sees tokens with
+//   position <= row_position[r], and position > row_position[r] - window if window > 0.
+struct AttendArgs {
+    const uint8_t* const* tiles;
+    size_t num_tiles;
+    const uint8_t* const* next_tiles;  // what this thread will read after that, to prefetch: num_next tiles
+    size_t num_next;
+    int rows;                     // 1..MAX_ROWS
+    const float* q;               // [rows, D], already times the softmax scale
+    const int32_t* row_position;  // [rows]
+    int32_t window;               // 0 = none
+    float* max;                   // [rows] running maximum, -inf at the beginning
+    float* sum;                   // [rows] running sum of exp(score - max), 0 at the beginning
+    float* acc;                   // [rows, D] running sum of exp(score - max) * value
+};
+
+struct Kernels {
+    const char* isa;
+    // Online softmax over the tiles; updates max, sum and acc. May be called again for more tiles.
+    void (*attend)(const AttendArgs&);
+    // s[r * stride + TILE * i + t] = q_r . key_t of tile i, unmasked; slots beyond the count of a tile give 0.
+    void (*scores)(const uint8_t* const* tiles, size_t num_tiles, const float* q, int rows, float* s, size_t stride);
+    // s = exp(s - max(s)) / sum: softmax in place over n numbers, -inf gives 0; all -inf gives all 0.
+    void (*softmax)(float* s, size_t n);
+    // Fill a tile with count tokens from k, v [count, D] (row strides in floats), and zero codes beyond. Only codes, scales and
+    // mins are written; the header is the caller's, with layout and count set.
+    void (*encode)(uint8_t* tile, const float* k, size_t k_stride, const float* v, size_t v_stride, int count);
+    // k, v [32, D] of all slots.
+    void (*decode)(const uint8_t* tile, float* k, float* v);
+    // Write one token into `slot` of a tile with float codecs (f32, bf16, f16).
+    void (*put)(uint8_t* tile, int slot, const float* k, const float* v);
+};
+
+// The best kernels of this machine, or those named ("scalar", "avx2", "avx512", ...). Throws std::invalid_argument naming what
+// there is if the name is unknown or this CPU cannot run it.
+const Kernels& kernels(const std::string& isa = "");
+std::vector<std::string> available_isas();  // slowest first
+
+}  // namespace crush

@@ -1,0 +1,10 @@
+#include "simd_avx2.hpp"
+
+#include "kernels_impl.hpp"
+
+namespace crush {
+
+extern const Kernels KERNELS_AVX2;
+const Kernels KERNELS_AVX2 = make_kernels<SimdAvx2>();
+
+}  // namespace crush

@@ -1,0 +1,10 @@
+#include "simd_avx512.hpp"
+
+#include "kernels_impl.hpp"
+
+namespace crush {
+
+extern const Kernels KERNELS_AVX512;
+const Kernels KERNELS_AVX512 = make_kernels<SimdAvx512>();
+
+}  // namespace crush

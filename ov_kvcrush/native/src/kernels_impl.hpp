@@ -1,0 +1,22 @@
+// The kernels of one instruction set, from its Simd* struct.
+#pragma once
+
+#include "attend_impl.hpp"
+#include "codec_impl.hpp"
+
+namespace crush {
+namespace {
+
+template <class I>
+constexpr Kernels make_kernels() {
+    return {I::NAME,
+            &AttendImpl<I>::attend,
+            &AttendImpl<I>::scores,
+            &AttendImpl<I>::softmax,
+            &CodecImpl<I>::encode,
+            &CodecImpl<I>::decode,
+            &CodecImpl<I>::put};
+}
+
+}  // namespace
+}  // namespace crush

@@ -1,0 +1,33 @@
+// The OpenVINO operation CrushAttention: attention of the rows that do not belong to a fresh prompt, over the store.
+#pragma once
+
+#include <openvino/op/op.hpp>
+
+namespace crush {
+
+// Inputs:
+//   0..2  q [T, H * D], k [T, K * D], v [T, K * D]: float32, or all bfloat16; all rows of the step, RoPE applied
+//   3     output of PagedAttention for the prompt rows; more rows than that, or none, when it was skipped
+//   4     crush_store i32 [1]: id of the store       5  crush_plan i32 [n]: see plan.hpp
+// Outputs:
+//   0     [T, H * D], of the type of q: PagedAttention's prompt rows, then the rows computed here
+//   1     [n] attention scores of the entries that ask for them, see attention_scores; empty otherwise
+class CrushAttention : public ov::op::Op {
+public:
+    OPENVINO_OP("CrushAttention", "ov_kvcrush");
+
+    CrushAttention() = default;
+    CrushAttention(const ov::OutputVector& arguments, int64_t layer);
+
+    void validate_and_infer_types() override;
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& arguments) const override;
+    bool visit_attributes(ov::AttributeVisitor& visitor) override;
+    bool has_evaluate() const override { return true; }
+    // Throws ov::Exception with the reason for a plan, a shape or a handle that cannot be believed.
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
+
+private:
+    int64_t layer_ = 0;
+};
+
+}  // namespace crush

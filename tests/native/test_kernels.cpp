@@ -1,0 +1,433 @@
+// Laws of the kernels, on every instruction set of this machine, against plain double precision. No framework: returns the number
+// of laws that failed. Build with -fsanitize=address,undefined or -fsanitize=thread: it runs on std::thread.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "attention.hpp"
+#include "half.hpp"
+
+using namespace crush;
+
+namespace {
+
+const Codec CODECS[] = {Codec::f32, Codec::bf16, Codec::f16, Codec::u8, Codec::u4, Codec::u2};
+const int HEAD_SIZES[] = {16, 32, 48, 64, 80, 96, 128, 256};
+const int TOKENS[] = {0, 1, 31, 32, 33, 700};
+const float INF = std::numeric_limits<float>::infinity();
+
+int failures = 0;
+
+template <class... T>
+void expect(bool ok, const char* format, T... args) {
+    if (ok) return;
+    if (++failures > 40) return;
+    std::printf("FAILED ");
+    std::printf(format, args...);
+    std::printf("\n");
+}
+
+using Rng = std::mt19937;
+float normal(Rng& rng) { return std::normal_distribution<float>()(rng); }
+int below(Rng& rng, int n) { return static_cast<int>(rng() % static_cast<unsigned>(n)); }
+
+void parallel(size_t n, const std::function<void(size_t)>& task) {
+    std::vector<std::thread> threads;
+    for (size_t i = 1; i < n; ++i) threads.emplace_back(task, i);
+    if (n) task(0);
+    for (std::thread& t : threads) t.join();
+}
+void threads4(size_t n, const std::function<void(size_t)>& task) {
+    std::atomic<size_t> next{0};
+    parallel(std::min<size_t>(n, 4), [&](size_t) {
+        for (size_t i; (i = next++) < n;) task(i);
+    });
+}
+
+struct FreeTile {
+    void operator()(uint8_t* p) const { ::operator delete[](p, std::align_val_t{ALIGNMENT}); }
+};
+using Tile = std::unique_ptr<uint8_t[], FreeTile>;
+
+// Exactly as many bytes as the layout says, so that a sanitizer sees a read beyond them.
+Tile new_tile(const TileLayout& l) {
+    Tile tile(static_cast<uint8_t*>(::operator new[](l.bytes, std::align_val_t{ALIGNMENT})));
+    std::memset(tile.get(), 0xa5, l.bytes);
+    new (tile.get()) TileHeader{};
+    header(tile.get()).layout = &l;
+    header(tile.get()).refs = 1;
+    return tile;
+}
+
+float code_at(Codec codec, const uint8_t* run, int j) {
+    float f;
+    uint16_t h;
+    std::memcpy(&f, run + (codec == Codec::f32 ? 4 * j : 0), 4);
+    std::memcpy(&h, run + (code_bits(codec) == 16 ? 2 * j : 0), 2);
+    uint32_t dwords[2];
+    std::memcpy(dwords, run, codec == Codec::u4 ? 8 : 4);
+    switch (codec) {
+        case Codec::f32: return f;
+        case Codec::bf16: return float_of_bits(uint32_t{h} << 16);
+        case Codec::f16: return float_of_half(h);
+        case Codec::u8: return run[j];
+        case Codec::u4: return static_cast<float>(dwords[j & 1] >> (4 * (j >> 1)) & 15);
+        case Codec::u2: return static_cast<float>(dwords[0] >> (2 * j) & 3);
+    }
+    return 0;
+}
+float half_at(const uint8_t* p, int i) {
+    uint16_t h;
+    std::memcpy(&h, p + 2 * i, 2);
+    return float_of_half(h);
+}
+// What tile.hpp says about the bytes.
+float key_of(const uint8_t* tile, int t, int c) {
+    const TileLayout& l = layout(tile);
+    const float code = code_at(l.key, tile + l.key_codes + (2 * c + t / 16) * 2 * code_bits(l.key), t % 16);
+    return is_quantised(l.key) ? half_at(tile + l.key_min, c) + code * half_at(tile + l.key_scale, c) : code;
+}
+float value_of(const uint8_t* tile, int t, int c) {
+    const TileLayout& l = layout(tile);
+    const int run = (t * l.head_size + c) / 16, group = c / std::max(l.group_size, 1) * TILE + t;
+    const float code = code_at(l.value, tile + l.value_codes + run * 2 * code_bits(l.value), c % 16);
+    return is_quantised(l.value) ? half_at(tile + l.value_min, group) + code * half_at(tile + l.value_scale, group) : code;
+}
+
+// A head: mostly tiles of one layout, then of another; positions with gaps if the layouts are scattered.
+struct TestHead {
+    std::vector<Tile> tiles;
+    std::vector<const uint8_t*> pointers;
+    std::vector<int32_t> positions;            // [n]
+    std::vector<std::vector<double>> k, v;     // [n][D] as stored
+    HeadView view() const { return {pointers.data(), pointers.size()}; }
+
+    TestHead(const Kernels& kernels, const TileLayout& target, const TileLayout& recent, int n, Rng& rng) {
+        const int D = target.head_size, settled = n > 96 ? (n - 40) / TILE : n / TILE;
+        int32_t at = 0;
+        for (int first = 0; first < n; first += TILE) {
+            const TileLayout& l = first / TILE < settled ? target : recent;
+            const int count = std::min(TILE, n - first);
+            tiles.push_back(new_tile(l));
+            uint8_t* tile = tiles.back().get();
+            TileHeader& h = header(tile);
+            h.count = count;
+            h.base_position = at;
+            std::vector<float> x(static_cast<size_t>(count * D)), y(x.size());
+            for (float& f : x) f = normal(rng);
+            for (float& f : y) f = normal(rng) + 1;
+            kernels.encode(tile, x.data(), static_cast<size_t>(D), y.data(), static_cast<size_t>(D), count);
+            for (int t = 0; t < count; ++t) {
+                if (l.scattered) {
+                    at += below(rng, 3);
+                    reinterpret_cast<int32_t*>(tile + l.positions)[t] = at;
+                }
+                positions.push_back(at++);
+                k.emplace_back();
+                v.emplace_back();
+                for (int c = 0; c < D; ++c) {
+                    k.back().push_back(key_of(tile, t, c));
+                    v.back().push_back(value_of(tile, t, c));
+                }
+            }
+            h.min_position = positions[static_cast<size_t>(first)];
+            h.max_position = positions.back();
+            pointers.push_back(tile);
+        }
+    }
+};
+
+// Probabilities of a row over the tokens of a head; all zero if it sees none.
+std::vector<double> probabilities(const TestHead& head, const float* q, const LayerShape& shape, int32_t row_position) {
+    std::vector<double> p(head.positions.size(), 0);
+    double max = -INF, sum = 0;
+    for (size_t t = 0; t < p.size(); ++t) {
+        for (size_t c = 0; c < head.k[t].size(); ++c) p[t] += head.k[t][c] * q[c] * shape.scale;
+        const int32_t at = head.positions[t];
+        if (at > row_position || (shape.window > 0 && at <= row_position - shape.window)) p[t] = -INF;
+        max = std::max(max, p[t]);
+    }
+    for (double& x : p) sum += x = max == -INF ? 0 : std::exp(x - max);
+    for (double& x : p) x = sum > 0 ? x / sum : 0;
+    return p;
+}
+
+struct Request {
+    std::vector<TestHead> heads;
+    std::vector<HeadView> views;
+    AttendSpan span;
+};
+
+struct Case {
+    Codec key, value;
+    int head_size, group_size, queries_per_kv, window;
+    bool scattered;
+};
+
+std::string name_of(const char* isa, const Case& c) {
+    return std::string(isa) + " key " + std::to_string(int(c.key)) + " value " + std::to_string(int(c.value)) + " D " +
+           std::to_string(c.head_size) + " group " + std::to_string(c.group_size) + " G " + std::to_string(c.queries_per_kv) +
+           " window " + std::to_string(c.window) + (c.scattered ? " scattered" : "");
+}
+
+void check_attend(const Kernels& kernels, const Case& c, unsigned seed) {
+    Rng rng(seed);
+    const int K = 2, H = K * c.queries_per_kv, D = c.head_size;
+    const LayerShape shape{H, K, D, c.window, 1.f / std::sqrt(static_cast<float>(D))};
+    const TileLayout target = make_layout(c.key, c.value, D, c.group_size, c.scattered);
+    const TileLayout recent = make_layout(Codec::bf16, Codec::f16, D, c.group_size, c.scattered);
+    // Requests of different lengths and numbers of rows, the heads of one not of the same length.
+    std::vector<Request> requests;
+    size_t num_rows = 0;
+    for (int i = 0; i < 3; ++i) {
+        Request r;
+        const int tokens = TOKENS[(seed + static_cast<unsigned>(i) * 5) % 6];
+        for (int k = 0; k < K; ++k) r.heads.emplace_back(kernels, target, recent, tokens > 40 ? tokens - k * 17 : tokens, rng);
+        const int32_t last = r.heads[0].positions.empty() ? 0 : r.heads[0].positions.back();
+        const size_t rows = i == 0 ? 1 : i == 1 ? 3 : 1 + seed % 13;
+        // The last rows of the sequence, as in decoding; those of request 2 begin before all tokens, so some may see nothing.
+        r.span = {nullptr, num_rows, rows, i == 2 ? -1 : std::max(0, last - static_cast<int32_t>(rows) + 1)};
+        num_rows += rows;
+        requests.push_back(std::move(r));
+    }
+    std::vector<AttendSpan> spans;
+    for (Request& r : requests) {
+        for (const TestHead& head : r.heads) r.views.push_back(head.view());
+        r.span.heads = r.views.data();
+        spans.push_back(r.span);
+    }
+    std::vector<float> q(num_rows * static_cast<size_t>(H * D)), out(q.size(), 7.f), again(q.size(), 8.f), alone(q.size(), 9.f);
+    for (float& f : q) f = 2 * normal(rng);
+    attend(kernels, shape, spans, q.data(), out.data(), 1, threads4);
+    attend(kernels, shape, spans, q.data(), again.data(), 4, threads4);
+    for (const AttendSpan& span : spans) attend(kernels, shape, {span}, q.data(), alone.data(), 2, threads4);
+    const std::string name = name_of(kernels.isa, c);
+    expect(out == again, "%s: threads change the result", name.c_str());
+    expect(out == alone, "%s: the batch changes the result", name.c_str());
+    double error = 0, scale = 0;
+    for (const Request& r : requests)
+        for (size_t row = 0; row < r.span.num_rows; ++row)
+            for (int h = 0; h < H; ++h) {
+                const TestHead& head = r.heads[static_cast<size_t>(h / c.queries_per_kv)];
+                const size_t at = (r.span.row_begin + row) * static_cast<size_t>(H * D) + static_cast<size_t>(h * D);
+                const auto p = probabilities(head, &q[at], shape, r.span.first_position + static_cast<int32_t>(row));
+                for (int d = 0; d < D; ++d) {
+                    double sum = 0;
+                    for (size_t t = 0; t < p.size(); ++t) sum += p[t] * head.v[t][static_cast<size_t>(d)];
+                    const double got = out[at + static_cast<size_t>(d)];
+                    error = std::isfinite(got) ? std::max(error, std::abs(got - sum)) : INF;
+                    scale = std::max(scale, std::abs(sum));
+                }
+            }
+    expect(error <= 1e-4 * scale, "%s: attend error %g of %g", name.c_str(), error, scale);
+}
+
+void check_scores(const Kernels& kernels, const Case& c, unsigned seed) {
+    Rng rng(seed);
+    const int K = 2, H = K * c.queries_per_kv, D = c.head_size, W = 1 + static_cast<int>(seed % 11);
+    const LayerShape shape{H, K, D, c.window, 0.2f};
+    const TileLayout target = make_layout(c.key, c.value, D, c.group_size, c.scattered);
+    const TileLayout recent = make_layout(Codec::f32, Codec::f32, D, c.group_size, c.scattered);
+    std::vector<TestHead> heads;
+    std::vector<HeadView> views;
+    for (int k = 0; k < K; ++k) heads.emplace_back(kernels, target, recent, TOKENS[(seed + static_cast<unsigned>(k)) % 6] % 300, rng);
+    for (const TestHead& head : heads) views.push_back(head.view());
+    std::vector<float> q(static_cast<size_t>(W * H * D));
+    for (float& f : q) f = normal(rng);
+    std::vector<int32_t> positions;
+    for (int w = 0; w < W; ++w) positions.push_back(w * 20 - 5);
+    const size_t n = static_cast<size_t>(c.queries_per_kv) * (heads[0].positions.size() + heads[1].positions.size());
+    for (const Reduce reduce : {Reduce::mean, Reduce::max, Reduce::sum_squares}) {
+        std::vector<float> out(n, 7.f);
+        attention_scores(kernels, shape, views.data(), q.data(), positions.data(), static_cast<size_t>(W), reduce, out.data(),
+                         threads4);
+        double error = 0;
+        size_t at = 0;
+        for (int h = 0; h < H; ++h) {
+            const TestHead& head = heads[static_cast<size_t>(h / c.queries_per_kv)];
+            std::vector<double> total(head.positions.size(), 0);
+            for (int w = 0; w < W; ++w) {
+                const auto p = probabilities(head, &q[static_cast<size_t>((w * H + h) * D)], shape, positions[static_cast<size_t>(w)]);
+                for (size_t t = 0; t < p.size(); ++t)
+                    total[t] = reduce == Reduce::mean  ? total[t] + p[t] / W
+                               : reduce == Reduce::max ? std::max(total[t], p[t])
+                                                       : total[t] + p[t] * p[t];
+            }
+            for (const double x : total) error = std::max(error, std::abs(out[at++] - x));
+        }
+        expect(error <= 1e-5, "%s: scores, reduce %d, error %g", name_of(kernels.isa, c).c_str(), int(reduce), error);
+    }
+}
+
+// Encoded values stay within half a step; every instruction set writes the same bytes; decode reads what tile.hpp says.
+void check_codec(const Kernels& kernels, const Case& c, unsigned seed) {
+    Rng rng(seed);
+    const int D = c.head_size, count = below(rng, 4) ? TILE : below(rng, TILE + 1);
+    const size_t n = static_cast<size_t>(TILE * D);
+    std::vector<float> x(n), y(n), k(n), v(n);
+    const unsigned kind = seed % 5;
+    for (size_t i = 0; i < n; ++i) {
+        x[i] = kind == 0 ? 3.f : kind == 1 ? static_cast<float>(i) * 0.01f : normal(rng) * (kind == 2 ? 1e-8f : 1.f);
+        if (kind == 3 && below(rng, 20) == 0) x[i] *= 1e5f;
+        y[i] = -x[i];
+    }
+    const TileLayout l = make_layout(c.key, c.value, D, c.group_size, c.scattered);
+    const Tile tile = new_tile(l), other = new_tile(l);
+    header(tile.get()).count = header(other.get()).count = count;
+    const size_t stride = static_cast<size_t>(D);
+    kernels.encode(tile.get(), x.data(), stride, y.data(), stride, count);
+    crush::kernels("scalar").encode(other.get(), x.data(), stride, y.data(), stride, count);
+    const std::string name = name_of(kernels.isa, c);
+    expect(!std::memcmp(tile.get() + 64, other.get() + 64, l.bytes - 64), "%s kind %u: other bytes than scalar", name.c_str(), kind);
+    kernels.decode(tile.get(), k.data(), v.data());
+    const auto clamped = [](Codec codec, double a) {
+        return codec == Codec::f32 || codec == Codec::bf16 ? a : std::min(std::max(a, -65504.), 65504.);
+    };
+    const auto bound = [](Codec codec, double a, double scale) {
+        return codec == Codec::f32    ? 0.
+               : codec == Codec::bf16 ? std::abs(a) / 256
+               : codec == Codec::f16  ? std::max(std::abs(a) / 2048, 3e-8)
+                                      : scale / 2 * 1.0001 + std::abs(a) * 1e-6;
+    };
+    for (int t = 0; t < TILE; ++t)
+        for (int d = 0; d < D; ++d) {
+            const size_t i = static_cast<size_t>(t * D + d);
+            const float key = key_of(tile.get(), t, d), value = value_of(tile.get(), t, d);
+            const float ulp = 1e-6f;
+            expect(std::abs(k[i] - key) <= ulp * std::abs(key) + 0.01f && std::abs(v[i] - value) <= ulp * std::abs(value) + 0.01f &&
+                       (kind == 3 || (std::abs(k[i] - key) <= 1e-4f && std::abs(v[i] - value) <= 1e-4f)),
+                   "%s: decode of token %d channel %d", name.c_str(), t, d);
+            if (t >= count) continue;
+            const double a = clamped(c.key, x[i]), b = clamped(c.value, y[i]);
+            const double key_scale = is_quantised(c.key) ? half_at(tile.get() + l.key_scale, d) : 0;
+            const double value_scale =
+                is_quantised(c.value) ? half_at(tile.get() + l.value_scale, d / c.group_size * TILE + t) : 0;
+            const double slack = kind == 3 ? 0.02 : 0;  // float32 rounding of values up to 65504
+            expect(std::abs(key - a) <= bound(c.key, a, key_scale) + slack, "%s kind %u: key %g for %g, scale %g", name.c_str(),
+                   kind, key, a, key_scale);
+            expect(std::abs(value - b) <= bound(c.value, b, value_scale) + slack, "%s kind %u: value %g for %g, scale %g",
+                   name.c_str(), kind, value, b, value_scale);
+        }
+    if (is_quantised(c.key) || is_quantised(c.value)) return;
+    kernels.encode(other.get(), x.data(), stride, y.data(), stride, 0);
+    for (int t = 0; t < count; ++t) kernels.put(other.get(), t, &x[static_cast<size_t>(t * D)], &y[static_cast<size_t>(t * D)]);
+    expect(!std::memcmp(tile.get() + 64, other.get() + 64, l.bytes - 64), "%s: put is not encode", name.c_str());
+}
+
+void check_half() {
+    Rng rng(1);
+    for (uint32_t h = 0; h < 0x7c00; ++h)
+        for (const uint32_t sign : {0u, 0x8000u}) {
+            const uint16_t x = static_cast<uint16_t>(h | sign);
+            for (const Rounding r : {Rounding::nearest, Rounding::down, Rounding::up})
+                expect(half_of_float(float_of_half(x), r) == x, "half %x does not come back", x);
+        }
+    for (int i = 0; i < 200000; ++i) {
+        const float x = std::ldexp(normal(rng), below(rng, 45) - 32);
+        if (std::abs(x) > 65504.f) continue;
+        const float down = float_of_half(half_of_float(x, Rounding::down)), up = float_of_half(half_of_float(x, Rounding::up));
+        const float near = float_of_half(half_of_float(x, Rounding::nearest));
+        const float middle = std::abs(near - x);
+        const bool neighbours = down == up || float_of_half(half_of_float((down + up) / 2, Rounding::up)) == up;
+        expect(down <= x && x <= up && neighbours && middle <= x - down && middle <= up - x, "half of %g: %g %g %g", x, down, near, up);
+    }
+}
+
+void check_softmax(const Kernels& kernels) {
+    Rng rng(2);
+    for (size_t n : {0, 1, 15, 16, 17, 1000}) {
+        std::vector<float> s(n), none(n, -INF);
+        for (float& f : s) f = below(rng, 5) ? 10 * normal(rng) : -INF;
+        if (n) s[0] = 1;
+        std::vector<double> p(s.begin(), s.end());
+        double max = -INF, sum = 0, error = 0;
+        for (double x : p) max = std::max(max, x);
+        for (double& x : p) sum += x = std::exp(x - max);
+        kernels.softmax(s.data(), n);
+        kernels.softmax(none.data(), n);
+        for (size_t i = 0; i < n; ++i) error = std::max({error, std::abs(p[i] / sum - s[i]), double{std::abs(none[i])}});
+        expect(error < 1e-6, "%s: softmax of %zu, error %g", kernels.isa, n, error);
+    }
+}
+
+template <class F>
+void expect_invalid(const char* what, F f) {
+    try {
+        f();
+    } catch (const std::invalid_argument& e) {
+        expect(std::strstr(e.what(), what) && std::strstr(e.what(), "got"), "message: %s", e.what());
+        return;
+    }
+    expect(false, "no error: %s", what);
+}
+
+void check_errors() {
+    expect_invalid("isa", [] { crush::kernels("nonsense"); });
+    for (int size : {0, 8, 24, 272, -16}) expect_invalid("head_size", [=] { make_layout(Codec::u8, Codec::u8, size, 16, false); });
+    for (int group : {0, 8, 24, 48, 128}) expect_invalid("group_size", [=] { make_layout(Codec::u8, Codec::u8, 64, group, false); });
+    expect_invalid("num_heads", [] { attend(crush::kernels(), {7, 2, 64, 0, 1.f}, {}, nullptr, nullptr, 1, threads4); });
+}
+
+// 100 rows of a later turn over a few hundred tokens: units of rows, several row blocks each.
+void check_many_rows(const Kernels& kernels, Codec codec, int window) {
+    Rng rng(3);
+    const LayerShape shape{6, 2, 64, window, 0.125f};
+    const TileLayout target = make_layout(codec, codec, 64, 32, false), recent = make_layout(Codec::bf16, Codec::bf16, 64, 32, false);
+    std::vector<TestHead> heads;
+    std::vector<HeadView> views;
+    for (int k = 0; k < 2; ++k) heads.emplace_back(kernels, target, recent, 1300, rng);
+    for (const TestHead& head : heads) views.push_back(head.view());
+    const size_t rows = 211, width = 6 * 64;
+    std::vector<float> q(rows * width), out(q.size());
+    for (float& f : q) f = normal(rng);
+    attend(kernels, shape, {{views.data(), 0, rows, 1300 - 211}}, q.data(), out.data(), 4, threads4);
+    double error = 0;
+    for (size_t row = 0; row < rows; row += 7)
+        for (size_t h = 0; h < 6; ++h) {
+            const TestHead& head = heads[h / 3];
+            const auto p = probabilities(head, &q[row * width + h * 64], shape, 1300 - 211 + static_cast<int32_t>(row));
+            for (size_t d = 0; d < 64; ++d) {
+                double sum = 0;
+                for (size_t t = 0; t < p.size(); ++t) sum += p[t] * head.v[t][d];
+                error = std::max(error, std::abs(out[row * width + h * 64 + d] - sum));
+            }
+        }
+    expect(error < 1e-4, "%s codec %d window %d: 211 rows, error %g", kernels.isa, int(codec), window, error);
+}
+
+}  // namespace
+
+int main() {
+    check_half();
+    check_errors();
+    for (const std::string& isa : available_isas()) {
+        const Kernels& kernels = crush::kernels(isa);
+        check_softmax(kernels);
+        for (const Codec codec : CODECS) check_many_rows(kernels, codec, codec == Codec::u8 ? 100 : 0);
+        unsigned seed = 0;
+        for (const Codec key : CODECS)
+            for (const Codec value : CODECS)
+                for (const int size : HEAD_SIZES) {
+                    ++seed;
+                    std::vector<int> groups;
+                    for (int g = 16; g <= size; g += 16)
+                        if (size % g == 0) groups.push_back(g);
+                    const int window = seed % 3 == 0 ? 40 : 0;
+                    const Case c{key, value, size, groups[seed % groups.size()], 1 + static_cast<int>(seed * 5 % 16), window, seed % 4 == 1};
+                    check_attend(kernels, c, seed);
+                    check_scores(kernels, c, seed);
+                    for (unsigned i = 0; i < 5; ++i) check_codec(kernels, c, seed * 5 + i);
+                }
+        std::printf("%s: %u cases, %d failures so far\n", isa.c_str(), seed, failures);
+    }
+    return failures ? 1 : 0;
+}

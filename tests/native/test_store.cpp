@@ -1,0 +1,555 @@
+// Random traffic on stores against lists in memory: same tokens, exact bytes, a limit that is never passed. See CMakeLists.txt.
+#include <algorithm>
+#include <atomic>
+#include <climits>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "store.hpp"
+
+using namespace crush;
+
+namespace {
+
+#define CHECK(condition)                                                                \
+    do {                                                                                \
+        if (!(condition)) {                                                             \
+            std::printf("%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition);   \
+            std::exit(1);                                                               \
+        }                                                                               \
+    } while (false)
+
+template <class Error, class Function>
+void check_throws(Function function) {
+    bool thrown = false;
+    try {
+        function();
+    } catch (const Error&) {
+        thrown = true;
+    }
+    CHECK(thrown);
+}
+
+void parallel(size_t n, const std::function<void(size_t)>& task) {
+    std::atomic<size_t> next{0};
+    const auto work = [&] {
+        for (size_t i = next++; i < n; i = next++) task(i);
+    };
+    std::thread other(work);
+    work();
+    other.join();
+}
+
+// One number of a token: its key and value are functions of who it is, so that any of them can be found out again.
+float number(uint32_t token, size_t channel, bool value) {
+    uint32_t x = token * 2654435761u + static_cast<uint32_t>(channel) * 40503u + (value ? 977u : 0u);
+    x ^= x >> 15;
+    x *= 2246822519u;
+    x ^= x >> 13;
+    return static_cast<float>(x % 2001u) / 1000.f - 1.f;
+}
+
+struct Token {
+    uint32_t id;
+    int32_t position;
+};
+
+struct Model {  // of a sequence
+    std::vector<std::vector<Token>> heads;
+    int32_t next_position = 0;
+};
+
+struct Setting {
+    const char* name;
+    Codec key, value, recent;
+    int recent_tokens;
+    size_t max_bytes;
+    float tolerance;  // of numbers in -1..1 after some rewrites; 0 = exact
+    const char* isa;
+};
+
+class Traffic {
+public:
+    Traffic(const Setting& setting, unsigned seed) : setting_(setting), random_(seed), store_(config(setting), parallel) {
+        for (const LayerShape& shape : store_.config().layers) {
+            for (int h = 0; h < shape.num_kv_heads; ++h) head_sizes_.push_back(static_cast<size_t>(shape.head_size));
+        }
+        make_staging();
+    }
+
+    void run(int steps) {
+        for (int i = 0; i < steps; ++i) {
+            step();
+            if (i % 16 == 0) check_structure();
+        }
+        check_structure();
+        while (!models_.empty()) release(models_.begin()->first);
+        CHECK(store_.nbytes() == 0);
+        CHECK(store_.num_sequences() == 0);
+    }
+
+private:
+    static StoreConfig config(const Setting& s) {
+        StoreConfig c;
+        c.layers = {{4, 2, 32, 0, 0.2f}, {3, 1, 48, 16, 0.1f}};
+        c.key = s.key;
+        c.value = s.value;
+        c.recent = s.recent;
+        c.recent_tokens = s.recent_tokens;
+        c.group_size = 32;
+        c.max_bytes = s.max_bytes;
+        c.isa = s.isa;
+        return c;
+    }
+
+    int pick(int below) { return static_cast<int>(random_() % static_cast<unsigned>(below)); }
+
+    // -- staging: block b, slot t holds the token with id b * 32 + t, in every head
+
+    void make_staging() {
+        for (size_t layer = 0; layer < 2; ++layer) {
+            const LayerShape& shape = store_.config().layers[layer];
+            const auto width = static_cast<size_t>(shape.head_size);
+            std::vector<float> k, v;
+            for (uint32_t block = 0; block < NUM_BLOCKS; ++block) {
+                for (int h = 0; h < shape.num_kv_heads; ++h) {
+                    for (uint32_t t = 0; t < TILE; ++t) {
+                        for (size_t c = 0; c < width; ++c) {
+                            k.push_back(number(block * TILE + t, c, false));
+                            v.push_back(number(block * TILE + t, c, true));
+                        }
+                    }
+                }
+            }
+            staging_.push_back(std::move(k));
+            staging_.push_back(std::move(v));
+            Staging staging;
+            staging.keys = reinterpret_cast<const uint8_t*>(staging_[2 * layer].data());
+            staging.values = reinterpret_cast<const uint8_t*>(staging_[2 * layer + 1].data());
+            staging.num_blocks = NUM_BLOCKS;
+            staging.codec = Codec::f32;
+            store_.set_staging(layer, staging);
+        }
+    }
+
+    // -- steps
+
+    void step() {
+        const int what = pick(100);
+        if (models_.empty() || (what < 8 && models_.size() < 8)) {
+            const int32_t id = store_.create(what % 2);
+            models_[id].heads.resize(head_sizes_.size());
+            if (pick(3)) adopt(id);
+            return;
+        }
+        auto it = models_.begin();
+        std::advance(it, pick(static_cast<int>(models_.size())));
+        const int32_t id = it->first;
+        if (what < 14) return release(id);
+        if (what < 22) return fork(id);
+        if (what < 34) return compact(id);
+        if (what < 46) return store_.settle(id);
+        if (what < 50) return bad_calls(id);
+        append(id);
+        if (pick(4) == 0) check_tokens(id);
+    }
+
+    void release(int32_t id) {
+        store_.release(id);
+        models_.erase(id);
+        check_throws<std::invalid_argument>([&] { store_.release(id); });
+    }
+
+    void adopt(int32_t id) {
+        std::vector<int32_t> blocks;
+        for (int i = 1 + pick(4); i > 0; --i) blocks.push_back(pick(NUM_BLOCKS));
+        const int n = static_cast<int>(blocks.size()) * TILE - pick(TILE);
+        store_.stage(id, blocks, n);
+        check_staged_views(id, blocks, n);
+        std::vector<std::vector<int32_t>> kept(head_sizes_.size());
+        const bool all = pick(3) == 0;
+        for (auto& head : kept) {
+            const int share = all ? 100 : pick(101);
+            for (int t = 0; t < n; ++t) {
+                if (pick(100) < share) head.push_back(t);
+            }
+        }
+        const std::vector<int64_t> offsets = offsets_of(kept);
+        const std::vector<int32_t> indices = joined(kept);
+        const Selection selection{offsets.data(), offsets.size(), indices.data(), indices.size()};
+        const size_t keep_free = pick(4) ? 0 : static_cast<size_t>(pick(60000));
+        try {
+            store_.adopt(id, all && pick(2) ? nullptr : &selection, keep_free);
+        } catch (const StoreFull&) {
+            CHECK(setting_.max_bytes > 0);
+            store_.stage(id, {}, 0);
+            return;
+        }
+        CHECK(!setting_.max_bytes || store_.nbytes() + keep_free <= setting_.max_bytes);
+        Model& model = models_[id];
+        model.next_position = n;
+        for (size_t h = 0; h < kept.size(); ++h) {
+            for (const int32_t t : kept[h]) {
+                model.heads[h].push_back({static_cast<uint32_t>(blocks[static_cast<size_t>(t / TILE)] * TILE + t % TILE), t});
+            }
+        }
+        if (all) CHECK(store_.nbytes_of(id) == store_.bytes_for(n));
+        check_tokens(id);
+    }
+
+    void append(int32_t id) {
+        Model& model = models_[id];
+        const int n = pick(3) ? 1 + pick(3) : 1 + pick(80);
+        if (store_.free_slots(id) < n) {
+            const size_t before = store_.nbytes(), keep_free = pick(4) ? 0 : static_cast<size_t>(pick(60000));
+            if (!store_.reserve(id, n, keep_free)) {
+                CHECK(setting_.max_bytes > 0);
+                CHECK(store_.nbytes() == before);
+                return;
+            }
+            CHECK(!setting_.max_bytes || store_.nbytes() == before || store_.nbytes() + keep_free <= setting_.max_bytes);
+        }
+        CHECK(store_.free_slots(id) >= n);
+        const size_t before = store_.nbytes();
+        int32_t position = model.next_position;
+        const bool jump = pick(10) == 0;
+        if (jump) position += 1 + pick(50);
+        try {
+            for (size_t layer = 0, head = 0; layer < 2; ++layer) append_layer(id, model, layer, head, n, position);
+        } catch (const StoreFull&) {
+            CHECK(jump && setting_.max_bytes > 0);
+            // A layer may have taken its rows before another one failed: nobody can go on with this sequence.
+            release(id);
+            return;
+        }
+        CHECK(jump || store_.nbytes() == before);
+        model.next_position = position + n;
+    }
+
+    void append_layer(int32_t id, Model& model, size_t layer, size_t& head, int n, int32_t position) {
+        const LayerShape& shape = store_.config().layers[layer];
+        const auto num_heads = static_cast<size_t>(shape.num_kv_heads), width = static_cast<size_t>(shape.head_size);
+        std::vector<float> k, v;
+        for (int t = 0; t < n; ++t) {
+            const uint32_t token = 100000u + next_token_ + static_cast<uint32_t>(t);
+            for (size_t h = 0; h < num_heads; ++h) {
+                for (size_t c = 0; c < width; ++c) {
+                    k.push_back(number(token, c, false));
+                    v.push_back(number(token, c, true));
+                }
+            }
+        }
+        store_.append(id, layer, k.data(), v.data(), n, position);
+        for (size_t h = 0; h < num_heads; ++h, ++head) {
+            for (int t = 0; t < n; ++t) model.heads[head].push_back({100000u + next_token_ + static_cast<uint32_t>(t), position + t});
+        }
+        next_token_ += static_cast<uint32_t>(n);
+    }
+
+    void fork(int32_t id) {
+        if (models_.size() >= 8) return;
+        const Model& model = models_[id];
+        size_t shortest = SIZE_MAX;
+        bool whole = true;
+        for (const auto& head : model.heads) {
+            shortest = std::min(shortest, head.size());
+            for (size_t i = 0; i < head.size(); ++i) whole = whole && head[i].position == static_cast<int32_t>(i);
+        }
+        if (pick(2)) {
+            const size_t before = store_.nbytes();
+            models_[store_.fork(id)] = Model(model);
+            CHECK(store_.nbytes() == before);
+            return;
+        }
+        const int length = pick(static_cast<int>(shortest) + 1);
+        if (!whole) return check_throws<std::invalid_argument>([&] { store_.fork(id, length); });
+        check_throws<std::invalid_argument>([&] { store_.fork(id, static_cast<int64_t>(shortest) + 1); });
+        try {
+            Model twin;
+            twin.next_position = length;
+            for (const auto& head : model.heads) twin.heads.emplace_back(head.begin(), head.begin() + length);
+            const int32_t made = store_.fork(id, length);
+            models_[made] = std::move(twin);
+            check_tokens(made);
+        } catch (const StoreFull&) {
+            CHECK(setting_.max_bytes > 0);
+        }
+    }
+
+    void compact(int32_t id) {
+        Model& model = models_[id];
+        std::vector<std::vector<int32_t>> kept(model.heads.size());
+        for (size_t h = 0; h < kept.size(); ++h) {
+            const bool by_tile = pick(2) != 0;
+            const int share = pick(2) ? 100 : pick(101);
+            bool stays = true;
+            for (int t = 0; t < static_cast<int>(model.heads[h].size()); ++t) {
+                if (!by_tile || t % TILE == 0) stays = pick(100) < share || (by_tile && pick(2));
+                if (stays) kept[h].push_back(t);
+            }
+        }
+        const std::vector<int64_t> offsets = offsets_of(kept);
+        const std::vector<int32_t> indices = joined(kept);
+        const size_t before = store_.nbytes();
+        std::vector<int32_t> order;
+        try {
+            order = store_.compact(id, {offsets.data(), offsets.size(), indices.data(), indices.size()});
+        } catch (const StoreFull&) {
+            CHECK(setting_.max_bytes > 0);
+            CHECK(store_.nbytes() == before);
+            return;
+        }
+        CHECK(order.size() == indices.size());
+        for (size_t h = 0; h < kept.size(); ++h) {
+            const std::vector<int32_t> of_head(order.begin() + offsets[h], order.begin() + offsets[h + 1]);
+            std::vector<int32_t> sorted = of_head;
+            std::sort(sorted.begin(), sorted.end());
+            CHECK(sorted == kept[h]);
+            std::vector<Token> tokens;
+            for (const int32_t i : of_head) tokens.push_back(model.heads[h][static_cast<size_t>(i)]);
+            model.heads[h] = std::move(tokens);
+        }
+        check_tokens(id);
+    }
+
+    void bad_calls(int32_t id) {
+        const Model& model = models_[id];
+        const size_t before = store_.nbytes(), num_heads = model.heads.size();
+        std::vector<int64_t> offsets(num_heads + 1, 0);
+        const int32_t beyond = static_cast<int32_t>(model.heads[0].size());
+        const std::vector<int32_t> indices{beyond, 0};
+        offsets.back() = 1;
+        const auto compact = [&](size_t num_offsets, size_t num_indices) {
+            check_throws<std::invalid_argument>([&] {
+                store_.compact(id, {offsets.data(), num_offsets, indices.data(), num_indices});
+            });
+        };
+        compact(num_heads, 1);
+        compact(num_heads + 1, 2);
+        offsets.assign(num_heads + 1, 1);
+        offsets[0] = 0;
+        compact(num_heads + 1, 1);  // an index that is not there
+        offsets[1] = -1;
+        compact(num_heads + 1, 1);
+        offsets[1] = INT64_MAX;
+        compact(num_heads + 1, 1);
+        check_throws<std::invalid_argument>([&] { store_.adopt(id); });
+        check_throws<std::invalid_argument>([&] { store_.stage(id, {0, static_cast<int32_t>(NUM_BLOCKS)}, 64); });
+        check_throws<std::invalid_argument>([&] { store_.stage(id, {0}, 33); });
+        check_throws<std::invalid_argument>([&] { store_.reserve(id, -1); });
+        check_throws<std::invalid_argument>([&] { store_.num_tokens(id, 2, 0); });
+        check_throws<std::invalid_argument>([&] { store_.read(id, 1, 1); });
+        check_throws<std::invalid_argument>([&] { store_.fork(id + 1000000); });
+        const std::vector<float> rows(48 * 4096);
+        check_throws<std::logic_error>([&] { store_.append(id, 1, rows.data(), rows.data(), 4096, 0); });
+        CHECK(store_.nbytes() == before);
+    }
+
+    // -- checks
+
+    static std::vector<int64_t> offsets_of(const std::vector<std::vector<int32_t>>& kept) {
+        std::vector<int64_t> offsets{0};
+        for (const auto& head : kept) offsets.push_back(offsets.back() + static_cast<int64_t>(head.size()));
+        return offsets;
+    }
+    static std::vector<int32_t> joined(const std::vector<std::vector<int32_t>>& kept) {
+        std::vector<int32_t> all;
+        for (const auto& head : kept) all.insert(all.end(), head.begin(), head.end());
+        return all;
+    }
+
+    bool near(float got, float expected) const { return std::fabs(got - expected) <= setting_.tolerance; }
+
+    void check_tokens(int32_t id) {
+        const Model& model = models_[id];
+        for (size_t layer = 0, h = 0; layer < 2; ++layer) {
+            for (int k = 0; k < store_.config().layers[layer].num_kv_heads; ++k, ++h) {
+                const HeadTokens tokens = store_.read(id, layer, static_cast<size_t>(k));
+                const auto& expected = model.heads[h];
+                CHECK(tokens.positions.size() == expected.size());
+                CHECK(tokens.positions == store_.positions(id, layer, static_cast<size_t>(k)));
+                for (size_t t = 0; t < expected.size(); ++t) {
+                    CHECK(tokens.positions[t] == expected[t].position);
+                    for (size_t c = 0; c < head_sizes_[h]; ++c) {
+                        CHECK(near(tokens.k[t * head_sizes_[h] + c], number(expected[t].id, c, false)));
+                        CHECK(near(tokens.v[t * head_sizes_[h] + c], number(expected[t].id, c, true)));
+                    }
+                }
+            }
+        }
+    }
+
+    void check_staged_views(int32_t id, const std::vector<int32_t>& blocks, int n) {
+        const std::lock_guard<std::mutex> lock(store_.mutex());
+        for (size_t layer = 0; layer < 2; ++layer) {
+            std::vector<uint8_t> storage;
+            std::vector<const uint8_t*> pointers;
+            const auto views = store_.staged_views_locked(store_.sequence_locked(id), layer, storage, pointers);
+            CHECK(views.size() == static_cast<size_t>(store_.config().layers[layer].num_kv_heads));
+            for (const HeadView& view : views) {
+                CHECK(view.num_tiles == blocks.size());
+                for (size_t i = 0; i < view.num_tiles; ++i) {
+                    const TileHeader& h = header(view.tiles[i]);
+                    CHECK(h.count == std::min(TILE, n - static_cast<int>(i) * TILE));
+                    const auto* codes = reinterpret_cast<const float*>(view.tiles[i] + h.layout->key_codes);
+                    for (int c = 0; c < h.layout->head_size; ++c) {
+                        for (int t = 0; t < TILE; ++t) {
+                            const float x = number(static_cast<uint32_t>(blocks[i] * TILE + t), static_cast<size_t>(c), false);
+                            CHECK(codes[c * TILE + t] == (t < h.count ? x : 0.f));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    // The invariants of Head and Arena, over all sequences.
+    void check_structure() {
+        const size_t nbytes = store_.nbytes();
+        CHECK(!setting_.max_bytes || nbytes <= setting_.max_bytes);
+        std::map<const uint8_t*, uint32_t> owners;
+        const std::lock_guard<std::mutex> lock(store_.mutex());
+        for (const auto& [id, model] : models_) {
+            const Sequence& sequence = store_.sequence_locked(id);
+            CHECK(sequence.next_position >= model.next_position);
+            for (size_t h = 0; h < sequence.heads.size(); ++h) {
+                const Head& head = sequence.heads[h];
+                CHECK(head.num_tokens == static_cast<int64_t>(model.heads[h].size()));
+                CHECK(head.num_settled * TILE <= head.num_tokens);
+                for (size_t i = 0; i < head.tiles.size(); ++i) {
+                    ++owners[head.tiles[i]];
+                    check_tile(head, static_cast<int64_t>(i));
+                }
+            }
+        }
+        size_t bytes = 0;
+        for (const auto& [tile, count] : owners) {
+            CHECK(header(tile).refs.load() == count);
+            bytes += layout(tile).bytes;
+        }
+        CHECK(bytes == nbytes);
+        CHECK(store_.reserved_bytes() >= bytes);
+    }
+
+    void check_tile(const Head& head, int64_t i) const {
+        const uint8_t* tile = head.tiles[static_cast<size_t>(i)];
+        const TileHeader& h = header(tile);
+        const bool target = i < head.num_settled;
+        CHECK(h.layout->key == (target ? setting_.key : setting_.recent));
+        CHECK(h.layout->value == (target ? setting_.value : setting_.recent));
+        CHECK(h.count == std::clamp<int64_t>(head.num_tokens - i * TILE, 0, TILE));
+        int32_t least = INT32_MAX, most = -1;
+        for (int t = 0; t < h.count; ++t) {
+            least = std::min(least, position(tile, t));
+            most = std::max(most, position(tile, t));
+        }
+        CHECK(least == h.min_position && most == h.max_position);
+    }
+
+    static constexpr uint32_t NUM_BLOCKS = 16;
+    const Setting setting_;
+    std::mt19937 random_;
+    Store store_;
+    std::vector<size_t> head_sizes_;  // of each head of all layers
+    std::vector<std::vector<float>> staging_;
+    std::map<int32_t, Model> models_;
+    uint32_t next_token_ = 0;
+};
+
+void test_traffic(int steps) {
+    const Setting settings[] = {
+        {"f32, no limit", Codec::f32, Codec::f32, Codec::f32, 32, 0, 0.f, ""},
+        {"u8 beside f32", Codec::u8, Codec::u8, Codec::f32, 40, 0, 0.06f, ""},
+        {"u8 beside f32, scalar", Codec::u8, Codec::u8, Codec::f32, 0, 0, 0.06f, "scalar"},
+        {"u8 beside bf16, limited", Codec::u8, Codec::u8, Codec::bf16, 32, 150000, 0.06f, ""},
+        {"bf16 whole, limited", Codec::bf16, Codec::bf16, Codec::bf16, 1, 200000, 0.005f, ""},
+        {"f32 behind f16: tiles grow when they settle, limited", Codec::f32, Codec::f32, Codec::f16, 32, 200000, 0.005f, ""},
+        {"u4 and u2, limited", Codec::u4, Codec::u2, Codec::f16, 64, 100000, 4.f, ""},
+    };
+    for (const Setting& setting : settings) {
+        for (unsigned seed = 0; seed < 3; ++seed) Traffic(setting, seed).run(steps);
+        std::printf("traffic, %s: ok\n", setting.name);
+    }
+}
+
+// Captured queries come back oldest first, as many as the ring holds.
+void test_capture() {
+    StoreConfig config;
+    config.layers = {{2, 1, 16, 0, 1.f}};
+    Store store(config, parallel);
+    const int32_t id = store.create(5);
+    const std::lock_guard<std::mutex> lock(store.mutex());
+    Sequence& sequence = store.sequence_locked(id);
+    int32_t next = 0;
+    for (const int64_t n : {2, 1, 9, 0, 3, 1}) {
+        std::vector<float> q;
+        for (int64_t i = 0; i < n; ++i) q.insert(q.end(), 32, static_cast<float>(next + i));
+        store.capture_locked(sequence, 0, q.data(), n, next);
+        next += static_cast<int32_t>(n);
+        std::vector<float> rows;
+        std::vector<int32_t> positions;
+        store.captured_locked(sequence, 0, rows, positions);
+        CHECK(static_cast<int32_t>(positions.size()) == std::min(next, 5));
+        for (size_t i = 0; i < positions.size(); ++i) {
+            CHECK(positions[i] == next - static_cast<int32_t>(positions.size() - i));
+            CHECK(rows[i * 32] == static_cast<float>(positions[i]) && rows[i * 32 + 31] == rows[i * 32]);
+        }
+    }
+    std::printf("capture: ok\n");
+}
+
+// Threads on stores of their own, and on sequences of their own in one store.
+void test_threads(int steps) {
+    std::vector<std::thread> threads;
+    for (unsigned seed = 0; seed < 3; ++seed) {
+        threads.emplace_back([=] {
+            Traffic({"", Codec::u8, Codec::u8, Codec::bf16, 32, 150000, 0.06f, ""}, 100 + seed).run(steps);
+        });
+    }
+    StoreConfig config;
+    config.layers = {{2, 2, 32, 0, 1.f}, {2, 2, 32, 0, 1.f}};
+    config.max_bytes = 400000;
+    Store store(config, parallel);
+    const int32_t document = store.create();
+    std::vector<float> rows(100 * 64);
+    for (size_t i = 0; i < rows.size(); ++i) rows[i] = number(static_cast<uint32_t>(i), 0, false);
+    CHECK(store.reserve(document, 100));
+    for (size_t layer = 0; layer < 2; ++layer) store.append(document, layer, rows.data(), rows.data(), 100, 0);
+    for (int t = 0; t < 3; ++t) {
+        threads.emplace_back([&] {
+            for (int i = 0; i < steps / 4; ++i) {
+                const int32_t twin = store.fork(document);
+                if (store.reserve(twin, 30)) {
+                    for (size_t layer = 0; layer < 2; ++layer) store.append(twin, layer, rows.data(), rows.data(), 30, 100);
+                    store.settle(twin);
+                    CHECK(store.read(twin, 1, 1).positions.size() == 130);
+                }
+                CHECK(store.nbytes() <= 400000);
+                store.release(twin);
+            }
+        });
+    }
+    for (std::thread& thread : threads) thread.join();
+    store.release(document);
+    CHECK(store.nbytes() == 0);
+    std::printf("threads: ok\n");
+}
+
+}  // namespace
+
+// Argument: steps of each random run.
+int main(int argc, char** argv) {
+    const int steps = argc > 1 ? std::atoi(argv[1]) : 400;
+    test_capture();
+    test_traffic(steps);
+    test_threads(steps);
+    return 0;
+}
