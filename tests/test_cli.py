@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ov_kvcrush import LLMPipeline, RequestError
+from ov_kvcrush import CacheConfig, LLMPipeline, RequestError, SchedulerConfig, native
 from ov_kvcrush.cli import prompt as prompt_module
 from ov_kvcrush.cli import reader as reader_module
 from ov_kvcrush.cli.chat import run
@@ -85,6 +85,9 @@ def test_stats_are_on_stderr_and_equal_those_of_json(
     assert re.search(r"TTFT \d+\.\d+ s \| TPOT \d+\.\d+ ms", line)
     assert f"{answer['num_input_tokens']} input (0 reused), {answer['num_generated_tokens']} generated" in line
     assert f"KV {answer['kv_bytes']} bytes" in line
+    num_cached = answer["num_input_tokens"] + answer["num_generated_tokens"] - 1
+    assert answer["kv_bytes_per_token"] == answer["kv_bytes"] / num_cached
+    assert f"{answer['kv_bytes_per_token']:.0f} per token" in line
     assert not json_run.stderr
 
 
@@ -146,6 +149,19 @@ BAD_ARGUMENTS = {
     "unknown engine": (["--prompt", "x", "--engine", "crash"], "did you mean 'crush'?"),
     "engine without device": (["--prompt", "x", "--engine", "crush", "--device", "GPU"], "device must be CPU"),
     "unknown device": (["--prompt", "x", "--device", "ABACUS"], "ABACUS"),
+    "unknown type of keys": (["--prompt", "x", "--key-precision", "u9"], "key_precision must be one of f32, bf16"),
+    "unknown type of values": (["--prompt", "x", "--value-precision", "int8"], "value_precision must be one of f32"),
+    "no store": (["--prompt", "x", "--max-kv-mb", "0"], "max_kv_mb must be at least 1, got 0"),
+    "store that is no number": (["--prompt", "x", "--max-kv-mb", "1.5"], "--max-kv-mb"),
+    "type that genai has not": (["--prompt", "x", "--engine", "genai", "--value-precision", "u2"], "got 'u2'"),
+    "part of a GiB for genai": (
+        ["--prompt", "x", "--engine", "genai", "--max-kv-mb", "1500"],
+        "max_kv_mb must be a multiple of 1024 with engine='genai', whose cache_size is in whole GiB, got 1500",
+    ),
+    "prompt above the store": (
+        ["--prompt", STORY * 8, "--max-kv-mb", "1"],
+        "prompt must fit into the KV store of 1048576 bytes",
+    ),
     "missing folder": (["/no/such/folder", "--prompt", "x"], "/no/such/folder"),
     "folder without a model": ([str(ROOT / "tests"), "--prompt", "x"], "openvino_model.xml"),
     "empty prompt": (["--prompt", "  "], "prompt must have some text"),
@@ -225,6 +241,40 @@ def test_greedy_unless_a_temperature_is_given() -> None:
     assert ChatOptions().generation_options() == {"max_new_tokens": 512, "do_sample": False}
     sampled = ChatOptions(temperature=0.5, top_p=0.9, seed=3).generation_options()
     assert sampled == {"max_new_tokens": 512, "do_sample": True, "temperature": 0.5, "rng_seed": 3, "top_p": 0.9}
+
+
+def test_options_of_the_cache_reach_the_engine_that_runs() -> None:
+    ours = ChatOptions(key_precision="u4", max_kv_mb=3)
+    assert ours.cache_config() == CacheConfig(key_precision="u4", max_bytes=3 << 20)
+    assert ours.scheduler_config() is None
+    theirs = ChatOptions(engine="genai", value_precision="u4", max_kv_mb=2048)
+    assert theirs.cache_config() == CacheConfig(value_precision="u4")
+    assert theirs.scheduler_config() == SchedulerConfig(cache_size=2, enable_prefix_caching=True)
+    assert (ChatOptions().cache_config(), ChatOptions().scheduler_config()) == (None, None)
+    assert ChatOptions(engine="genai", max_kv_mb=1024).cache_config() is None
+
+
+def test_fewer_bits_take_fewer_bytes(smollm2: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    sizes = []
+    for bits in ("f32", "u8", "u2"):
+        types = ("--key-precision", bits, "--value-precision", bits)
+        assert run_in_process("--json", "--max-new-tokens", "40", "--prompt", STORY * 8, *types) == 0
+        sizes.append(json.loads(capfd.readouterr().out)["kv_bytes"])
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 3
+
+
+def test_without_the_native_library_one_line_says_so(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(native, "why_unavailable", lambda: "nobody built it")
+    assert run_in_process("--prompt", "Hello", "--max-new-tokens", "20") == 0
+    out, err = capfd.readouterr()
+    assert out.strip()
+    notes = [line for line in err.splitlines() if not line.startswith("[cut")]
+    assert notes == [notes[0]]
+    assert notes[0].startswith("note: the KV cache is not compressed: nobody built it.")
+    assert ".py" not in err
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------

@@ -7,84 +7,79 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from ov_kvcrush.bench.attention import AttentionRow, AttentionSettings, layers_of, measure_attention
 from ov_kvcrush.bench.compare import CellResult, Report, measure, num_stages
 from ov_kvcrush.bench.environment import describe_environment
+from ov_kvcrush.bench.help import HELP
+from ov_kvcrush.bench.plot import check_plot, read_reports, write_plot
 from ov_kvcrush.bench.process import WorkerError
-from ov_kvcrush.bench.report import Row, check_writable, make_ratios, make_report, make_rows, write_json
-from ov_kvcrush.bench.settings import BenchSettings, parse_numbers, parse_properties
-from ov_kvcrush.bench.table import ratios_table, rows_table
+from ov_kvcrush.bench.report import (
+    Row,
+    check_writable,
+    make_attention_report,
+    make_ratios,
+    make_report,
+    make_rows,
+    write_json,
+)
+from ov_kvcrush.bench.settings import BenchSettings, check_at_least, parse_numbers, parse_properties
+from ov_kvcrush.bench.table import attention_table, ratios_table, rows_table
+from ov_kvcrush.config import PRECISIONS
+from ov_kvcrush.default_model import default_model_path
 from ov_kvcrush.errors import CrushError
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 
-# Paragraphs by blank lines only: the help keeps every line break.
-HELP = """\
-Measure speed and memory of the engine on this machine, alone or beside openvino_genai.
-
-MODEL is the folder of an exported model; left out, it is SmolLM2-135M-Instruct.
-
-Requests of random token ids are added at once and run to their end. \
-All engines get the same prompts, chunk size, cache capacity and OpenVINO properties, ignore the end of sequence, \
-and reuse nothing from earlier runs. For each context and batch, each engine runs in a process of its own; \
-after a warm-up they take turns, run by run.
-
-[bold]Columns[/bold] (medians over the runs)
-
-[bold]TTFT[/bold]: from adding the requests to the first token of a request; mean over the requests.
-
-[bold]TPOT[/bold]: (time of the last token - time of the first) / (tokens - 1) of a request; mean over the requests.
-
-[bold]tokens/s[/bold]: tokens generated after every request had its first, per second from then to the end: decoding \
-alone. The file also has total_tokens_per_s, prompts included.
-
-[bold]KV[/bold]: peak of the cache, as the engine tells it: of openvino_genai what it allocated, of ours what was \
-used of that.
-
-[bold]peak[/bold]: largest resident memory of the engine's process, loading the model included.
-
-[bold]overhead[/bold]: time per step outside of the inference itself while all requests decode; of our engine only.
-
-[bold]Examples[/bold]
-
-  ov_kvcrush-bench    [dim]# the default model, 1024 tokens[/dim]
-
-  ov_kvcrush-bench my-model --context 1024,4096 --batch 1,8 --against genai
-
-  ov_kvcrush-bench my-model --context 16384 --kv-precision u8 --json out.json
-
-  ov_kvcrush-bench my-model --runs 5 --property INFERENCE_NUM_THREADS=2
-
-Close other programs first, and believe no single run: the ratios show medians, best runs and pairs side by side.
-"""
+# What each mode takes beside the options that all take.
+_PLOT_ONLY = {"plot", "from_paths"}
+_ATTENTION_ONLY = {"threads", "layers"}
+_WHOLE_ONLY = {"new_tokens", "against", "max_num_batched_tokens", "max_kv_mb"}
+_OPTION_NAMES = {"from_paths": "from", "json_path": "json", "properties": "property"}
 
 
 @app.command(help=HELP)
 def bench(
+    context: typer.Context,
     model: Annotated[
         Path | None, typer.Argument(help="Folder of an exported model; left out: SmolLM2-135M-Instruct.")
     ] = None,
-    context: Annotated[
-        str, typer.Option(metavar="N[,N...]", help="Prompt tokens per request; several make several rows.")
+    contexts: Annotated[
+        str,
+        typer.Option("--context", metavar="N[,N...]", help="Prompt tokens per request; several make several rows."),
     ] = "1024",
     new_tokens: Annotated[int, typer.Option(metavar="M", help="Tokens generated per request, at least 2.")] = 64,
     batch: Annotated[str, typer.Option(metavar="B[,B...]", help="Requests that are added at once.")] = "1",
     against: Annotated[
         str | None, typer.Option(metavar="ENGINE", help="Compare with: genai (openvino_genai, driven directly).")
     ] = None,
-    runs: Annotated[int, typer.Option(metavar="R", help="Measured runs per engine, after a warm-up.")] = 3,
+    runs: Annotated[
+        int | None,
+        typer.Option(metavar="R", help="Measured runs per engine, after a warm-up: 3, with --attention 15."),
+    ] = None,
     max_num_batched_tokens: Annotated[
         int, typer.Option(metavar="N", help="Rows of one inference: how prompts are cut into chunks.")
     ] = 512,
-    kv_precision: Annotated[
-        str | None, typer.Option(metavar="TYPE", help="KV_CACHE_PRECISION: u8, u4, bf16, f16, f32, ...")
+    key_precision: Annotated[
+        str | None, typer.Option(metavar="TYPE", help=f"Cached keys: {', '.join(PRECISIONS)}; u8 if left out.")
+    ] = None,
+    value_precision: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Cached values; they need fewer bits than keys.")
+    ] = None,
+    kv_precision: Annotated[str | None, typer.Option(metavar="TYPE", help="Both keys and values.")] = None,
+    max_kv_mb: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Most MiB in our store: requests wait until they fit. openvino_genai gets what the requests need.",
+        ),
     ] = None,
     inference_precision: Annotated[
         str | None, typer.Option(metavar="TYPE", help="INFERENCE_PRECISION_HINT: f32, bf16, f16.")
@@ -93,31 +88,60 @@ def bench(
         list[str] | None,
         typer.Option("--property", metavar="KEY=VALUE", help="Any OpenVINO property, for all engines; repeatable."),
     ] = None,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="Measure attention alone, ours and OpenVINO's; no weights.")
+    ] = False,
+    threads: Annotated[
+        str | None,
+        typer.Option(metavar="T[,T...]", help="With --attention: threads of the inference; all if omitted."),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(metavar="L", help="With --attention: only the model's first L layers.")
+    ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write all runs, settings and the machine.")
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw what was measured: a .png, .svg or .pdf file.")
+    ] = None,
+    from_paths: Annotated[
+        list[Path] | None,
+        typer.Option("--from", metavar="FILE", help="With --plot: draw these files of --json, measure nothing."),
+    ] = None,
 ) -> None:
-    """Measure speed and memory; HELP has the text for the user."""
+    """Measure speed and memory, or draw what was measured; HELP has the text for the user."""
     console = Console(stderr=True)
     try:
-        if json_path is not None:
-            check_writable(json_path)
-        named = {"KV_CACHE_PRECISION": kv_precision, "INFERENCE_PRECISION_HINT": inference_precision}
-        options = {
-            "contexts": parse_numbers("context", context),
+        given = {n for n in context.params if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"}
+        _check_modes(given)
+        for path, check in ((json_path, check_writable), (plot, check_plot)):
+            if path is not None:
+                check(path)
+        if from_paths:
+            assert plot is not None, "--from without --plot is refused above"
+            write_plot(plot, read_reports(from_paths))
+            console.print(Text(f"written to {plot}"))
+            return
+        key_precision, value_precision = _precisions(key_precision, value_precision, kv_precision)
+        options: dict[str, Any] = {
+            "contexts": parse_numbers("context", contexts),
             "batches": parse_numbers("batch", batch),
-            "new_tokens": new_tokens,
+            "key_precision": key_precision,
+            "value_precision": value_precision,
+            "properties": parse_properties(properties or (), INFERENCE_PRECISION_HINT=inference_precision),
             "runs": runs,
-            "against": against,
-            "max_num_batched_tokens": max_num_batched_tokens,
-            "properties": parse_properties(properties or (), **named),
         }
-        settings = BenchSettings.for_model(model, **options)
-        rows = _measure(settings, console)
-        if json_path is not None:
-            command = shlex.join(["ov_kvcrush-bench", *sys.argv[1:]])
-            write_json(json_path, make_report(rows, settings, describe_environment(), command))
-            console.print(Text(f"written to {json_path}"))
+        if attention:
+            options["threads"] = None if threads is None else parse_numbers("threads", threads)
+        if plot is not None and all(len(options.get(x) or "1") == 1 for x in ("contexts", "batches", "threads")):
+            raise CrushError("--plot must have two values of --context, --batch or --threads to draw, got one of each")
+        if attention:
+            report = _attention_report(model, layers, _given(options), console)
+        else:
+            options |= {"new_tokens": new_tokens, "against": against, "max_kv_mb": max_kv_mb}
+            options["max_num_batched_tokens"] = max_num_batched_tokens
+            report = _whole_report(model, _given(options), console)
+        _write(report, json_path, plot, console)
     except CrushError as error:
         _say_error(console, error)
         raise typer.Exit(2) from None
@@ -129,11 +153,74 @@ def bench(
         raise typer.Exit(130) from None
 
 
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_modes(given: set[str]) -> None:
+    """Raise CrushError for an option that the mode chosen by the others does nothing with."""
+    mode, allowed = "", given - _ATTENTION_ONLY
+    if "from_paths" in given:
+        if "plot" not in given:
+            raise CrushError("--from must come with --plot, got it alone")
+        mode, allowed = "with --from", _PLOT_ONLY
+    elif "attention" in given:
+        mode, allowed = "with --attention", given - _WHOLE_ONLY
+    for name in sorted(given - allowed):
+        option = "--" + _OPTION_NAMES.get(name, name).replace("_", "-") if name != "model" else "MODEL"
+        raise CrushError(f"{option} must be left out {mode or 'without --attention'}, got it")
+
+
+def _precisions(key: str | None, value: str | None, both: str | None) -> tuple[str | None, str | None]:
+    if both is not None and (key is not None or value is not None):
+        raise CrushError(f"--kv-precision must be left out with --key-precision or --value-precision, got {both!r}")
+    return key or both, value or both
+
+
+def _whole_report(model: Path | None, options: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Measure the engines and print the tables. Returns the content of the JSON file."""
+    settings = BenchSettings.for_model(model, **options)
+    rows = _measure(settings, console)
+    return make_report(rows, settings, describe_environment(), _command())
+
+
+def _attention_report(
+    model: Path | None, num_layers: int | None, options: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    """Measure attention alone and print the table. Returns the content of the JSON file."""
+    settings = AttentionSettings(**options)
+    check_at_least("layers", 1 if num_layers is None else num_layers, 1)
+    if model is None:
+        model = default_model_path()
+    layers = layers_of(model, num_layers)
+    rows: list[AttentionRow] = []
+    try:
+        with _progress(settings.num_stages, console) as report:
+            rows.extend(measure_attention(layers, settings, report))
+    finally:
+        if rows:
+            _out().print(attention_table(rows))
+    return make_attention_report(rows, model, settings, describe_environment(), _command())
+
+
+def _command() -> str:
+    return shlex.join(["ov_kvcrush-bench", *sys.argv[1:]])
+
+
+def _write(report: dict[str, Any], json_path: Path | None, plot: Path | None, console: Console) -> None:
+    if json_path is not None:
+        write_json(json_path, report)
+        console.print(Text(f"written to {json_path}"))
+    if plot is not None:
+        write_plot(plot, [report])
+        console.print(Text(f"written to {plot}"))
+
+
 def _measure(settings: BenchSettings, console: Console) -> list[Row]:
     """Measure all cells and print them, also those that were complete when something went wrong."""
     results: list[CellResult] = []
     try:
-        with _progress(settings, console) as report:
+        with _progress(num_stages(settings), console) as report:
             for result in measure(settings, report):
                 results.append(result)
     finally:
@@ -145,17 +232,21 @@ def _measure(settings: BenchSettings, console: Console) -> list[Row]:
 def _print_tables(rows: list[Row]) -> None:
     if not rows:
         return
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # a pipe has no width, and 80 columns would cut the numbers
+    console = _out()
     console.print(rows_table(rows))
     ratios = make_ratios(rows)
     if ratios:
         console.print(ratios_table(ratios))
 
 
+def _out() -> Console:
+    console = Console()
+    # A pipe has no width, and 80 columns would cut the numbers.
+    return console if console.is_terminal else Console(width=130)
+
+
 @contextmanager
-def _progress(settings: BenchSettings, console: Console) -> Iterator[Report]:
+def _progress(num_stages: int, console: Console) -> Iterator[Report]:
     """Yield a function that shows what begins now: on a terminal as a bar, else line by line."""
     if not console.is_terminal:
         yield lambda stage: console.print(Text(stage))
@@ -163,7 +254,7 @@ def _progress(settings: BenchSettings, console: Console) -> Iterator[Report]:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     # Drawn once a second: a livelier bar would take time from what is measured.
     with Progress(*columns, console=console, refresh_per_second=1, transient=True) as bars:
-        task = bars.add_task("", total=num_stages(settings))
+        task = bars.add_task("", total=num_stages)
         first = True
 
         def report(stage: str) -> None:

@@ -19,8 +19,8 @@ Report = Callable[[str], None]
 class EngineRuns:
     """What one engine did in one cell. Resident sizes are those of its own process; None where nobody tells.
 
-    load_peak_rss_bytes: largest until the model was loaded. loaded_rss_bytes: when it was. idle_rss_bytes: after the
-    first inference, without requests. run_peak_rss_bytes: largest since the model was loaded, or ever.
+    load_peak_rss_bytes: largest until the model was loaded. loaded_rss_bytes: when it was. run_peak_rss_bytes: largest
+    since then, or ever.
     """
 
     engine: str
@@ -28,7 +28,6 @@ class EngineRuns:
     storage: Storage
     load_peak_rss_bytes: int | None = None
     loaded_rss_bytes: int | None = None
-    idle_rss_bytes: int | None = None
     run_peak_rss_bytes: int | None = None
     runs: list[RunResult] = field(default_factory=list)
 

@@ -106,8 +106,8 @@ class GenaiUnderTest:
         properties = dict(job["properties"])
         try:
             if job["key_precision"] or job["value_precision"]:
-                types = (job[name] or _DEFAULT_PRECISION for name in ("key_precision", "value_precision"))
-                properties |= paged_precisions(*types, properties)
+                key, value = (job[name] or _DEFAULT_PRECISION for name in ("key_precision", "value_precision"))
+                properties |= paged_precisions(key, value, properties)
             self._storage = _paged_storage(properties)
             self._pipeline = ov_genai.ContinuousBatchingPipeline(job["model"], scheduler, "CPU", properties)
         except RuntimeError as error:

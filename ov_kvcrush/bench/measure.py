@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ov_kvcrush.bench.memory import rss_bytes
+from ov_kvcrush.bench.memory import growth, rss_bytes
 
 
 class MeasuredHandle(Protocol):
@@ -56,8 +56,9 @@ class RunResult:
     tokens_per_s: tokens made after the last prompt was finished, per second of that time: pure decoding.
     total_tokens_per_s: all generated tokens per second of the whole run, prompts included.
     kv_bytes: peak of what the engine calls its KV cache size; blocks that prompts are read on are not part of it.
-    kv_bytes_per_token, held_rss_bytes: that size per cached token, and the resident size of the process, at the last
-        moment at which all B requests decode; None if there is none, or nobody tells.
+    kv_bytes_per_token, held_growth_bytes: that size per cached token, and by how much the resident size of the process
+        has grown since the run began, at the last moment at which all B requests decode; None if there is none, or
+        nobody tells. An engine that keeps the memory of its cache between runs does not grow.
     overhead_ms_per_step: mean over the steps in which all B requests decode, None if there is none or nobody tells.
     """
 
@@ -72,7 +73,7 @@ class RunResult:
     num_steps: int
     num_full_decode_steps: int
     kv_bytes_per_token: float | None = None
-    held_rss_bytes: int | None = None
+    held_growth_bytes: int | None = None
 
 
 def random_prompts(batch: int, context: int, vocab_size: int, seed: int) -> np.ndarray:
@@ -90,6 +91,7 @@ def run_once(engine: MeasuredEngine, prompts: np.ndarray, new_tokens: int, first
     overheads: list[float] = []
     kv_bytes = num_steps = num_full_decode_steps = 0
     held: dict[str, Any] = {}
+    idle = rss_bytes()
     start = time.perf_counter()
     paused = 0.0
     handles = [engine.add(first_id + i, ids, new_tokens) for i, ids in enumerate(prompts)]
@@ -109,7 +111,7 @@ def run_once(engine: MeasuredEngine, prompts: np.ndarray, new_tokens: int, first
         counts = [len(moments) for moments in times]
         if min(counts) > 0 and max(counts) == new_tokens - 1:  # one step before the first request ends
             num_cached = sum(prompts.shape[1] + count - 1 for count in counts)
-            held = {"kv_bytes_per_token": now_bytes / num_cached, "held_rss_bytes": rss_bytes()}
+            held = {"kv_bytes_per_token": now_bytes / num_cached, "held_growth_bytes": growth(idle, rss_bytes())}
         overhead = engine.last_overhead_s()
         if is_full_decode and overhead is not None:
             overheads.append(overhead)

@@ -36,6 +36,11 @@ def reset_peak() -> bool:
     return True
 
 
+def growth(before: int | None, after: int | None) -> int | None:
+    """The difference, None where one of them is not known."""
+    return None if before is None or after is None else after - before
+
+
 def _status(name: str) -> int | None:
     try:
         lines = _STATUS.read_text().splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
@@ -10,10 +11,12 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import IO, Any
 
+from ov_kvcrush.bench.attention import AttentionRow, AttentionSettings
 from ov_kvcrush.bench.compare import CellResult, EngineRuns
 from ov_kvcrush.bench.measure import RunResult
+from ov_kvcrush.bench.memory import growth
 from ov_kvcrush.bench.settings import BenchSettings, Cell
 from ov_kvcrush.errors import CrushError
 
@@ -30,8 +33,7 @@ class Row:
     attention, key_precision, value_precision: see Storage. is_as_asked: whether these types are the ones asked for.
     kv_bytes, kv_bytes_per_token: see RunResult.
     peak_growth_bytes: largest resident size since the model was loaded, less the one right then: cache, blocks of
-        prompts and activations. held_growth_bytes: resident size while all requests decode, less that of the idle
-        engine after its first inference: the cache that is held.
+        prompts and activations. held_growth_bytes: see RunResult.
     """
 
     engine: str
@@ -53,7 +55,7 @@ class Row:
     peak_rss_bytes: int | None
     load_peak_rss_bytes: int | None
     peak_growth_bytes: int | None
-    held_growth_bytes: int | None
+    held_growth_bytes: float | None
     load_s: float
     policy_ms: float
     overhead_ms_per_step: float | None
@@ -102,17 +104,13 @@ def make_row(cell: Cell, settings: BenchSettings, engine: EngineRuns) -> Row:
         kv_bytes_per_token=middle_if_told(lambda run: run.kv_bytes_per_token),
         peak_rss_bytes=engine.peak_rss_bytes,
         load_peak_rss_bytes=engine.load_peak_rss_bytes,
-        peak_growth_bytes=_difference(engine.run_peak_rss_bytes, engine.loaded_rss_bytes),
-        held_growth_bytes=_difference(middle_if_told(lambda run: run.held_rss_bytes), engine.idle_rss_bytes),
+        peak_growth_bytes=growth(engine.loaded_rss_bytes, engine.run_peak_rss_bytes),
+        held_growth_bytes=middle_if_told(lambda run: run.held_growth_bytes),
         load_s=engine.load_s,
         policy_ms=0.0,
         overhead_ms_per_step=middle_if_told(lambda run: run.overhead_ms_per_step),
         runs=engine.runs,
     )
-
-
-def _difference(after: float | None, before: float | None) -> int | None:
-    return None if after is None or before is None else int(after - before)
 
 
 def quotients(ours: Sequence[float], theirs: Sequence[float], more_is_better: bool = False) -> Quotients:
@@ -166,34 +164,65 @@ def make_report(
         "rows": [asdict(row) for row in rows],
         "ratios": make_ratios(rows),
         "environment": dict(environment),
-        "settings": {**asdict(settings), "model": str(settings.model), "properties": dict(settings.properties)},
+        "settings": {**asdict(settings), "model": str(settings.model)},
         "command": command,
     }
 
 
-def check_writable(path: Path) -> None:
-    """Raise CrushError unless a file can be written at `path`; leaves nothing there."""
+def make_attention_report(
+    rows: Sequence[AttentionRow],
+    model: Path,
+    settings: AttentionSettings,
+    environment: Mapping[str, Any],
+    command: str,
+) -> dict[str, Any]:
+    """The content of the JSON file of attention alone."""
+    return {
+        "attention": [asdict(row) for row in rows],
+        "environment": dict(environment),
+        "settings": {**asdict(settings), "model": str(model)},
+        "command": command,
+    }
+
+
+def check_writable(path: Path, option: str = "json") -> None:
+    """Raise CrushError naming the option unless a file can be written at `path`; leaves nothing there."""
     if path.is_dir():
-        raise CrushError(f"--json must be a file to write, got the folder {str(path)!r}")
+        raise CrushError(f"--{option} must be a file to write, got the folder {str(path)!r}")
     try:
         tempfile.TemporaryFile(dir=path.absolute().parent).close()
     except OSError as error:
-        raise CrushError(f"--json must be a file that can be written, got {str(path)!r}: {error.strerror}") from None
+        raise _not_writable(path, option, error) from None
 
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
-    """Write the report whole or not at all; a file that is there is replaced. Raises CrushError if it cannot be."""
+    """Write the report as `write_whole` does."""
+
+    def write(file: IO[bytes]) -> None:
+        text = io.TextIOWrapper(file, encoding="utf-8")
+        json.dump(report, text, indent=2)
+        text.write("\n")
+        text.detach()
+
+    write_whole(path, "json", write)
+
+
+def write_whole(path: Path, option: str, write: Callable[[IO[bytes]], None]) -> None:
+    """Let `write` fill the file whole or not at all; one that is there is replaced. Raises CrushError if that fails."""
     path = path.absolute()
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(report, file, indent=2)
-                file.write("\n")
+            with os.fdopen(handle, "wb") as file:
+                write(file)
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise CrushError(f"--json must be a file that can be written, got {str(path)!r}: {error.strerror}") from None
+        raise _not_writable(path, option, error) from None
+
+
+def _not_writable(path: Path, option: str, error: OSError) -> CrushError:
+    return CrushError(f"--{option} must be a file that can be written, got {str(path)!r}: {error.strerror}")

@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from ov_kvcrush.bench.attention import AttentionRow
 from ov_kvcrush.bench.report import COMPARED, Row
 from ov_kvcrush.bench.settings import OURS
 
@@ -35,6 +36,26 @@ def rows_table(rows: Sequence[Row]) -> Table:
             _number(row.peak_rss_bytes, 0, MIB),
             _number(row.peak_growth_bytes, 0, MIB),
             _number(row.overhead_ms_per_step, 3),
+        )
+    return table
+
+
+def attention_table(rows: Sequence[AttentionRow]) -> Table:
+    """One line per cell of attention alone."""
+    names = ("context", "batch", "threads", "stock\nms", "ours\nms", "times\nfaster", "MiB\nread", "ours\nGB/s")
+    table = _table(
+        "attention of one step, medians", "keys\n/values", *names, "memory\nGB/s", "bound\nms", "ours\n/bound"
+    )
+    for row in rows:
+        table.add_row(
+            f"{row.key_precision}/{row.value_precision}",
+            *(str(n) for n in (row.context, row.batch, row.threads)),
+            *(f"{ms:.3f}" for ms in (row.stock_ms, row.crush_ms)),
+            f"{row.speedup:.2f}",
+            f"{row.crush_bytes / MIB:.1f}",
+            *(f"{speed:.1f}" for speed in (row.crush_gb_s, row.memory_gb_s)),
+            f"{row.bound_ms:.3f}",
+            f"{row.over_bound:.2f}",
         )
     return table
 

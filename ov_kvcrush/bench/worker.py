@@ -70,17 +70,14 @@ def _replies(lines: SimpleQueue[str]) -> Iterator[dict[str, Any]]:
     load_s, load_peak = time.perf_counter() - start, memory.peak_rss_bytes()
     can_reset = memory.reset_peak()
     loaded = memory.rss_bytes() if can_reset else None
-    prompts = random_prompts(job["batch"], job["context"], job["vocab_size"], job["seed"])
-    # One chunk, so that what the first inference allocates once is not taken for cache.
-    run_once(engine, prompts[:1, : job["max_num_batched_tokens"]], 2)
     yield {
         "load_s": load_s,
         "load_peak_rss_bytes": load_peak,
         "loaded_rss_bytes": loaded,
-        "idle_rss_bytes": memory.rss_bytes(),
         "storage": asdict(engine.storage()),
     }
-    next_id = 1
+    prompts = random_prompts(job["batch"], job["context"], job["vocab_size"], job["seed"])
+    next_id = 0
     while True:
         result = run_once(engine, prompts, json.loads(lines.get())["new_tokens"], next_id)
         next_id += len(prompts)

@@ -136,4 +136,5 @@ class Session:
 
 def length_note(turn: Turn) -> str:
     """What to say of an answer that was cut."""
-    return f"[cut after {turn.metrics.num_generated_tokens} tokens: --max-new-tokens or the model's context is used up]"
+    count = turn.metrics.num_generated_tokens
+    return f"[cut after {count} tokens: --max-new-tokens, --max-kv-mb or the model's context is used up]"

@@ -15,7 +15,7 @@ from ov_kvcrush.engine.paged_memory import paged_inputs, row_inputs
 from ov_kvcrush.engine.prefix_cache import PrefixCache
 from ov_kvcrush.engine.request import AttentionScores, Sequence
 from ov_kvcrush.engine.scheduler import RowPlan
-from ov_kvcrush.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, PROMPT_ROWS, SAMPLED_ROWS
+from ov_kvcrush.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, SAMPLED_ROWS
 from ov_kvcrush.native import Store, StoreFull
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class CrushMemory:
     def __init__(self, store: Store, heads: list[tuple[int, int]], staging: KVCache, max_prefixes: int | None) -> None:
         self.store = store
         self._heads = heads  # of each layer: query heads, KV heads
-        self.pool = BlockPool(staging.num_blocks)
+        self.pool = BlockPool(staging.num_blocks - 1)  # the last one is for the rows that are not of a prompt
         self.prefixes: PrefixCache[int] = PrefixCache(store.release, max_prefixes)
         self._staging = staging
         self._reading: set[Sequence] = set()  # prompts that have not taken all the bytes promised to them
@@ -160,30 +160,8 @@ class CrushMemory:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def bind(self, request: ov.InferRequest) -> None:
-        """Make the staging blocks the cache inputs of `request`, and run one prompt row.
-
-        The plugin skips PagedAttention in a step without prompt rows; before it ever ran, its output has no shape.
-        """
+        """Make the staging blocks the cache inputs of `request`."""
         self._staging.bind(request)
-        one = np.array([1], np.int64)
-        inputs = {
-            "input_ids": np.zeros(1, np.int64),
-            "position_ids": np.zeros(1, np.int64),
-            "past_lens": np.zeros(1, np.int32),
-            "subsequence_begins": np.array([0, 1], np.int32),
-            "block_indices": np.zeros(1, np.int32),
-            "block_indices_begins": np.array([0, 1], np.int32),
-            "max_context_len": np.array(1, np.int32),
-            SAMPLED_ROWS: np.zeros(1, np.int64),
-            PROMPT_ROWS: one,
-            CRUSH_STORE: self._store_id,
-            CRUSH_PLAN: np.array([_PLAN_VERSION, 1, 1, 0], np.int32),
-        }
-        for port in request.model_inputs:
-            for name in port.names & inputs.keys():
-                request.set_tensor(port, ov.Tensor(inputs[name].copy()))
-        request.infer()
-        self._staging.discard(np.zeros(1, np.int32))
 
     def step_inputs(self, rows: Items[RowPlan]) -> dict[str, np.ndarray]:
         """Rows of staged prompts first, for PagedAttention; the others follow. See native/src/plan.hpp for the plan."""
@@ -202,10 +180,9 @@ class CrushMemory:
             ends[s] = begin
         header = [_PLAN_VERSION, begin, num_prompt_rows, len(order)]
         return {
-            **paged_inputs(staged),
+            **with_lone_rows(paged_inputs(staged), begin - num_prompt_rows, self.pool.num_blocks),
             **row_inputs(order),
             SAMPLED_ROWS: np.array([ends[row.sequence] - 1 for row in rows if row.samples], np.int64),
-            PROMPT_ROWS: np.array([num_prompt_rows], np.int64),
             CRUSH_STORE: self._store_id,
             CRUSH_PLAN: np.array(header + plan, np.int32),
         }
@@ -267,3 +244,21 @@ class CrushMemory:
         staging = self.pool.num_used * self._staging.bytes_per_block
         blocks = -int(-used // self._bytes_per_block) + self.pool.num_used
         return MemoryUse(used, self.store.max_bytes, blocks, staging)
+
+
+def with_lone_rows(inputs: dict[str, np.ndarray], num_rows: int, block: int) -> dict[str, np.ndarray]:
+    """PagedAttention's inputs, and behind its sequences `num_rows` of one token each, all in `block`.
+
+    What PagedAttention makes of them is not read; it must be given all rows that there are.
+    """
+    if not num_rows:
+        return inputs
+    steps = np.arange(1, num_rows + 1, dtype=np.int32)
+    begins, block_begins = inputs["subsequence_begins"], inputs["block_indices_begins"]
+    return {
+        "past_lens": np.concatenate([inputs["past_lens"], np.zeros(num_rows, np.int32)]),
+        "subsequence_begins": np.concatenate([begins, begins[-1] + steps]),
+        "block_indices": np.concatenate([inputs["block_indices"], np.full(num_rows, block, np.int32)]),
+        "block_indices_begins": np.concatenate([block_begins, block_begins[-1] + steps]),
+        "max_context_len": np.array(max(int(inputs["max_context_len"]), 1), np.int32),
+    }

@@ -38,7 +38,7 @@ def make_memory(model: LoadedModel, scheduler: SchedulerConfig, cache: CacheConf
     measure.close()
     if max_bytes < bytes_per_block:
         raise OutOfMemory(f"max_bytes must be at least {bytes_per_block}, as a short request takes, got {max_bytes}")
-    staging = KVCache(model.compiled, lambda size: _staging_blocks(cache, model.context_length, size))
+    staging = KVCache(model.compiled, lambda size: _staging_blocks(cache, model.context_length, size) + 1)
     heads = [(x.num_heads, x.num_kv_heads) for x in model.layers]
     return CrushMemory(make_store(max_bytes), heads, staging, max_prefixes)
 

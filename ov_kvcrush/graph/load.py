@@ -98,7 +98,7 @@ def load_model(
         library = native.info()["path"]
         core.add_extension(library)
         precision = _inference_precision(core, device, properties)
-        use_crush_attention(model, library, precision)
+        use_crush_attention(model, library)
         # Staging blocks hold prompts as they were computed: quantising is the store's.
         properties = {**properties, "KV_CACHE_PRECISION": precision}
     gather_sampled_rows(model)

@@ -20,7 +20,6 @@ _ATTENTIONS = ("PagedAttentionExtension", "CrushAttention")
 
 # Inputs of the rewritten model.
 SAMPLED_ROWS = "sampled_rows"  # i64 (rows that sample,): the rows whose logits are wanted
-PROMPT_ROWS = "num_prompt_rows"  # i64 (1,): rows of fresh prompts, which come first
 CRUSH_STORE = "crush_store"  # i32 (1,): id of the store
 CRUSH_PLAN = "crush_plan"  # i32 (n,): see native/src/plan.hpp
 # Outputs, "attention_scores.<layer>": f32 (n,), empty unless a request asks.
@@ -48,40 +47,26 @@ def use_paged_attention(model: ov.Model) -> int:
     return layers
 
 
-def use_crush_attention(model: ov.Model, library: str, precision: str = "f32") -> None:
-    """Let CrushAttention follow each PagedAttention, which keeps the rows of fresh prompts only.
+def use_crush_attention(model: ov.Model, library: str) -> None:
+    """Let CrushAttention follow each PagedAttention: it takes over the rows of fresh prompts and computes all others.
 
-    CrushAttention writes its rows behind PagedAttention's, so nothing is concatenated. PagedAttention without rows is
-    skipped by the plugin and leaves its old output (none at all before it ever ran): that is sliced, or every decode
-    step would convert it.
-    library: path of the native library, which is the extension. precision: the plugin gives an operation that it does
-    not know float32, and converts what it computes in bf16 there and back, 5 us a time. Where the graph itself asks
-    for bf16 there is nothing to convert.
+    Nothing is sliced and nothing concatenated: rows that are not of a prompt go through PagedAttention as sequences of
+    one token each, which costs less than four slices of each layer and an operation without rows.
+    library: path of the native library, which is the extension.
     """
-    is_narrow = precision == "bf16"
     factory = NodeFactory("opset1")
     factory.add_extension(library)
-    num_prompt_rows = _parameter(PROMPT_ROWS, ov.Type.i64, 1)
     store, plan = _parameter(CRUSH_STORE, ov.Type.i32, 1), _parameter(CRUSH_PLAN, ov.Type.i32, -1)
-    zero, one = ops.constant(np.array([0], np.int64)), ops.constant(np.array([1], np.int64))
     outputs = []
     for layer, attention in enumerate(attention_ops(model)):
-        rows = [attention.input_value(i) for i in (Q, K, V)]
         targets = list(attention.output(0).get_target_inputs())
-        for i, value in zip((Q, K, V), rows, strict=True):
-            prompt = ops.slice(value, zero, num_prompt_rows, one, zero)
-            attention.input(i).replace_source_output(prompt.output(0))
-        prompt_out = ops.slice(attention.output(0), zero, num_prompt_rows, one, zero)
-        floats = [*rows, prompt_out.output(0)]
-        if is_narrow:
-            floats = [ops.convert(value, "bf16").output(0) for value in floats]
+        floats = [*(attention.input_value(i) for i in (Q, K, V)), attention.output(0)]
         crush = factory.create("CrushAttention", [*floats, store.output(0), plan.output(0)], {"layer": layer})
-        merged = ops.convert(crush.output(0), "f32") if is_narrow else crush
         for target in targets:
-            target.replace_source_output(merged.output(0))
+            target.replace_source_output(crush.output(0))
         crush.output(1).get_tensor().set_names({f"{ATTENTION_SCORES}.{layer}"})
         outputs.append(crush.output(1))
-    model.add_parameters([num_prompt_rows, store, plan])
+    model.add_parameters([store, plan])
     model.add_outputs(outputs)
     model.validate_nodes_and_infer_types()
 

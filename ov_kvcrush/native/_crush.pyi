@@ -1,6 +1,6 @@
 """Types of the compiled module (src/module.cpp).
 
-Letters: H query heads, K KV heads, D channels of a head, S cached tokens of a head, T rows of a step, W rows of scored queries.
+Letters: H query heads, K KV heads, D channels of a head, S cached tokens of a head, T rows of a step, W scored rows.
 Arrays must be contiguous and of the dtype told. Wrong values raise ValueError "<field> must be <rule>, got <value>".
 """
 
@@ -17,7 +17,7 @@ class StoreFull(MemoryError):
     """The limit in bytes would be passed; nothing has changed. The text has the numbers."""
 
 class Store:
-    """Tokens of all KV heads of many sequences, in tiles of 32 tokens; every function is safe to call from any thread."""
+    """Tokens of all KV heads of many sequences, in tiles of 32 tokens. Safe to call from any thread."""
 
     def __init__(
         self,
@@ -31,9 +31,9 @@ class Store:
         max_bytes: int = 0,
         isa: str = "",
     ) -> None:
-        """layers: (H, K, D, sliding window in tokens or 0, softmax scale) each. Precisions: f32, bf16, f16, u8, u4, u2; the
-        newest `recent_tokens` of a head stay in `recent`. group_size: channels that share a scale of the values. max_bytes: hard limit of
-        `nbytes`, 0 = none. isa: kernels to use, "" = the best of this CPU."""
+        """layers: (H, K, D, sliding window in tokens or 0, softmax scale) each. Precisions: f32, bf16, f16, u8, u4, u2;
+        the newest `recent_tokens` of a head stay in `recent`. group_size: channels that share a scale of the values.
+        max_bytes: hard limit of `nbytes`, 0 = none. isa: kernels to use, "" = the best of this CPU."""
 
     @property
     def id(self) -> int:
@@ -55,7 +55,8 @@ class Store:
         """A new sequence; of its queries the last `capture_rows` are kept for scores."""
     def release(self, seq: int) -> None: ...
     def fork(self, seq: int, num_tokens: int | None = None) -> int:
-        """A twin that shares all tiles; with num_tokens only positions below it, where no head has dropped any. May raise StoreFull."""
+        """A twin that shares all tiles; with num_tokens only positions below it: no head may have dropped any then.
+        Raises StoreFull."""
     def reserve(self, seq: int, num_tokens: int, keep_free: int = 0) -> bool:
         """Room for num_tokens more in every head, all or nothing; False if nbytes would pass max_bytes - keep_free."""
     def free_slots(self, seq: int) -> int:
@@ -63,24 +64,22 @@ class Store:
     def settle(self, seq: int) -> None:
         """Move what left the recent window into tiles of the target precisions."""
     def set_staging(self, layer: int, keys: Array, values: Array, num_blocks: int, precision: str) -> None:
-        """uint8 (bytes,): PagedAttention's cache [num_blocks, K, 32, D] of f32, bf16 or f16. The arrays are held until they are
-        replaced."""
+        """uint8 (bytes,): PagedAttention's cache [num_blocks, K, 32, D] of f32, bf16 or f16; held until replaced."""
     def stage(self, seq: int, blocks: Int32, num_tokens: int) -> None:
         """The prompt of an empty sequence lies in these staging blocks (n,)."""
-    def adopt(
-        self, seq: int, offsets: Array | None = None, indices: Int32 | None = None, keep_free: int = 0
-    ) -> None:
-        """Take the staged tokens, all or, for KV head h of all layers, indices[offsets[h]:offsets[h + 1]]. Raises StoreFull."""
+    def adopt(self, seq: int, offsets: Array | None = None, indices: Int32 | None = None, keep_free: int = 0) -> None:
+        """Take the staged tokens: all, or indices[offsets[h]:offsets[h + 1]] for head h, counted through all layers.
+        offsets: int64 (heads + 1,). Raises StoreFull."""
     def compact(self, seq: int, offsets: Array, indices: Int32) -> Int32:
-        """Keep these cached tokens (as adopt). Returns (len(indices),): for each new cached index the old one, head by head: tiles
-        of which all is kept move to the front. Raises StoreFull."""
+        """Keep these cached tokens, told as for adopt. Returns (len(indices),): for each new cached index the old one,
+        head by head, since tiles of which all is kept move to the front. Raises StoreFull."""
     def append(self, seq: int, layer: int, k: Float32, v: Float32, first_position: int) -> None:
         """k, v (T, K * D) at positions first_position, ...; RuntimeError without a reserve before."""
     def attend(self, layer: int, spans: list[tuple[int, int, int, int]], q: Float32) -> Float32:
         """q (T, H * D) to (T, H * D). Spans: (seq, first row, rows, position of the first row); other rows are 0."""
     def scores(self, seq: int, layer: int, q: Float32, positions: Int32, reduce: str) -> Float32:
-        """q (W, H * D) at positions (W,): softmax of each query head over all tokens, reduced over the rows by "mean", "max" or
-        "sum_squares". Flat: for each KV head (H / K, S). Of a staged sequence: over the staged tokens."""
+        """q (W, H * D) at positions (W,): softmax of each query head over all tokens, reduced over the rows by "mean",
+        "max" or "sum_squares". Flat: for each KV head (H / K, S). Of a staged sequence: over the staged tokens."""
     def captured(self, seq: int, layer: int) -> tuple[Float32, Int32]:
         """The captured queries (W, H * D) and their positions (W,), oldest first."""
     def num_tokens(self, seq: int, layer: int, head: int) -> int: ...

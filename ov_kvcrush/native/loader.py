@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 MODULE = "ov_kvcrush.native._crush"
-_REINSTALL = "install ov_kvcrush again with a C++17 compiler at hand: pip install --force-reinstall --no-deps <ov_kvcrush>"
+_REINSTALL = "install ov_kvcrush again where there is a C++17 compiler (in a source tree: pip install -e .)"
 
 
 @functools.cache
@@ -24,7 +24,7 @@ def _load() -> ModuleType | str:
         return f"openvino must be installed, got {error}"
     spec = importlib.util.find_spec(MODULE)
     if spec is None or spec.origin is None:
-        return f"the native module was not built; {_REINSTALL}"
+        return f"{Path(__file__).parent} must hold the compiled module _crush, got none; {_REINSTALL}"
     damage = _damage_of(Path(spec.origin))
     if damage:
         return f"{spec.origin} must be a whole shared library, got {damage}; {_REINSTALL}"
@@ -79,6 +79,6 @@ def why_unavailable() -> str | None:
 
 
 def info() -> dict[str, Any]:
-    """What runs: `isa` (kernels in use), `isas` (all that this CPU can run, slowest first), `openvino` (version), `path`."""
+    """What runs: `isa` (kernels in use), `isas` (all this CPU can run, slowest first), `openvino` (version), `path`."""
     module = load()
     return {**module.info(), "path": module.__file__}

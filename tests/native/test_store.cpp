@@ -1,4 +1,5 @@
-// Random traffic on stores against lists in memory: same tokens, exact bytes, a limit that is never passed. See CMakeLists.txt.
+// Random traffic on stores against lists in memory: same tokens, exact bytes, a limit that is never passed. See
+// CMakeLists.txt.
 #include <algorithm>
 #include <atomic>
 #include <climits>
@@ -6,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <random>
@@ -19,12 +21,12 @@ using namespace crush;
 
 namespace {
 
-#define CHECK(condition)                                                                \
-    do {                                                                                \
-        if (!(condition)) {                                                             \
-            std::printf("%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition);   \
-            std::exit(1);                                                               \
-        }                                                                               \
+#define CHECK(condition)                                                              \
+    do {                                                                              \
+        if (!(condition)) {                                                           \
+            std::printf("%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition); \
+            std::exit(1);                                                             \
+        }                                                                             \
     } while (false)
 
 template <class Error, class Function>
@@ -78,7 +80,8 @@ struct Setting {
 
 class Traffic {
 public:
-    Traffic(const Setting& setting, unsigned seed) : setting_(setting), random_(seed), store_(config(setting), parallel) {
+    Traffic(const Setting& setting, unsigned seed)
+        : setting_(setting), random_(seed), store_(config(setting), parallel) {
         for (const LayerShape& shape : store_.config().layers) {
             for (int h = 0; h < shape.num_kv_heads; ++h) head_sizes_.push_back(static_cast<size_t>(shape.head_size));
         }
@@ -94,6 +97,7 @@ public:
         while (!models_.empty()) release(models_.begin()->first);
         CHECK(store_.nbytes() == 0);
         CHECK(store_.num_sequences() == 0);
+        CHECK(store_.reserved_bytes() <= 8 * (size_t{2} << 20));  // a slab for each size of tile
     }
 
 private:
@@ -198,7 +202,8 @@ private:
         model.next_position = n;
         for (size_t h = 0; h < kept.size(); ++h) {
             for (const int32_t t : kept[h]) {
-                model.heads[h].push_back({static_cast<uint32_t>(blocks[static_cast<size_t>(t / TILE)] * TILE + t % TILE), t});
+                model.heads[h].push_back(
+                    {static_cast<uint32_t>(blocks[static_cast<size_t>(t / TILE)] * TILE + t % TILE), t});
             }
         }
         if (all) CHECK(store_.nbytes_of(id) == store_.bytes_for(n));
@@ -215,7 +220,8 @@ private:
                 CHECK(store_.nbytes() == before);
                 return;
             }
-            CHECK(!setting_.max_bytes || store_.nbytes() == before || store_.nbytes() + keep_free <= setting_.max_bytes);
+            CHECK(!setting_.max_bytes || store_.nbytes() == before ||
+                  store_.nbytes() + keep_free <= setting_.max_bytes);
         }
         CHECK(store_.free_slots(id) >= n);
         const size_t before = store_.nbytes();
@@ -249,7 +255,8 @@ private:
         }
         store_.append(id, layer, k.data(), v.data(), n, position);
         for (size_t h = 0; h < num_heads; ++h, ++head) {
-            for (int t = 0; t < n; ++t) model.heads[head].push_back({100000u + next_token_ + static_cast<uint32_t>(t), position + t});
+            for (int t = 0; t < n; ++t)
+                model.heads[head].push_back({100000u + next_token_ + static_cast<uint32_t>(t), position + t});
         }
         next_token_ += static_cast<uint32_t>(n);
     }
@@ -328,15 +335,21 @@ private:
         const std::vector<int32_t> indices{beyond, 0};
         offsets.back() = 1;
         const auto compact = [&](size_t num_offsets, size_t num_indices) {
-            check_throws<std::invalid_argument>([&] {
-                store_.compact(id, {offsets.data(), num_offsets, indices.data(), num_indices});
-            });
+            check_throws<std::invalid_argument>(
+                [&] { store_.compact(id, {offsets.data(), num_offsets, indices.data(), num_indices}); });
         };
         compact(num_heads, 1);
         compact(num_heads + 1, 2);
         offsets.assign(num_heads + 1, 1);
         offsets[0] = 0;
         compact(num_heads + 1, 1);  // an index that is not there
+        if (model.heads[0].size() >= 2) {
+            const std::vector<int32_t> twice{1, 1};
+            offsets.assign(num_heads + 1, 2);
+            offsets[0] = 0;
+            check_throws<std::invalid_argument>(
+                [&] { store_.compact(id, {offsets.data(), num_heads + 1, twice.data(), 2}); });
+        }
         offsets[1] = -1;
         compact(num_heads + 1, 1);
         offsets[1] = INT64_MAX;
@@ -402,7 +415,8 @@ private:
                     const auto* codes = reinterpret_cast<const float*>(view.tiles[i] + h.layout->key_codes);
                     for (int c = 0; c < h.layout->head_size; ++c) {
                         for (int t = 0; t < TILE; ++t) {
-                            const float x = number(static_cast<uint32_t>(blocks[i] * TILE + t), static_cast<size_t>(c), false);
+                            const float x =
+                                number(static_cast<uint32_t>(blocks[i] * TILE + t), static_cast<size_t>(c), false);
                             CHECK(codes[c * TILE + t] == (t < h.count ? x : 0.f));
                         }
                     }
@@ -471,13 +485,60 @@ void test_traffic(int steps) {
         {"u8 beside f32, scalar", Codec::u8, Codec::u8, Codec::f32, 0, 0, 0.06f, "scalar"},
         {"u8 beside bf16, limited", Codec::u8, Codec::u8, Codec::bf16, 32, 150000, 0.06f, ""},
         {"bf16 whole, limited", Codec::bf16, Codec::bf16, Codec::bf16, 1, 200000, 0.005f, ""},
-        {"f32 behind f16: tiles grow when they settle, limited", Codec::f32, Codec::f32, Codec::f16, 32, 200000, 0.005f, ""},
+        {"f32 behind f16: tiles grow when they settle, limited", Codec::f32, Codec::f32, Codec::f16, 32, 200000, 0.005f,
+         ""},
         {"u4 and u2, limited", Codec::u4, Codec::u2, Codec::f16, 64, 100000, 4.f, ""},
     };
     for (const Setting& setting : settings) {
         for (unsigned seed = 0; seed < 3; ++seed) Traffic(setting, seed).run(steps);
         std::printf("traffic, %s: ok\n", setting.name);
     }
+}
+
+// Slots do not overlap, the limit holds, and memory goes back to the system but for a slab per size.
+void test_arena(int steps) {
+    constexpr size_t SLAB = size_t{2} << 20, SIZES[] = {1152, 8256, 65728};
+    Arena arena(64 * SLAB);
+    const auto work = [&](unsigned seed) {
+        std::mt19937 random(seed);
+        std::vector<std::pair<uint8_t*, size_t>> slots;
+        const auto put = [&](size_t i) {
+            const auto [slot, bytes] = slots[i];
+            const auto mark = static_cast<uint8_t>(reinterpret_cast<uintptr_t>(slot) >> 6);
+            for (size_t b = 0; b < bytes; b += 32) CHECK(slot[b] == mark);
+            arena.put(slot, bytes);
+            arena.unclaim(bytes);
+            slots[i] = slots.back();
+            slots.pop_back();
+        };
+        for (int i = 0; i < steps; ++i) {
+            const bool grow = i / 500 % 2 == 0;  // up and down, so that slabs become empty
+            if (grow == (random() % 4 != 0) || slots.empty()) {
+                const size_t bytes = SIZES[random() % 3];
+                if (!arena.claim(bytes)) continue;
+                uint8_t* slot = arena.take(bytes);
+                CHECK(reinterpret_cast<uintptr_t>(slot) % ALIGNMENT == 0);
+                std::memset(slot, static_cast<int>(reinterpret_cast<uintptr_t>(slot) >> 6 & 255), bytes);
+                slots.emplace_back(slot, bytes);
+            } else {
+                put(random() % slots.size());
+            }
+            CHECK(arena.used() <= arena.max_bytes());
+        }
+        while (!slots.empty()) put(slots.size() - 1);
+    };
+    work(0);
+    CHECK(arena.used() == 0 && arena.reserved() <= std::size(SIZES) * SLAB);
+    std::vector<std::thread> threads;
+    for (unsigned seed = 1; seed < 4; ++seed) threads.emplace_back(work, seed);
+    for (std::thread& thread : threads) thread.join();
+    CHECK(arena.used() == 0 && arena.reserved() <= std::size(SIZES) * SLAB);
+
+    Arena small(1000);
+    CHECK(small.claim(1000) && !small.claim(1) && small.claim(10, 10) && small.claim(0, 0, 5000));
+    small.unclaim(400);
+    CHECK(!small.claim(400, 0, 1) && !small.claim(SIZE_MAX) && small.claim(399, 0, 1) && small.used() == 999);
+    std::printf("arena: ok\n");
 }
 
 // Captured queries come back oldest first, as many as the ring holds.
@@ -510,9 +571,8 @@ void test_capture() {
 void test_threads(int steps) {
     std::vector<std::thread> threads;
     for (unsigned seed = 0; seed < 3; ++seed) {
-        threads.emplace_back([=] {
-            Traffic({"", Codec::u8, Codec::u8, Codec::bf16, 32, 150000, 0.06f, ""}, 100 + seed).run(steps);
-        });
+        threads.emplace_back(
+            [=] { Traffic({"", Codec::u8, Codec::u8, Codec::bf16, 32, 150000, 0.06f, ""}, 100 + seed).run(steps); });
     }
     StoreConfig config;
     config.layers = {{2, 2, 32, 0, 1.f}, {2, 2, 32, 0, 1.f}};
@@ -528,7 +588,8 @@ void test_threads(int steps) {
             for (int i = 0; i < steps / 4; ++i) {
                 const int32_t twin = store.fork(document);
                 if (store.reserve(twin, 30)) {
-                    for (size_t layer = 0; layer < 2; ++layer) store.append(twin, layer, rows.data(), rows.data(), 30, 100);
+                    for (size_t layer = 0; layer < 2; ++layer)
+                        store.append(twin, layer, rows.data(), rows.data(), 30, 100);
                     store.settle(twin);
                     CHECK(store.read(twin, 1, 1).positions.size() == 130);
                 }
@@ -548,6 +609,7 @@ void test_threads(int steps) {
 // Argument: steps of each random run.
 int main(int argc, char** argv) {
     const int steps = argc > 1 ? std::atoi(argv[1]) : 400;
+    test_arena(10 * steps);
     test_capture();
     test_traffic(steps);
     test_threads(steps);

@@ -92,10 +92,10 @@ void Arena::put(uint8_t* slot, size_t bytes) noexcept {
 
 // At the start of its own memory, which is aligned to its size: a tile finds its slab by its address.
 struct alignas(ALIGNMENT) Arena::Slab {
-    uint32_t used = 0;        // slots that hold a tile
-    uint32_t fresh = 0;       // slots from here on were never used
-    uint8_t* freed = nullptr;  // list of slots that were given back; the link is in their first bytes
-    Slab *next = nullptr, *previous = nullptr;                    // in SizeClass::all
+    uint32_t used = 0;                          // slots that hold a tile
+    uint32_t fresh = 0;                         // slots from here on were never used
+    uint8_t* freed = nullptr;                   // list of slots that were given back; the link is in their first bytes
+    Slab *next = nullptr, *previous = nullptr;  // in SizeClass::all
     Slab *next_with_room = nullptr, *previous_with_room = nullptr;  // in SizeClass::with_room
 
     static uint32_t capacity(size_t bytes) { return static_cast<uint32_t>((SLAB - sizeof(Slab)) / bytes); }

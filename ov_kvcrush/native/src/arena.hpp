@@ -8,8 +8,8 @@
 
 namespace crush {
 
-// Bytes and slots go separate ways: who needs many slots claims all their bytes first, so that the limit refuses before anything has
-// changed. Every function is safe to call from any thread.
+// Bytes and slots go separate ways: who needs many slots claims all their bytes first, so that the limit refuses before
+// anything has changed. Every function is safe to call from any thread.
 class Arena {
 public:
     explicit Arena(size_t max_bytes) : max_bytes_(max_bytes) {}  // 0 = no limit
@@ -17,7 +17,8 @@ public:
     Arena(const Arena&) = delete;
     Arena& operator=(const Arena&) = delete;
 
-    // Account for `add` bytes more and `remove` bytes less; false, without a change, if more than max_bytes - keep_free would be in use.
+    // Account for `add` bytes more and `remove` bytes less; false, without a change, if more than max_bytes - keep_free
+    // would be in use.
     bool claim(size_t add, size_t remove = 0, size_t keep_free = 0);
     // Undo a claim, or give back the bytes of tiles that are gone.
     void unclaim(size_t add, size_t remove = 0);

@@ -19,8 +19,8 @@ using namespace nb::literals;
 namespace crush {
 namespace {
 
-// The soname of libopenvino changes with every release, so a module of another one does not even load; this is for builds of the
-// same name.
+// The soname of libopenvino changes with every release, so a module of another one does not even load; this is for
+// builds of the same name.
 void check_openvino() {
     const std::string running = ov::get_openvino_version().buildNumber;
     const std::string built = std::to_string(OPENVINO_VERSION_MAJOR) + "." + std::to_string(OPENVINO_VERSION_MINOR) +

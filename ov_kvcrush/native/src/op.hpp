@@ -7,7 +7,7 @@ namespace crush {
 
 // Inputs:
 //   0..2  q [T, H * D], k [T, K * D], v [T, K * D]: float32, or all bfloat16; all rows of the step, RoPE applied
-//   3     output of PagedAttention for the prompt rows; more rows than that, or none, when it was skipped
+//   3     output of PagedAttention, of which the prompt rows are read
 //   4     crush_store i32 [1]: id of the store       5  crush_plan i32 [n]: see plan.hpp
 // Outputs:
 //   0     [T, H * D], of the type of q: PagedAttention's prompt rows, then the rows computed here

@@ -102,8 +102,8 @@ Reduce reduce_of(const std::string& name) {
 PyStore::PyStore(const std::vector<Layer>& layers, const std::string& key, const std::string& value,
                  const std::string& recent, int64_t recent_tokens, int64_t group_size, int64_t max_bytes,
                  const std::string& isa)
-    : store_(std::make_shared<Store>(
-          make_config(layers, key, value, recent, recent_tokens, group_size, max_bytes, isa), parallel_for())),
+    : store_(std::make_shared<Store>(make_config(layers, key, value, recent, recent_tokens, group_size, max_bytes, isa),
+                                     parallel_for())),
       id_(StoreRegistry::add(store_)),
       staging_(layers.size()) {}
 
@@ -112,8 +112,8 @@ PyStore::~PyStore() { close(); }
 void PyStore::close() {
     if (!store_) return;
     StoreRegistry::remove(id_);
-    // Whoever still works on the store must not look at arrays that may be gone. The interpreter is held: nobody who has the
-    // store's lock waits for it.
+    // Whoever still works on the store must not look at arrays that may be gone. The interpreter is held: nobody who
+    // has the store's lock waits for it.
     for (size_t layer = 0; layer < staging_.size(); ++layer) store_->set_staging(layer, {});
     store_.reset();
     staging_.clear();
@@ -295,8 +295,9 @@ Output<float> PyStore::scores(int64_t seq, int64_t layer, const Input& q, const 
         std::vector<uint8_t> storage;
         std::vector<const uint8_t*> pointers;
         const auto l = static_cast<size_t>(layer);
-        const std::vector<HeadView> views =
-            sequence.staged_tokens ? s->staged_views_locked(sequence, l, storage, pointers) : s->views_locked(sequence, l);
+        const std::vector<HeadView> views = sequence.staged_tokens
+                                                ? s->staged_views_locked(sequence, l, storage, pointers)
+                                                : s->views_locked(sequence, l);
         size_t num_tokens = 0;
         for (const HeadView& view : views) {
             for (size_t i = 0; i < view.num_tiles; ++i) num_tokens += static_cast<size_t>(header(view.tiles[i]).count);

@@ -30,9 +30,9 @@ struct StoreConfig {
     Codec key = Codec::u8, value = Codec::u8;
     Codec recent = Codec::bf16;  // f32, bf16 or f16: of keys and values of the recent window
     int recent_tokens = 32;      // at least so many of the newest tokens of a head are in the recent codec
-    int group_size = 32;         // channels per scale of quantised values; a layer with another D takes gcd(group_size, D)
-    size_t max_bytes = 0;        // hard limit of nbytes; 0 = none
-    std::string isa;             // "" = the best
+    int group_size = 32;   // channels per scale of quantised values; a layer with another D takes gcd(group_size, D)
+    size_t max_bytes = 0;  // hard limit of nbytes; 0 = none
+    std::string isa;       // "" = the best
 };
 
 // Which tokens of each (layer, KV head) to keep: indices[offsets[l * K + h] .. offsets[l * K + h + 1]), ascending.
@@ -52,8 +52,8 @@ struct Staging {
     Codec codec = Codec::bf16;
 };
 
-// One head's tokens: tiles in this order: those of the target codec, all full; then those of the recent codec, all full but the
-// last; then empty ones that `reserve` got. Tokens are numbered through the tiles ("cached index").
+// One head's tokens: tiles in this order: those of the target codec, all full; then those of the recent codec, all full
+// but the last; then empty ones that `reserve` got. Tokens are numbered through the tiles ("cached index").
 struct Head {
     std::vector<uint8_t*> tiles;
     int64_t num_tokens = 0;
@@ -68,8 +68,8 @@ struct Capture {
 };
 
 struct Sequence {
-    std::vector<Head> heads;             // of all layers, numbered through
-    int64_t next_position = 0;           // 1 + the largest position that any head ever held
+    std::vector<Head> heads;    // of all layers, numbered through
+    int64_t next_position = 0;  // 1 + the largest position that any head ever held
     int64_t capture_rows = 0;
     std::vector<Capture> captures;       // [layers] if capture_rows > 0
     std::vector<int32_t> staged_blocks;  // block table of a fresh prompt
@@ -97,41 +97,44 @@ public:
 
     int32_t create(int64_t capture_rows = 0);
     void release(int32_t id);
-    // A twin that shares all tiles; with num_tokens only the tokens whose position is below it: then every head must hold exactly
-    // the positions 0..n-1, n >= num_tokens, and the tile in which the cut falls is decoded into a tile of the recent codec. Throws
-    // StoreFull where that tile does not fit. What was captured is copied, but not to a twin that is cut.
+    // A twin that shares all tiles; with num_tokens only the tokens whose position is below it: then every head must
+    // hold exactly the positions 0..n-1, n >= num_tokens, and the tile in which the cut falls is decoded into a tile of
+    // the recent codec. Throws StoreFull where that tile does not fit. What was captured is copied, but not to a twin
+    // that is cut.
     int32_t fork(int32_t id, std::optional<int64_t> num_tokens = std::nullopt);
 
-    // Room for num_tokens more tokens in every head: new tiles, and a copy of the last one where it is shared and partly filled, or
-    // where the next position needs a scattered one. All or nothing; false if nbytes would pass max_bytes - keep_free.
+    // Room for num_tokens more tokens in every head: new tiles, and a copy of the last one where it is shared and
+    // partly filled, or where the next position needs a scattered one. All or nothing; false if nbytes would pass
+    // max_bytes - keep_free.
     bool reserve(int32_t id, int64_t num_tokens, size_t keep_free = 0);
     // Tokens that can be appended at the next position to every head without a reserve.
     int64_t free_slots(int32_t id) const;
     // Append rows k, v [n, K * D] to a layer, as append_locked.
     void append(int32_t id, size_t layer, const float* k, const float* v, int64_t n, int64_t first_position);
-    // Move what left the recent window of each head into tiles of the target codec. Never fails: a shared tile that cannot be
-    // replaced within the limit waits.
+    // Move what left the recent window of each head into tiles of the target codec. Never fails: a shared tile that
+    // cannot be replaced within the limit waits.
     void settle(int32_t id);
 
     void set_staging(size_t layer, Staging staging);
     // The prompt of an empty sequence lies in these blocks. No tokens: it is not staged any more.
     void stage(int32_t id, std::vector<int32_t> blocks, int64_t num_tokens);
-    // Take the staged tokens (all, or the selection by token index) into the empty sequence, which is not staged then. Throws
-    // StoreFull, leaving it as it was.
+    // Take the staged tokens (all, or the selection by token index) into the empty sequence, which is not staged then.
+    // Throws StoreFull, leaving it as it was.
     void adopt(int32_t id, const Selection* selection = nullptr, size_t keep_free = 0);
-    // Keep only the selected cached tokens. Order of a head of which not all is kept: target tiles of which all 32 stay, untouched;
-    // then the other tokens in their order, the oldest in new target tiles, the newest in recent tiles. Empty tiles are freed. Returns
-    // for each new cached index the old one, head by head as in the selection. Throws StoreFull, with nothing changed, if the result
-    // does not fit (it can be larger than what was there, where tiles are shared).
+    // Keep only the selected cached tokens. Order of a head of which not all is kept: target tiles of which all 32
+    // stay, untouched; then the other tokens in their order, the oldest in new target tiles, the newest in recent
+    // tiles. Empty tiles are freed. Returns for each new cached index the old one, head by head as in the selection.
+    // Throws StoreFull, with nothing changed, if the result does not fit (it can be larger than what was there, where
+    // tiles are shared).
     std::vector<int32_t> compact(int32_t id, const Selection& selection);
 
     HeadTokens read(int32_t id, size_t layer, size_t head) const;
     std::vector<int32_t> positions(int32_t id, size_t layer, size_t head) const;
     int64_t num_tokens(int32_t id, size_t layer, size_t head) const;
 
-    size_t nbytes() const;               // bytes of all tiles in use, each counted once: the sum of their layouts' bytes
-    size_t nbytes_of(int32_t id) const;  // bytes of the tiles that a sequence can reach, shared ones in full
-    size_t reserved_bytes() const;       // what the arena holds of the operating system's memory
+    size_t nbytes() const;  // bytes of all tiles in use, each counted once: the sum of their layouts' bytes
+    size_t nbytes_of(int32_t id) const;          // bytes of the tiles that a sequence can reach, shared ones in full
+    size_t reserved_bytes() const;               // what the arena holds of the operating system's memory
     size_t bytes_for(int64_t num_tokens) const;  // of a sequence of num_tokens adopted whole
     size_t num_sequences() const;
 
@@ -139,12 +142,14 @@ public:
     std::mutex& mutex() const { return mutex_; }
     Sequence& sequence_locked(int32_t id);  // throws std::invalid_argument "sequence must be ..., got ..."
     const Sequence& sequence_locked(int32_t id) const;
-    // Append rows k, v [n, K * D] at positions first_position.. to a layer. Throws std::logic_error without a reserve before; StoreFull
-    // where the rows do not go on at the sequence's next position and scattered tiles for them do not fit.
+    // Append rows k, v [n, K * D] at positions first_position.. to a layer. Throws std::logic_error without a reserve
+    // before; StoreFull where the rows do not go on at the sequence's next position and scattered tiles for them do not
+    // fit.
     void append_locked(Sequence&, size_t layer, const float* k, const float* v, int64_t n, int32_t first_position);
     void capture_locked(Sequence&, size_t layer, const float* q, int64_t n, int32_t first_position);
     // The captured queries of a layer, oldest first: rows [n, H * D] and their positions are appended to the vectors.
-    void captured_locked(const Sequence&, size_t layer, std::vector<float>& rows, std::vector<int32_t>& positions) const;
+    void captured_locked(const Sequence&, size_t layer, std::vector<float>& rows,
+                         std::vector<int32_t>& positions) const;
     // Filled tiles only; the storage belongs to `views` and lives as long as the tiles are not changed.
     std::vector<HeadView> views_locked(const Sequence&, size_t layer) const;
     // For a staged prompt: tiles with its keys alone, made of its staging blocks, for scores only.
@@ -165,8 +170,9 @@ private:
     };
     struct CompactPlan;
 
-    void run(size_t n, const std::function<void(size_t)>& task) const;  // parallel; the first exception is thrown afterwards
-    size_t check_head(size_t layer, size_t head) const;                 // its number
+    void run(size_t n,
+             const std::function<void(size_t)>& task) const;  // parallel; the first exception is thrown afterwards
+    size_t check_head(size_t layer, size_t head) const;       // its number
     void check_selection(const Selection&, const std::function<int64_t(size_t)>& num_tokens) const;
     int64_t num_target_tiles(int64_t num_tokens) const;
     const TileLayout& new_layout(size_t head, bool target, bool scattered) const;

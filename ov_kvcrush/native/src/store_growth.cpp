@@ -115,6 +115,8 @@ void Store::append_locked(Sequence& sequence, size_t layer, const float* k, cons
                           int32_t first_position) {
     if (n == 0) return;
     require(n > 0 && n <= MAX_ROWS_AT_ONCE, "rows must be at least 0", n);
+    require(sequence.staged_tokens == 0, "sequence must be adopted before it takes other tokens",
+            sequence.staged_tokens);
     require(first_position >= 0 && first_position <= INT_MAX - n, "first_position must be at least 0", first_position);
     const size_t begin = first_head_[layer], end = first_head_[layer + 1];
     bool gaps = false;

@@ -11,7 +11,8 @@ namespace crush {
 void Store::check_selection(const Selection& s, const std::function<int64_t(size_t)>& num_tokens) const {
     const size_t num_heads = layer_of_.size();
     require(s.num_offsets == num_heads + 1,
-            "offsets must be one more than the " + std::to_string(num_heads) + " KV heads of all layers", s.num_offsets);
+            "offsets must be one more than the " + std::to_string(num_heads) + " KV heads of all layers",
+            s.num_offsets);
     require(s.offsets[0] == 0, "offsets must begin at 0", s.offsets[0]);
     const auto end = static_cast<int64_t>(s.num_indices);
     for (size_t h = 0; h < num_heads; ++h) {
@@ -26,8 +27,9 @@ void Store::check_selection(const Selection& s, const std::function<int64_t(size
         const int64_t limit = num_tokens(h);
         for (int64_t i = s.offsets[h]; i < s.offsets[h + 1]; ++i) {
             if (s.indices[i] < least || s.indices[i] >= limit) {
-                require(false, "indices must ascend and be below the " + std::to_string(limit) + " tokens of head " +
-                                   std::to_string(h),
+                require(false,
+                        "indices must ascend and be below the " + std::to_string(limit) + " tokens of head " +
+                            std::to_string(h),
                         s.indices[i]);
             }
             least = static_cast<int64_t>(s.indices[i]) + 1;
@@ -37,12 +39,13 @@ void Store::check_selection(const Selection& s, const std::function<int64_t(size
 
 // -- compact ----------------------------------------------------------------------------------------------------------
 
-// What becomes of one head. Tiles in their new order: kept ones by their old index, new ones (-1) take the next of `moved`.
+// What becomes of one head. Tiles in their new order: kept ones by their old index, new ones (-1) take the next of
+// `moved`.
 struct Store::CompactPlan {
     bool unchanged = false;
-    std::vector<int64_t> tiles;      // old index or -1
-    std::vector<int32_t> moved;      // tokens that are written again: old cached indices
-    std::vector<int32_t> order;      // for each new cached index the old one
+    std::vector<int64_t> tiles;  // old index or -1
+    std::vector<int32_t> moved;  // tokens that are written again: old cached indices
+    std::vector<int32_t> order;  // for each new cached index the old one
     std::vector<const TileLayout*> new_layouts;
     int64_t num_tokens = 0, num_settled = 0;
     size_t add = 0, remove = 0;  // bytes of new tiles, and of old ones that nobody holds any more
@@ -170,7 +173,10 @@ void Store::check_prefix(const Sequence& sequence, int64_t num_tokens) const {
         for (int64_t i = 0; i < head.num_tokens; ++i) {
             const uint8_t* tile = head.tiles[static_cast<size_t>(i / TILE)];
             const int32_t p = position(tile, static_cast<int>(i % TILE));
-            require(p == i, "num_tokens must be left out for a sequence with tokens dropped: a head must hold positions 0, 1, ...", p);
+            require(
+                p == i,
+                "num_tokens must be left out for a sequence with tokens dropped: a head must hold positions 0, 1, ...",
+                p);
             if (!layout(tile).scattered) i += header(tile).count - 1;  // the others follow from the first
         }
     }

@@ -29,7 +29,8 @@ void copy_tile(uint8_t* tile, const TileLayout&, const uint8_t* source);
 // Room for position `slot` = position; updates the bounds, not the count.
 void set_position(uint8_t* tile, int slot, int32_t position);
 
-// Reads single tokens of the tiles of one head. Cheap in ascending order: it decodes a tile when its first token is asked for.
+// Reads single tokens of the tiles of one head. Cheap in ascending order: it decodes a tile when its first token is
+// asked for.
 class TokenReader {
 public:
     TokenReader(const Kernels& kernels, const std::vector<uint8_t*>& tiles) : kernels_(kernels), tiles_(tiles) {}
