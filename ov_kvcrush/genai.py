@@ -16,6 +16,7 @@ from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.engine.sampling_params import SamplingParams
 from ov_kvcrush.errors import CrushError, ModelError, RequestError, nearest, reason_of
 from ov_kvcrush.graph.load import check_device
+from ov_kvcrush.precision import paged_precisions
 from ov_kvcrush.results import GenerationOutput, PipelineMetrics, RequestStats, StepSeconds
 
 Status = ov_genai.GenerationStatus
@@ -24,7 +25,7 @@ FinishReason = ov_genai.GenerationFinishReason
 _NO_LIMIT = 1 << 40  # tokens
 
 
-def genai_cache_properties(config: CacheConfig) -> dict[str, Any]:
+def genai_cache_properties(config: CacheConfig, properties: dict[str, Any]) -> dict[str, Any]:
     """The properties that say to openvino_genai what `config` says. Raises CrushError naming what it cannot express."""
     default = CacheConfig()
     for name in ("recent_tokens", "group_size", "max_bytes", "staging_bytes"):
@@ -34,13 +35,14 @@ def genai_cache_properties(config: CacheConfig) -> dict[str, Any]:
             raise CrushError(f"{name} must be left alone with engine='genai', got {value}{hint}")
     if config.attention == "crush":
         raise CrushError("attention must be 'auto' or 'paged' with engine='genai', got 'crush'")
-    if "u2" in (config.key_precision, config.value_precision):
+    key, value = config.key_precision, config.value_precision
+    paged = paged_precisions(key, value, properties)
+    if not paged:
         raise CrushError(
-            "key_precision and value_precision must be f32, bf16, f16, u8 or u4 with engine='genai', got 'u2'"
+            "key_precision and value_precision must be u8 or u4, or both the type that the model computes in, "
+            f"with engine='genai', got {key!r}, {value!r}"
         )
-    if config.key_precision == config.value_precision:
-        return {"KV_CACHE_PRECISION": config.key_precision}
-    return {"KEY_CACHE_PRECISION": config.key_precision, "VALUE_CACHE_PRECISION": config.value_precision}
+    return paged
 
 
 class GenaiHandle:

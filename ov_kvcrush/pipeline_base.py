@@ -166,7 +166,8 @@ def make_backend(
     if engine == "genai":
         from ov_kvcrush.genai import GenaiBackend, genai_cache_properties
 
-        properties = {**properties, **(genai_cache_properties(settings) if cache_config is not None else {})}
+        if cache_config is not None:
+            properties = {**properties, **genai_cache_properties(settings, properties)}
         return GenaiBackend(folder, tokenizer, device, scheduler_config, properties, config)
     from ov_kvcrush.engine.engine import Engine
     from ov_kvcrush.graph.load import load_model

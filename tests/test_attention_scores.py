@@ -136,9 +136,7 @@ def test_only_the_request_that_asks_gets_scores(tiny_ir: Callable[[str], Path]) 
 def test_bad_windows_are_refused(tiny_ir: Callable[[str], Path]) -> None:
     with pytest.raises(CrushError, match=r"rows must be an integer of at least 1, got 0"):
         ScoreWindow(0)
-    with pytest.raises(
-        CrushError, match=r"reduce must be one of mean, max, sum_squares, got 'men'"
-    ):
+    with pytest.raises(CrushError, match=r"reduce must be one of mean, max, sum_squares, got 'men'"):
         ScoreWindow(4, "men")
     paged = Engine(
         load_model(tiny_ir("llama"), "CPU", F32), SchedulerConfig(num_kv_blocks=8), ov_genai.GenerationConfig(), str,

@@ -24,7 +24,7 @@ from ov_kvcrush.bench.cli import app
 from ov_kvcrush.bench.compare import EngineRuns, measure, num_stages
 from ov_kvcrush.bench.environment import describe_environment
 from ov_kvcrush.bench.measure import RunResult, Storage, random_prompts, run_once, summarise
-from ov_kvcrush.bench.precision import plugin_precisions
+from ov_kvcrush.precision import plugin_precisions
 from ov_kvcrush.bench.process import WorkerError, worker
 from ov_kvcrush.bench.report import check_writable, make_ratios, make_row, make_rows, quotients, write_json
 from ov_kvcrush.bench.settings import BenchSettings, Cell, parse_numbers, parse_properties

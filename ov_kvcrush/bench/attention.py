@@ -16,7 +16,6 @@ from ov_kvcrush.bench.attention_graph import Shape, Tokens
 from ov_kvcrush.bench.attention_steps import CrushAttention, StockAttention
 from ov_kvcrush.bench.environment import usable_threads
 from ov_kvcrush.bench.memory_speed import MemoryReader, reader_bytes
-from ov_kvcrush.bench.precision import plugin_precisions
 from ov_kvcrush.bench.settings import Property, check_at_least, check_numbers, check_precisions
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.engine.kv_cache import free_memory_bytes
@@ -24,6 +23,7 @@ from ov_kvcrush.errors import CrushError, ModelError, reason_of
 from ov_kvcrush.graph.attention import AttentionLayer, attention_ops, read_layer
 from ov_kvcrush.graph.rewrite import use_paged_attention
 from ov_kvcrush.model_folder import MODEL_NAME, check_model_folder
+from ov_kvcrush.precision import plugin_precisions
 
 STOCK_PRECISION = "u8"
 _WARM_UP = 2  # steps

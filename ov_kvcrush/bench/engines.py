@@ -11,10 +11,10 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush import native
 from ov_kvcrush.bench.measure import MeasuredEngine, MeasuredHandle, Storage
-from ov_kvcrush.bench.precision import paged_precisions, plugin_precisions
 from ov_kvcrush.bench.settings import OURS
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError, reason_of
+from ov_kvcrush.precision import paged_precisions, plugin_precisions
 
 _SCHEDULER_FIELDS = ("max_num_batched_tokens", "num_kv_blocks", "max_num_seqs")
 _DEFAULT_PRECISION = "u8"  # of a type that is not given beside one that is

@@ -61,7 +61,7 @@ class ChatOptions:
             )
         config = self.cache_config()
         if engine == "genai" and config:
-            genai_cache_properties(config)
+            genai_cache_properties(config, {})
 
     def cache_config(self) -> CacheConfig | None:
         """What the engine is told of precisions and of the store's limit; None = nothing."""

@@ -94,6 +94,7 @@ class CrushMemory:
                 return False
         self._reading.add(sequence)
         if staged:
+            assert sequence.stored is not None
             for _ in range(num_blocks):
                 sequence.blocks.append(self.pool.allocate())
             self.store.stage(sequence.stored, sequence.blocks.ids, len(sequence.ids))
@@ -225,6 +226,7 @@ class CrushMemory:
             group, begin = num_heads // num_kv_heads, 0
             for s in asking:
                 heads = []
+                assert s.stored is not None
                 for head in range(num_kv_heads):
                     length = s.num_cached if len(s.blocks) else self.store.num_tokens(s.stored, layer, head)
                     heads.append(output[begin : begin + group * length].reshape(group, length).copy())

@@ -66,9 +66,9 @@ def perplexity_command(
     ] = None,
     context: Annotated[int, typer.Option(metavar="N", help="Tokens read as a prompt.")] = 2048,
     positions: Annotated[int, typer.Option(metavar="N", help="Tokens decoded and measured.")] = 512,
-    precisions: Annotated[
-        str, typer.Option(metavar="K/V[,K/V...]", help="Precisions of keys and values.")
-    ] = ",".join(DEFAULT_PRECISIONS),
+    precisions: Annotated[str, typer.Option(metavar="K/V[,K/V...]", help="Precisions of keys and values.")] = ",".join(
+        DEFAULT_PRECISIONS
+    ),
     properties: Annotated[
         list[str] | None, typer.Option("--property", metavar="KEY=VALUE", help="Any OpenVINO property; repeatable.")
     ] = None,

@@ -48,7 +48,7 @@ def force(
     params = SamplingParams(max_new_tokens=len(ids) - num_context + 1)
     sequence = Request(0, ids[:num_context], params).sequences[0]
     scheduler.add(sequence)
-    logprobs = []
+    logprobs: list[np.ndarray] = []
     while len(logprobs) < len(ids) - num_context:
         plan = scheduler.plan()
         if not plan.rows:

@@ -87,12 +87,10 @@ def _row(model: LoadedModel, config: CacheConfig, reference: Forced, forced: For
     from ov_kvcrush.native import tile_bytes
 
     kl = kl_divergence(reference.logprobs, forced.logprobs)
+    precisions = config.key_precision, config.value_precision
     settled = sum(
-        layer.num_kv_heads
-        * tile_bytes(
-            config.key_precision, config.value_precision, layer.head_size, int(np.gcd(config.group_size, layer.head_size))
-        )
-        for layer in model.layers
+        x.num_kv_heads * tile_bytes(*precisions, x.head_size, int(np.gcd(config.group_size, x.head_size)))
+        for x in model.layers
     )
     agree = forced.logprobs.argmax(axis=1) == reference.logprobs.argmax(axis=1)
     return Row(

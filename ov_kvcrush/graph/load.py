@@ -15,6 +15,7 @@ from ov_kvcrush.graph.rewrite import gather_sampled_rows, use_crush_attention, u
 from ov_kvcrush.model_folder import MODEL_NAME, check_model_folder
 from ov_kvcrush.model_info import read_json_object, read_model_info
 from ov_kvcrush.model_support import attention_reason
+from ov_kvcrush.precision import plugin_precisions
 
 _PIPELINE_OPTIONS = ("engine", "scheduler_config", "cache_config", "tokenizer", "device", "properties")
 
@@ -97,7 +98,7 @@ def load_model(
         layers = tuple(read_layer(op) for op in attention_ops(model))
         library = native.info()["path"]
         core.add_extension(library)
-        precision = _inference_precision(core, device, properties)
+        precision = plugin_precisions(properties).inference
         use_crush_attention(model, library)
         # Staging blocks hold prompts as they were computed: quantising is the store's.
         properties = {**properties, "KV_CACHE_PRECISION": precision}
@@ -106,13 +107,6 @@ def load_model(
     compiled = core.compile_model(model, device, properties)
     context_length = info.context_length if info else None
     return LoadedModel(compiled, vocab_size, context_length, attention, layers, precision)
-
-
-def _inference_precision(core: ov.Core, device: str, properties: dict[str, Any]) -> str:
-    """Name of the type that the device computes in: "f32", "bf16" or "f16"."""
-    wanted = properties.get("INFERENCE_PRECISION_HINT", core.get_property(device, "INFERENCE_PRECISION_HINT"))
-    name = wanted.to_string() if hasattr(wanted, "to_string") else str(wanted)
-    return name if name in ("bf16", "f16") else "f32"
 
 
 def _check_is_llm(model: ov.Model, folder: Path) -> None:

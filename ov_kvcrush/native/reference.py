@@ -78,7 +78,7 @@ def encode_decode(key: str, value: str, group_size: int, k: Array, v: Array) -> 
 
 
 def tile_bytes(key: str, value: str, head_size: int, group_size: int, scattered: bool = False) -> int:
-    """Bytes of a tile: header; codes, scales, minima of keys; those of values; positions. Each part a multiple of 64."""
+    """Bytes of a tile: header; codes, scales, minima of keys; those of values; positions. Parts are multiples of 64."""
 
     def round64(n: int) -> int:
         return -(-n // 64) * 64

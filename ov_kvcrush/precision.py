@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 import openvino as ov
 import openvino.opset15 as ops
 
-from ov_kvcrush.engine.kv_cache import PRECISION_OF
-
 _QUANTISED = ("u8", "u4")
-_NAMES = {**PRECISION_OF, "dynamic": "f32"}  # "dynamic": each operation in the model's own type
+_NAMES = {"dynamic": "f32"}  # each operation in the model's own type
 
 
 class PluginPrecisions(NamedTuple):
