@@ -38,6 +38,11 @@ def keys_values(rng: np.random.Generator, num_tokens: int, width: int) -> tuple[
     return gaussian(rng, num_tokens, width) + 2 * gaussian(rng, 1, width), gaussian(rng, num_tokens, width)
 
 
+def flat(kept: list[Array]) -> tuple[Array, Array]:
+    """A selection as the native store takes it: offsets of the heads and indices."""
+    return np.cumsum([0, *map(len, kept)]).astype(np.int64), np.concatenate(kept).astype(np.int32)
+
+
 def as_bytes(x: Array, precision: str) -> Array:
     """Float32 `x` as the bytes of a staging tensor: uint8 (num_bytes,)."""
     x = np.ascontiguousarray(reference.to_float(x, precision))
@@ -71,13 +76,13 @@ class Cache:
             self.store.append(seq, index, *tokens, first_position)
 
     def stage(self, seq: int, prompt: Sequence[tuple[Array, Array]], precision: str = "f32") -> None:
-        """Stage a prompt, keys and values (n, K * D) of each layer, in blocks out of order, among others full of NaN."""
+        """Stage a prompt, keys and values (n, K * D) of each layer, in blocks out of order among others of NaN."""
         num_tokens = len(prompt[0][0])
         num_blocks = -(-num_tokens // reference.TILE)
         table = np.random.default_rng(num_tokens).permutation(num_blocks + 2)[:num_blocks].astype(np.int32)
         for index, (shape, tokens) in enumerate(zip(self.layers, prompt, strict=True)):
-            staged = [as_bytes(in_blocks(x, shape, table), precision) for x in tokens]
-            self.store.set_staging(index, *staged, num_blocks + 2, precision)
+            keys, values = (as_bytes(in_blocks(x, shape, table), precision) for x in tokens)
+            self.store.set_staging(index, keys, values, num_blocks + 2, precision)
         self.store.stage(seq, table, num_tokens)
 
     def attention(self, index: int, spans: Sequence[Span], q: Array) -> Array:
@@ -105,7 +110,7 @@ class Cache:
 
 
 def in_blocks(x: Array, shape: reference.Layer, table: Array) -> Array:
-    """Tokens (n, K * D) as PagedAttention stages them: (blocks, K, 32, D), two blocks more than needed; the rest NaN."""
+    """Tokens (n, K * D) as PagedAttention stages them: (blocks, K, 32, D), two too many; the rest is NaN."""
     blocks = np.full((len(table) + 2, shape.num_kv_heads, reference.TILE, shape.head_size), np.nan, np.float32)
     for i, block in enumerate(table):
         part = x[reference.TILE * i : reference.TILE * (i + 1)].reshape(-1, shape.num_kv_heads, shape.head_size)

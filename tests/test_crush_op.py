@@ -30,7 +30,8 @@ def run() -> Run:
     integers = [ops.parameter(ov.PartialShape([-1]), ov.Type.i32) for _ in range(2)]
     inputs = [*floats, *integers]
     crush = factory.create("CrushAttention", [p.output(0) for p in inputs], {"layer": 0})
-    model = ov.Model([crush.output(0), crush.output(1)], inputs, "one layer")
+    scores = factory.create("CrushScores", [crush.output(0), *(p.output(0) for p in integers)], {"layers": 1})
+    model = ov.Model([crush.output(0), scores.output(0)], inputs, "one layer")
     request = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
 
     def infer(store_id: int, plan: list[int], q: Any, k: Any, v: Any, paged: Any = None) -> tuple[Any, Any]:

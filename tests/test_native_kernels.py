@@ -15,6 +15,7 @@ from native_stores import (
     Array,
     Cache,
     Span,
+    flat,
     gaussian,
     keys_values,
     layer,
@@ -182,10 +183,11 @@ def test_any_group_of_query_heads_reads_its_kv_head(isa: str, group: int) -> Non
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("window", [0, 1, 31, 32, 33, 100])
-def test_rows_see_what_came_before_within_the_window(isa: str, window: int) -> None:
-    """Rows from the first to the last of a sequence in one call: more than a kernel takes at once, across all tile borders."""
+@pytest.mark.parametrize(("key", "value"), [("u8", "u4"), ("u4", "u2"), ("u2", "u8"), ("bf16", "f16")])
+def test_rows_see_what_came_before_within_the_window(isa: str, window: int, key: str, value: str) -> None:
+    """Rows from the first to the last of a sequence in one call: more than a kernel takes at once."""
     rng = np.random.default_rng(window)
-    cache = Cache(layer(4, 2, 64, window), key="u4", value="u8", isa=isa)
+    cache = Cache(layer(4, 2, 64, window), key=key, value=value, isa=isa)
     seq = cache.new(rng, 150)
     q = gaussian(rng, 150, 4 * 64)
     spans: list[Span] = [(seq, 0, 150, 0)]
@@ -203,6 +205,27 @@ def test_thousands_of_tokens(isa: str, sharpness: int) -> None:
         q = sharpness * gaussian(rng, 3, shape.num_heads * shape.head_size)
         spans: list[Span] = [(seq, 0, 3, 5000)]
         assert_close(cache.store.attend(index, spans, q), cache.attention(index, spans, q))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("num_rows", [1, 4, 30])
+def test_channels_of_any_size_keep_their_precision(isa: str, precision: str, num_rows: int) -> None:
+    """Queries with a channel that is a hundred times the others, and keys with another one."""
+    rng = np.random.default_rng(3)
+    cache = Cache(layer(4, 2, 64), key=precision, value=precision, isa=isa)
+    seq = cache.store.create()
+    assert cache.store.reserve(seq, 300)
+    k, v = keys_values(rng, 300, 2 * 64)
+    k[:, ::64] /= 100
+    k[:, 1::64] *= 100
+    q = gaussian(rng, num_rows, 4 * 64)
+    q[:, ::64] *= 100
+    q[:, 1::64] /= 100
+    cache.store.append(seq, 0, k, v, 0)
+    cache.store.settle(seq)
+    spans: list[Span] = [(seq, 0, num_rows, 300 - num_rows)]
+    assert_close(cache.store.attend(0, spans, q), cache.attention(0, spans, q))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -267,8 +290,7 @@ def test_any_batch_equals_the_reference(isa: str, case: Any, seed: int) -> None:
         seq = cache.new(rng, num_tokens, settle=draw(st.booleans()))
         if draw(st.booleans()):
             kept = [np.flatnonzero(rng.random(num_tokens) < rng.random()) for _ in range(kv_heads)]
-            offsets = np.cumsum([0, *map(len, kept)]).astype(np.int64)
-            cache.store.compact(seq, offsets, np.concatenate(kept).astype(np.int32))
+            cache.store.compact(seq, *flat(kept))
         for twin in [seq, cache.store.fork(seq)][: draw(st.integers(1, 2))]:
             cache.append(twin, rng, num_rows, num_tokens)
             spans.append((twin, begin, num_rows, num_tokens))
@@ -326,7 +348,7 @@ def test_scores_of_heads_with_holes(isa: str, case: Any, seed: int) -> None:
     num_tokens, num_rows = draw(st.integers(1, 200)), draw(st.integers(1, 20))
     seq = cache.new(rng, num_tokens)
     kept = [np.flatnonzero(rng.random(num_tokens) < rng.random()) for _ in range(kv_heads)]
-    cache.store.compact(seq, np.cumsum([0, *map(len, kept)]).astype(np.int64), np.concatenate(kept).astype(np.int32))
+    cache.store.compact(seq, *flat(kept))
     q, at = gaussian(rng, num_rows, kv_heads * group * head_size), rng.integers(0, num_tokens + 5, num_rows)
     how = draw(st.sampled_from(["mean", "max", "sum_squares"]))
     got = cache.store.scores(seq, 0, q, at.astype(np.int32), how)

@@ -15,7 +15,7 @@ from ov_kvcrush.engine.crush_memory import with_lone_rows
 from ov_kvcrush.engine.kv_cache import KVCache
 from ov_kvcrush.engine.paged_memory import paged_inputs
 from ov_kvcrush.graph.attention import AttentionLayer, attention_ops
-from ov_kvcrush.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, use_crush_attention
+from ov_kvcrush.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, PAGED_ROWS, use_crush_attention
 
 _PLAN_VERSION, _STORED, _NO_SCORES = 1, 0, 0  # see native/src/plan.hpp
 
@@ -105,6 +105,7 @@ class CrushAttention:
         self._requests = {n: compiled.create_infer_request() for n, compiled in self._compiled.items()}
         self._store = self._new_store(self._layers)
         self._twins: list[int] = []
+        self._has_run: set[int] = set()  # numbers of threads
         for request in self._requests.values():
             self._blocks.bind(request)
 
@@ -148,6 +149,7 @@ class CrushAttention:
         for request in self._requests.values():
             store_id = np.array([self._store.id], np.int32)
             _set(request, {**tokens.inputs(self._layers, rows), **tables, CRUSH_STORE: store_id})
+        self._has_run = set()
 
     def prepare(self, threads: int) -> ov.InferRequest:
         """The request whose `infer` is one decode step; the same step each time.
@@ -161,7 +163,10 @@ class CrushAttention:
             self._store.reserve(twin, 1)
             plan += [twin, row, 1, self._shape.context, _STORED, _NO_SCORES]
         request = self._requests[threads]
-        _set(request, {CRUSH_PLAN: np.array(plan, np.int32)})
+        # As in the engine: PagedAttention runs once, so that its output has a shape, and is skipped from then on.
+        paged_rows = 0 if threads in self._has_run else len(self._twins)
+        self._has_run.add(threads)
+        _set(request, {CRUSH_PLAN: np.array(plan, np.int32), PAGED_ROWS: np.array([paged_rows], np.int64)})
         return request
 
     def _release(self) -> None:

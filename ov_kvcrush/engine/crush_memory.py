@@ -15,7 +15,7 @@ from ov_kvcrush.engine.paged_memory import paged_inputs, row_inputs
 from ov_kvcrush.engine.prefix_cache import PrefixCache
 from ov_kvcrush.engine.request import AttentionScores, Sequence
 from ov_kvcrush.engine.scheduler import RowPlan
-from ov_kvcrush.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, SAMPLED_ROWS
+from ov_kvcrush.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, PAGED_ROWS, SAMPLED_ROWS
 from ov_kvcrush.native import Store, StoreFull
 
 _log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class CrushMemory:
         self.prefixes: PrefixCache[int] = PrefixCache(store.release, max_prefixes)
         self._staging = staging
         self._reading: set[Sequence] = set()  # prompts that have not taken all the bytes promised to them
+        self._last_paged_rows = 0  # that PagedAttention was run with
         self._store_id = np.array([store.id], np.int32)
         staging.register(store)
         self._bytes_per_block = store.bytes_for(BLOCK_SIZE * 1024) / 1024
@@ -180,8 +181,14 @@ class CrushMemory:
             begin += row.num_tokens
             ends[s] = begin
         header = [_PLAN_VERSION, begin, num_prompt_rows, len(order)]
+        # Where PagedAttention is skipped its last output stays and is converted again in every step: so it also gets the
+        # rows of the first step after a prompt, which leaves a small one.
+        paged_rows = begin if staged or self._last_paged_rows != begin else 0
+        self._last_paged_rows = paged_rows or self._last_paged_rows
+        num_lone_rows = begin - num_prompt_rows if paged_rows else 0
         return {
-            **with_lone_rows(paged_inputs(staged), begin - num_prompt_rows, self.pool.num_blocks),
+            **with_lone_rows(paged_inputs(staged), num_lone_rows, self.pool.num_blocks),
+            PAGED_ROWS: np.array([paged_rows], np.int64),
             **row_inputs(order),
             SAMPLED_ROWS: np.array([ends[row.sequence] - 1 for row in rows if row.samples], np.int64),
             CRUSH_STORE: self._store_id,

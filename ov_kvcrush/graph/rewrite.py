@@ -20,6 +20,7 @@ _ATTENTIONS = ("PagedAttentionExtension", "CrushAttention")
 
 # Inputs of the rewritten model.
 SAMPLED_ROWS = "sampled_rows"  # i64 (rows that sample,): the rows whose logits are wanted
+PAGED_ROWS = "paged_rows"  # i64 (1,): rows that PagedAttention gets, all or none
 CRUSH_STORE = "crush_store"  # i32 (1,): id of the store
 CRUSH_PLAN = "crush_plan"  # i32 (n,): see native/src/plan.hpp
 # Outputs, "attention_scores.<layer>": f32 (n,), empty unless a request asks.
@@ -50,24 +51,33 @@ def use_paged_attention(model: ov.Model) -> int:
 def use_crush_attention(model: ov.Model, library: str) -> None:
     """Let CrushAttention follow each PagedAttention: it takes over the rows of fresh prompts and computes all others.
 
-    Nothing is sliced and nothing concatenated: rows that are not of a prompt go through PagedAttention as sequences of
-    one token each, which costs less than four slices of each layer and an operation without rows.
+    PagedAttention is skipped by the plugin where it gets no queries, so the queries are cut to `paged_rows`: all rows
+    of the step, or none. In a mixed step the rows that are not of a prompt go through it as sequences of one token
+    each. Against stock PagedAttention a decode step of SmolLM2 (30 layers, 2 cores, medians of 150 interleaved steps
+    of 17 ms) takes 0.3 ms more this way, 0.7 with the output cut too, 1.2 with q, k, v and the output cut to the
+    prompt rows, 1.4 with nothing cut. One CrushScores behind all layers has the attention scores.
     library: path of the native library, which is the extension.
     """
     factory = NodeFactory("opset1")
     factory.add_extension(library)
+    paged_rows = _parameter(PAGED_ROWS, ov.Type.i64, 1)
     store, plan = _parameter(CRUSH_STORE, ov.Type.i32, 1), _parameter(CRUSH_PLAN, ov.Type.i32, -1)
-    outputs = []
-    for layer, attention in enumerate(attention_ops(model)):
+    zero, one = ops.constant(np.array([0], np.int64)), ops.constant(np.array([1], np.int64))
+    layers = attention_ops(model)
+    for layer, attention in enumerate(layers):
         targets = list(attention.output(0).get_target_inputs())
         floats = [*(attention.input_value(i) for i in (Q, K, V)), attention.output(0)]
+        queries = ops.slice(floats[Q], zero, paged_rows, one, zero)
+        attention.input(Q).replace_source_output(queries.output(0))
         crush = factory.create("CrushAttention", [*floats, store.output(0), plan.output(0)], {"layer": layer})
         for target in targets:
             target.replace_source_output(crush.output(0))
-        crush.output(1).get_tensor().set_names({f"{ATTENTION_SCORES}.{layer}"})
-        outputs.append(crush.output(1))
-    model.add_parameters([store, plan])
-    model.add_outputs(outputs)
+    model.add_parameters([paged_rows, store, plan])
+    last = model.outputs[-1].get_node().input_value(0)  # the logits, behind every layer
+    scores = factory.create("CrushScores", [last, store.output(0), plan.output(0)], {"layers": len(layers)})
+    for layer, output in enumerate(scores.outputs()):
+        output.get_tensor().set_names({f"{ATTENTION_SCORES}.{layer}"})
+    model.add_outputs(scores.outputs())
     model.validate_nodes_and_infer_types()
 
 

@@ -1,5 +1,5 @@
-// Laws of the kernels, on every instruction set of this machine, against plain double precision. No framework: returns the number
-// of laws that failed. Build with -fsanitize=address,undefined or -fsanitize=thread: it runs on std::thread.
+// Laws of the kernels, on every instruction set of this machine, against plain double precision. No framework: returns
+// the number of laws that failed. Build with -fsanitize=address,undefined or -fsanitize=thread: it runs on std::thread.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -25,6 +25,12 @@ const int HEAD_SIZES[] = {16, 32, 48, 64, 80, 96, 128, 256};
 const int TOKENS[] = {0, 1, 31, 32, 33, 700};
 const float INF = std::numeric_limits<float>::infinity();
 
+#if defined(__SANITIZE_THREAD__)
+constexpr unsigned STEP = 5;  // every fifth case: races do not hide in codecs, and this sanitizer is slow
+#else
+constexpr unsigned STEP = 1;
+#endif
+
 int failures = 0;
 
 template <class... T>
@@ -37,7 +43,11 @@ void expect(bool ok, const char* format, T... args) {
 }
 
 using Rng = std::mt19937;
-float normal(Rng& rng) { return std::normal_distribution<float>()(rng); }
+// Nearly normal, in [-3.5, 3.5]: the sum of the four bytes of a draw.
+float normal(Rng& rng) {
+    const uint32_t x = static_cast<uint32_t>(rng());
+    return (static_cast<float>((x & 255) + (x >> 8 & 255) + (x >> 16 & 255) + (x >> 24)) - 510.f) / 147.8f;
+}
 int below(Rng& rng, int n) { return static_cast<int>(rng() % static_cast<unsigned>(n)); }
 
 void parallel(size_t n, const std::function<void(size_t)>& task) {
@@ -68,22 +78,19 @@ Tile new_tile(const TileLayout& l) {
     return tile;
 }
 
-float code_at(Codec codec, const uint8_t* run, int j) {
+float float_at(Codec codec, const uint8_t* p, int i) {
     float f;
     uint16_t h;
-    std::memcpy(&f, run + (codec == Codec::f32 ? 4 * j : 0), 4);
-    std::memcpy(&h, run + (code_bits(codec) == 16 ? 2 * j : 0), 2);
-    uint32_t dwords[2];
-    std::memcpy(dwords, run, codec == Codec::u4 ? 8 : 4);
-    switch (codec) {
-        case Codec::f32: return f;
-        case Codec::bf16: return float_of_bits(uint32_t{h} << 16);
-        case Codec::f16: return float_of_half(h);
-        case Codec::u8: return run[j];
-        case Codec::u4: return static_cast<float>(dwords[j & 1] >> (4 * (j >> 1)) & 15);
-        case Codec::u2: return static_cast<float>(dwords[0] >> (2 * j) & 3);
-    }
-    return 0;
+    std::memcpy(&f, p + (codec == Codec::f32 ? 4 * i : 0), 4);
+    std::memcpy(&h, p + (codec == Codec::f32 ? 0 : 2 * i), 2);
+    return codec == Codec::f32 ? f : codec == Codec::bf16 ? float_of_bits(uint32_t{h} << 16) : float_of_half(h);
+}
+// Code of row r, column c of a matrix that is contracted over its rows.
+int code_at(Codec codec, const uint8_t* p, int r, int c, int columns) {
+    const int bits = code_bits(codec), n = 32 / bits, i = r % n;
+    uint32_t dword;
+    std::memcpy(&dword, p + 4 * (r / n * columns + c), 4);
+    return static_cast<int>(dword >> (8 * (i % 4) + bits * (i / 4)) & ((1u << bits) - 1));
 }
 float half_at(const uint8_t* p, int i) {
     uint16_t h;
@@ -93,22 +100,26 @@ float half_at(const uint8_t* p, int i) {
 // What tile.hpp says about the bytes.
 float key_of(const uint8_t* tile, int t, int c) {
     const TileLayout& l = layout(tile);
-    const float code = code_at(l.key, tile + l.key_codes + (2 * c + t / 16) * 2 * code_bits(l.key), t % 16);
-    return is_quantised(l.key) ? half_at(tile + l.key_min, c) + code * half_at(tile + l.key_scale, c) : code;
+    const uint8_t* codes = tile + l.key_codes;
+    if (!is_quantised(l.key)) return float_at(l.key, codes, c * TILE + t);
+    const float code = static_cast<float>(code_at(l.key, codes, c, t, TILE));
+    return half_at(tile + l.key_min, c) + code * half_at(tile + l.key_scale, c);
 }
 float value_of(const uint8_t* tile, int t, int c) {
     const TileLayout& l = layout(tile);
-    const int run = (t * l.head_size + c) / 16, group = c / std::max(l.group_size, 1) * TILE + t;
-    const float code = code_at(l.value, tile + l.value_codes + run * 2 * code_bits(l.value), c % 16);
-    return is_quantised(l.value) ? half_at(tile + l.value_min, group) + code * half_at(tile + l.value_scale, group) : code;
+    const uint8_t* codes = tile + l.value_codes;
+    if (!is_quantised(l.value)) return float_at(l.value, codes, t * l.head_size + c);
+    const int group = c / l.group_size * TILE + t;
+    const float code = static_cast<float>(code_at(l.value, codes, t, c, l.head_size));
+    return half_at(tile + l.value_min, group) + code * half_at(tile + l.value_scale, group);
 }
 
 // A head: mostly tiles of one layout, then of another; positions with gaps if the layouts are scattered.
 struct TestHead {
     std::vector<Tile> tiles;
     std::vector<const uint8_t*> pointers;
-    std::vector<int32_t> positions;            // [n]
-    std::vector<std::vector<double>> k, v;     // [n][D] as stored
+    std::vector<int32_t> positions;  // [n]
+    std::vector<float> k, v;         // [n][D] as stored
     HeadView view() const { return {pointers.data(), pointers.size()}; }
 
     TestHead(const Kernels& kernels, const TileLayout& target, const TileLayout& recent, int n, Rng& rng) {
@@ -123,7 +134,8 @@ struct TestHead {
             h.count = count;
             h.base_position = at;
             std::vector<float> x(static_cast<size_t>(count * D)), y(x.size());
-            for (float& f : x) f = normal(rng);
+            // Channel 3 of the keys is an outlier, as in real models; values are not centred.
+            for (size_t i = 0; i < x.size(); ++i) x[i] = normal(rng) * (static_cast<int>(i) % D == 3 ? 10.f : 1.f);
             for (float& f : y) f = normal(rng) + 1;
             kernels.encode(tile, x.data(), static_cast<size_t>(D), y.data(), static_cast<size_t>(D), count);
             for (int t = 0; t < count; ++t) {
@@ -132,11 +144,9 @@ struct TestHead {
                     reinterpret_cast<int32_t*>(tile + l.positions)[t] = at;
                 }
                 positions.push_back(at++);
-                k.emplace_back();
-                v.emplace_back();
                 for (int c = 0; c < D; ++c) {
-                    k.back().push_back(key_of(tile, t, c));
-                    v.back().push_back(value_of(tile, t, c));
+                    k.push_back(key_of(tile, t, c));
+                    v.push_back(value_of(tile, t, c));
                 }
             }
             h.min_position = positions[static_cast<size_t>(first)];
@@ -149,9 +159,13 @@ struct TestHead {
 // Probabilities of a row over the tokens of a head; all zero if it sees none.
 std::vector<double> probabilities(const TestHead& head, const float* q, const LayerShape& shape, int32_t row_position) {
     std::vector<double> p(head.positions.size(), 0);
+    const size_t size = static_cast<size_t>(shape.head_size);
     double max = -INF, sum = 0;
     for (size_t t = 0; t < p.size(); ++t) {
-        for (size_t c = 0; c < head.k[t].size(); ++c) p[t] += head.k[t][c] * q[c] * shape.scale;
+        const float* k = head.k.data() + t * size;
+        double dot = 0;
+        for (size_t c = 0; c < size; ++c) dot += double{k[c]} * q[c];
+        p[t] = dot * shape.scale;
         const int32_t at = head.positions[t];
         if (at > row_position || (shape.window > 0 && at <= row_position - shape.window)) p[t] = -INF;
         max = std::max(max, p[t]);
@@ -159,6 +173,14 @@ std::vector<double> probabilities(const TestHead& head, const float* q, const La
     for (double& x : p) sum += x = max == -INF ? 0 : std::exp(x - max);
     for (double& x : p) x = sum > 0 ? x / sum : 0;
     return p;
+}
+
+// Sum of p * v: [D].
+std::vector<double> weighted(const TestHead& head, const std::vector<double>& p, size_t size) {
+    std::vector<double> out(size, 0);
+    for (size_t t = 0; t < p.size(); ++t)
+        for (size_t c = 0; c < size; ++c) out[c] += p[t] * head.v[t * size + c];
+    return out;
 }
 
 struct Request {
@@ -175,8 +197,8 @@ struct Case {
 
 std::string name_of(const char* isa, const Case& c) {
     return std::string(isa) + " key " + std::to_string(int(c.key)) + " value " + std::to_string(int(c.value)) + " D " +
-           std::to_string(c.head_size) + " group " + std::to_string(c.group_size) + " G " + std::to_string(c.queries_per_kv) +
-           " window " + std::to_string(c.window) + (c.scattered ? " scattered" : "");
+           std::to_string(c.head_size) + " group " + std::to_string(c.group_size) + " G " +
+           std::to_string(c.queries_per_kv) + " window " + std::to_string(c.window) + (c.scattered ? " scattered" : "");
 }
 
 void check_attend(const Kernels& kernels, const Case& c, unsigned seed) {
@@ -191,10 +213,12 @@ void check_attend(const Kernels& kernels, const Case& c, unsigned seed) {
     for (int i = 0; i < 3; ++i) {
         Request r;
         const int tokens = TOKENS[(seed + static_cast<unsigned>(i) * 5) % 6];
-        for (int k = 0; k < K; ++k) r.heads.emplace_back(kernels, target, recent, tokens > 40 ? tokens - k * 17 : tokens, rng);
+        for (int k = 0; k < K; ++k)
+            r.heads.emplace_back(kernels, target, recent, tokens > 40 ? tokens - k * 17 : tokens, rng);
         const int32_t last = r.heads[0].positions.empty() ? 0 : r.heads[0].positions.back();
-        const size_t rows = i == 0 ? 1 : i == 1 ? 3 : 1 + seed % 13;
-        // The last rows of the sequence, as in decoding; those of request 2 begin before all tokens, so some may see nothing.
+        const size_t rows = i == 0 ? 1 : i == 1 ? 3 : 1 + seed % 7;
+        // The last rows of the sequence, as in decoding; those of request 2 begin before all tokens, so some may see
+        // nothing.
         r.span = {nullptr, num_rows, rows, i == 2 ? -1 : std::max(0, last - static_cast<int32_t>(rows) + 1)};
         num_rows += rows;
         requests.push_back(std::move(r));
@@ -205,7 +229,8 @@ void check_attend(const Kernels& kernels, const Case& c, unsigned seed) {
         r.span.heads = r.views.data();
         spans.push_back(r.span);
     }
-    std::vector<float> q(num_rows * static_cast<size_t>(H * D)), out(q.size(), 7.f), again(q.size(), 8.f), alone(q.size(), 9.f);
+    std::vector<float> q(num_rows * static_cast<size_t>(H * D)), out(q.size(), 7.f), again(q.size(), 8.f),
+        alone(q.size(), 9.f);
     for (float& f : q) f = 2 * normal(rng);
     attend(kernels, shape, spans, q.data(), out.data(), 1, threads4);
     attend(kernels, shape, spans, q.data(), again.data(), 4, threads4);
@@ -220,12 +245,11 @@ void check_attend(const Kernels& kernels, const Case& c, unsigned seed) {
                 const TestHead& head = r.heads[static_cast<size_t>(h / c.queries_per_kv)];
                 const size_t at = (r.span.row_begin + row) * static_cast<size_t>(H * D) + static_cast<size_t>(h * D);
                 const auto p = probabilities(head, &q[at], shape, r.span.first_position + static_cast<int32_t>(row));
-                for (int d = 0; d < D; ++d) {
-                    double sum = 0;
-                    for (size_t t = 0; t < p.size(); ++t) sum += p[t] * head.v[t][static_cast<size_t>(d)];
-                    const double got = out[at + static_cast<size_t>(d)];
-                    error = std::isfinite(got) ? std::max(error, std::abs(got - sum)) : INF;
-                    scale = std::max(scale, std::abs(sum));
+                const auto expected = weighted(head, p, static_cast<size_t>(D));
+                for (size_t d = 0; d < expected.size(); ++d) {
+                    const double got = out[at + d];
+                    error = std::isfinite(got) ? std::max(error, std::abs(got - expected[d])) : INF;
+                    scale = std::max(scale, std::abs(expected[d]));
                 }
             }
     expect(error <= 1e-4 * scale, "%s: attend error %g of %g", name.c_str(), error, scale);
@@ -239,7 +263,8 @@ void check_scores(const Kernels& kernels, const Case& c, unsigned seed) {
     const TileLayout recent = make_layout(Codec::f32, Codec::f32, D, c.group_size, c.scattered);
     std::vector<TestHead> heads;
     std::vector<HeadView> views;
-    for (int k = 0; k < K; ++k) heads.emplace_back(kernels, target, recent, TOKENS[(seed + static_cast<unsigned>(k)) % 6] % 300, rng);
+    for (int k = 0; k < K; ++k)
+        heads.emplace_back(kernels, target, recent, TOKENS[(seed + static_cast<unsigned>(k)) % 6] % 300, rng);
     for (const TestHead& head : heads) views.push_back(head.view());
     std::vector<float> q(static_cast<size_t>(W * H * D));
     for (float& f : q) f = normal(rng);
@@ -248,15 +273,16 @@ void check_scores(const Kernels& kernels, const Case& c, unsigned seed) {
     const size_t n = static_cast<size_t>(c.queries_per_kv) * (heads[0].positions.size() + heads[1].positions.size());
     for (const Reduce reduce : {Reduce::mean, Reduce::max, Reduce::sum_squares}) {
         std::vector<float> out(n, 7.f);
-        attention_scores(kernels, shape, views.data(), q.data(), positions.data(), static_cast<size_t>(W), reduce, out.data(),
-                         threads4);
+        attention_scores(kernels, shape, views.data(), q.data(), positions.data(), static_cast<size_t>(W), reduce,
+                         out.data(), threads4);
         double error = 0;
         size_t at = 0;
         for (int h = 0; h < H; ++h) {
             const TestHead& head = heads[static_cast<size_t>(h / c.queries_per_kv)];
             std::vector<double> total(head.positions.size(), 0);
             for (int w = 0; w < W; ++w) {
-                const auto p = probabilities(head, &q[static_cast<size_t>((w * H + h) * D)], shape, positions[static_cast<size_t>(w)]);
+                const auto p = probabilities(head, &q[static_cast<size_t>((w * H + h) * D)], shape,
+                                             positions[static_cast<size_t>(w)]);
                 for (size_t t = 0; t < p.size(); ++t)
                     total[t] = reduce == Reduce::mean  ? total[t] + p[t] / W
                                : reduce == Reduce::max ? std::max(total[t], p[t])
@@ -287,7 +313,8 @@ void check_codec(const Kernels& kernels, const Case& c, unsigned seed) {
     kernels.encode(tile.get(), x.data(), stride, y.data(), stride, count);
     crush::kernels("scalar").encode(other.get(), x.data(), stride, y.data(), stride, count);
     const std::string name = name_of(kernels.isa, c);
-    expect(!std::memcmp(tile.get() + 64, other.get() + 64, l.bytes - 64), "%s kind %u: other bytes than scalar", name.c_str(), kind);
+    expect(!std::memcmp(tile.get() + 64, other.get() + 64, l.bytes - 64), "%s kind %u: other bytes than scalar",
+           name.c_str(), kind);
     kernels.decode(tile.get(), k.data(), v.data());
     const auto clamped = [](Codec codec, double a) {
         return codec == Codec::f32 || codec == Codec::bf16 ? a : std::min(std::max(a, -65504.), 65504.);
@@ -303,7 +330,8 @@ void check_codec(const Kernels& kernels, const Case& c, unsigned seed) {
             const size_t i = static_cast<size_t>(t * D + d);
             const float key = key_of(tile.get(), t, d), value = value_of(tile.get(), t, d);
             const float ulp = 1e-6f;
-            expect(std::abs(k[i] - key) <= ulp * std::abs(key) + 0.01f && std::abs(v[i] - value) <= ulp * std::abs(value) + 0.01f &&
+            expect(std::abs(k[i] - key) <= ulp * std::abs(key) + 0.01f &&
+                       std::abs(v[i] - value) <= ulp * std::abs(value) + 0.01f &&
                        (kind == 3 || (std::abs(k[i] - key) <= 1e-4f && std::abs(v[i] - value) <= 1e-4f)),
                    "%s: decode of token %d channel %d", name.c_str(), t, d);
             if (t >= count) continue;
@@ -312,14 +340,15 @@ void check_codec(const Kernels& kernels, const Case& c, unsigned seed) {
             const double value_scale =
                 is_quantised(c.value) ? half_at(tile.get() + l.value_scale, d / c.group_size * TILE + t) : 0;
             const double slack = kind == 3 ? 0.02 : 0;  // float32 rounding of values up to 65504
-            expect(std::abs(key - a) <= bound(c.key, a, key_scale) + slack, "%s kind %u: key %g for %g, scale %g", name.c_str(),
-                   kind, key, a, key_scale);
-            expect(std::abs(value - b) <= bound(c.value, b, value_scale) + slack, "%s kind %u: value %g for %g, scale %g",
-                   name.c_str(), kind, value, b, value_scale);
+            expect(std::abs(key - a) <= bound(c.key, a, key_scale) + slack, "%s kind %u: key %g for %g, scale %g",
+                   name.c_str(), kind, key, a, key_scale);
+            expect(std::abs(value - b) <= bound(c.value, b, value_scale) + slack,
+                   "%s kind %u: value %g for %g, scale %g", name.c_str(), kind, value, b, value_scale);
         }
     if (is_quantised(c.key) || is_quantised(c.value)) return;
     kernels.encode(other.get(), x.data(), stride, y.data(), stride, 0);
-    for (int t = 0; t < count; ++t) kernels.put(other.get(), t, &x[static_cast<size_t>(t * D)], &y[static_cast<size_t>(t * D)]);
+    for (int t = 0; t < count; ++t)
+        kernels.put(other.get(), t, &x[static_cast<size_t>(t * D)], &y[static_cast<size_t>(t * D)]);
     expect(!std::memcmp(tile.get() + 64, other.get() + 64, l.bytes - 64), "%s: put is not encode", name.c_str());
 }
 
@@ -334,11 +363,13 @@ void check_half() {
     for (int i = 0; i < 200000; ++i) {
         const float x = std::ldexp(normal(rng), below(rng, 45) - 32);
         if (std::abs(x) > 65504.f) continue;
-        const float down = float_of_half(half_of_float(x, Rounding::down)), up = float_of_half(half_of_float(x, Rounding::up));
+        const float down = float_of_half(half_of_float(x, Rounding::down)),
+                    up = float_of_half(half_of_float(x, Rounding::up));
         const float near = float_of_half(half_of_float(x, Rounding::nearest));
         const float middle = std::abs(near - x);
         const bool neighbours = down == up || float_of_half(half_of_float((down + up) / 2, Rounding::up)) == up;
-        expect(down <= x && x <= up && neighbours && middle <= x - down && middle <= up - x, "half of %g: %g %g %g", x, down, near, up);
+        expect(down <= x && x <= up && neighbours && middle <= x - down && middle <= up - x, "half of %g: %g %g %g", x,
+               down, near, up);
     }
 }
 
@@ -354,7 +385,8 @@ void check_softmax(const Kernels& kernels) {
         for (double& x : p) sum += x = std::exp(x - max);
         kernels.softmax(s.data(), n);
         kernels.softmax(none.data(), n);
-        for (size_t i = 0; i < n; ++i) error = std::max({error, std::abs(p[i] / sum - s[i]), double{std::abs(none[i])}});
+        for (size_t i = 0; i < n; ++i)
+            error = std::max({error, std::abs(p[i] / sum - s[i]), double{std::abs(none[i])}});
         expect(error < 1e-6, "%s: softmax of %zu, error %g", kernels.isa, n, error);
     }
 }
@@ -372,16 +404,20 @@ void expect_invalid(const char* what, F f) {
 
 void check_errors() {
     expect_invalid("isa", [] { crush::kernels("nonsense"); });
-    for (int size : {0, 8, 24, 272, -16}) expect_invalid("head_size", [=] { make_layout(Codec::u8, Codec::u8, size, 16, false); });
-    for (int group : {0, 8, 24, 48, 128}) expect_invalid("group_size", [=] { make_layout(Codec::u8, Codec::u8, 64, group, false); });
-    expect_invalid("num_heads", [] { attend(crush::kernels(), {7, 2, 64, 0, 1.f}, {}, nullptr, nullptr, 1, threads4); });
+    for (int size : {0, 8, 24, 272, -16})
+        expect_invalid("head_size", [=] { make_layout(Codec::u8, Codec::u8, size, 16, false); });
+    for (int group : {0, 8, 24, 48, 128})
+        expect_invalid("group_size", [=] { make_layout(Codec::u8, Codec::u8, 64, group, false); });
+    expect_invalid("num_heads",
+                   [] { attend(crush::kernels(), {7, 2, 64, 0, 1.f}, {}, nullptr, nullptr, 1, threads4); });
 }
 
 // 100 rows of a later turn over a few hundred tokens: units of rows, several row blocks each.
 void check_many_rows(const Kernels& kernels, Codec codec, int window) {
     Rng rng(3);
     const LayerShape shape{6, 2, 64, window, 0.125f};
-    const TileLayout target = make_layout(codec, codec, 64, 32, false), recent = make_layout(Codec::bf16, Codec::bf16, 64, 32, false);
+    const TileLayout target = make_layout(codec, codec, 64, 32, false),
+                     recent = make_layout(Codec::bf16, Codec::bf16, 64, 32, false);
     std::vector<TestHead> heads;
     std::vector<HeadView> views;
     for (int k = 0; k < 2; ++k) heads.emplace_back(kernels, target, recent, 1300, rng);
@@ -395,11 +431,9 @@ void check_many_rows(const Kernels& kernels, Codec codec, int window) {
         for (size_t h = 0; h < 6; ++h) {
             const TestHead& head = heads[h / 3];
             const auto p = probabilities(head, &q[row * width + h * 64], shape, 1300 - 211 + static_cast<int32_t>(row));
-            for (size_t d = 0; d < 64; ++d) {
-                double sum = 0;
-                for (size_t t = 0; t < p.size(); ++t) sum += p[t] * head.v[t][d];
-                error = std::max(error, std::abs(out[row * width + h * 64 + d] - sum));
-            }
+            const auto expected = weighted(head, p, 64);
+            for (size_t d = 0; d < 64; ++d)
+                error = std::max(error, std::abs(out[row * width + h * 64 + d] - expected[d]));
         }
     expect(error < 1e-4, "%s codec %d window %d: 211 rows, error %g", kernels.isa, int(codec), window, error);
 }
@@ -417,15 +451,17 @@ int main() {
         for (const Codec key : CODECS)
             for (const Codec value : CODECS)
                 for (const int size : HEAD_SIZES) {
-                    ++seed;
+                    if (++seed % STEP) continue;
                     std::vector<int> groups;
                     for (int g = 16; g <= size; g += 16)
                         if (size % g == 0) groups.push_back(g);
                     const int window = seed % 3 == 0 ? 40 : 0;
-                    const Case c{key, value, size, groups[seed % groups.size()], 1 + static_cast<int>(seed * 5 % 16), window, seed % 4 == 1};
+                    const Case c{
+                        key,    value,        size, groups[seed % groups.size()], 1 + static_cast<int>(seed * 5 % 16),
+                        window, seed % 4 == 1};
                     check_attend(kernels, c, seed);
                     check_scores(kernels, c, seed);
-                    for (unsigned i = 0; i < 5; ++i) check_codec(kernels, c, seed * 5 + i);
+                    for (unsigned i = 0; i < 2; ++i) check_codec(kernels, c, seed * 2 + i);
                 }
         std::printf("%s: %u cases, %d failures so far\n", isa.c_str(), seed, failures);
     }

@@ -1,72 +1,62 @@
-// Attention over tiles, once for all instruction sets: I is a Simd* struct. No standard library here: its inline functions would
-// be compiled for this instruction set and might be linked into code for others.
+// Attention over tiles, once for all instruction sets: I is a Simd* struct. No standard library here: its inline
+// functions would be compiled for this instruction set and might be linked into code for others.
 #pragma once
 
-#include "kernels.hpp"
+#include "visibility.hpp"
 
 namespace crush {
 namespace {
 
-constexpr Codec CODECS[] = {Codec::f32, Codec::bf16, Codec::f16, Codec::u8, Codec::u4, Codec::u2};
-constexpr float INF = __builtin_inff();
-constexpr float LOG2E = 1.44269504f;
-// 2^x on [0, 1), relative error 7.5e-8 (Remez)
-constexpr float EXP2_POLY[6] = {1.f, 0.6931530833f, 0.2401536107f, 0.05582631752f, 0.008989339694f, 0.001877576695f};
-
-struct Visible {
-    const uint8_t* tile;
-    const TileLayout* layout;
-    bool masked;  // some row does not see some slot
-};
-
-// Brings the tiles of the next step into the L2 cache, a few lines at a time between arithmetic. (Bursts, or the L1 cache as goal,
-// run into the limit of 16 outstanding lines.)
-template <class I>
-class Ahead {
-public:
-    Ahead(const Visible* tiles, int num_tiles, int steps) : tile_(tiles), end_tile_(tiles + num_tiles) {
-        size_t bytes = 0;
-        for (int i = 0; i < num_tiles; ++i) bytes += tiles[i].layout->bytes;
-        lines_ = static_cast<int>(bytes / ALIGNMENT) / (steps > 0 ? steps : 1) + 1;
-        open();
-    }
-    void step() {
-        for (int i = 0; i < lines_ && line_ != end_; ++i) {
-            I::prefetch(line_);
-            line_ += ALIGNMENT;
-            if (line_ == end_) open();
-        }
-    }
-
-private:
-    void open() {
-        if (tile_ == end_tile_) return;
-        line_ = tile_->tile;
-        end_ = line_ + tile_->layout->bytes;
-        ++tile_;
-    }
-    const Visible *tile_, *end_tile_;
-    const uint8_t *line_ = nullptr, *end_ = nullptr;
-    int lines_;
-};
-
 template <class I>
 struct AttendImpl {
     using V = typename I::V;
-    static constexpr int CHUNK = 8;                   // tiles of one softmax step: their scores stay in the L1 cache
-    static constexpr int STRIDE = CHUNK * TILE + 16;  // floats from row to row of a buffer; + 16: not in the same cache set
     static constexpr int SCALED_STRIDE = TILE + 16;
 
+    // ROW: how many rows of a code matrix one step of a loop takes: those of one dword, or 4 of floats.
     template <Codec C>
-    static V run(const uint8_t* p) {
+    static constexpr int ROWS = is_quantised(C) ? codes_per_dword(C) : 4;
+
+    // The next ROWS<C> rows of a code matrix with `width` columns, for U units of 16 columns: calls use(i, v) with V
+    // v[U] for row i.
+    template <Codec C, int U, class F>
+    static void for_codes(const uint8_t* codes, int width, F use) {
+        if constexpr (is_quantised(C)) {
+            typename I::Dwords d[U];
+#pragma GCC unroll 2
+            for (int u = 0; u < U; ++u) d[u] = I::load_dwords(codes + 64 * u);
+#pragma GCC unroll 16
+            for (int i = 0; i < ROWS<C>; ++i) {
+                V v[U];
+#pragma GCC unroll 2
+                for (int u = 0; u < U; ++u) v[u] = I::template code<code_bits(C)>(d[u], code_shift(C, i));
+                use(i, v);
+            }
+        } else {
+            constexpr int item = code_bits(C) / 8;
+#pragma GCC unroll 4
+            for (int i = 0; i < ROWS<C>; ++i, codes += width * item) {
+                V v[U];
+#pragma GCC unroll 2
+                for (int u = 0; u < U; ++u) v[u] = floats<C>(codes + 16 * u * item);
+                use(i, v);
+            }
+        }
+    }
+    template <Codec C>
+    static V floats(const uint8_t* p) {
         if constexpr (C == Codec::f32) return I::load(reinterpret_cast<const float*>(p));
         if constexpr (C == Codec::bf16) return I::load_bf16(reinterpret_cast<const uint16_t*>(p));
         if constexpr (C == Codec::f16) return I::load_f16(reinterpret_cast<const uint16_t*>(p));
-        if constexpr (C == Codec::u8) return I::load_u8(p);
-        if constexpr (C == Codec::u4) return I::load_u4(p);
-        if constexpr (C == Codec::u2) return I::load_u2(p);
     }
-    static constexpr int run_bytes(Codec c) { return 2 * code_bits(c); }  // 16 codes
+    // Bytes of 16 columns, and of ROWS<C> rows of `width` columns.
+    template <Codec C>
+    static constexpr int unit_bytes() {
+        return is_quantised(C) ? 64 : 2 * code_bits(C);
+    }
+    template <Codec C>
+    static constexpr int step_bytes(int width) {
+        return ROWS<C> * width * code_bits(C) / 8;
+    }
     static V f16_at(const uint8_t* p) { return I::load_f16(reinterpret_cast<const uint16_t*>(p)); }
 
     // Rows of one register block: the rest is split evenly.
@@ -80,29 +70,24 @@ struct AttendImpl {
     template <int R, Codec C>
     static void score_block(const uint8_t* codes, int head_size, const float* q, const float* bias, float* s,
                             Ahead<I>& ahead) {
-        constexpr int U = I::BLOCK_UNITS, RUN = run_bytes(C);
+        constexpr int U = I::BLOCK_UNITS;
         for (int unit = 0; unit < TILE / 16; unit += U) {
             V acc[R][U];
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
                 for (int u = 0; u < U; ++u) acc[r][u] = I::set1(bias[r]);
-            const uint8_t* p = codes + unit * RUN;
-            for (int c = 0; c < head_size; c += 4) {
-                ahead.step();
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; ++j) {
-                    V k[U];
-#pragma GCC unroll 2
-                    for (int u = 0; u < U; ++u) k[u] = run<C>(p + u * RUN);
-                    p += TILE / 16 * RUN;
+            const uint8_t* p = codes + unit * unit_bytes<C>();
+            for (int c = 0; c < head_size; c += ROWS<C>, p += step_bytes<C>(TILE)) {
+                for_codes<C, U>(p, TILE, [&](int i, const V* k) __attribute__((always_inline)) {
+                    if (i % 4 == 0) ahead.step();
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
-                        const V x = I::set1(q[r * STRIDE + c + j]);
+                        const V x = I::set1(q[r * STRIDE + c + i]);
 #pragma GCC unroll 2
                         for (int u = 0; u < U; ++u) acc[r][u] = I::fma(x, k[u], acc[r][u]);
                     }
-                }
+                });
             }
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
@@ -116,8 +101,7 @@ struct AttendImpl {
                              Ahead<I>& ahead) {
         constexpr int B = block_rows(R);
         score_block<B, C>(codes, head_size, q, bias, s, ahead);
-        if constexpr (R > B)
-            score_blocks<R - B, C>(codes, head_size, q + B * STRIDE, bias + B, s + B * STRIDE, ahead);
+        if constexpr (R > B) score_blocks<R - B, C>(codes, head_size, q + B * STRIDE, bias + B, s + B * STRIDE, ahead);
     }
 
     template <int R, Codec C>
@@ -144,13 +128,13 @@ struct AttendImpl {
         }
     }
 
-    // ---- values: acc[r][c] += sum over the tokens of tiles of p[r][t] * value[t][c], for U units of channels from c on ----
+    // ---- values: acc[r][c] += sum over the tokens of tiles of p[r][t] * value[t][c], for U units of channels from c
+    // on ----
 
     template <int R, Codec C, int U>
     static void value_block(const Visible* tiles, int num_tiles, int c, const float* p, const float* keep, float* acc,
                             Ahead<I>& ahead) {
         const TileLayout& l = *tiles[0].layout;
-        const int row_bytes = l.head_size / 16 * run_bytes(C);
         V sum[R][U], min_sum[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
@@ -161,7 +145,7 @@ struct AttendImpl {
         }
         for (int i = 0; i < num_tiles; ++i, p += TILE) {
             const uint8_t* tile = tiles[i].tile;
-            const uint8_t* codes = tile + l.value_codes + c / 16 * run_bytes(C);
+            const uint8_t* codes = tile + l.value_codes + c / 16 * unit_bytes<C>();
             const float* weight = p;
             constexpr int S = is_quantised(C) ? SCALED_STRIDE : STRIDE;
             alignas(ALIGNMENT) float scaled[is_quantised(C) ? R * SCALED_STRIDE : 1];
@@ -181,21 +165,16 @@ struct AttendImpl {
                 }
                 weight = scaled;
             }
-            for (int t = 0; t < TILE; t += 4) {
-                ahead.step();
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; ++j) {
-                    V v[U];
-#pragma GCC unroll 2
-                    for (int u = 0; u < U; ++u) v[u] = run<C>(codes + u * run_bytes(C));
-                    codes += row_bytes;
+            for (int t = 0; t < TILE; t += ROWS<C>, codes += step_bytes<C>(l.head_size)) {
+                for_codes<C, U>(codes, l.head_size, [&](int j, const V* v) __attribute__((always_inline)) {
+                    if (j % 4 == 0) ahead.step();
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
                         const V x = I::set1(weight[r * S + t + j]);
 #pragma GCC unroll 2
                         for (int u = 0; u < U; ++u) sum[r][u] = I::fma(x, v[u], sum[r][u]);
                     }
-                }
+                });
             }
         }
 #pragma GCC unroll 8
@@ -220,56 +199,6 @@ struct AttendImpl {
             for (; c < l.head_size; c += 16) value_block<B, C, 1>(tiles, num_tiles, c, p, keep, acc, ahead);
         if constexpr (R > B)
             value_blocks<R - B, C>(tiles, num_tiles, p + B * STRIDE, keep + B, acc + B * l.head_size, ahead);
-    }
-
-    // ---- the rows' view ----
-
-    struct Rows {
-        int32_t low[MAX_ROWS], high[MAX_ROWS];  // row r sees positions low[r] < position <= high[r]
-        int32_t min_low, max_low, min_high, max_high;
-
-        explicit Rows(const AttendArgs& a) {
-            for (int r = 0; r < a.rows; ++r) {
-                high[r] = a.row_position[r] < INT32_MAX ? a.row_position[r] : INT32_MAX - 1;
-                low[r] = a.window > 0 && high[r] >= INT32_MIN + a.window ? high[r] - a.window : INT32_MIN;
-                min_low = r == 0 || low[r] < min_low ? low[r] : min_low;
-                max_low = r == 0 || low[r] > max_low ? low[r] : max_low;
-                min_high = r == 0 || high[r] < min_high ? high[r] : min_high;
-                max_high = r == 0 || high[r] > max_high ? high[r] : max_high;
-            }
-        }
-    };
-
-    // Up to CHUNK tiles that some row sees, from tile `next` on.
-    static int collect(const AttendArgs& a, const Rows& rows, size_t& next, Visible* out) {
-        int n = 0;
-        for (; next < a.num_tiles && n < CHUNK; ++next) {
-            if (next + CHUNK < a.num_tiles)
-                I::prefetch(a.tiles[next + CHUNK]);
-            else if (next + CHUNK - a.num_tiles < a.num_next)
-                I::prefetch(a.next_tiles[next + CHUNK - a.num_tiles]);
-            const TileHeader& h = header(a.tiles[next]);
-            if (h.count <= 0 || h.min_position > rows.max_high || h.max_position <= rows.min_low) continue;
-            const bool all = h.count == TILE && h.max_position <= rows.min_high && h.min_position > rows.max_low;
-            out[n++] = {a.tiles[next], h.layout, !all};
-        }
-        return n;
-    }
-    // The tiles after the last: only to be prefetched.
-    static int peek(const AttendArgs& a, Visible* out) {
-        int n = 0;
-        for (; n < CHUNK && static_cast<size_t>(n) < a.num_next; ++n)
-            out[n] = {a.next_tiles[n], &layout(a.next_tiles[n]), false};
-        return n;
-    }
-
-    static void mask(const Visible& v, const Rows& rows, int num_rows, float* s) {
-        int32_t at[TILE];
-        const int32_t count = header(v.tile).count;
-        for (int t = 0; t < TILE; ++t) at[t] = t < count ? position(v.tile, t) : INT32_MAX;
-        for (int r = 0; r < num_rows; ++r, s += STRIDE)
-            for (int t = 0; t < TILE; t += 16)
-                I::store(s + t, I::keep_between(I::load(s + t), at + t, rows.low[r], rows.high[r]));
     }
 
     // s = exp(s - max) of n scores; keep = by what to multiply what was summed before.
@@ -338,19 +267,19 @@ struct AttendImpl {
         const Rows rows(a);
         Visible chunks[2][CHUNK];
         size_t next = 0;
-        int n = collect(a, rows, next, chunks[0]);
+        int n = collect<I>(a, rows, next, chunks[0]);
         if (n == 0) return;
         copy_rows(a.q, R, chunks[0][0].layout->head_size, q);
         for (int side = 0; n > 0; side ^= 1) {
             const Visible *chunk = chunks[side], *after = chunks[side ^ 1];
-            const int num_next = collect(a, rows, next, chunks[side ^ 1]);
-            const int num_ahead = num_next > 0 ? num_next : peek(a, chunks[side ^ 1]);
+            const int num_next = collect<I>(a, rows, next, chunks[side ^ 1]);
+            const int num_ahead = num_next > 0 ? num_next : peek<I>(a, chunks[side ^ 1]);
             // Steps of a tile: one per 4 channels and one per 4 tokens and block of channels.
-            const int steps_per_tile = chunk[0].layout->head_size / 4 ;
+            const int steps_per_tile = chunk[0].layout->head_size / 4;
             Ahead<I> ahead(after, num_ahead, n * steps_per_tile);
             for (int i = 0; i < n; ++i) {
                 score<R>(chunk[i].tile, *chunk[i].layout, q, s + i * TILE, ahead);
-                if (chunk[i].masked) mask(chunk[i], rows, R, s + i * TILE);
+                if (chunk[i].masked) mask<I>(chunk[i], rows, R, s + i * TILE);
             }
             float keep[R], one[R];
             for (int r = 0; r < R; ++r) {
@@ -367,14 +296,22 @@ struct AttendImpl {
 
     static void attend(const AttendArgs& a) {
         switch (a.rows) {
-            case 1: return attend_rows<1>(a);
-            case 2: return attend_rows<2>(a);
-            case 3: return attend_rows<3>(a);
-            case 4: return attend_rows<4>(a);
-            case 5: return attend_rows<5>(a);
-            case 6: return attend_rows<6>(a);
-            case 7: return attend_rows<7>(a);
-            case 8: return attend_rows<8>(a);
+            case 1:
+                return attend_rows<1>(a);
+            case 2:
+                return attend_rows<2>(a);
+            case 3:
+                return attend_rows<3>(a);
+            case 4:
+                return attend_rows<4>(a);
+            case 5:
+                return attend_rows<5>(a);
+            case 6:
+                return attend_rows<6>(a);
+            case 7:
+                return attend_rows<7>(a);
+            case 8:
+                return attend_rows<8>(a);
         }
     }
 
@@ -394,16 +331,25 @@ struct AttendImpl {
         }
     }
 
-    static void scores(const uint8_t* const* tiles, size_t num_tiles, const float* q, int rows, float* s, size_t stride) {
+    static void scores(const uint8_t* const* tiles, size_t num_tiles, const float* q, int rows, float* s,
+                       size_t stride) {
         switch (rows) {
-            case 1: return scores_rows<1>(tiles, num_tiles, q, s, stride);
-            case 2: return scores_rows<2>(tiles, num_tiles, q, s, stride);
-            case 3: return scores_rows<3>(tiles, num_tiles, q, s, stride);
-            case 4: return scores_rows<4>(tiles, num_tiles, q, s, stride);
-            case 5: return scores_rows<5>(tiles, num_tiles, q, s, stride);
-            case 6: return scores_rows<6>(tiles, num_tiles, q, s, stride);
-            case 7: return scores_rows<7>(tiles, num_tiles, q, s, stride);
-            case 8: return scores_rows<8>(tiles, num_tiles, q, s, stride);
+            case 1:
+                return scores_rows<1>(tiles, num_tiles, q, s, stride);
+            case 2:
+                return scores_rows<2>(tiles, num_tiles, q, s, stride);
+            case 3:
+                return scores_rows<3>(tiles, num_tiles, q, s, stride);
+            case 4:
+                return scores_rows<4>(tiles, num_tiles, q, s, stride);
+            case 5:
+                return scores_rows<5>(tiles, num_tiles, q, s, stride);
+            case 6:
+                return scores_rows<6>(tiles, num_tiles, q, s, stride);
+            case 7:
+                return scores_rows<7>(tiles, num_tiles, q, s, stride);
+            case 8:
+                return scores_rows<8>(tiles, num_tiles, q, s, stride);
         }
     }
 
@@ -419,9 +365,7 @@ struct AttendImpl {
             return;
         }
         const V shift = I::set1(max), log2e = I::set1(LOG2E);
-        const auto exp = [&](const float* p) {
-            return I::exp2(I::mul(I::sub(I::load(p), shift), log2e), EXP2_POLY);
-        };
+        const auto exp = [&](const float* p) { return I::exp2(I::mul(I::sub(I::load(p), shift), log2e), EXP2_POLY); };
         const V last = exp(tail);
         V total = last;
         for (size_t i = 0; i < whole; i += 16) {

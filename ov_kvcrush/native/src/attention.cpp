@@ -14,12 +14,14 @@ namespace {
 
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 constexpr size_t UNIT_ROWS = 64;  // query rows of a head that one task takes over its tiles, chunk by chunk
-constexpr size_t CHUNK_TILES = 8;  // a unit of several row blocks walks through its tiles in such steps, so that they stay cached
+constexpr size_t CHUNK_TILES =
+    8;  // a unit of several row blocks walks through its tiles in such steps, so that they stay cached
 constexpr size_t MIN_PART = 16, MAX_PARTS = 32;  // a decoding head is cut into up to 32 parts of at least 16 tiles
 
 size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
-// Query rows [first_row, first_row + rows) of one KV head of one span, numbered token by token, the G heads of a token together.
+// Query rows [first_row, first_row + rows) of one KV head of one span, numbered token by token, the G heads of a token
+// together.
 struct Unit {
     const AttendSpan* span;
     int head;
@@ -51,7 +53,8 @@ struct Plan {
     }
 
 private:
-    void add(const LayerShape& shape, const AttendSpan& span, int head, size_t first_row, size_t rows, size_t num_units) {
+    void add(const LayerShape& shape, const AttendSpan& span, int head, size_t first_row, size_t rows,
+             size_t num_units) {
         const size_t tiles = span.heads[head].num_tiles;
         size_t per_part = std::max(ceil_div(tiles, MAX_PARTS), MIN_PART);
         if (num_units >= 8) per_part = std::max<size_t>(tiles, 1);
@@ -73,7 +76,8 @@ struct State {
 
 class Attend {
 public:
-    Attend(const Kernels& kernels, const LayerShape& shape, const std::vector<AttendSpan>& spans, const float* q, float* out)
+    Attend(const Kernels& kernels, const LayerShape& shape, const std::vector<AttendSpan>& spans, const float* q,
+           float* out)
         : kernels_(kernels),
           shape_(shape),
           size_(static_cast<size_t>(shape.head_size)),
@@ -97,7 +101,8 @@ public:
         while (next < plan_.parts.size()) {
             const Part& part = plan_.parts[next];
             next = claim();
-            run(part, next < plan_.parts.size() ? &plan_.parts[next] : nullptr, q.data(), positions.data(), state.data());
+            run(part, next < plan_.parts.size() ? &plan_.parts[next] : nullptr, q.data(), positions.data(),
+                state.data());
         }
     }
 
@@ -196,8 +201,8 @@ private:
 
 void check(const LayerShape& shape) {
     if (shape.num_kv_heads < 1 || shape.num_heads < 1 || shape.num_heads % shape.num_kv_heads)
-        throw std::invalid_argument("num_heads must be a multiple of num_kv_heads, got " + std::to_string(shape.num_heads) +
-                                    " and " + std::to_string(shape.num_kv_heads));
+        throw std::invalid_argument("num_heads must be a multiple of num_kv_heads, got " +
+                                    std::to_string(shape.num_heads) + " and " + std::to_string(shape.num_kv_heads));
 }
 
 // Scores of one query head: its rows in blocks, each softmaxed over all tokens and then reduced into out [tokens].
@@ -210,12 +215,14 @@ public:
     // q: the head's part of the first row, rows are H * D apart
     void run(const float* q, Reduce reduce, float* out) const {
         const size_t size = static_cast<size_t>(shape_.head_size), stride = view_.num_tiles * TILE;
-        std::vector<float> scores(std::min<size_t>(MAX_ROWS, num_rows_) * stride), rows(MAX_ROWS * size), total(stride, 0.f);
+        std::vector<float> scores(std::min<size_t>(MAX_ROWS, num_rows_) * stride), rows(MAX_ROWS * size),
+            total(stride, 0.f);
         for (size_t from = 0; from < num_rows_; from += MAX_ROWS) {
             const size_t n = std::min<size_t>(MAX_ROWS, num_rows_ - from);
             for (size_t r = 0; r < n; ++r)
                 for (size_t c = 0; c < size; ++c)
-                    rows[r * size + c] = q[(from + r) * static_cast<size_t>(shape_.num_heads) * size + c] * shape_.scale;
+                    rows[r * size + c] =
+                        q[(from + r) * static_cast<size_t>(shape_.num_heads) * size + c] * shape_.scale;
             kernels_.scores(view_.tiles, view_.num_tiles, rows.data(), static_cast<int>(n), scores.data(), stride);
             for (size_t r = 0; r < n; ++r) {
                 float* s = scores.data() + r * stride;
@@ -226,12 +233,14 @@ public:
         }
         const float factor = reduce == Reduce::mean ? 1.f / static_cast<float>(std::max<size_t>(num_rows_, 1)) : 1.f;
         for (size_t i = 0; i < view_.num_tiles; ++i)
-            for (int t = 0; t < header(view_.tiles[i]).count; ++t) *out++ = total[i * TILE + static_cast<size_t>(t)] * factor;
+            for (int t = 0; t < header(view_.tiles[i]).count; ++t)
+                *out++ = total[i * TILE + static_cast<size_t>(t)] * factor;
     }
 
 private:
     void mask(int32_t row_position, float* s) const {
-        const int64_t low = shape_.window > 0 ? int64_t{row_position} - shape_.window : std::numeric_limits<int64_t>::min();
+        const int64_t low =
+            shape_.window > 0 ? int64_t{row_position} - shape_.window : std::numeric_limits<int64_t>::min();
         for (size_t i = 0; i < view_.num_tiles; ++i, s += TILE) {
             const TileHeader& h = header(view_.tiles[i]);
             if (h.count == TILE && h.max_position <= row_position && h.min_position > low) continue;
@@ -261,8 +270,8 @@ private:
 
 }  // namespace
 
-void attend(const Kernels& kernels, const LayerShape& shape, const std::vector<AttendSpan>& spans, const float* q, float* out,
-            int num_threads, const ParallelFor& parallel) {
+void attend(const Kernels& kernels, const LayerShape& shape, const std::vector<AttendSpan>& spans, const float* q,
+            float* out, int num_threads, const ParallelFor& parallel) {
     check(shape);
     Attend job(kernels, shape, spans, q, out);
     const size_t workers = std::min(static_cast<size_t>(std::max(num_threads, 1)), job.num_parts());
@@ -273,7 +282,8 @@ void attend(const Kernels& kernels, const LayerShape& shape, const std::vector<A
 }
 
 void attention_scores(const Kernels& kernels, const LayerShape& shape, const HeadView* heads, const float* q,
-                      const int32_t* row_position, size_t num_rows, Reduce reduce, float* out, const ParallelFor& parallel) {
+                      const int32_t* row_position, size_t num_rows, Reduce reduce, float* out,
+                      const ParallelFor& parallel) {
     check(shape);
     const size_t group = static_cast<size_t>(shape.num_heads / shape.num_kv_heads);
     std::vector<float*> to;  // [H]

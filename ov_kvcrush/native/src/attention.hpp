@@ -19,7 +19,8 @@ struct HeadView {
     size_t num_tiles;
 };
 
-// Rows of one request in one step: num_rows rows from row_begin on, at positions first_position, first_position + 1, ...
+// Rows of one request in one step: num_rows rows from row_begin on, at positions first_position, first_position + 1,
+// ...
 struct AttendSpan {
     const HeadView* heads;  // [K], the rows' own keys and values are in them already
     size_t row_begin;
@@ -34,15 +35,15 @@ struct LayerShape {
 };
 
 // out[row, H * D] = attention for all rows of all spans. q: [rows, H * D].
-void attend(const Kernels&, const LayerShape&, const std::vector<AttendSpan>&, const float* q, float* out, int num_threads,
-            const ParallelFor&);
+void attend(const Kernels&, const LayerShape&, const std::vector<AttendSpan>&, const float* q, float* out,
+            int num_threads, const ParallelFor&);
 
 enum class Reduce : int32_t { mean = 1, max = 2, sum_squares = 3 };
 
-// Scores of W query rows [W, H * D] at positions row_position [W]: for each query head h, softmax over all tokens that a row sees,
-// reduced over the W rows. out: for KV head k the G heads of it, [G, tokens of k] each, one after the other; tokens in the
-// order of the tiles (slots beyond a tile's count do not appear).
-void attention_scores(const Kernels&, const LayerShape&, const HeadView* heads, const float* q, const int32_t* row_position,
-                      size_t num_rows, Reduce, float* out, const ParallelFor&);
+// Scores of W query rows [W, H * D] at positions row_position [W]: for each query head h, softmax over all tokens that
+// a row sees, reduced over the W rows. out: for KV head k the G heads of it, [G, tokens of k] each, one after the
+// other; tokens in the order of the tiles (slots beyond a tile's count do not appear).
+void attention_scores(const Kernels&, const LayerShape&, const HeadView* heads, const float* q,
+                      const int32_t* row_position, size_t num_rows, Reduce, float* out, const ParallelFor&);
 
 }  // namespace crush

@@ -2,14 +2,32 @@
 
 #include <stdexcept>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace crush {
 
 extern const Kernels KERNELS_SCALAR;
 #if defined(__x86_64__)
-extern const Kernels KERNELS_AVX2, KERNELS_AVX512;
+extern const Kernels KERNELS_AVX2, KERNELS_AVX512, KERNELS_AMX;
 #endif
 
 namespace {
+
+#if defined(__x86_64__)
+// Linux lends the tile registers to a process that asks for them.
+bool may_use_amx() {
+#if defined(__linux__)
+    constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("avx512vbmi") &&
+           syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+#endif
 
 // Slowest first.
 std::vector<const Kernels*> available() {
@@ -21,6 +39,7 @@ std::vector<const Kernels*> available() {
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         all.push_back(&KERNELS_AVX512);
+    if (all.back() == &KERNELS_AVX512 && may_use_amx()) all.push_back(&KERNELS_AMX);
 #endif
     return all;
 }

@@ -34,8 +34,8 @@ struct Kernels {
     void (*scores)(const uint8_t* const* tiles, size_t num_tiles, const float* q, int rows, float* s, size_t stride);
     // s = exp(s - max(s)) / sum: softmax in place over n numbers, -inf gives 0; all -inf gives all 0.
     void (*softmax)(float* s, size_t n);
-    // Fill a tile with count tokens from k, v [count, D] (row strides in floats), and zero codes beyond. Only codes, scales and
-    // mins are written; the header is the caller's, with layout and count set.
+    // Fill a tile with count tokens from k, v [count, D] (row strides in floats), and zero codes beyond. Only codes,
+    // scales and mins are written; the header is the caller's, with layout and count set.
     void (*encode)(uint8_t* tile, const float* k, size_t k_stride, const float* v, size_t v_stride, int count);
     // k, v [32, D] of all slots.
     void (*decode)(const uint8_t* tile, float* k, float* v);
@@ -43,8 +43,8 @@ struct Kernels {
     void (*put)(uint8_t* tile, int slot, const float* k, const float* v);
 };
 
-// The best kernels of this machine, or those named ("scalar", "avx2", "avx512", ...). Throws std::invalid_argument naming what
-// there is if the name is unknown or this CPU cannot run it.
+// The best kernels of this machine, or those named ("scalar", "avx2", "avx512", ...). Throws std::invalid_argument
+// naming what there is if the name is unknown or this CPU cannot run it.
 const Kernels& kernels(const std::string& isa = "");
 std::vector<std::string> available_isas();  // slowest first
 

@@ -1,6 +1,5 @@
-#include "simd_avx2.hpp"
-
 #include "kernels_impl.hpp"
+#include "simd_avx2.hpp"
 
 namespace crush {
 

@@ -1,6 +1,5 @@
-#include "simd_avx512.hpp"
-
 #include "kernels_impl.hpp"
+#include "simd_avx512.hpp"
 
 namespace crush {
 

@@ -1,6 +1,5 @@
-#include "simd_scalar.hpp"
-
 #include "kernels_impl.hpp"
+#include "simd_scalar.hpp"
 
 namespace crush {
 

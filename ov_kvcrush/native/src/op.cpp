@@ -68,9 +68,7 @@ public:
         copy_prompt_rows();
         const std::lock_guard<std::mutex> lock(store_.mutex());
         if (plan_.num_rows > plan_.num_prompt_rows) stored_rows();
-        staged_rows();
-        outputs_[1].set_shape({scores_.size()});
-        std::copy(scores_.begin(), scores_.end(), outputs_[1].data<float>());
+        capture_staged_rows();
     }
 
 private:
@@ -104,7 +102,6 @@ private:
             if (sequence.capture_rows) {
                 store_.capture_locked(sequence, layer_, q + row * width_, e.num_rows, e.first_position);
             }
-            if (e.wants_scores()) append_scores(e, sequence, views.back());
         }
         const bool wide = outputs_[0].get_element_type() == ov::element::f32;
         if (!wide) result.resize(n * width_);
@@ -116,48 +113,16 @@ private:
         }
     }
 
-    // Of fresh prompts only the queries are wanted, and their scores when the prompt is complete.
-    void staged_rows() {
+    // Of fresh prompts only the queries are wanted.
+    void capture_staged_rows() {
         for (const PlanEntry& e : plan_.entries) {
             if (e.kind != PlanEntry::staged) continue;
             Sequence& sequence = store_.sequence_locked(e.sequence);
-            if (sequence.capture_rows) {
-                std::vector<float> storage;
-                const float* q = float_rows(inputs_[0], static_cast<size_t>(e.row_begin),
-                                            static_cast<size_t>(e.num_rows), width_, storage);
-                store_.capture_locked(sequence, layer_, q, e.num_rows, e.first_position);
-            }
-            if (e.wants_scores()) {
-                std::vector<uint8_t> storage;
-                std::vector<const uint8_t*> pointers;
-                append_scores(e, sequence, store_.staged_views_locked(sequence, layer_, storage, pointers));
-            }
-        }
-    }
-
-    void append_scores(const PlanEntry& e, const Sequence& sequence, const std::vector<HeadView>& views) {
-        require(sequence.capture_rows > 0, "a sequence whose scores are wanted must capture queries", 0);
-        size_t tokens = 0;
-        for (const HeadView& view : views) {
-            for (size_t i = 0; i < view.num_tiles; ++i) tokens += static_cast<size_t>(header(view.tiles[i]).count);
-        }
-        std::vector<float> window;
-        std::vector<int32_t> positions;
-        read_capture(sequence, window, positions);
-        const size_t begin = scores_.size();
-        scores_.resize(begin + tokens * static_cast<size_t>(shape_.num_heads / shape_.num_kv_heads));
-        attention_scores(store_.kernels(), shape_, views.data(), window.data(), positions.data(), positions.size(),
-                         static_cast<Reduce>(e.reduce), scores_.data() + begin, parallel_for());
-    }
-
-    // The captured rows, oldest first.
-    void read_capture(const Sequence& sequence, std::vector<float>& rows, std::vector<int32_t>& positions) const {
-        const Capture& ring = sequence.captures[layer_];
-        const int64_t n = std::min(ring.seen, sequence.capture_rows);
-        for (int64_t i = ring.seen - n; i < ring.seen; ++i) {
-            const size_t slot = static_cast<size_t>(i % sequence.capture_rows);
-            rows.insert(rows.end(), ring.q.begin() + slot * width_, ring.q.begin() + (slot + 1) * width_);
-            positions.push_back(ring.position[slot]);
+            if (!sequence.capture_rows) continue;
+            std::vector<float> storage;
+            const float* q = float_rows(inputs_[0], static_cast<size_t>(e.row_begin), static_cast<size_t>(e.num_rows),
+                                        width_, storage);
+            store_.capture_locked(sequence, layer_, q, e.num_rows, e.first_position);
         }
     }
 
@@ -168,8 +133,64 @@ private:
     ov::TensorVector& outputs_;
     size_t width_ = 0, kv_width_ = 0;
     Plan plan_;
-    std::vector<float> scores_;
 };
+
+// Scores of one layer of one step, for all entries that ask.
+class LayerScores {
+public:
+    LayerScores(Store& store, size_t layer) : store_(store), layer_(layer), shape_(store.config().layers[layer]) {}
+
+    void append(const PlanEntry& e) {
+        const Sequence& sequence = store_.sequence_locked(e.sequence);
+        require(sequence.capture_rows > 0, "a sequence whose scores are wanted must capture queries", 0);
+        std::vector<uint8_t> storage;
+        std::vector<const uint8_t*> pointers;
+        const std::vector<HeadView> views = e.kind == PlanEntry::stored
+                                                ? store_.views_locked(sequence, layer_)
+                                                : store_.staged_views_locked(sequence, layer_, storage, pointers);
+        size_t tokens = 0;
+        for (const HeadView& view : views) {
+            for (size_t i = 0; i < view.num_tiles; ++i) tokens += static_cast<size_t>(header(view.tiles[i]).count);
+        }
+        std::vector<float> window;
+        std::vector<int32_t> positions;
+        read_capture(sequence, window, positions);
+        const size_t begin = scores.size();
+        scores.resize(begin + tokens * static_cast<size_t>(shape_.num_heads / shape_.num_kv_heads));
+        attention_scores(store_.kernels(), shape_, views.data(), window.data(), positions.data(), positions.size(),
+                         static_cast<Reduce>(e.reduce), scores.data() + begin, parallel_for());
+    }
+
+    std::vector<float> scores;
+
+private:
+    // The captured rows, oldest first.
+    void read_capture(const Sequence& sequence, std::vector<float>& rows, std::vector<int32_t>& positions) const {
+        const size_t width = static_cast<size_t>(shape_.num_heads) * shape_.head_size;
+        const Capture& ring = sequence.captures[layer_];
+        const int64_t n = std::min(ring.seen, sequence.capture_rows);
+        for (int64_t i = ring.seen - n; i < ring.seen; ++i) {
+            const size_t slot = static_cast<size_t>(i % sequence.capture_rows);
+            rows.insert(rows.end(), ring.q.begin() + slot * width, ring.q.begin() + (slot + 1) * width);
+            positions.push_back(ring.position[slot]);
+        }
+    }
+
+    Store& store_;
+    const size_t layer_;
+    const LayerShape shape_;
+};
+
+const int32_t* int32_input(const ov::TensorVector& inputs, size_t i) {
+    OPENVINO_ASSERT(inputs[i].get_element_type() == ov::element::i32, "input ", i, " must be int32, got ",
+                    inputs[i].get_element_type());
+    return inputs[i].data<const int32_t>();
+}
+
+std::shared_ptr<Store> find_store(const ov::TensorVector& inputs, size_t i) {
+    require(inputs[i].get_size() == 1, "crush_store must be one id", inputs[i].get_size());
+    return StoreRegistry::find(int32_input(inputs, i)[0]);
+}
 
 }  // namespace
 
@@ -183,7 +204,6 @@ void CrushAttention::validate_and_infer_types() {
     NODE_VALIDATION_CHECK(this, type == ov::element::f32 || type == ov::element::bf16,
                           "q must be float32 or bfloat16, got ", type);
     set_output_type(0, type, get_input_partial_shape(0));
-    set_output_type(1, ov::element::f32, ov::PartialShape{-1});
 }
 
 std::shared_ptr<ov::Node> CrushAttention::clone_with_new_inputs(const ov::OutputVector& arguments) const {
@@ -202,12 +222,8 @@ bool CrushAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVector&
             OPENVINO_ASSERT(type == outputs[0].get_element_type(), "input ", i, " must be of the type of q, got ",
                             type);
         }
-        for (size_t i : {4, 5}) {
-            OPENVINO_ASSERT(inputs[i].get_element_type() == ov::element::i32, "input ", i, " must be int32, got ",
-                            inputs[i].get_element_type());
-        }
-        require(inputs[4].get_size() == 1, "crush_store must be one id", inputs[4].get_size());
-        const std::shared_ptr<Store> store = StoreRegistry::find(inputs[4].data<const int32_t>()[0]);
+        int32_input(inputs, 5);
+        const std::shared_ptr<Store> store = find_store(inputs, 4);
         require(static_cast<size_t>(layer_) < store->config().layers.size(), "layer must be one of the store's",
                 static_cast<size_t>(layer_));
         LayerStep(*store, static_cast<size_t>(layer_), inputs, outputs).run();
@@ -219,7 +235,59 @@ bool CrushAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVector&
     return true;
 }
 
+CrushScores::CrushScores(const ov::OutputVector& arguments, int64_t layers) : Op(arguments), layers_(layers) {
+    constructor_validate_and_infer_types();
+}
+
+void CrushScores::validate_and_infer_types() {
+    NODE_VALIDATION_CHECK(this, get_input_size() == 3, "CrushScores must have 3 inputs, got ", get_input_size());
+    NODE_VALIDATION_CHECK(this, layers_ > 0, "layers must be at least 1, got ", layers_);
+    for (int64_t i = 0; i < layers_; ++i) {
+        set_output_type(static_cast<size_t>(i), ov::element::f32, ov::PartialShape{-1});
+    }
+}
+
+std::shared_ptr<ov::Node> CrushScores::clone_with_new_inputs(const ov::OutputVector& arguments) const {
+    return std::make_shared<CrushScores>(arguments, layers_);
+}
+
+bool CrushScores::visit_attributes(ov::AttributeVisitor& visitor) {
+    visitor.on_attribute("layers", layers_);
+    return true;
+}
+
+bool CrushScores::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+    try {
+        const int32_t* numbers = int32_input(inputs, 2);
+        const size_t size = inputs[2].get_size();
+        const Plan plan = Plan::parse(numbers, size, size > 1 ? static_cast<size_t>(std::max(numbers[1], 0)) : 0);
+        const bool is_wanted =
+            std::any_of(plan.entries.begin(), plan.entries.end(), [](const PlanEntry& e) { return e.wants_scores(); });
+        if (!is_wanted) {
+            for (ov::Tensor& output : outputs) output.set_shape({0});
+            return true;
+        }
+        const std::shared_ptr<Store> store = find_store(inputs, 1);
+        require(static_cast<size_t>(layers_) == store->config().layers.size(), "layers must be as many as the store's",
+                static_cast<size_t>(layers_));
+        const std::lock_guard<std::mutex> lock(store->mutex());
+        for (size_t layer = 0; layer < outputs.size(); ++layer) {
+            LayerScores of_layer(*store, layer);
+            for (const PlanEntry& e : plan.entries) {
+                if (e.wants_scores()) of_layer.append(e);
+            }
+            outputs[layer].set_shape({of_layer.scores.size()});
+            std::copy(of_layer.scores.begin(), of_layer.scores.end(), outputs[layer].data<float>());
+        }
+    } catch (const ov::Exception&) {
+        throw;
+    } catch (const std::exception& error) {
+        OPENVINO_THROW("CrushScores: ", error.what());
+    }
+    return true;
+}
+
 }  // namespace crush
 
-OPENVINO_CREATE_EXTENSIONS(
-    std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<crush::CrushAttention>>()}));
+OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<crush::CrushAttention>>(),
+                                                            std::make_shared<ov::OpExtension<crush::CrushScores>>()}));

@@ -71,25 +71,27 @@ struct SimdAvx2 {
         return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
                 _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
     }
-    static V to_floats(__m256i x, __m256i y) { return {_mm256_cvtepi32_ps(x), _mm256_cvtepi32_ps(y)}; }
-    static V load_u8(const uint8_t* p) {
-        return to_floats(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
-                         _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8))));
+    struct Dwords {
+        __m256i a, b;
+    };
+    static Dwords load_dwords(const uint8_t* p) {
+        return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
     }
-    static V load_u4(const uint8_t* p) {
-        const __m256i x = _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-        const __m256i mask = _mm256_set1_epi32(15);
-        const __m256i low = _mm256_srlv_epi32(x, _mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12));
-        const __m256i high = _mm256_srlv_epi32(x, _mm256_setr_epi32(16, 16, 20, 20, 24, 24, 28, 28));
-        return to_floats(_mm256_and_si256(low, mask), _mm256_and_si256(high, mask));
+    static void store_dwords(uint8_t* p, Dwords d) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), d.a);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), d.b);
     }
-    static V load_u2(const uint8_t* p) {
-        int32_t bits;
-        std::memcpy(&bits, p, sizeof(bits));
-        const __m256i x = _mm256_set1_epi32(bits), mask = _mm256_set1_epi32(3);
-        const __m256i low = _mm256_srlv_epi32(x, _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
-        const __m256i high = _mm256_srlv_epi32(x, _mm256_setr_epi32(16, 18, 20, 22, 24, 26, 28, 30));
-        return to_floats(_mm256_and_si256(low, mask), _mm256_and_si256(high, mask));
+    static Dwords merge(Dwords x, Dwords y, int shift) {
+        return {_mm256_or_si256(x.a, _mm256_slli_epi32(y.a, shift)),
+                _mm256_or_si256(x.b, _mm256_slli_epi32(y.b, shift))};
+    }
+    // The code of BITS bits at SHIFT of each dword.
+    template <int BITS>
+    static V code(Dwords d, int shift) {
+        const __m256i mask = _mm256_set1_epi32((1 << BITS) - 1);
+        return {_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(d.a, shift), mask)),
+                _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(d.b, shift), mask))};
     }
 
     template <Rounding ROUNDING>
@@ -110,9 +112,9 @@ struct SimdAvx2 {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
     }
     // The nearest integers (half to even) of 0 <= a <= 255
-    static void store_bytes(uint8_t* p, V x) {
-        const __m256i a = _mm256_cvtps_epi32(x.a), b = _mm256_cvtps_epi32(x.b);
-        const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
+    static Dwords to_dwords(V x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+    static void store_bytes(uint8_t* p, Dwords d) {
+        const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(d.a, d.b), 0xd8);
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                          _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
     }

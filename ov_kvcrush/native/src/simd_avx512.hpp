@@ -47,22 +47,28 @@ struct SimdAvx512 {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_256(p)), 16));
     }
     static V load_f16(const uint16_t* p) { return _mm512_cvtph_ps(load_256(p)); }
-    static V load_u8(const uint8_t* p) {
-        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    using Dwords = __m512i;
+    static Dwords load_dwords(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    static void store_dwords(uint8_t* p, Dwords d) { _mm512_storeu_si512(p, d); }
+    static Dwords merge(Dwords x, Dwords y, int shift) {
+        return _mm512_or_si512(x, _mm512_slli_epi32(y, static_cast<unsigned>(shift)));
     }
-    // The permutation looks at the low 4 bits of a lane only: it masks and converts in one step.
-    static V load_u4(const uint8_t* p) {
-        const __m512i x = _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-        const __m512i shift = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
-        const V table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        return _mm512_permutexvar_ps(_mm512_srlv_epi32(x, shift), table);
-    }
-    static V load_u2(const uint8_t* p) {
-        int32_t bits;
-        std::memcpy(&bits, p, sizeof(bits));
-        const __m512i shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        const V table = _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
-        return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi32(bits), shift), table);
+    // The code of BITS bits at SHIFT of each dword.
+    template <int BITS>
+    static V code(Dwords d, int shift) {
+        const __m512i low = shift ? _mm512_srli_epi32(d, static_cast<unsigned>(shift)) : d;
+        if constexpr (BITS == 8) {
+            // At both ends one instruction isolates the byte, between them one shuffle does.
+            if (shift == 0) return _mm512_cvtepi32_ps(_mm512_and_si512(d, _mm512_set1_epi32(255)));
+            if (shift == 24) return _mm512_cvtepi32_ps(low);
+            const int at = shift / 8;
+            return _mm512_cvtepi32_ps(
+                _mm512_maskz_shuffle_epi8(0x1111111111111111u, d, _mm512_set4_epi32(12 + at, 8 + at, 4 + at, at)));
+        }
+        // The permutation looks at the low 4 bits of a lane only: it masks and converts in one step.
+        const V table = BITS == 4 ? _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+                                  : _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+        return _mm512_permutexvar_ps(low, table);
     }
 
     template <Rounding ROUNDING>
@@ -79,8 +85,9 @@ struct SimdAvx512 {
         store_256(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16)));
     }
     // The nearest integers (half to even) of 0 <= a <= 255
-    static void store_bytes(uint8_t* p, V x) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+    static Dwords to_dwords(V x) { return _mm512_cvtps_epi32(x); }
+    static void store_bytes(uint8_t* p, Dwords d) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(d));
     }
 
     // x where low < position <= high, else -inf

@@ -1,4 +1,5 @@
-// 16 floats as plain C++: what the other instruction sets are checked against, and what runs where there is none of them.
+// 16 floats as plain C++: what the other instruction sets are checked against, and what runs where there is none of
+// them.
 #pragma once
 
 #include "half.hpp"
@@ -85,14 +86,23 @@ struct SimdScalar {
     static V load_f16(const uint16_t* p) {
         return lanes([&](int i) { return float_of_half(p[i]); });
     }
-    static V load_u8(const uint8_t* p) {
-        return lanes([&](int i) { return static_cast<float>(p[i]); });
+    struct Dwords {
+        uint32_t x[16];
+    };
+    static Dwords load_dwords(const uint8_t* p) {
+        Dwords d;
+        std::memcpy(d.x, p, sizeof(d.x));
+        return d;
     }
-    static V load_u4(const uint8_t* p) {
-        return lanes([&](int i) { return static_cast<float>(p[4 * (i & 1) + (i >> 2)] >> (4 * (i >> 1 & 1)) & 15); });
+    static void store_dwords(uint8_t* p, const Dwords& d) { std::memcpy(p, d.x, sizeof(d.x)); }
+    static Dwords merge(Dwords a, const Dwords& b, int shift) {
+        for (int i = 0; i < 16; ++i) a.x[i] |= b.x[i] << shift;
+        return a;
     }
-    static V load_u2(const uint8_t* p) {
-        return lanes([&](int i) { return static_cast<float>(p[i >> 2] >> (2 * (i & 3)) & 3); });
+    // The code of BITS bits at SHIFT of each dword.
+    template <int BITS>
+    static V code(const Dwords& d, int shift) {
+        return lanes([&](int i) { return static_cast<float>(d.x[i] >> shift & ((1u << BITS) - 1)); });
     }
 
     template <Rounding ROUNDING>
@@ -106,16 +116,19 @@ struct SimdScalar {
         }
     }
     // The nearest integers (half to even) of 0 <= a <= 255
-    static void store_bytes(uint8_t* p, const V& a) {
+    static Dwords to_dwords(const V& a) {
         constexpr float magic = 12582912.f;  // 1.5 * 2^23
-        for (int i = 0; i < 16; ++i) p[i] = static_cast<uint8_t>((a.x[i] + magic) - magic);
+        Dwords d;
+        for (int i = 0; i < 16; ++i) d.x[i] = static_cast<uint32_t>((a.x[i] + magic) - magic);
+        return d;
+    }
+    static void store_bytes(uint8_t* p, const Dwords& d) {
+        for (int i = 0; i < 16; ++i) p[i] = static_cast<uint8_t>(d.x[i]);
     }
 
     // a where low < position <= high, else -inf
     static V keep_between(const V& a, const int32_t* position, int32_t low, int32_t high) {
-        return lanes([&](int i) {
-            return position[i] > low && position[i] <= high ? a.x[i] : -__builtin_inff();
-        });
+        return lanes([&](int i) { return position[i] > low && position[i] <= high ? a.x[i] : -__builtin_inff(); });
     }
     static void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 };

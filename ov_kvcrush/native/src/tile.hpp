@@ -13,29 +13,30 @@ constexpr size_t ALIGNMENT = 64;
 enum class Codec : uint8_t { f32 = 0, bf16 = 1, f16 = 2, u8 = 3, u4 = 4, u2 = 5 };
 
 static constexpr int code_bits(Codec codec) {
-    return codec == Codec::f32   ? 32
-           : codec == Codec::u8  ? 8
-           : codec == Codec::u4  ? 4
-           : codec == Codec::u2  ? 2
-                                 : 16;
+    return codec == Codec::f32 ? 32 : codec == Codec::u8 ? 8 : codec == Codec::u4 ? 4 : codec == Codec::u2 ? 2 : 16;
 }
 static constexpr bool is_quantised(Codec codec) { return codec >= Codec::u8; }
+static constexpr int codes_per_dword(Codec codec) { return 32 / code_bits(codec); }
+static constexpr int code_shift(Codec codec, int i) { return 8 * (i % 4) + code_bits(codec) * (i / 4); }
 
 // Where the parts of a tile lie: bytes from its start. Parts in this order, each at a multiple of 64 bytes:
 //   header        TileHeader, 64 bytes
-//   key codes     channel-major: for each of D channels the codes of 32 tokens (no horizontal sums in q * k)
+//   key codes     channels by tokens, see below
 //   key scale/min f16 [D] each, quantised keys only: per channel within the tile, as KIVI. key = min + code * scale
-//   value codes   token-major: for each of 32 tokens the codes of D channels
+//   value codes   tokens by channels, see below
 //   value scale/min f16 [D / group_size][32] each, quantised values only: per token and group of channels
 //   positions     int32 [32], scattered tiles only; else token t has position base_position + t
-// Codes of 16 neighbours (tokens for keys, channels for values) form a run:
-//   f32, bf16, f16, u8: in order. u2: one dword, code j at bits 2j.
-//   u4: two dwords, code j in dword (j & 1) at bits 4 * (j >> 1): one broadcast of 8 bytes and one shift per lane unpack it.
+// Float codes are matrices: keys [D][32], values [32][D]. So neither q * k nor p * v needs a sum across the lanes of a
+// register. Quantised codes are matrices of dwords, keys [D / n][32] and values [32 / n][D], with n = 32 / bits codes
+// in a dword: of n neighbouring channels of a key, of n neighbouring tokens of a value. Code 4 * j + i of them lies at
+// bits 8 * i + bits * j: after one shift and mask the bytes of a dword are four neighbours, as the int8 dot products of
+// AVX-512 VNNI and AMX want them.
 struct TileLayout {
     Codec key, value;
     bool scattered;
     int head_size;   // D: a multiple of 16, 16..256
-    int group_size;  // channels that share a scale of the values: a multiple of 16 that divides D (unused by float values)
+    int group_size;  // channels that share a scale of the values: a multiple of 16 that divides D (unused by float
+                     // values)
     uint32_t key_codes, key_scale, key_min, value_codes, value_scale, value_min, positions;
     uint32_t bytes;  // of the whole tile
 };
