@@ -181,8 +181,8 @@ class CrushMemory:
             begin += row.num_tokens
             ends[s] = begin
         header = [_PLAN_VERSION, begin, num_prompt_rows, len(order)]
-        # Where PagedAttention is skipped its last output stays and is converted again in every step: so it also gets the
-        # rows of the first step after a prompt, which leaves a small one.
+        # Where PagedAttention is skipped its last output stays, and is converted again in every step: so it also gets
+        # the rows of the first step after a prompt, which leaves a small one.
         paged_rows = begin if staged or self._last_paged_rows != begin else 0
         self._last_paged_rows = paged_rows or self._last_paged_rows
         num_lone_rows = begin - num_prompt_rows if paged_rows else 0

@@ -313,13 +313,15 @@ private:
     alignas(ALIGNMENT) uint8_t value_bytes_[CHUNK * MAX_HEAD * TILE];
 };
 
-void attend_float(const AttendArgs& a, const Visible* chunk, int n) {
-    const uint8_t* tiles[CHUNK];
+void attend_float(const AttendArgs& a, const Visible* chunk, int n, const Visible* after, int num_after) {
+    const uint8_t *tiles[CHUNK], *next[CHUNK];
     for (int i = 0; i < n; ++i) tiles[i] = chunk[i].tile;
+    for (int i = 0; i < num_after; ++i) next[i] = after[i].tile;
     AttendArgs args = a;
     args.tiles = tiles;
     args.num_tiles = static_cast<size_t>(n);
-    args.num_next = 0;
+    args.next_tiles = next;
+    args.num_next = static_cast<size_t>(num_after);
     KERNELS_AVX512.attend(args);
 }
 
@@ -343,7 +345,7 @@ void attend(const AttendArgs& a) {
             if (AmxAttend::takes(*chunk[i].layout))
                 amx.run(chunk + i, end - i, rows, ahead);
             else
-                attend_float(a, chunk + i, end - i);
+                attend_float(a, chunk + i, end - i, chunks[side ^ 1], num_ahead);
         }
         n = num_next;
     }
