@@ -20,6 +20,7 @@ from ov_kvcrush.native import Store, StoreFull
 
 _log = logging.getLogger(__name__)
 
+_RESIDENT_BYTES = 16 << 20  # staging that stays in memory: giving a page back and touching it again takes 5 us
 _PLAN_VERSION = 1
 _STORED, _STAGED = 0, 1  # kinds of plan entries, see native/src/plan.hpp
 
@@ -39,6 +40,7 @@ class CrushMemory:
         self.prefixes: PrefixCache[int] = PrefixCache(store.release, max_prefixes)
         self._staging = staging
         self._reading: set[Sequence] = set()  # prompts that have not taken all the bytes promised to them
+        self._resident_blocks = _RESIDENT_BYTES // staging.bytes_per_block
         self._last_paged_rows = 0  # that PagedAttention was run with
         self._store_id = np.array([store.id], np.int32)
         staging.register(store)
@@ -145,8 +147,9 @@ class CrushMemory:
 
     def _unstage(self, sequence: Sequence) -> None:
         if len(sequence.blocks):
-            self.pool.release(sequence.blocks.ids)
-            self._staging.discard(sequence.blocks.ids)
+            blocks = np.sort(sequence.blocks.ids)
+            self.pool.release(blocks[::-1])  # the lowest are handed out first
+            self._staging.discard(blocks[blocks >= self._resident_blocks])
             sequence.blocks.clear()
 
     def keep(self, sequence: Sequence) -> None:
@@ -185,9 +188,11 @@ class CrushMemory:
         # the rows of the first step after a prompt, which leaves a small one.
         paged_rows = begin if staged or self._last_paged_rows != begin else 0
         self._last_paged_rows = paged_rows or self._last_paged_rows
-        num_lone_rows = begin - num_prompt_rows if paged_rows else 0
+        paged = {}  # what it was given last may stay where it is skipped
+        if paged_rows:
+            paged = with_lone_rows(paged_inputs(staged), begin - num_prompt_rows, self.pool.num_blocks)
         return {
-            **with_lone_rows(paged_inputs(staged), num_lone_rows, self.pool.num_blocks),
+            **paged,
             PAGED_ROWS: np.array([paged_rows], np.int64),
             **row_inputs(order),
             SAMPLED_ROWS: np.array([ends[row.sequence] - 1 for row in rows if row.samples], np.int64),

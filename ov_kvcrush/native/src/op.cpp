@@ -78,8 +78,14 @@ private:
         require(shape.size() == 2 && shape[1] == width_ && shape[0] >= plan_.num_prompt_rows,
                 "PagedAttention must give a row for each of " + std::to_string(plan_.num_prompt_rows) + " prompt rows",
                 shape[0]);
-        const size_t bytes = plan_.num_prompt_rows * width_ * inputs_[0].get_element_type().size();
-        std::memcpy(outputs_[0].data(), inputs_[3].data(), bytes);
+        const size_t row_bytes = width_ * inputs_[0].get_element_type().size();
+        const size_t rows = plan_.num_prompt_rows, at_once = 32;
+        const uint8_t* from = static_cast<const uint8_t*>(inputs_[3].data());
+        uint8_t* to = static_cast<uint8_t*>(outputs_[0].data());
+        parallel_for()((rows + at_once - 1) / at_once, [&](size_t i) {
+            const size_t begin = i * at_once, end = std::min(rows, begin + at_once);
+            std::memcpy(to + begin * row_bytes, from + begin * row_bytes, (end - begin) * row_bytes);
+        });
     }
 
     // All rows behind the prompt rows: append, attend, capture, score.
