@@ -10,10 +10,9 @@ import openvino as ov
 import pytest
 from tiny_models import KINDS, VOCAB_SIZE
 
-from ov_kvcrush import SchedulerConfig
-from ov_kvcrush.engine.block_pool import BlockPool, blocks_for
-from ov_kvcrush.engine.kv_cache import KVCache
-from ov_kvcrush.engine.request import Request, Sequence
+from ov_kvcrush import CacheConfig, SchedulerConfig
+from ov_kvcrush.engine.make_memory import make_memory
+from ov_kvcrush.engine.request import Request
 from ov_kvcrush.engine.runner import Runner
 from ov_kvcrush.engine.sampling_params import SamplingParams
 from ov_kvcrush.engine.scheduler import RowPlan, StepPlan
@@ -21,26 +20,31 @@ from ov_kvcrush.graph.load import load_model
 from ov_kvcrush.graph.rewrite import SAMPLED_ROWS, gather_sampled_rows, use_paged_attention
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+CACHES = {
+    "paged": CacheConfig(attention="paged"),
+    # A staging pool of one or two blocks: the prompt goes through CrushAttention.
+    "crush": CacheConfig("f32", "f32", staging_bytes=70_000, attention="crush"),
+}
 # Row counts of the steps: a prompt in uneven chunks that cross blocks of 32 and windows of 16, then single tokens.
 CHUNKS = (1, 30, 2, 37, 1, 1, 1, 5, 1, 1)
 
 
-def logits_at_chunk_ends(folder: Path, ids: np.ndarray) -> np.ndarray:
+def logits_at_chunk_ends(folder: Path, ids: np.ndarray, cache: CacheConfig) -> np.ndarray:
     """Logits (steps, vocabulary) of the last row of each step."""
-    model = load_model(folder, "CPU", F32)
-    cache = KVCache(model.compiled, SchedulerConfig(num_kv_blocks=8))
-    runner, pool = Runner(model, cache), BlockPool(cache.num_blocks)
+    model = load_model(folder, "CPU", F32, cache.attention)
+    memory = make_memory(model, SchedulerConfig(num_kv_blocks=8), cache)
+    runner = Runner(model, memory)
     sequence = Request(0, ids, SamplingParams(max_new_tokens=1)).sequences[0]
-    for _ in range(blocks_for(len(ids))):
-        sequence.blocks.append(pool.allocate())
-    return np.stack([one_step(runner, sequence, count) for count in CHUNKS])
-
-
-def one_step(runner: Runner, sequence: Sequence, count: int) -> np.ndarray:
-    runner.prepare(StepPlan((RowPlan(sequence, count, True),), (), ()))
-    logits = runner.infer()[0].copy()
-    sequence.num_cached += count
-    return logits
+    assert memory.admit(sequence)
+    logits = []
+    for count in CHUNKS:
+        assert memory.make_room(sequence, count)
+        row = RowPlan(sequence, count, True)
+        runner.prepare(StepPlan((row,), ()))
+        logits.append(runner.infer()[0].copy())
+        sequence.num_cached += count
+        assert not memory.commit([row])
+    return np.stack(logits)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -56,8 +60,11 @@ def test_rows_are_gathered_behind_the_last_attention(kind: str, tiny_ir: Callabl
     assert fed == {"Add", "MatMul"}
 
 
+@pytest.mark.parametrize("attention", list(CACHES))
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_equal_hugging_face(kind: str, tiny_hf: Callable[[str], Path], tiny_ir: Callable[[str], Path]) -> None:
+def test_logits_equal_hugging_face(
+    kind: str, attention: str, tiny_hf: Callable[[str], Path], tiny_ir: Callable[[str], Path]
+) -> None:
     import torch
     import transformers
 
@@ -65,7 +72,7 @@ def test_logits_equal_hugging_face(kind: str, tiny_hf: Callable[[str], Path], ti
     reference = transformers.AutoModelForCausalLM.from_pretrained(tiny_hf(kind), dtype=torch.float32).eval()
     with torch.no_grad():
         expected = reference(torch.from_numpy(ids)[None]).logits[0].numpy()
-    ours = logits_at_chunk_ends(tiny_ir(kind), ids)
+    ours = logits_at_chunk_ends(tiny_ir(kind), ids, CACHES[attention])
     np.testing.assert_allclose(ours, expected[np.cumsum(CHUNKS) - 1], atol=1e-3, rtol=0)
     # The logits must tell positions apart, or agreement would mean little.
     assert expected.std(axis=1).min() > 0.1
