@@ -44,9 +44,11 @@ inline std::vector<int64_t> shape_of(const Input& array) {
 }
 
 inline bool is_contiguous(const Input& array) {
+    for (size_t i = 0; i < array.ndim(); ++i) {
+        if (array.shape(i) == 0) return true;  // numpy's strides of an empty array mean nothing
+    }
     int64_t stride = 1;
     for (size_t i = array.ndim(); i-- > 0;) {
-        if (array.shape(i) == 0) return true;
         if (array.shape(i) != 1 && array.stride(i) != stride) return false;
         stride *= static_cast<int64_t>(array.shape(i));
     }
