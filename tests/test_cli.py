@@ -153,7 +153,10 @@ BAD_ARGUMENTS = {
     "unknown type of values": (["--prompt", "x", "--value-precision", "int8"], "value_precision must be one of f32"),
     "no store": (["--prompt", "x", "--max-kv-mb", "0"], "max_kv_mb must be at least 1, got 0"),
     "store that is no number": (["--prompt", "x", "--max-kv-mb", "1.5"], "--max-kv-mb"),
-    "type that genai has not": (["--prompt", "x", "--engine", "genai", "--value-precision", "u2"], "with engine='genai', got 'u8', 'u2'"),
+    "type that genai has not": (
+        ["--prompt", "x", "--engine", "genai", "--value-precision", "u2"],
+        "with engine='genai', got 'u8', 'u2'",
+    ),
     "part of a GiB for genai": (
         ["--prompt", "x", "--engine", "genai", "--max-kv-mb", "1500"],
         "max_kv_mb must be a multiple of 1024 with engine='genai', whose cache_size is in whole GiB, got 1500",
