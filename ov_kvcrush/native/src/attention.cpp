@@ -281,6 +281,14 @@ void attend(const Kernels& kernels, const LayerShape& shape, const std::vector<A
         parallel(workers, [&](size_t) { job.work(); });
 }
 
+size_t num_scores(const LayerShape& shape, const std::vector<HeadView>& heads) {
+    size_t tokens = 0;
+    for (const HeadView& head : heads) {
+        for (size_t i = 0; i < head.num_tiles; ++i) tokens += static_cast<size_t>(header(head.tiles[i]).count);
+    }
+    return tokens * static_cast<size_t>(shape.num_heads / shape.num_kv_heads);
+}
+
 void attention_scores(const Kernels& kernels, const LayerShape& shape, const HeadView* heads, const float* q,
                       const int32_t* row_position, size_t num_rows, Reduce reduce, float* out,
                       const ParallelFor& parallel) {

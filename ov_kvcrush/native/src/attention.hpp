@@ -40,6 +40,9 @@ void attend(const Kernels&, const LayerShape&, const std::vector<AttendSpan>&, c
 
 enum class Reduce : int32_t { mean = 1, max = 2, sum_squares = 3 };
 
+// Numbers that attention_scores writes over these heads: G for each of their tokens.
+size_t num_scores(const LayerShape&, const std::vector<HeadView>& heads);
+
 // Scores of W query rows [W, H * D] at positions row_position [W]: for each query head h, softmax over all tokens that
 // a row sees, reduced over the W rows. out: for KV head k the G heads of it, [G, tokens of k] each, one after the
 // other; tokens in the order of the tiles (slots beyond a tile's count do not appear).

@@ -6,11 +6,12 @@
 namespace crush {
 
 // Inputs:
-//   0..2  q [T, H * D], k [T, K * D], v [T, K * D]: float32, or all bfloat16; all rows of the step, RoPE applied
+//   0..2  q [T, H * D], k [T, K * D], v [T, K * D]: float32; all rows of the step, RoPE applied
 //   3     output of PagedAttention, of which the prompt rows are read
 //   4     crush_store i32 [1]: id of the store       5  crush_plan i32 [n]: see plan.hpp
 // Output:
-//   [T, H * D], of the type of q: PagedAttention's prompt rows, then the rows computed here
+//   [T, H * D]: PagedAttention's prompt rows, then the rows computed here
+// (bfloat16 tensors are no gain: the plugin puts a conversion to float32 before each Convert to bfloat16.)
 // One output, of a shape that follows from the inputs: with a second of unknown shape the plugin would copy both.
 class CrushAttention : public ov::op::Op {
 public:

@@ -298,11 +298,7 @@ Output<float> PyStore::scores(int64_t seq, int64_t layer, const Input& q, const 
         const std::vector<HeadView> views = sequence.staged_tokens
                                                 ? s->staged_views_locked(sequence, l, storage, pointers)
                                                 : s->views_locked(sequence, l);
-        size_t num_tokens = 0;
-        for (const HeadView& view : views) {
-            for (size_t i = 0; i < view.num_tiles; ++i) num_tokens += static_cast<size_t>(header(view.tiles[i]).count);
-        }
-        out.resize(num_tokens * static_cast<size_t>(shape.num_heads / shape.num_kv_heads));
+        out.resize(num_scores(shape, views));
         attention_scores(s->kernels(), shape, views.data(), queries, row_positions, num_rows, how, out.data(),
                          parallel_for());
     }
