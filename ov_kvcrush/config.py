@@ -6,30 +6,13 @@ import warnings
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ov_kvcrush.errors import CrushError, nearest
+from ov_kvcrush.checks import check_choice, check_integer, known_options
+from ov_kvcrush.errors import CrushError
 
 ENGINES = ("crush", "genai")
 PRECISIONS = ("f32", "bf16", "f16", "u8", "u4", "u2")
 ATTENTIONS = ("auto", "crush", "paged")
 _PRECISION_PROPERTIES = ("KV_CACHE_PRECISION", "KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION")
-
-
-def _check_integer(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise CrushError(f"{name} must be an integer of at least {minimum}, got {value!r}")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise CrushError(f"{name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}")
-
-
-def _known(options: dict[str, Any], cls: type, what: str) -> dict[str, Any]:
-    known = [f.name for f in fields(cls)]
-    for name in options:
-        if name not in known:
-            raise CrushError(f"{what} must be one of {', '.join(known)}, got {name!r}{nearest(str(name), known)}")
-    return options
 
 
 @dataclass(frozen=True)
@@ -55,7 +38,7 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         for name, minimum in (("max_num_batched_tokens", 1), ("num_kv_blocks", 0), ("max_num_seqs", 1)):
-            _check_integer(name, getattr(self, name), minimum)
+            check_integer(name, getattr(self, name), minimum)
         if isinstance(self.cache_size, bool) or not isinstance(self.cache_size, (int, float)) or self.cache_size < 0:
             raise CrushError(f"cache_size must be a number of GiB of at least 0, got {self.cache_size!r}")
 
@@ -71,7 +54,7 @@ class SchedulerConfig:
             return options
         known = [f.name for f in fields(cls)]
         if isinstance(options, dict):
-            return cls(**_known(options, cls, "scheduler option"))
+            return cls(**known_options(options, cls, "scheduler option"))
         if not all(hasattr(options, name) for name in known):
             raise CrushError(f"scheduler_config must be a SchedulerConfig or a dict, got {type(options).__name__}")
         for feature in ("use_cache_eviction", "use_sparse_attention"):
@@ -108,10 +91,10 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         for name in ("key_precision", "value_precision"):
-            _check_choice(name, getattr(self, name), PRECISIONS)
-        _check_choice("attention", self.attention, ATTENTIONS)
+            check_choice(name, getattr(self, name), PRECISIONS)
+        check_choice("attention", self.attention, ATTENTIONS)
         for name, minimum in (("recent_tokens", 0), ("group_size", 16), ("max_bytes", 0), ("staging_bytes", 0)):
-            _check_integer(name, getattr(self, name), minimum)
+            check_integer(name, getattr(self, name), minimum)
         if self.group_size % 16:
             raise CrushError(f"group_size must be a multiple of 16, got {self.group_size}")
 
@@ -124,7 +107,7 @@ class CacheConfig:
             return options
         if not isinstance(options, dict):
             raise CrushError(f"cache_config must be a CacheConfig or a dict, got {type(options).__name__}")
-        return cls(**_known(options, cls, "cache option"))
+        return cls(**known_options(options, cls, "cache option"))
 
     def choose_attention(self) -> str:
         """Return "crush" or "paged". Warns where "auto" must do without the native library.
@@ -172,8 +155,7 @@ def check_engine(engine: str | None, device: str) -> str:
     """Return the engine to use: the one asked for, else "crush" on CPU and "genai" on every other device."""
     if engine is None:
         return "crush" if device.upper().split(".")[0] == "CPU" else "genai"
-    if engine not in ENGINES:
-        raise CrushError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}{nearest(engine, ENGINES)}")
+    check_choice("engine", engine, ENGINES)
     if engine == "crush" and device.upper().split(".")[0] != "CPU":
         raise CrushError(f"device must be CPU with engine='crush', got {device!r}; use engine='genai' on other devices")
     return engine

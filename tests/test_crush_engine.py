@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from tiny_models import VOCAB_SIZE, tiny_model
 
 from model_export import export_model
 from ov_kvcrush import CacheConfig, CrushError, LLMPipeline, ModelError, RequestError, SchedulerConfig, native
+from ov_kvcrush.bench.memory import rss_bytes
 from ov_kvcrush.engine.engine import Engine
 from ov_kvcrush.engine.request import GenerationHandle
 from ov_kvcrush.graph.load import load_model
@@ -186,10 +186,6 @@ def test_one_that_outgrows_the_store_ends_and_the_others_finish(tiny_ir: Callabl
     assert tokens(short) == alone(folder, prompt(30, seed=1))
     assert 60 < len(tokens(long)[0]) < 1000
     assert engine.metrics().kv_cache_size_in_bytes == 0
-
-
-def rss_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_process_grows_by_what_the_store_says(smollm2: Path) -> None:

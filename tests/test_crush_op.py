@@ -12,11 +12,12 @@ import pytest
 from openvino.utils.node_factory import NodeFactory
 
 from ov_kvcrush import native
+from ov_kvcrush.engine.crush_plan import STORED, PlanEntry, write_plan
+from ov_kvcrush.engine.request import REDUCTIONS
 from ov_kvcrush.native import Store
 
 HEADS, KV_HEADS, SIZE = 4, 2, 32
 SHAPE = (HEADS, KV_HEADS, SIZE, 0, SIZE**-0.5)
-STORED, STAGED = 0, 1
 Run = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 
@@ -34,9 +35,9 @@ def run() -> Run:
     model = ov.Model([crush.output(0), scores.output(0)], inputs, "one layer")
     request = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
 
-    def infer(store_id: int, plan: list[int], q: Any, k: Any, v: Any, paged: Any = None) -> tuple[Any, Any]:
+    def infer(store_id: int, plan: Any, q: Any, k: Any, v: Any, paged: Any = None) -> tuple[Any, Any]:
         paged = np.zeros_like(q) if paged is None else paged
-        values = [q, k, v, paged, np.array([store_id], np.int32), np.array(plan, np.int32)]
+        values = [q, k, v, paged, np.array([store_id], np.int32), np.asarray(plan, np.int32)]
         for index, value in enumerate(values):
             request.set_input_tensor(index, ov.Tensor(value))
         request.infer()
@@ -81,7 +82,8 @@ def test_rows_in_several_steps_are_those_of_one(run: Run, store: Store) -> None:
     sequence, begin = new_sequence(store, 70), 0
     for count in (1, 40, 28, 1):
         part = slice(begin, begin + count)
-        out, scores = run(store.id, [1, count, 0, 1, sequence, 0, count, begin, STORED, 0], q[part], k[part], v[part])
+        plan = write_plan(count, 0, [PlanEntry(sequence, 0, count, begin)])
+        out, scores = run(store.id, plan, q[part], k[part], v[part])
         np.testing.assert_allclose(out, expected[part], atol=1e-5)
         assert scores.shape == (0,)
         begin += count
@@ -91,7 +93,7 @@ def test_prompt_rows_pass_through_and_the_others_follow(run: Run, store: Store) 
     q, k, v = rows(9)
     paged = np.random.default_rng(1).standard_normal((9, HEADS * SIZE), np.float32)
     a, b = new_sequence(store, 3), new_sequence(store, 2)
-    plan = [1, 9, 4, 2, a, 4, 3, 0, STORED, 0, b, 7, 2, 0, STORED, 0]
+    plan = write_plan(9, 4, [PlanEntry(a, 4, 3, 0), PlanEntry(b, 7, 2, 0)])
     out, _ = run(store.id, plan, q, k, v, paged)
     np.testing.assert_array_equal(out[:4], paged[:4])
     np.testing.assert_allclose(out[4:7], causal_attention(q[4:7], k[4:7], v[4:7]), atol=1e-5)
@@ -101,7 +103,8 @@ def test_prompt_rows_pass_through_and_the_others_follow(run: Run, store: Store) 
 def test_scores_come_only_where_asked(run: Run, store: Store) -> None:
     q, k, v = rows(6)
     asking, other = new_sequence(store, 3, capture=2), new_sequence(store, 3, capture=2)
-    _, scores = run(store.id, [1, 6, 0, 2, asking, 0, 3, 0, STORED, 1, other, 3, 3, 0, STORED, 0], q, k, v)
+    plan = write_plan(6, 0, [PlanEntry(asking, 0, 3, 0, STORED, REDUCTIONS["mean"]), PlanEntry(other, 3, 3, 0)])
+    _, scores = run(store.id, plan, q, k, v)
     assert scores.shape == (HEADS * 3,)
     np.testing.assert_allclose(scores.reshape(HEADS, 3).sum(axis=1), 1, atol=1e-5)
 
@@ -137,7 +140,7 @@ def test_bad_plan_is_an_error_and_the_next_step_works(name: str, run: Run, store
     with pytest.raises(RuntimeError, match=message):
         run(store.id, plan, q, k, v)
     fresh = new_sequence(store, 3)
-    out, _ = run(store.id, [1, 3, 0, 1, fresh, 0, 3, 0, STORED, 0], q, k, v)
+    out, _ = run(store.id, write_plan(3, 0, [PlanEntry(fresh, 0, 3, 0)]), q, k, v)
     np.testing.assert_allclose(out, causal_attention(q, k, v), atol=1e-5)
 
 
@@ -146,18 +149,18 @@ def test_released_handles_are_errors(run: Run, store: Store) -> None:
     sequence = new_sequence(store, 2)
     store.release(sequence)
     with pytest.raises(RuntimeError, match=f"sequence must be .*, got {sequence}"):
-        run(store.id, [1, 2, 0, 1, sequence, 0, 2, 0, STORED, 0], q, k, v)
+        run(store.id, write_plan(2, 0, [PlanEntry(sequence, 0, 2, 0)]), q, k, v)
     gone = Store(layers=[SHAPE], key="u8", value="u8", recent="f32", recent_tokens=32, group_size=32)
     number = gone.id
     gone.close()
     with pytest.raises(RuntimeError, match=f"crush_store must be .*, got {number}"):
-        run(number, [1, 2, 0, 1, 0, 0, 2, 0, STORED, 0], q, k, v)
+        run(number, write_plan(2, 0, [PlanEntry(0, 0, 2, 0)]), q, k, v)
 
 
 def test_wrong_shapes_are_errors(run: Run, store: Store) -> None:
     q, k, v = rows(2)
     sequence = new_sequence(store, 8)
-    plan = [1, 2, 0, 1, sequence, 0, 2, 0, STORED, 0]
+    plan = write_plan(2, 0, [PlanEntry(sequence, 0, 2, 0)])
     cases: list[tuple[list[np.ndarray], str]] = [
         ([q[:, :-1], k, v], "q must have 128 columns, got 127"),
         ([q, k[:, :32], v], "keys and values must have 64 columns, got 32"),
@@ -167,7 +170,7 @@ def test_wrong_shapes_are_errors(run: Run, store: Store) -> None:
         with pytest.raises(RuntimeError, match=message):
             run(store.id, plan, *(np.ascontiguousarray(t) for t in tensors))
     with pytest.raises(RuntimeError, match="PagedAttention must give a row for each of 2 prompt rows, got 1"):
-        run(store.id, [1, 2, 2, 0], q, k, v, q[:1].copy())
+        run(store.id, write_plan(2, 2, []), q, k, v, q[:1].copy())
 
 
 def test_rows_without_a_place_are_an_error(run: Run, store: Store) -> None:
@@ -175,4 +178,4 @@ def test_rows_without_a_place_are_an_error(run: Run, store: Store) -> None:
     sequence = store.create()
     q, k, v = rows(2)
     with pytest.raises(RuntimeError, match="reserve"):
-        run(store.id, [1, 2, 0, 1, sequence, 0, 2, 0, STORED, 0], q, k, v)
+        run(store.id, write_plan(2, 0, [PlanEntry(sequence, 0, 2, 0)]), q, k, v)

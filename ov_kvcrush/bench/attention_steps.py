@@ -12,12 +12,11 @@ from ov_kvcrush import native
 from ov_kvcrush.bench.attention_graph import CHUNK, Inputs, Shape, Tokens, attention_model, index_of, widths_of
 from ov_kvcrush.engine.block_pool import BLOCK_SIZE
 from ov_kvcrush.engine.crush_memory import with_lone_rows
+from ov_kvcrush.engine.crush_plan import PlanEntry, write_plan
 from ov_kvcrush.engine.kv_cache import KVCache
 from ov_kvcrush.engine.paged_memory import paged_inputs
 from ov_kvcrush.graph.attention import AttentionLayer, attention_ops
 from ov_kvcrush.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, PAGED_ROWS, use_crush_attention
-
-_PLAN_VERSION, _STORED, _NO_SCORES = 1, 0, 0  # see native/src/plan.hpp
 
 
 class StockAttention:
@@ -158,15 +157,15 @@ class CrushAttention:
         """
         self._release()
         self._twins = [self._store.fork(sequence) for sequence in self._sequences]
-        plan = [_PLAN_VERSION, len(self._twins), 0, len(self._twins)]
-        for row, twin in enumerate(self._twins):
+        for twin in self._twins:
             self._store.reserve(twin, 1)
-            plan += [twin, row, 1, self._shape.context, _STORED, _NO_SCORES]
+        entries = [PlanEntry(twin, row, 1, self._shape.context) for row, twin in enumerate(self._twins)]
+        plan = write_plan(len(entries), 0, entries)
         request = self._requests[threads]
         # As in the engine: PagedAttention runs once, so that its output has a shape, and is skipped from then on.
         paged_rows = 0 if threads in self._has_run else len(self._twins)
         self._has_run.add(threads)
-        _set(request, {CRUSH_PLAN: np.array(plan, np.int32), PAGED_ROWS: np.array([paged_rows], np.int64)})
+        _set(request, {CRUSH_PLAN: plan, PAGED_ROWS: np.array([paged_rows], np.int64)})
         return request
 
     def _release(self) -> None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ov_kvcrush import checks
 from ov_kvcrush.config import ENGINES, PRECISIONS
 from ov_kvcrush.engine.block_pool import blocks_for
-from ov_kvcrush.errors import CrushError, ModelError, nearest
+from ov_kvcrush.errors import CrushError, ModelError
 from ov_kvcrush.model_folder import MODEL_NAME, check_model_folder
 from ov_kvcrush.model_info import read_model_info
 
@@ -180,8 +181,8 @@ def check_numbers(option: str, values: tuple[int, ...]) -> None:
 
 def check_choice(option: str, value: str | None, choices: tuple[str, ...]) -> None:
     """Raise CrushError naming the option unless its value is None or one of `choices`."""
-    if value is not None and value not in choices:
-        raise CrushError(f"--{option} must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}")
+    if value is not None:
+        checks.check_choice(f"--{option}", value, choices)
 
 
 def check_precisions(key: str | None, value: str | None, properties: Mapping[str, Property]) -> None:

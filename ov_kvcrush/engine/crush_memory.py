@@ -9,6 +9,7 @@ import numpy as np
 import openvino as ov
 
 from ov_kvcrush.engine.block_pool import BLOCK_SIZE, BlockPool, blocks_for
+from ov_kvcrush.engine.crush_plan import STAGED, STORED, PlanEntry, write_plan
 from ov_kvcrush.engine.kv_cache import KVCache
 from ov_kvcrush.engine.memory import MemoryUse
 from ov_kvcrush.engine.paged_memory import paged_inputs, row_inputs
@@ -21,8 +22,6 @@ from ov_kvcrush.native import Store, StoreFull
 _log = logging.getLogger(__name__)
 
 _RESIDENT_BYTES = 16 << 20  # staging that stays in memory: giving a page back and touching it again takes 5 us
-_PLAN_VERSION = 1
-_STORED, _STAGED = 0, 1  # kinds of plan entries, see native/src/plan.hpp
 
 
 class CrushMemory:
@@ -54,21 +53,18 @@ class CrushMemory:
         low, high = 0, int(self.store.max_bytes / self._bytes_per_block * BLOCK_SIZE) + BLOCK_SIZE
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._bytes_to_hold(middle) <= self.store.max_bytes else (low, middle - 1)
+            low, high = (middle, high) if self.store.bytes_for(middle) <= self.store.max_bytes else (low, middle - 1)
         return low
 
     def refusal(self, num_tokens: int) -> str | None:
         """Why a prompt can never be run; None if it can."""
-        needed = self._bytes_to_hold(num_tokens + 1)
+        needed = self.store.bytes_for(num_tokens + 1)
         if needed <= self.store.max_bytes:
             return None
         return (
             f"prompt must fit into the KV store of {self.store.max_bytes} bytes, got {num_tokens} tokens, "
             f"which take {needed} bytes; raise max_bytes or lower the precision"
         )
-
-    def _bytes_to_hold(self, num_tokens: int) -> int:
-        return self.store.bytes_for(num_tokens)
 
     def _promised(self, without: Sequence | None = None) -> int:
         """Bytes that prompts being read will still take."""
@@ -169,21 +165,21 @@ class CrushMemory:
         self._staging.bind(request)
 
     def step_inputs(self, rows: Items[RowPlan]) -> dict[str, np.ndarray]:
-        """Rows of staged prompts first, for PagedAttention; the others follow. See native/src/plan.hpp for the plan."""
+        """Rows of staged prompts first, for PagedAttention; the others follow."""
         staged = [row for row in rows if len(row.sequence.blocks)]
         order = staged + [row for row in rows if not len(row.sequence.blocks)]
         num_prompt_rows = sum(row.num_tokens for row in staged)
         ends: dict[Sequence, int] = {}
-        plan: list[int] = []
+        entries = []
         begin = 0
         for row in order:
             s = row.sequence
-            kind = _STAGED if begin < num_prompt_rows else _STORED
+            kind = STAGED if begin < num_prompt_rows else STORED
             assert s.stored is not None, "a planned row of a sequence that was not admitted"
-            plan += [s.stored, begin, row.num_tokens, s.num_cached, kind, s.request.reduction_of(row.samples)]
+            reduction = s.request.reduction_of(row.samples)
+            entries.append(PlanEntry(s.stored, begin, row.num_tokens, s.num_cached, kind, reduction))
             begin += row.num_tokens
             ends[s] = begin
-        header = [_PLAN_VERSION, begin, num_prompt_rows, len(order)]
         # Where PagedAttention is skipped its last output stays, and is converted again in every step: so it also gets
         # the rows of the first step after a prompt, which leaves a small one.
         paged_rows = begin if staged or self._last_paged_rows != begin else 0
@@ -197,7 +193,7 @@ class CrushMemory:
             **row_inputs(order),
             SAMPLED_ROWS: np.array([ends[row.sequence] - 1 for row in rows if row.samples], np.int64),
             CRUSH_STORE: self._store_id,
-            CRUSH_PLAN: np.array(header + plan, np.int32),
+            CRUSH_PLAN: write_plan(begin, num_prompt_rows, entries),
         }
 
     def commit(self, rows: Items[RowPlan]) -> list[Sequence]:

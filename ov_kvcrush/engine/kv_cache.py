@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 _ALIGNMENT = 64  # bytes: one cache line, one AVX-512 register
 _FALLBACK_FREE_BYTES = 4 << 30  # where the operating system does not say what is free
-# Names that the store knows, by OpenVINO's.
-PRECISION_OF = {"f32": "f32", "bf16": "bf16", "f16": "f16", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 def free_memory_bytes() -> int:
@@ -99,7 +97,7 @@ class KVCache:
             (keys if kind == "key_cache" else values)[int(layer)] = index
         for place, layer in enumerate(sorted(keys)):
             key, value = keys[layer], values[layer]
-            precision = PRECISION_OF[self._ports[key].element_type.get_type_name()]
+            precision = self._ports[key].element_type.get_type_name()
             store.set_staging(
                 place, self._buffers[key].reshape(-1), self._buffers[value].reshape(-1), self.num_blocks, precision
             )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ov_kvcrush import native
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
-from ov_kvcrush.engine.block_pool import BLOCK_SIZE
+from ov_kvcrush.engine.block_pool import BLOCK_SIZE, blocks_for
 from ov_kvcrush.engine.kv_cache import KVCache, free_memory_bytes
 from ov_kvcrush.engine.memory import Memory
 from ov_kvcrush.engine.paged_memory import PagedCacheMemory
@@ -22,12 +23,11 @@ def make_memory(model: LoadedModel, scheduler: SchedulerConfig, cache: CacheConf
     if model.attention == "paged":
         return PagedCacheMemory(KVCache(model.compiled, lambda size: _paged_blocks(scheduler, size)), max_prefixes)
     from ov_kvcrush.engine.crush_memory import CrushMemory
-    from ov_kvcrush.native import Store
 
     shapes = [(x.num_heads, x.num_kv_heads, x.head_size, x.window, x.scale) for x in model.layers]
 
-    def make_store(max_bytes: int) -> Store:
-        return Store(
+    def make_store(max_bytes: int) -> native.Store:
+        return native.Store(
             layers=shapes, key=cache.key_precision, value=cache.value_precision, recent=model.recent_precision,
             recent_tokens=cache.recent_tokens, group_size=cache.group_size, max_bytes=max_bytes,
         )  # fmt: skip
@@ -46,7 +46,7 @@ def make_memory(model: LoadedModel, scheduler: SchedulerConfig, cache: CacheConf
 def _paged_blocks(config: SchedulerConfig, bytes_per_block: int) -> int:
     if config.num_kv_blocks:
         return config.num_kv_blocks
-    wanted = int(config.cache_size * (1 << 30)) or int(free_memory_bytes() * _FREE_MEMORY_SHARE)
+    wanted = _cache_bytes(config)
     if wanted < bytes_per_block:
         raise OutOfMemory(
             f"cache_size must be at least one block of {BLOCK_SIZE} tokens, {bytes_per_block} bytes, got {wanted} bytes"
@@ -54,10 +54,15 @@ def _paged_blocks(config: SchedulerConfig, bytes_per_block: int) -> int:
     return wanted // bytes_per_block
 
 
-def _store_bytes(config: SchedulerConfig, store: object) -> int:
-    """The limit of a store that is given none: as many tokens as num_kv_blocks have, or cache_size, or half of RAM."""
+def _store_bytes(config: SchedulerConfig, store: native.Store) -> int:
+    """The limit of a store that is given none: what as many tokens as num_kv_blocks have take, else cache_size."""
     if config.num_kv_blocks:
-        return int(store.bytes_for(config.num_kv_blocks * BLOCK_SIZE))  # type: ignore[attr-defined]
+        return store.bytes_for(config.num_kv_blocks * BLOCK_SIZE)
+    return _cache_bytes(config)
+
+
+def _cache_bytes(config: SchedulerConfig) -> int:
+    """cache_size, or half of the free memory."""
     return int(config.cache_size * (1 << 30)) or int(free_memory_bytes() * _FREE_MEMORY_SHARE)
 
 
@@ -71,4 +76,4 @@ def _staging_blocks(config: CacheConfig, context_length: int | None, bytes_per_b
         return config.staging_bytes // bytes_per_block
     tokens = max(context_length or 0, _STAGED_TOKENS)
     fitting = int(free_memory_bytes() * _STAGING_SHARE) // bytes_per_block
-    return max(min(-(-tokens // BLOCK_SIZE), fitting), 1)
+    return max(min(blocks_for(tokens), fitting), 1)

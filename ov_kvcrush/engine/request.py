@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import openvino_genai as ov_genai
 
+from ov_kvcrush.checks import check_choice, check_integer
 from ov_kvcrush.engine.block_pool import BlockTable
 from ov_kvcrush.engine.sampling_params import SamplingParams
 from ov_kvcrush.engine.stop_strings import StopStringTracker
-from ov_kvcrush.errors import CrushError, nearest
 from ov_kvcrush.results import GenerationOutput, RequestStats
 
 FinishReason = ov_genai.GenerationFinishReason
@@ -37,12 +37,8 @@ class ScoreWindow:
     reduce: str = "mean"
 
     def __post_init__(self) -> None:
-        if isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1:
-            raise CrushError(f"rows must be an integer of at least 1, got {self.rows!r}")
-        if self.reduce not in REDUCTIONS:
-            raise CrushError(
-                f"reduce must be one of {', '.join(REDUCTIONS)}, got {self.reduce!r}{nearest(self.reduce, REDUCTIONS)}"
-            )
+        check_integer("rows", self.rows, 1)
+        check_choice("reduce", self.reduce, REDUCTIONS)
 
 
 def _no_decoder(ids: list[int]) -> str:

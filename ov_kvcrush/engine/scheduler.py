@@ -113,7 +113,6 @@ class Scheduler:
 
     def _plan_rows(self, sequence: Sequence, budget: int, rows: list[RowPlan], stuck: list[Sequence]) -> int:
         """Plan up to `budget` pending rows of a running sequence; preempt others for them if it must be."""
-        planned = {row.sequence for row in rows}
         num_tokens = min(sequence.num_pending, budget)
         while not self._memory.make_room(sequence, num_tokens):
             if num_tokens > _MIN_CHUNK:
@@ -123,7 +122,8 @@ class Scheduler:
             if victim is sequence and len(self.running) == 1:
                 stuck.append(sequence)
                 return 0
-            if victim in planned:  # it arrived earlier than it was planned here: this one waits for the next step
+            # A victim with planned rows arrived earlier than it was planned here: this one waits for the next step.
+            if any(row.sequence is victim for row in rows):
                 return 0
             self._preempt(victim)
             if victim is sequence:

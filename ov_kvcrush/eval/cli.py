@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ov_kvcrush.bench.environment import describe_environment
-from ov_kvcrush.bench.report import check_writable
+from ov_kvcrush.bench.report import check_writable, write_json
 from ov_kvcrush.bench.settings import parse_properties
 from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.eval.perplexity import DEFAULT_PRECISIONS, Row, parse_precisions, perplexity
@@ -94,7 +93,7 @@ def perplexity_command(
         Console().print(_table(rows))
         if json_path is not None:
             settings = {"text": str(text), "context": context, "positions": positions, "model": str(model)}
-            json_path.write_text(json.dumps(_report(rows, settings), indent=2) + "\n")
+            write_json(json_path, _report(rows, settings))
             console.print(Text(f"written to {json_path}"))
     except CrushError as error:
         console.print(Text(f"error: {error}", style="red"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ov_kvcrush.bench.settings import check_at_least
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.eval.forcing import Forced, force, kl_divergence
@@ -54,9 +55,8 @@ def perplexity(
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[Row]:
     """Measure each config against the f32 cache. Raises CrushError for a text that is too short or cannot be read."""
-    for name, number in (("--context", num_context), ("--positions", num_positions)):
-        if number < 1:
-            raise CrushError(f"{name} must be at least 1, got {number}")
+    check_at_least("context", num_context, 1)
+    check_at_least("positions", num_positions, 1)
     if model_folder is None:
         from ov_kvcrush.default_model import default_model_path
 

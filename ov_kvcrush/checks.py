@@ -1,0 +1,38 @@
+"""Rules for single settings; every config and policy uses the same, so that errors read the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from ov_kvcrush.errors import CrushError, nearest
+
+
+def check_integer(name: str, value: Any, minimum: int) -> None:
+    """Raise CrushError unless value is an integer of at least minimum."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise CrushError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+
+
+def check_fraction(name: str, value: Any, *, zero: bool = False) -> None:
+    """Raise CrushError unless value is a number in (0, 1], or in [0, 1] with `zero`."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1 or (value == 0 and not zero):
+        raise CrushError(f"{name} must be a fraction in {'[' if zero else '('}0, 1], got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise CrushError unless value is one of choices; the error names the nearest."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise CrushError(f"{name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}")
+
+
+def known_options(options: dict[str, Any], cls: Any, what: str) -> dict[str, Any]:
+    """Return options; raise CrushError if one of them is not a field of the dataclass `cls`."""
+    known = [f.name for f in fields(cls)]
+    for name in options:
+        if name not in known:
+            raise CrushError(f"{what} must be one of {', '.join(known)}, got {name!r}{nearest(str(name), known)}")
+    return options
