@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import openvino_genai as ov_genai
 
+from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.results import GenerationOutput, PipelineMetrics, RequestStats, StepSeconds
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """What one request wants of the KV cache.
+
+    keep_kv: leave the KV for a prompt that goes on from it. policy: which tokens stay, None = as the engine was told.
+    protect: spans [begin, end) of the prompt's tokens that stay. system: the span of the system prompt, which stays
+    too; it need not fit the policy's budget.
+    """
+
+    keep_kv: bool = False
+    policy: Policy | None = None
+    protect: tuple[tuple[int, int], ...] = ()
+    system: tuple[int, int] | None = None
 
 
 class Handle(Protocol):
@@ -35,7 +52,7 @@ class Backend(Protocol):
     """An engine: requests are added, `step` moves all of them on."""
 
     def add(
-        self, request_id: int, ids: np.ndarray, config: ov_genai.GenerationConfig, keep_kv: bool = False
+        self, request_id: int, ids: np.ndarray, config: ov_genai.GenerationConfig, cache: CacheUse = ...
     ) -> Handle: ...
 
     def step(self) -> None: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import openvino_genai as ov_genai
 from ov_kvcrush.backend import Handle
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipeline_base import PipelineBase
+from ov_kvcrush.policies.registry import PolicyLike, as_policy
 from ov_kvcrush.prompts import rows_of
+from ov_kvcrush.protect import CacheWish, Protect, system_text
 from ov_kvcrush.results import EncodedGenerationResult, GenerationResult, PerfMetrics
 from ov_kvcrush.streaming import Streamer
 
@@ -57,21 +60,33 @@ class ContinuousBatchingPipeline(PipelineBase):
         return self._options(None, {})
 
     def add_request(
-        self, request_id: int, prompt: Any, generation_config: ov_genai.GenerationConfig | None = None, **options: Any
+        self,
+        request_id: int,
+        prompt: Any,
+        generation_config: ov_genai.GenerationConfig | None = None,
+        *,
+        policy: PolicyLike = None,
+        protect: Protect = (),
+        **options: Any,
     ) -> Handle:
         """Queue one prompt: a text, encoded as it is, or an ov.Tensor of token ids [1, S] or [S].
 
+        policy: which tokens stay in the KV cache, as CacheConfig.policy; None = as the pipeline was told.
+        protect: what a policy must not drop: passages of the prompt, or spans (begin, end) of its tokens.
         Raises RequestError for a prompt or a config that cannot be run, and for an id that is in use.
         """
         if isinstance(request_id, bool) or not isinstance(request_id, int) or not 0 <= request_id <= _MAX_REQUEST_ID:
             raise RequestError(f"request_id must be an integer in 0..2^62-1, got {request_id!r}")
         config = self._options(generation_config, options)
+        wanted = CacheWish(as_policy(policy), protect)
         if isinstance(prompt, str):
-            return self._backend.add(request_id, self._encoder.encode(prompt, self._new_metrics()), config)
-        rows = rows_of(prompt)
-        if len(rows) != 1:
-            raise RequestError(f"prompt must be one row of token ids, got {len(rows)}")
-        return self._backend.add(request_id, rows[0], config)
+            ids = self._encoder.encode(prompt, self._new_metrics())
+        else:
+            rows = rows_of(prompt)
+            if len(rows) != 1:
+                raise RequestError(f"prompt must be one row of token ids, got {len(rows)}")
+            ids = rows[0]
+        return self._backend.add(request_id, ids, config, wanted.of(ids, self._tokenizer))
 
     def step(self) -> None:
         """Run one inference for the requests that are due."""
@@ -86,11 +101,15 @@ class ContinuousBatchingPipeline(PipelineBase):
         prompts: Any,
         generation_config: ov_genai.GenerationConfig | list[ov_genai.GenerationConfig] | None = None,
         streamer: Streamer | None = None,
+        *,
+        policy: PolicyLike = None,
+        protect: Protect = (),
         **options: Any,
     ) -> list[GenerationResult] | list[EncodedGenerationResult]:
         """Run a list of texts, ChatHistory objects or id tensors to their end.
 
         One config holds for all, or a list has one for each. A streamer is for a single prompt and a single sequence.
+        policy, protect: as for `add_request`, for all prompts.
         Returns texts for texts and histories, ids for tensors. Raises RequestError; then none of the prompts is run.
         """
         single = isinstance(prompts, (str, ov_genai.ChatHistory)) or not isinstance(prompts, (list, tuple))
@@ -103,7 +122,12 @@ class ContinuousBatchingPipeline(PipelineBase):
         metrics = self._new_metrics()
         as_text = isinstance(items[0], (str, ov_genai.ChatHistory))
         rows = [self._encode(item, config, metrics) for item, config in zip(items, configs, strict=True)]
-        handles = self._run(rows, configs, streamer, metrics)
+        wanted = CacheWish(as_policy(policy), protect)
+        caches = [
+            replace(wanted, system=system_text(item)).of(ids, self._tokenizer)
+            for item, ids in zip(items, rows, strict=True)
+        ]
+        handles = self._run(rows, configs, streamer, metrics, caches)
         return [self._result(i, handle, rows[i], configs[i], metrics, as_text) for i, handle in enumerate(handles)]  # type: ignore[return-value]
 
     def _configs(self, given: Any, count: int, options: dict[str, Any]) -> list[ov_genai.GenerationConfig]:

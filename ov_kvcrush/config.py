@@ -8,6 +8,8 @@ from typing import Any
 
 from ov_kvcrush.checks import check_choice, check_integer, known_options
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.policies.base import Policy
+from ov_kvcrush.policies.registry import PolicyLike, as_policy
 
 ENGINES = ("crush", "genai")
 PRECISIONS = ("f32", "bf16", "f16", "u8", "u4", "u2")
@@ -77,6 +79,8 @@ class CacheConfig:
     staging_bytes: full-precision blocks that prompts are read on, given back when a prompt is complete. Longer prompts
         are read chunk by chunk through the store, which is slower. 0 = enough for 65536 tokens, or for the model's
         context if that is longer, and at most a quarter of the free memory.
+    policy: which tokens stay: a Policy of `ov_kvcrush.policies`, a name, or a dict with "name" and settings; None =
+        all. A request may ask for another.
     attention: "crush" = the store; "paged" = OpenVINO's own PagedAttention, with none of the above; "auto" = "crush"
         where the native library is there, else "paged".
     """
@@ -87,9 +91,11 @@ class CacheConfig:
     group_size: int = 32
     max_bytes: int = 0
     staging_bytes: int = 0
+    policy: PolicyLike = None
     attention: str = "auto"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "policy", as_policy(self.policy))
         for name in ("key_precision", "value_precision"):
             check_choice(name, getattr(self, name), PRECISIONS)
         check_choice("attention", self.attention, ATTENTIONS)
@@ -109,6 +115,12 @@ class CacheConfig:
             raise CrushError(f"cache_config must be a CacheConfig or a dict, got {type(options).__name__}")
         return cls(**known_options(options, cls, "cache option"))
 
+    @property
+    def eviction_policy(self) -> Policy | None:
+        """`policy`, as it was made when this was built."""
+        assert self.policy is None or isinstance(self.policy, Policy)
+        return self.policy
+
     def choose_attention(self) -> str:
         """Return "crush" or "paged". Warns where "auto" must do without the native library.
 
@@ -119,12 +131,16 @@ class CacheConfig:
         reason = native.why_unavailable() if self.attention != "paged" else None
         if self.attention == "crush" and reason:
             raise CrushError(f"attention must be 'paged' where the native library is missing, got 'crush': {reason}")
+        if self.attention == "paged" and self.eviction_policy and self.eviction_policy.evicts:
+            raise CrushError(f"policy must be 'none' with attention='paged', got {self.eviction_policy.name!r}")
         if self.attention == "paged" and (self.key_precision, self.value_precision) != ("u8", "u8"):
             raise CrushError(
                 "key_precision and value_precision must be left alone with attention='paged', got "
                 f"{self.key_precision!r}, {self.value_precision!r}; it has the property KV_CACHE_PRECISION instead"
             )
         if reason:
+            if self.eviction_policy and self.eviction_policy.evicts:
+                raise CrushError(f"policy must be 'none' where the native library is missing: {reason}")
             warnings.warn(
                 f"the KV cache is not compressed: {reason}. Prompts and answers run on OpenVINO's PagedAttention, "
                 "without key_precision, value_precision and max_bytes",

@@ -12,6 +12,7 @@ import numpy as np
 import openvino as ov
 import openvino_genai as ov_genai
 
+from ov_kvcrush.backend import CacheUse
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.engine.sampling_params import SamplingParams
 from ov_kvcrush.errors import CrushError, ModelError, RequestError, nearest, reason_of
@@ -23,6 +24,7 @@ Status = ov_genai.GenerationStatus
 FinishReason = ov_genai.GenerationFinishReason
 
 _NO_LIMIT = 1 << 40  # tokens
+_AS_CONFIGURED = CacheUse()
 
 
 def genai_cache_properties(config: CacheConfig, properties: dict[str, Any]) -> dict[str, Any]:
@@ -142,12 +144,16 @@ class GenaiBackend:
         self._lock = threading.RLock()
 
     def add(
-        self, request_id: int, ids: np.ndarray, config: ov_genai.GenerationConfig, keep_kv: bool = False
+        self, request_id: int, ids: np.ndarray, config: ov_genai.GenerationConfig, cache: CacheUse = _AS_CONFIGURED
     ) -> GenaiHandle:
-        """Queue a request. `keep_kv` is up to `enable_prefix_caching` of the scheduler config here.
+        """Queue a request. Keeping its KV is up to `enable_prefix_caching` of the scheduler config here, and the policy
+        is that of the pipeline.
 
         Raises RequestError; no other request is touched.
         """
+        if cache.policy is not None or cache.protect:
+            field = "policy" if cache.policy is not None else "protect"
+            raise RequestError(f"{field} must be left out of a request with engine='genai'; give cache_config a policy")
         ids = np.asarray(ids, np.int64).reshape(1, -1)
         if not ids.size:
             raise RequestError("prompt must have at least one token, got an empty one")

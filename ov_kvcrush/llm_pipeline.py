@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from ov_kvcrush.backend import Handle
 from ov_kvcrush.chat import ConversationTokens
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipeline_base import PipelineBase
+from ov_kvcrush.policies.registry import PolicyLike, as_policy
 from ov_kvcrush.prompts import check_text, rows_of
+from ov_kvcrush.protect import CacheWish, Protect, system_text
 from ov_kvcrush.results import DecodedResults, EncodedResults, PerfMetrics
 from ov_kvcrush.streaming import Streamer
 
@@ -86,30 +89,36 @@ class LLMPipeline(PipelineBase):
         inputs: Any,
         generation_config: ov_genai.GenerationConfig | None = None,
         streamer: Streamer | None = None,
+        *,
+        policy: PolicyLike = None,
+        protect: Protect = (),
         **options: Any,
     ) -> Any:
         """Generate from a str, list[str], ChatHistory, ov.Tensor of ids [B, S] or TokenizedInputs.
 
         Returns a str for a str (DecodedResults if several sequences are asked for), DecodedResults for a list or a
         history, EncodedResults for ids. A history keeps its KV for the next turn, as a chat does.
+        policy: which tokens stay in the KV cache, as CacheConfig.policy; None = as the pipeline was told.
+        protect: what a policy must not drop: passages of the prompt, or spans (begin, end) of its tokens.
         Raises RequestError naming the field for anything that cannot be run.
         """
         config = self._options(generation_config, options)
         metrics = self._new_metrics()
+        wanted = CacheWish(as_policy(policy), protect)
         if isinstance(inputs, ov_genai.ChatHistory):
-            return self._generate_turn(inputs, config, streamer, metrics)[0]
+            return self._generate_turn(inputs, config, streamer, metrics, wanted)[0]
         if isinstance(inputs, str) and self._history is not None:
-            return self._generate_in_chat(inputs, config, streamer, metrics)
+            return self._generate_in_chat(inputs, config, streamer, metrics, wanted)
         texts = [inputs] if isinstance(inputs, str) else inputs
         if isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts):
             if not texts:
                 raise RequestError("inputs must have at least one prompt, got none")
             rows = [self._encoder.encode_user_text(text, config, metrics) for text in texts]
-            results = self._decoded(self._run_rows(rows, config, streamer, metrics), rows, config, metrics)
+            results = self._decoded(self._run_rows(rows, config, streamer, metrics, wanted), rows, config, metrics)
             return results.texts[0] if isinstance(inputs, str) and len(results.texts) == 1 else results
         if isinstance(inputs, (ov.Tensor, ov_genai.TokenizedInputs)):
             rows = rows_of(inputs)
-            return self._encoded(self._run_rows(rows, config, streamer, metrics), rows, config, metrics)
+            return self._encoded(self._run_rows(rows, config, streamer, metrics, wanted), rows, config, metrics)
         raise RequestError(
             f"inputs must be a str, list[str], ChatHistory, ov.Tensor or TokenizedInputs, got {type(inputs).__name__}"
         )
@@ -120,24 +129,30 @@ class LLMPipeline(PipelineBase):
         config: ov_genai.GenerationConfig,
         streamer: Streamer | None,
         metrics: PerfMetrics,
-        keep_kv: bool = False,
+        wanted: CacheWish,
     ) -> list[Handle]:
         if streamer is not None and (len(rows) > 1 or config.num_return_sequences > 1):
             raise RequestError(
                 f"streamer must be None for more than one sequence, got one for "
                 f"{len(rows)} prompts x {config.num_return_sequences} sequences"
             )
-        return self._run(rows, [config] * len(rows), streamer, metrics, keep_kv)
+        caches = [wanted.of(ids, self._tokenizer) for ids in rows]
+        return self._run(rows, [config] * len(rows), streamer, metrics, caches)
 
     def _generate_in_chat(
-        self, text: str, config: ov_genai.GenerationConfig, streamer: Streamer | None, metrics: PerfMetrics
+        self,
+        text: str,
+        config: ov_genai.GenerationConfig,
+        streamer: Streamer | None,
+        metrics: PerfMetrics,
+        wanted: CacheWish,
     ) -> Any:
         """One turn of start_chat's conversation. A turn that fails or is cancelled leaves the history as it was."""
         assert self._history is not None
         check_text(text)
         self._history.append({"role": "user", "content": text})
         try:
-            results, status = self._generate_turn(self._history, config, streamer, metrics)
+            results, status = self._generate_turn(self._history, config, streamer, metrics, wanted)
         except BaseException:
             self._history.pop()
             raise
@@ -153,12 +168,14 @@ class LLMPipeline(PipelineBase):
         config: ov_genai.GenerationConfig,
         streamer: Streamer | None,
         metrics: PerfMetrics,
+        wanted: CacheWish,
     ) -> tuple[DecodedResults, ov_genai.GenerationStatus]:
         if not len(history):
             raise RequestError("history must have at least one message, got an empty one")
         text = self._encoder.render(history, metrics)
         ids = self._tokens.encode(text, metrics)
-        handle = self._run_rows([ids], config, streamer, metrics, keep_kv=True)[0]
+        turn = replace(wanted, keep_kv=True, system=system_text(history))
+        handle = self._run_rows([ids], config, streamer, metrics, turn)[0]
         results = self._decoded([handle], [ids], config, metrics)
         if handle.get_status() != CANCEL:
             answer = handle.read_all()[0]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import openvino_genai as ov_genai
 
-from ov_kvcrush.backend import Backend, Handle
+from ov_kvcrush.backend import Backend, CacheUse, Handle
 from ov_kvcrush.config import CacheConfig, SchedulerConfig, check_engine
 from ov_kvcrush.engine.sampling_params import make_generation_config
 from ov_kvcrush.errors import ModelError, reason_of
@@ -79,7 +79,7 @@ class PipelineBase:
         configs: list[ov_genai.GenerationConfig],
         streamer: Streamer | None,
         metrics: PerfMetrics,
-        keep_kv: bool = False,
+        caches: list[CacheUse],
     ) -> list[Handle]:
         """Run prompts to their end together. Fills `metrics`. If anything is raised, none of them is left running."""
         start = time.perf_counter()
@@ -87,8 +87,8 @@ class PipelineBase:
         handles: list[Handle] = []
         goes_on = True
         try:
-            for ids, config in zip(prompts, configs, strict=True):
-                handles.append(self._backend.add(next(self._ids), ids, config, keep_kv))
+            for ids, config, cache in zip(prompts, configs, caches, strict=True):
+                handles.append(self._backend.add(next(self._ids), ids, config, cache))
                 self._active.append(handles[-1])
             while any(handle.get_status() == ov_genai.GenerationStatus.RUNNING for handle in handles):
                 self._backend.step()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 
 import numpy as np
 import openvino as ov
 
 from ov_kvcrush.engine.block_pool import BLOCK_SIZE, BlockPool, blocks_for
 from ov_kvcrush.engine.crush_plan import STAGED, STORED, PlanEntry, write_plan
+from ov_kvcrush.engine.eviction import CacheView, Choice, Eviction, Kept
 from ov_kvcrush.engine.kv_cache import KVCache
 from ov_kvcrush.engine.memory import MemoryUse
 from ov_kvcrush.engine.paged_memory import paged_inputs, row_inputs
@@ -18,10 +20,35 @@ from ov_kvcrush.engine.request import AttentionScores, Sequence
 from ov_kvcrush.engine.scheduler import RowPlan
 from ov_kvcrush.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, PAGED_ROWS, SAMPLED_ROWS
 from ov_kvcrush.native import Store, StoreFull
+from ov_kvcrush.policies.base import Policy
 
 _log = logging.getLogger(__name__)
 
+_ENDLESS = 1 << 31  # tokens: a text whose cache does not grow can be as long as the model's context
 _RESIDENT_BYTES = 16 << 20  # staging that stays in memory: giving a page back and touching it again takes 5 us
+
+
+@dataclass(frozen=True, eq=False)
+class KeptKV:
+    """KV of an ended sequence: its place in the store, what is left of it, by whose choice, and captured queries."""
+
+    stored: int
+    kept: Kept
+    policy: Policy | None
+    num_tokens: int
+    captured_rows: int
+
+    def serves(self, sequence: Sequence, length: int) -> bool:
+        """Whether the first `length` tokens are as they would be if `sequence` had computed them itself."""
+        eviction, captured_rows = sequence.request.eviction, sequence.request.captured_rows
+        rest = len(sequence.ids) - length
+        # Rows behind kept KV attend through the store, several times slower than PagedAttention reads a prompt.
+        if rest > length:
+            return False
+        if self.kept.num_evicted and (length < self.num_tokens or not eviction or eviction.policy != self.policy):
+            return False
+        is_whole = length == self.num_tokens and captured_rows == self.captured_rows
+        return not captured_rows or is_whole or (rest >= captured_rows == self.captured_rows)
 
 
 class CrushMemory:
@@ -29,14 +56,20 @@ class CrushMemory:
 
     A fresh prompt gets staging blocks for all its tokens and attends through PagedAttention; when it is complete the
     store adopts it and the blocks are given back. Every other row attends through the store: decode rows, prompts that
-    go on from kept KV, and prompts that are longer than the staging pool.
+    go on from kept KV, and prompts that are longer than the staging pool. Where a request has a policy, it chooses what
+    a complete prompt leaves, and again whenever the cache has grown over its budget.
+    chunk: rows of one step, at most.
     """
 
-    def __init__(self, store: Store, heads: list[tuple[int, int]], staging: KVCache, max_prefixes: int | None) -> None:
+    def __init__(
+        self, store: Store, heads: list[tuple[int, int]], staging: KVCache, max_prefixes: int | None, chunk: int
+    ) -> None:
         self.store = store
         self._heads = heads  # of each layer: query heads, KV heads
         self.pool = BlockPool(staging.num_blocks - 1)  # the last one is for the rows that are not of a prompt
-        self.prefixes: PrefixCache[int] = PrefixCache(store.release, max_prefixes)
+        self.prefixes: PrefixCache[KeptKV] = PrefixCache(lambda kv: store.release(kv.stored), max_prefixes)
+        self._view = CacheView(store, heads)
+        self._chunk = chunk
         self._staging = staging
         self._reading: set[Sequence] = set()  # prompts that have not taken all the bytes promised to them
         self._resident_blocks = _RESIDENT_BYTES // staging.bytes_per_block
@@ -48,17 +81,26 @@ class CrushMemory:
     # -- how much fits -------------------------------------------------------------------------------------------------
 
     @property
-    def capacity_tokens(self) -> int:
-        """Tokens of the longest sequence whose bytes are within the store's limit."""
-        low, high = 0, int(self.store.max_bytes / self._bytes_per_block * BLOCK_SIZE) + BLOCK_SIZE
+    def can_evict(self) -> bool:
+        """Token by token, for each KV head."""
+        return True
+
+    def capacity_tokens(self, eviction: Eviction | None) -> int:
+        """Tokens of the longest text whose bytes are within the store's limit."""
+        low, high = 0, _ENDLESS
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.store.bytes_for(middle) <= self.store.max_bytes else (low, middle - 1)
+            fits = self._bytes_for(middle, eviction) <= self.store.max_bytes
+            low, high = (middle, high) if fits else (low, middle - 1)
         return low
 
-    def refusal(self, num_tokens: int) -> str | None:
+    def _bytes_for(self, length: int, eviction: Eviction | None) -> int:
+        """The most bytes that the store holds of one text of `length` tokens."""
+        return self.store.bytes_for(eviction.peak_tokens(length, self._chunk) if eviction else length)
+
+    def refusal(self, num_tokens: int, eviction: Eviction | None) -> str | None:
         """Why a prompt can never be run; None if it can."""
-        needed = self.store.bytes_for(num_tokens + 1)
+        needed = self._bytes_for(num_tokens + 1, eviction)
         if needed <= self.store.max_bytes:
             return None
         return (
@@ -71,8 +113,8 @@ class CrushMemory:
         return sum(self._missing(s) for s in self._reading if s is not without)
 
     def _missing(self, sequence: Sequence) -> int:
-        held = 0 if sequence.blocks.ids.size else sequence.num_cached
-        return self.store.bytes_for(len(sequence.ids)) - self.store.bytes_for(held)
+        held = 0 if sequence.blocks.ids.size else sequence.num_cached - sequence.kept.num_evicted
+        return max(self._bytes_for(len(sequence.ids), sequence.request.eviction) - self.store.bytes_for(held), 0)
 
     # -- the life of a sequence ----------------------------------------------------------------------------------------
 
@@ -102,16 +144,16 @@ class CrushMemory:
     def _reuse(self, sequence: Sequence) -> bool:
         """Begin with kept KV if that pays, else with nothing."""
         sequence.num_cached = 0
-        kv, length = self.prefixes.match(sequence.ids[:]) or (None, 0)
-        # Rows behind kept KV attend through the store, several times slower than PagedAttention reads a prompt. And a
-        # captured window of queries must be captured.
-        if kv is None or length < len(sequence.ids) - length or sequence.request.captured_rows:
+        found = self.prefixes.match(sequence.ids[:], lambda kv, length: kv.serves(sequence, length))
+        if found is None:
             return False
+        kv, length = found
         try:
-            sequence.stored = self.store.fork(kv, length)
+            sequence.stored = self.store.fork(kv.stored, None if length == kv.num_tokens else length)
         except StoreFull:
             return False
         sequence.num_cached = length
+        sequence.kept = kv.kept.copy() if length == kv.num_tokens else Kept()
         return True
 
     def make_room(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -130,6 +172,7 @@ class CrushMemory:
         """Share all tiles; who appends to a shared one copies it first."""
         assert parent.stored is not None, "fork() of a sequence that was not admitted"
         twin.stored = self.store.fork(parent.stored)
+        twin.kept = parent.kept.copy()
         parent.free_slots = twin.free_slots = 0
 
     def release(self, sequence: Sequence) -> None:
@@ -140,6 +183,7 @@ class CrushMemory:
             self.store.release(sequence.stored)
         sequence.stored = None
         sequence.free_slots = 0
+        sequence.kept = Kept()
 
     def _unstage(self, sequence: Sequence) -> None:
         if len(sequence.blocks):
@@ -152,7 +196,12 @@ class CrushMemory:
         """Hold the stored KV. A prompt that ends while it is staged leaves nothing."""
         if sequence.stored is None or len(sequence.blocks) or not sequence.num_cached:
             return
-        self.prefixes.put(sequence.ids[: sequence.num_cached], self.store.fork(sequence.stored))
+        request = sequence.request
+        policy = request.eviction.policy if request.eviction else None
+        kv = KeptKV(
+            self.store.fork(sequence.stored), sequence.kept.copy(), policy, sequence.num_cached, request.captured_rows
+        )
+        self.prefixes.put(sequence.ids[: sequence.num_cached], kv)
 
     def drop_kept(self) -> None:
         """Give back the KV of ended sequences."""
@@ -209,6 +258,7 @@ class CrushMemory:
             s.free_slots -= row.num_tokens
             if row.num_tokens > 1 or not s.free_slots:
                 self.store.settle(s.stored)
+            self._evict(s)
             if not s.num_pending:
                 self._reading.discard(s)
         return homeless
@@ -216,13 +266,48 @@ class CrushMemory:
     def _adopt(self, sequence: Sequence) -> bool:
         assert sequence.stored is not None, "a staged sequence without a place in the store"
         self._reading.discard(sequence)
+        choice = self._choose(sequence)
         try:
-            self.store.adopt(sequence.stored, keep_free=self._promised())
+            if choice:
+                self.store.adopt(sequence.stored, choice.offsets, choice.indices, keep_free=self._promised())
+                sequence.kept = choice.kept
+            else:
+                self.store.adopt(sequence.stored, keep_free=self._promised())
         except StoreFull as error:
             _log.warning("request %d ends: %s", sequence.request.request_id, error)
             return False
         self._unstage(sequence)
         return True
+
+    def _evict(self, sequence: Sequence) -> None:
+        """Let the policy choose again if the stored cache has grown over its budget."""
+        choice = self._choose(sequence)
+        if choice is None:
+            return
+        assert sequence.stored is not None
+        try:
+            self.store.compact(sequence.stored, choice.offsets, choice.indices)
+        except StoreFull as error:  # tiles are written anew before the old ones go; the next step tries again
+            _log.warning("request %d keeps its cache: %s", sequence.request.request_id, error)
+            return
+        sequence.kept = choice.kept
+        sequence.free_slots = self.store.free_slots(sequence.stored)
+
+    def _choose(self, sequence: Sequence) -> Choice | None:
+        """What the sequence's policy wants to stay; None if there is nothing to choose now."""
+        eviction, is_fresh = sequence.request.eviction, len(sequence.blocks) > 0
+        length, kept = sequence.num_cached, sequence.kept
+        if eviction is None or not eviction.wants(length, length - kept.num_evicted, is_fresh=is_fresh):
+            return None
+        assert sequence.stored is not None
+        blocks = sequence.blocks.ids
+        return self._view.choose(
+            eviction,
+            sequence.stored,
+            length,
+            kept,
+            (lambda layer: self._staging.read(layer, blocks, length)) if is_fresh else None,
+        )
 
     def split_scores(self, rows: Items[RowPlan], outputs: list[np.ndarray]) -> dict[Sequence, AttentionScores]:
         """The scores of each sequence that asked in this step, from one flat output per layer, before `commit`."""

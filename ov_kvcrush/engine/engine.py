@@ -7,12 +7,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import openvino_genai as ov_genai
 
+from ov_kvcrush.backend import CacheUse
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.engine.answer import finish_reason, settle_answer
+from ov_kvcrush.engine.eviction import Eviction
 from ov_kvcrush.engine.make_memory import make_memory
 from ov_kvcrush.engine.request import FinishReason, GenerationHandle, Request, ScoreWindow, Sequence, Status
 from ov_kvcrush.engine.runner import Runner
@@ -26,6 +29,8 @@ from ov_kvcrush.results import GenerationOutput, PipelineMetrics, StepSeconds
 _log = logging.getLogger(__name__)
 
 Decode = Callable[[list[int]], str]
+
+_AS_CONFIGURED = CacheUse()
 
 
 class Engine:
@@ -46,10 +51,11 @@ class Engine:
         self._config = config
         self._defaults = defaults  # the model's own: its end-of-sequence tokens hold where a request names none
         self._decode = decode  # token ids -> text, for stop strings
-        self.memory = make_memory(model, config, cache_config or CacheConfig())
+        cache_config = cache_config or CacheConfig()
+        self._policy = cache_config.eviction_policy
+        self.memory = make_memory(model, config, cache_config)
         self.scheduler = Scheduler(config, self.memory)
         self._runner = Runner(model, self.memory)
-        self._capacity_tokens = self.memory.capacity_tokens
         self._inbox: deque[GenerationHandle] = deque()
         self._handles: dict[int, GenerationHandle] = {}
         self._lock = threading.RLock()
@@ -59,10 +65,10 @@ class Engine:
         self._max_usage = 0.0
         self._last_step = StepSeconds(0.0, 0.0, 0.0)
 
-    @property
-    def max_tokens(self) -> int:
+    def max_tokens(self, eviction: Eviction | None) -> int:
         """Tokens that prompt and answer of one sequence may have, by the model's context and by the cache's memory."""
-        return min(self._capacity_tokens, self._model.context_length or self._capacity_tokens)
+        capacity = self.memory.capacity_tokens(eviction)
+        return min(capacity, self._model.context_length or capacity)
 
     def end_wanted(self) -> None:
         """End the requests whose handles were told to stop or cancel, without running a step."""
@@ -94,7 +100,7 @@ class Engine:
         """What the last step took."""
         return self._last_step
 
-    def check_prompt(self, ids: np.ndarray) -> np.ndarray:
+    def check_prompt(self, ids: np.ndarray, eviction: Eviction | None = None) -> np.ndarray:
         """Return the prompt as int64 (S,); raise RequestError if this model or this cache cannot run it."""
         ids = np.asarray(ids)
         if ids.size == 0:
@@ -110,7 +116,7 @@ class Engine:
             raise RequestError(
                 f"prompt must be shorter than the model's context of {context} tokens, got {len(ids)} tokens"
             )
-        refusal = self.memory.refusal(len(ids))
+        refusal = self.memory.refusal(len(ids), eviction)
         if refusal:
             raise RequestError(refusal)
         limit = self._config.max_num_batched_tokens
@@ -126,21 +132,25 @@ class Engine:
         request_id: int,
         ids: np.ndarray,
         config: ov_genai.GenerationConfig,
-        keep_kv: bool = False,
+        cache: CacheUse = _AS_CONFIGURED,
         score_window: ScoreWindow | None = None,
     ) -> GenerationHandle:
-        """Check a request and queue it for the next step. `keep_kv` leaves its KV for a prompt that goes on from it.
+        """Check a request and queue it for the next step.
 
         score_window: asks for the attention of the prompt's last tokens, `GenerationHandle.attention_scores`.
         Raises RequestError; no other request is touched.
         """
-        ids = self.check_prompt(ids)
+        eviction = self._eviction(cache)
+        ids = self.check_prompt(ids, eviction)
+        if eviction:
+            eviction.check(len(ids))
+        eviction = _with_system(eviction, cache)
         refuse_unsupported(config)
-        params = SamplingParams.from_config(config, self._defaults, len(ids), self.max_tokens)
+        params = SamplingParams.from_config(config, self._defaults, len(ids), self.max_tokens(eviction))
         if score_window and not self._model.has_scores:
             raise RequestError("score_window must be None with attention='paged', which has no scores per head")
-        keep_kv = keep_kv or self._config.enable_prefix_caching
-        request = Request(request_id, ids, params, self._decode, keep_kv, score_window)
+        keep_kv = cache.keep_kv or self._config.enable_prefix_caching
+        request = Request(request_id, ids, params, self._decode, keep_kv, score_window, eviction)
         handle = GenerationHandle(request)
         with self._add_lock:
             if request_id in self._handles:
@@ -148,6 +158,17 @@ class Engine:
             self._handles[request_id] = handle
             self._inbox.append(handle)
         return handle
+
+    def _eviction(self, cache: CacheUse) -> Eviction | None:
+        """What the request asks for, or the engine was told; None if all tokens stay."""
+        policy = cache.policy or self._policy
+        if policy is None or not policy.evicts:
+            return None
+        if not self.memory.can_evict:
+            raise RequestError(f"policy must be 'none' with attention='paged', got {policy.name!r}")
+        if policy.needs.replay:
+            raise RequestError(f"policy must not need a second reading of the text here, got {policy.name!r}")
+        return Eviction(policy, cache.protect)
 
     def step(self) -> None:
         """Run one inference for as many rows as the plan holds; hand their tokens to the handles.
@@ -190,7 +211,7 @@ class Engine:
         for sequence in plan.out_of_memory:
             _log.warning(
                 "request %d ends after %d tokens: the KV cache of %d tokens is full; give it more memory",
-                sequence.request.request_id, len(sequence.ids), self._capacity_tokens,
+                sequence.request.request_id, len(sequence.ids), self.memory.capacity_tokens(sequence.request.eviction),
             )  # fmt: skip
             self._finish(sequence, FinishReason.LENGTH)
             self._end_if_complete(sequence.request)
@@ -296,3 +317,10 @@ class Engine:
         self._max_usage = max(self._max_usage, usage)
         inference = infer_end - infer_start
         self._last_step = StepSeconds(inference, sampling_s, time.perf_counter() - start - inference)
+
+
+def _with_system(eviction: Eviction | None, cache: CacheUse) -> Eviction | None:
+    """The system prompt stays; it is not held against the budget that the caller chose."""
+    if eviction is None or cache.system is None:
+        return eviction
+    return replace(eviction, spans=(*eviction.spans, cache.system))

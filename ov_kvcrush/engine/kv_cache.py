@@ -56,6 +56,7 @@ class KVCache:
         self._maps: list[mmap.mmap] = []
         self._buffers: list[np.ndarray] = []
         self._tensors: list[Any] = []
+        self._layers = _pairs([p.any_name for p in self._ports])
         self._reserve()
 
     def _reserve(self) -> None:
@@ -91,16 +92,27 @@ class KVCache:
 
     def register(self, store: Store) -> None:
         """Let `store` read the keys and values that PagedAttention writes, layer by layer."""
-        keys, values = ({}, {})  # type: dict[int, int], dict[int, int]
-        for index, port in enumerate(self._ports):
-            kind, _, layer = port.any_name.partition(".")
-            (keys if kind == "key_cache" else values)[int(layer)] = index
-        for place, layer in enumerate(sorted(keys)):
-            key, value = keys[layer], values[layer]
+        for place, (key, value) in enumerate(self._layers):
             precision = self._ports[key].element_type.get_type_name()
             store.set_staging(
                 place, self._buffers[key].reshape(-1), self._buffers[value].reshape(-1), self.num_blocks, precision
             )
+
+    def read(self, layer: int, blocks: np.ndarray, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of the first tokens in `blocks`, float32 (K, num_tokens, D) each."""
+        keys, values = (self._read(index, blocks)[:, :num_tokens] for index in self._layers[layer])
+        return keys, values
+
+    def _read(self, index: int, blocks: np.ndarray) -> np.ndarray:
+        heads, rows, columns = self._block_shapes[index]
+        data = self._buffers[index][blocks]
+        precision = self._ports[index].element_type.get_type_name()
+        if precision == "bf16":
+            numbers = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        else:
+            numbers = data.view(np.float16 if precision == "f16" else np.float32).astype(np.float32)
+        by_block = numbers.reshape(len(blocks), heads, rows, columns)
+        return by_block.transpose(1, 0, 2, 3).reshape(heads, len(blocks) * rows, columns)
 
     def discard(self, blocks: np.ndarray) -> None:
         """Give the memory of `blocks` back to the operating system; they can be written again at any time."""
@@ -117,6 +129,15 @@ class KVCache:
     def capacity_bytes(self) -> int:
         """Bytes of all blocks, used or not."""
         return self.num_blocks * self.bytes_per_block
+
+
+def _pairs(names: list[str]) -> list[tuple[int, int]]:
+    """Indices of the key and the value cache of each layer among names such as "key_cache.0"."""
+    keys, values = ({}, {})  # type: dict[int, int], dict[int, int]
+    for index, name in enumerate(names):
+        kind, _, layer = name.partition(".")
+        (keys if kind == "key_cache" else values)[int(layer)] = index
+    return [(keys[layer], values[layer]) for layer in sorted(keys)]
 
 
 def _runs(blocks: np.ndarray) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ import numpy as np
 import openvino as ov
 
 if TYPE_CHECKING:
+    from ov_kvcrush.engine.eviction import Eviction
     from ov_kvcrush.engine.request import AttentionScores, Sequence
     from ov_kvcrush.engine.scheduler import RowPlan
 
@@ -35,11 +36,15 @@ class Memory(Protocol):
     """
 
     @property
-    def capacity_tokens(self) -> int:
-        """Tokens that one sequence can hold with nothing else in memory."""
+    def can_evict(self) -> bool:
+        """Whether single tokens can be dropped."""
         ...
 
-    def refusal(self, num_tokens: int) -> str | None:
+    def capacity_tokens(self, eviction: Eviction | None) -> int:
+        """Tokens that the text of one sequence can have with nothing else in memory."""
+        ...
+
+    def refusal(self, num_tokens: int, eviction: Eviction | None) -> str | None:
         """Why a prompt of `num_tokens` tokens can never be run, with both numbers; None if it can."""
         ...
 

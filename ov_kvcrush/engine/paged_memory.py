@@ -9,6 +9,7 @@ import numpy as np
 import openvino as ov
 
 from ov_kvcrush.engine.block_pool import BLOCK_SIZE, BlockPool, blocks_for
+from ov_kvcrush.engine.eviction import Eviction
 from ov_kvcrush.engine.kv_cache import KVCache
 from ov_kvcrush.engine.memory import MemoryUse
 from ov_kvcrush.engine.prefix_cache import PrefixCache
@@ -29,16 +30,20 @@ class PagedMemory:
         self._copy_block = copy_block
 
     @property
-    def capacity_tokens(self) -> int:
+    def can_evict(self) -> bool:
+        """A block holds 32 tokens of all heads."""
+        return False
+
+    def capacity_tokens(self, eviction: Eviction | None) -> int:
         """Tokens of all blocks."""
         return self.pool.num_blocks * BLOCK_SIZE
 
-    def refusal(self, num_tokens: int) -> str | None:
+    def refusal(self, num_tokens: int, eviction: Eviction | None) -> str | None:
         """Why a prompt can never be run; None if it can."""
         if blocks_for(num_tokens + 1) <= self.pool.num_blocks:
             return None
         return (
-            f"prompt must fit into the KV cache of {self.capacity_tokens} tokens, got {num_tokens} tokens; "
+            f"prompt must fit into the KV cache of {self.capacity_tokens(None)} tokens, got {num_tokens} tokens; "
             "raise num_kv_blocks or cache_size"
         )
 

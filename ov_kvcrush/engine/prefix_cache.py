@@ -43,15 +43,18 @@ class PrefixCache(Generic[KV]):
         if self._max_prefixes is not None and len(self._prefixes) > self._max_prefixes:
             self._drop(self._prefixes[0])
 
-    def match(self, ids: np.ndarray) -> tuple[KV, int] | None:
+    def match(
+        self, ids: np.ndarray, usable: Callable[[KV, int], bool] = lambda kv, length: True
+    ) -> tuple[KV, int] | None:
         """Find the longest common prefix with `ids`, short of its last token, whose logits are needed.
 
-        Returns what holds it, still the cache's, and the number of common tokens; None if there are none.
+        usable: whether the first `length` tokens of what is kept can serve. Returns what holds them, still the cache's,
+        and their number; None if there are none.
         """
         best, length = None, 0
         for prefix in self._prefixes:
             common = min(common_length(prefix.ids, ids), len(ids) - 1)
-            if common > length:
+            if common > length and usable(prefix.kv, common):
                 best, length = prefix, common
         if best is None:
             return None

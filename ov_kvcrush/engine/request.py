@@ -13,6 +13,7 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.checks import check_choice, check_integer
 from ov_kvcrush.engine.block_pool import BlockTable
+from ov_kvcrush.engine.eviction import Eviction, Kept
 from ov_kvcrush.engine.sampling_params import SamplingParams
 from ov_kvcrush.engine.stop_strings import StopStringTracker
 from ov_kvcrush.results import GenerationOutput, RequestStats
@@ -75,8 +76,8 @@ class Sequence:
     """One growing line of tokens with its KV.
 
     num_cached tokens, counted from the start, have their KV in memory; the others are still to be run.
-    The last three are the memory's: blocks hold the KV of a sequence (or stage that of a prompt), `stored` is its place
-    in the store, `free_slots` tokens can be appended there as it is.
+    The last four are the memory's: blocks hold the KV of a sequence (or stage that of a prompt), `stored` is its place
+    in the store, `free_slots` tokens can be appended there as it is, `kept` is what policies left of it.
     """
 
     def __init__(self, request: Request, index: int, ids: TokenIds) -> None:
@@ -87,6 +88,7 @@ class Sequence:
         self.blocks = BlockTable()
         self.stored: int | None = None
         self.free_slots = 0
+        self.kept = Kept()
         self.logprobs: list[float] = []
         self.cumulative_logprob = 0.0
         self.finish_reason = FinishReason.NONE
@@ -139,6 +141,7 @@ class Request:
         decode: Callable[[list[int]], str] = _no_decoder,
         keep_kv: bool = False,
         score_window: ScoreWindow | None = None,
+        eviction: Eviction | None = None,
     ) -> None:
         self.request_id = request_id
         self.params = params
@@ -148,6 +151,7 @@ class Request:
         self.num_reused_tokens = 0
         self.peak_kv_bytes = 0
         self.score_window = score_window
+        self.eviction = eviction
         self.attention_scores: AttentionScores | None = None  # when the prompt is complete, if a window was asked for
         self.status = Status.RUNNING
         self.arrival = time.perf_counter()
@@ -159,7 +163,8 @@ class Request:
     @property
     def captured_rows(self) -> int:
         """Query rows to be captured while the request runs."""
-        return self.score_window.rows if self.score_window else 0
+        asked = self.score_window.rows if self.score_window else 0
+        return max(asked, self.eviction.window if self.eviction else 0)
 
     def reduction_of(self, samples: bool) -> int:
         """Code of the reduction if rows that sample complete the prompt and scores are wanted of it, else 0."""

@@ -1,0 +1,233 @@
+"""What a policy sees of a sequence in the store, and what becomes of its choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ov_kvcrush.errors import RequestError
+from ov_kvcrush.native import Store
+from ov_kvcrush.policies.base import CacheState, HeadState, LayerState, Needs, Policy, Selection
+
+_TILE = 32  # tokens: what a head's last, partly filled tile can hold beyond its tokens
+PerHead = list[list[np.ndarray]]  # [layer][KV head]
+
+# (layer) -> keys and values of a staged prompt, float32 (K, S, D) each
+ReadStaged = Callable[[int], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """What one request wants of its cache. spans: [begin, end) of the prompt that stay."""
+
+    policy: Policy
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def window(self) -> int:
+        """Query rows to be captured."""
+        return self.policy.needs.window
+
+    def check(self, num_tokens: int) -> None:
+        """Raise RequestError for spans outside of a prompt, and for a budget below what must stay of it."""
+        for begin, end in self.spans:
+            if not 0 <= begin < end <= num_tokens:
+                raise RequestError(
+                    f"protect must be spans (begin, end) with 0 <= begin < end <= {num_tokens}, the prompt's tokens, "
+                    f"got ({begin}, {end})"
+                )
+        budget = self.policy.budget.tokens(num_tokens)
+        always = int(self.policy.protected(num_tokens, self.spans).sum())
+        if self.spans and budget < always:
+            raise RequestError(
+                f"kept tokens must be at least the protected ones, {always} with sinks, recent tokens and spans, "
+                f"got a budget of {budget}"
+            )
+
+    def peak_tokens(self, length: int, chunk: int) -> int:
+        """The most tokens a head holds, on average, while a text of `length` is read in chunks: what to promise for."""
+        budget = self.policy.budget.tokens(length)
+        return min(length, budget + chunk + self.policy.stride + _TILE)
+
+    def wants(self, length: int, cached: int, *, is_fresh: bool) -> bool:
+        """Whether to choose now. cached: tokens a head holds on average. is_fresh: a prompt was just read at once."""
+        if length <= self.policy.budget.min_tokens:
+            return False
+        excess = cached - self.policy.budget.tokens(length)
+        return excess > (0 if is_fresh else self.policy.stride)
+
+
+@dataclass
+class Kept:
+    """What is left of a sequence's cache.
+
+    num_evicted: tokens that a head lost, on average. carried: what the policy remembers, for positions.
+    representatives: of the last choice, positions of tokens that stay for others.
+    """
+
+    num_evicted: int = 0
+    num_choices: int = 0
+    positions: PerHead = field(default_factory=list)
+    carried: PerHead | None = None
+    representatives: PerHead | None = None
+
+    def copy(self) -> Kept:
+        """For a fork: the arrays are never written to."""
+        return Kept(self.num_evicted, self.num_choices, self.positions, self.carried, self.representatives)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A selection in the store's terms: indices (n,) int32 of head h are those from offsets[h] to offsets[h + 1]."""
+
+    offsets: np.ndarray
+    indices: np.ndarray
+    kept: Kept
+
+
+_NO_VECTORS: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """positions: int32 (S,), ascending. indices: where each is among the store's tokens; None where they ascend too."""
+
+    positions: np.ndarray
+    indices: np.ndarray | None
+
+    @classmethod
+    def of(cls, positions: np.ndarray) -> _Order:
+        if np.all(positions[1:] > positions[:-1]):
+            return cls(positions, None)
+        indices = np.argsort(positions, kind="stable").astype(np.int32)
+        return cls(positions[indices], indices)
+
+    def sort(self, values: np.ndarray | None, axis: int) -> np.ndarray | None:
+        return values if values is None or self.indices is None else np.take(values, self.indices, axis=axis)
+
+    def to_store(self, chosen: np.ndarray) -> np.ndarray:
+        """The store's indices of chosen tokens, ascending."""
+        return chosen if self.indices is None else np.sort(self.indices[chosen])
+
+
+class CacheView:
+    """Builds what a policy asks for from the store. heads: (H, K) of each layer."""
+
+    def __init__(self, store: Store, heads: Items[tuple[int, int]]) -> None:
+        self._store = store
+        self._heads = heads
+
+    def choose(
+        self, eviction: Eviction, seq: int, length: int, before: Kept, read_staged: ReadStaged | None = None
+    ) -> Choice:
+        """Ask the policy about a sequence whose text has `length` tokens; read_staged: it is a staged prompt."""
+        policy = eviction.policy
+        orders = self._orders(seq, length, staged=read_staged is not None)
+        layers = tuple(
+            self._layer(policy.needs, seq, layer, order, before, read_staged) for layer, order in enumerate(orders)
+        )
+        state = CacheState(layers, length, policy.protected(length, eviction.spans))
+        selection = policy.select(state, policy.budget.tokens(length))
+        carried = policy.observe(state) if policy.needs.carried else None
+        return _choice(state, selection, orders, carried, before)
+
+    def _orders(self, seq: int, length: int, *, staged: bool) -> list[list[_Order]]:
+        if staged:
+            whole = _Order(np.arange(length, dtype=np.int32), None)
+            return [[whole] * num_kv_heads for _, num_kv_heads in self._heads]
+        return [
+            [_Order.of(self._store.positions(seq, layer, head)) for head in range(num_kv_heads)]
+            for layer, (_, num_kv_heads) in enumerate(self._heads)
+        ]
+
+    def _layer(
+        self,
+        needs: Needs,
+        seq: int,
+        layer: int,
+        orders: list[_Order],
+        before: Kept,
+        read_staged: ReadStaged | None,
+    ) -> LayerState:
+        num_heads, num_kv_heads = self._heads[layer]
+        attention: list[np.ndarray | None] = [None] * num_kv_heads
+        queries: list[np.ndarray | None] = [None] * num_kv_heads
+        vectors = [_NO_VECTORS] * num_kv_heads
+        if needs.window:
+            rows, places = self._store.captured(seq, layer)
+            rows, places = rows[-needs.window :], places[-needs.window :]
+            flat = self._store.scores(seq, layer, rows, places, needs.reduce)
+            attention = list(_split(flat, num_heads // num_kv_heads, [len(order.positions) for order in orders]))
+            if needs.queries:
+                by_head = rows.reshape(len(rows), num_kv_heads, num_heads // num_kv_heads, -1)
+                queries = [by_head[:, head] for head in range(num_kv_heads)]
+        if needs.keys or needs.values:
+            if read_staged:
+                keys, values = read_staged(layer)
+                vectors = list(zip(keys, values, strict=True))
+            else:
+                vectors = [self._store.read(seq, layer, head) for head in range(num_kv_heads)]
+        return tuple(
+            HeadState(
+                positions=order.positions,
+                attention=order.sort(attention[head], axis=1),
+                keys=order.sort(vectors[head][0], axis=0) if needs.keys else None,
+                values=order.sort(vectors[head][1], axis=0) if needs.values else None,
+                queries=queries[head],
+                carried=_carried(order.positions, before, layer, head) if needs.carried else None,
+            )
+            for head, order in enumerate(orders)
+        )
+
+
+def _split(flat: np.ndarray, group: int, lengths: list[int]) -> Iterator[np.ndarray]:
+    begin = 0
+    for length in lengths:
+        yield flat[begin : begin + group * length].reshape(group, length)
+        begin += group * length
+
+
+def _carried(positions: np.ndarray, before: Kept, layer: int, head: int) -> np.ndarray:
+    """What was remembered for each position, 0 for new ones."""
+    values = np.zeros(len(positions), np.float32)
+    if before.carried is not None:
+        known = before.positions[layer][head]  # all still there, but for those of a fork that was cut
+        places = np.searchsorted(positions, known)
+        held = places < len(positions)
+        held[held] = positions[places[held]] == known[held]
+        values[places[held]] = before.carried[layer][head][held]
+    return values
+
+
+def _choice(
+    state: CacheState, selection: Selection, orders: list[list[_Order]], carried: PerHead | None, before: Kept
+) -> Choice:
+    indices = [
+        order.to_store(chosen)
+        for kept, of_layer in zip(selection.kept, orders, strict=True)
+        for chosen, order in zip(kept, of_layer, strict=True)
+    ]
+    sizes = np.array([len(x) for x in indices], np.int64)
+    positions = _picked([[head.positions for head in layer] for layer in state.layers], selection.kept)
+    kept = Kept(
+        num_evicted=state.length - int(sizes.sum()) // len(sizes),
+        num_choices=before.num_choices + 1,
+        positions=positions,
+        carried=None if carried is None else _picked(carried, selection.kept),
+        representatives=_representatives(state, selection),
+    )
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    return Choice(offsets, np.concatenate(indices).astype(np.int32), kept)
+
+
+def _picked(values: PerHead, chosen: PerHead) -> PerHead:
+    return [[x[i] for x, i in zip(a, b, strict=True)] for a, b in zip(values, chosen, strict=True)]
+
+
+def _representatives(state: CacheState, selection: Selection) -> PerHead | None:
+    if selection.representatives is None:
+        return None
+    return _picked([[head.positions for head in layer] for layer in state.layers], selection.representatives)

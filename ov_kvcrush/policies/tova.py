@@ -1,0 +1,37 @@
+"""TOVA: a transformer is an RNN with many states; drop the one that the newest query looks at least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ov_kvcrush.policies.base import LayerState, Needs, Scorer
+
+
+@dataclass(frozen=True)
+class TOVA(Scorer):
+    """Attention of the last query, averaged over all query heads of the layer, so that its KV heads agree.
+
+    Paper: https://arxiv.org/abs/2401.06104. Needs: attention of one query row. Cost: O(K * S * G + length) a layer.
+
+    Departures: tokens are dropped at every choice of the engine, not one by one. Where KV heads hold different tokens,
+    a token's mean is over the heads that still have it.
+    """
+
+    name: ClassVar[str] = "tova"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(window=1)
+
+    def score(self, layer: LayerState, index: int, length: int) -> list[np.ndarray]:
+        total = np.zeros(length)
+        holders = np.zeros(length)
+        for head in layer:
+            assert head.attention is not None
+            total[head.positions] += head.attention.mean(axis=0)
+            holders[head.positions] += 1
+        mean = (total / np.maximum(holders, 1)).astype(np.float32)
+        return [mean[head.positions] for head in layer]
