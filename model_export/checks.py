@@ -63,9 +63,9 @@ def check_target(out: Path, overwrite: bool) -> None:
         raise ExportError(f"OUT must be in a folder that can be written to, got {out}")
 
 
-def check_disk(source: Source, options: WeightOptions | None, out: Path) -> None:
+def check_disk(source: Source, options: WeightOptions | None, out: Path, with_scores: bool = False) -> None:
     """Raise ExportError, with both numbers, if the disk of `out` has too little room for the export."""
-    needed = needed_bytes(source, options)
+    needed = needed_bytes(source, options, with_scores)
     free = shutil.disk_usage(_existing_parent(out)).free
     if free < needed:
         raise ExportError(
@@ -74,14 +74,19 @@ def check_disk(source: Source, options: WeightOptions | None, out: Path) -> None
         )
 
 
-def needed_bytes(source: Source, options: WeightOptions | None) -> int:
-    """Estimate the bytes an export writes. Compressed formats are made from an uncompressed model beside them."""
+def needed_bytes(source: Source, options: WeightOptions | None, with_scores: bool = False) -> int:
+    """Estimate the bytes an export writes. Compressed formats are made from an uncompressed model beside them.
+
+    with_scores: for a while the weights are there twice, when those are in their final format.
+    """
     if options is None:  # a GGUF that keeps its own weights
-        return sum(file.stat().st_size for file in source.files) + DISK_MARGIN_BYTES
-    size = source.num_weights * BYTES_PER_WEIGHT[options.weight_format]
-    if options.weight_format in ("int8", "int4"):
-        size += source.num_weights * BYTES_PER_WEIGHT["fp32"]
-    return int(size) + DISK_MARGIN_BYTES
+        size: float = sum(file.stat().st_size for file in source.files)
+    else:
+        size = source.num_weights * BYTES_PER_WEIGHT[options.weight_format]
+    beside = size if with_scores else 0
+    if options is not None and options.weight_format in ("int8", "int4"):
+        beside = source.num_weights * BYTES_PER_WEIGHT["fp32"]
+    return int(size + beside) + DISK_MARGIN_BYTES
 
 
 def check_gguf(path: Path) -> Source:

@@ -21,6 +21,10 @@ FORMATS_HELP = (
     "How weights are stored: fp32 (exact, large), fp16, int8 (usual choice), int4 (smallest). "
     "Left out: int8; for a GGUF its own quantisation as it is."
 )
+SCORES_HELP = (
+    "Also write openvino_model_scores.xml, a model over the same weights with an output for each layer: how much the "
+    "last W tokens of a step attend to each cached token, mean over them, per head. See docs/attention_scores.md."
+)
 
 
 @app.command()
@@ -37,6 +41,7 @@ def export(
     sym: Annotated[
         bool | None, typer.Option("--sym/--asym", help="int8, int4: without or with zero points (default: with).")
     ] = None,
+    attention_scores: Annotated[int | None, typer.Option(metavar="W", help=SCORES_HELP)] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Read it first.")
     ] = False,
@@ -56,6 +61,8 @@ def export(
 
       ov_kvcrush-export model.Q8_0.gguf my-model    [dim]# keeps the weights of the GGUF, needs no torch[/dim]
 
+      ov_kvcrush-export ./my-model my-model-int8 --attention-scores 32
+
     Then: ov_kvcrush-chat OUT
     """
     console = Console(stderr=True)
@@ -68,6 +75,7 @@ def export(
                 group_size=group_size,
                 ratio=ratio,
                 sym=sym,
+                attention_scores=attention_scores,
                 trust_remote_code=trust_remote_code,
                 overwrite=overwrite,
                 progress=report,

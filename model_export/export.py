@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from model_export.checks import (
     check_target,
 )
 from model_export.options import WeightOptions
+from model_export.scores import check_attention_scores, write_scores_model
 from ov_kvcrush.errors import CrushError, ExportError
 from ov_kvcrush.gguf_model import check_convertible, convert_gguf
 from ov_kvcrush.gguf_reader import read_gguf_header
@@ -45,6 +47,7 @@ def export_model(
     group_size: int | None = None,
     ratio: float | None = None,
     sym: bool | None = None,
+    attention_scores: int | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -55,12 +58,15 @@ def export_model(
     out: a folder that does not exist or is empty (or a model folder, with `overwrite`); it appears only when complete.
     weight_format: fp32, fp16, int8, int4. None: int8; for a GGUF its own quantisation as it is (needs no torch).
     group_size, ratio, sym: see `WeightOptions`.
+    attention_scores: also write `openvino_model_scores.xml`, over the same weights file, with outputs of the attention
+        of the last so many query rows (see `ov_kvcrush.graph.score_outputs`).
     trust_remote_code: run Python code that comes with the model; only for sources you trust.
     progress: called with the name of each stage when it starts.
     Raises ExportError or ModelError before anything heavy if the source, the options or the target cannot work.
     """
     say = progress or (lambda _: None)
     out = Path(out)
+    check_attention_scores(attention_scores)
     is_gguf = str(source).lower().endswith(".gguf")
     options: WeightOptions | None = None
     if weight_format is not None or not is_gguf:
@@ -70,12 +76,12 @@ def export_model(
     check_target(out, overwrite)
     say("checking the source")
     if is_gguf and options is None:
-        return _convert_gguf(Path(source), out, overwrite, say)
+        return _convert_gguf(Path(source), out, attention_scores, overwrite, say)
     checked = _gguf_source(Path(source)) if is_gguf else _hf_source(source, say)
     check_export_installed()
     assert options is not None
-    check_disk(checked, options, out)
-    return _export(checked, out, options, trust_remote_code, overwrite, say)
+    check_disk(checked, options, out, attention_scores is not None)
+    return _export(checked, out, options, attention_scores, trust_remote_code, overwrite, say)
 
 
 def source_sha256(source: Source) -> str:
@@ -89,10 +95,21 @@ def source_sha256(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _convert_gguf(source: Path, out: Path, overwrite: bool, say: Progress) -> ModelInfo:
+def _convert_gguf(source: Path, out: Path, attention_scores: int | None, overwrite: bool, say: Progress) -> ModelInfo:
     checked = _existing_gguf(source)
-    check_disk(checked, None, out)
-    return convert_gguf(source, out, overwrite=overwrite, stage=say)
+    check_disk(checked, None, out, attention_scores is not None)
+
+    def finish(folder: Path, info: ModelInfo) -> ModelInfo:
+        _add_scores(folder, attention_scores, say)
+        return dataclasses.replace(info, attention_scores=attention_scores)
+
+    return convert_gguf(source, out, overwrite=overwrite, stage=say, finish=finish)
+
+
+def _add_scores(folder: Path, window: int | None, say: Progress) -> None:
+    if window is not None:
+        say("adding attention scores")
+        write_scores_model(folder, window)
 
 
 def _existing_gguf(source: Path) -> Source:
@@ -123,7 +140,13 @@ def _hf_source(source: str | os.PathLike[str], say: Progress) -> Source:
 
 
 def _export(
-    source: Source, out: Path, options: WeightOptions, trust_remote_code: bool, overwrite: bool, say: Progress
+    source: Source,
+    out: Path,
+    options: WeightOptions,
+    attention_scores: int | None,
+    trust_remote_code: bool,
+    overwrite: bool,
+    say: Progress,
 ) -> ModelInfo:
     from model_export import pipeline  # imports torch and optimum
 
@@ -135,6 +158,7 @@ def _export(
                 pipeline.export_gguf(source.path, partial, options, say)
             else:
                 pipeline.export_folder(source.path, partial, options, trust_remote_code, say)
+            _add_scores(partial, attention_scores, say)
             say("checking the result")
             config = read_json_object(partial / "config.json")
             if config is None:
@@ -145,6 +169,7 @@ def _export(
                 versions={name: packages.version(name) for name in RECORDED_PACKAGES},
                 source_name=source.name,
                 source_sha256=digest,
+                attention_scores=attention_scores,
             )
             info.write(partial)
             check_model_folder(partial)

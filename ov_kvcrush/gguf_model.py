@@ -47,10 +47,12 @@ def convert_gguf(
     overwrite: bool = False,
     source_name: str | None = None,
     stage: Callable[[str], None] | None = None,
+    finish: Callable[[Path, ModelInfo], ModelInfo] | None = None,
 ) -> ModelInfo:
     """Convert a GGUF file into a model folder, keeping its own weight quantisation, and return what the folder holds.
 
     out: must not exist or be empty, unless `overwrite`; it appears only when complete. stage: told what is being done.
+    finish: may add to the folder before it appears, and returns what the folder then holds.
     Raises ModelError if the file is damaged or truncated (before any conversion), if openvino_genai's converter has
     no support for what it holds, or if the conversion fails.
     """
@@ -70,6 +72,8 @@ def convert_gguf(
             restore_zero_points(header, gguf, partial)
             say("writing the folder")
             _write_configs(header, info, partial)
+            if finish is not None:
+                info = finish(partial, info)
             info.write(partial)
             check_model_folder(partial)
     except FileExistsError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ov_kvcrush.errors import ModelError
 
 MODEL_NAME = "openvino_model"
+SCORES_NAME = "openvino_model_scores"  # an .xml only: its constants are in the model's .bin
 TOKENIZER_NAMES = ("openvino_tokenizer", "openvino_detokenizer")
 _CONSTANT = re.compile(rb'offset="(\d+)"[^>]*?\bsize="(\d+)"')
 
@@ -18,7 +19,8 @@ def check_model_folder(folder: str | os.PathLike[str], tokenizer: bool = True) -
 
     tokenizer: whether tokenizer and detokenizer must be there too.
 
-    Reads the XML files, never the weights: each `.bin` must cover the constants that its `.xml` points to.
+    Reads the XML files, never the weights: each `.bin` must cover the constants that its `.xml` points to. So must the
+    model's for the XML with attention scores, where there is one.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -35,6 +37,9 @@ def check_model_folder(folder: str | os.PathLike[str], tokenizer: bool = True) -
                 "make one with ov_kvcrush-export"
             )
         _check_ir(folder / f"{name}.xml", folder / f"{name}.bin")
+    scores = folder / f"{SCORES_NAME}.xml"
+    if scores.exists():
+        _check_ir(scores, folder / f"{MODEL_NAME}.bin")
 
 
 def _check_ir(xml: Path, weights: Path) -> None:

@@ -17,6 +17,7 @@ from ov_kvcrush.hf_config import head_sizes, pick, rope_of, sliding_windows_of
 FILE_NAME = "ov_kvcrush.json"
 FORMAT_VERSION = 1
 MAX_JSON_BYTES = 4 << 20
+_ABSENT_WHERE_NONE = ("attention_scores",)  # so that folders without them stay as they always were
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ModelInfo:
         keys; `{"type": "none"}` for models without rotary positions.
     weight_format: "fp32", "fp16", "int8", "int4", or "gguf-..." for a GGUF file's own; None when not recorded.
     source_sha256: hash over the weight files and the config that the model was made from; None when not recorded.
+    attention_scores: last query rows that the scores of `openvino_model_scores.xml` are the mean of; None without it.
 
     Raises ModelError that names the field, its rule and the value.
     """
@@ -52,6 +54,7 @@ class ModelInfo:
     source_name: str = ""
     source_sha256: str | None = None
     format_version: int = FORMAT_VERSION
+    attention_scores: int | None = None
 
     def __post_init__(self) -> None:
         _check_count("format_version", self.format_version)
@@ -65,8 +68,9 @@ class ModelInfo:
         for name in ("num_layers", "num_heads", "num_kv_heads", "k_head_size", "v_head_size", "hidden_size"):
             _check_count(name, getattr(self, name))
         _check_count("vocab_size", self.vocab_size)
-        if self.context_length is not None:
-            _check_count("context_length", self.context_length)
+        for name in ("context_length", "attention_scores"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
@@ -136,7 +140,7 @@ class ModelInfo:
             if name not in names:
                 raise ModelError(f"{name!r} must be a field of {FILE_NAME}{nearest(name, names)}, got an unknown one")
         for name in names:
-            if name not in data:
+            if name not in data and name not in _ABSENT_WHERE_NONE:
                 raise ModelError(f"{name} must be present in {FILE_NAME}, got nothing: export the model again")
         values = dict(data)
         if isinstance(values["sliding_windows"], list):
@@ -147,7 +151,7 @@ class ModelInfo:
         """Return the fields as plain JSON values; `from_json` of it equals this object."""
         data = dataclasses.asdict(self)
         data["sliding_windows"] = list(self.sliding_windows)
-        return data
+        return {name: value for name, value in data.items() if value is not None or name not in _ABSENT_WHERE_NONE}
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> ModelInfo | None:

@@ -83,7 +83,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert [file.name for file in tmp_path.iterdir()] == [FILE_NAME]
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ModelInfo)])
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ModelInfo) if f.name != "attention_scores"])
 def test_missing_field_is_named(tmp_path: Path, name: str) -> None:
     data = info().to_json()
     del data[name]
