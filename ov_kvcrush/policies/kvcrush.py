@@ -33,7 +33,7 @@ from ov_kvcrush.policies.kvcrush_pages import (
 from ov_kvcrush.policies.snapkv import SnapKV
 from ov_kvcrush.policies.uniform import Uniform
 
-DEFAULT_WINDOW = 32
+DEFAULT_WINDOW = 16
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class KVCrush(Policy):
     """A host's best tokens, and for the rest of the budget one representative of each group of tokens like each other.
 
     Paper: https://arxiv.org/abs/2503.00022. Needs what its parts need, and with bits="attention" the attention of the
-    scorer's window (of 32 query rows if it has none). Cost of a layer: that of its parts and O(H S), H query heads.
+    scorer's window (of 16 query rows if it has none). Cost of a layer: that of its parts and O(H S), H query heads.
 
     Every token of a layer that may go gets a bit per query head: 1 where the head's attention to it exceeds the head's
     threshold over these tokens. Of the budget, n = share * budget places (rounded; at most what each head has beside

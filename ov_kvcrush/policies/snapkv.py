@@ -41,7 +41,7 @@ class SnapKV(Scorer):
     Departures: one score for a KV head rather than for each of its G query heads, so that the cache does not grow
     G-fold; mean over the rows rather than sum, which orders the same; the window's own tokens are scored and pooled
     with the rest (a policy's recent tokens protect them); neighbours are those in the cache, after an eviction not in
-    the text.
+    the text. The defaults are those of docs/policies.md's measurement, not the paper's 32 and 5.
 
     window: query rows, fewer if the text is shorter. pooling: "avg", "max" or "none". kernel: tokens pooled, odd.
     aggregate: over the G query heads, "mean", "max" or "sum". reduce: over the rows, "mean", "max" or "sum_squares".
@@ -49,9 +49,9 @@ class SnapKV(Scorer):
     """
 
     name: ClassVar[str] = "snapkv"
-    window: int = 32
+    window: int = 16
     pooling: str = "avg"
-    kernel: int = 5
+    kernel: int = 13
     aggregate: str = "mean"
     reduce: str = "mean"
 
