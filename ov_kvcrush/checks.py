@@ -36,3 +36,14 @@ def known_options(options: dict[str, Any], cls: Any, what: str) -> dict[str, Any
         if name not in known:
             raise CrushError(f"{what} must be one of {', '.join(known)}, got {name!r}{nearest(str(name), known)}")
     return options
+
+
+def key_values(option: str, texts: Iterable[str]) -> list[tuple[str, str]]:
+    """Key and value of each KEY=VALUE text. Raises CrushError naming the option for one without either."""
+    pairs = []
+    for text in texts:
+        key, _, value = (part.strip() for part in text.partition("="))
+        if not (key and value):
+            raise CrushError(f"{option} must be KEY=VALUE, got {text!r}")
+        pairs.append((key, value))
+    return pairs

@@ -9,7 +9,7 @@ from typing import Any
 from ov_kvcrush.checks import check_choice, check_integer, known_options
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies.base import Policy
-from ov_kvcrush.policies.registry import PolicyLike, as_policy
+from ov_kvcrush.policies.registry import PolicyLike, as_policy, name_of
 
 ENGINES = ("crush", "genai")
 PRECISIONS = ("f32", "bf16", "f16", "u8", "u4", "u2")
@@ -132,7 +132,7 @@ class CacheConfig:
         if self.attention == "crush" and reason:
             raise CrushError(f"attention must be 'paged' where the native library is missing, got 'crush': {reason}")
         if self.attention == "paged" and self.eviction_policy and self.eviction_policy.evicts:
-            raise CrushError(f"policy must be 'none' with attention='paged', got {self.eviction_policy.name!r}")
+            raise CrushError(f"policy must be 'none' with attention='paged', got {name_of(self.eviction_policy)!r}")
         if self.attention == "paged" and (self.key_precision, self.value_precision) != ("u8", "u8"):
             raise CrushError(
                 "key_precision and value_precision must be left alone with attention='paged', got "

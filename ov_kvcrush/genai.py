@@ -16,7 +16,9 @@ from ov_kvcrush.backend import CacheUse
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.engine.sampling_params import SamplingParams
 from ov_kvcrush.errors import CrushError, ModelError, RequestError, nearest, reason_of
+from ov_kvcrush.genai_eviction import scheduler_fields, translate
 from ov_kvcrush.graph.load import check_device
+from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.precision import paged_precisions
 from ov_kvcrush.results import GenerationOutput, PipelineMetrics, RequestStats, StepSeconds
 
@@ -28,7 +30,10 @@ _AS_CONFIGURED = CacheUse()
 
 
 def genai_cache_properties(config: CacheConfig, properties: dict[str, Any]) -> dict[str, Any]:
-    """The properties that say to openvino_genai what `config` says. Raises CrushError naming what it cannot express."""
+    """The properties that say to openvino_genai what `config` says of memory and precisions.
+
+    Raises CrushError naming what it cannot express.
+    """
     default = CacheConfig()
     for name in ("recent_tokens", "group_size", "max_bytes", "staging_bytes"):
         value = getattr(config, name)
@@ -86,6 +91,16 @@ class GenaiHandle:
         """Everything generated so far, one output for each sequence."""
         return [self._outputs[i] for i in sorted(self._outputs)] or [GenerationOutput([], [], 0.0, FinishReason.NONE)]
 
+    @property
+    def kept_positions(self) -> None:
+        """None: openvino_genai does not tell."""
+        return None
+
+    @property
+    def representative_positions(self) -> None:
+        """None: openvino_genai does not tell."""
+        return None
+
     def stop(self, finish_reason: ov_genai.GenerationFinishReason = FinishReason.STOP) -> None:
         """End the request; what was generated counts as the answer."""
         self.was_told_to_end = True
@@ -128,9 +143,13 @@ class GenaiBackend:
         scheduler_config: Any,
         properties: dict[str, Any],
         defaults: ov_genai.GenerationConfig,
+        policy: Policy | None = None,
     ) -> None:
         check_device(ov.Core(), device)
+        self._eviction = translate(policy, device)
         scheduler = to_genai_scheduler_config(scheduler_config)
+        if self._eviction:
+            scheduler = self._eviction.added_to(scheduler, is_default=scheduler_config is None)
         try:
             self._pipeline = ov_genai.ContinuousBatchingPipeline(
                 str(folder), tokenizer, scheduler, device, **properties
@@ -159,6 +178,8 @@ class GenaiBackend:
             raise RequestError("prompt must have at least one token, got an empty one")
         if config.eos_token_id < 0 and not config.ignore_eos and self._defaults.eos_token_id >= 0:
             config.set_eos_token_id(self._defaults.eos_token_id)
+        if self._eviction:
+            self._eviction.check_request(ids.size, config)
         if config.num_beams == 1:
             # For its checks: openvino_genai has fewer.
             SamplingParams.from_config(config, self._defaults, ids.size, _NO_LIMIT)
@@ -233,7 +254,7 @@ def to_genai_scheduler_config(options: Any) -> ov_genai.SchedulerConfig:
     values = vars(options) if isinstance(options, SchedulerConfig) else options
     if not isinstance(values, dict):
         raise CrushError(f"scheduler_config must be a SchedulerConfig or a dict, got {type(options).__name__}")
-    known = [n for n in dir(config) if not n.startswith("_") and not callable(getattr(config, n))]
+    known = scheduler_fields(config)
     for name, value in values.items():
         if name not in known:
             raise CrushError(f"scheduler option must be one of openvino_genai's, got {name!r}{nearest(name, known)}")

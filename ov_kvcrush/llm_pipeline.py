@@ -17,7 +17,7 @@ from ov_kvcrush.pipeline_base import PipelineBase
 from ov_kvcrush.policies.registry import PolicyLike, as_policy
 from ov_kvcrush.prompts import check_text, rows_of
 from ov_kvcrush.protect import CacheWish, Protect, system_text
-from ov_kvcrush.results import DecodedResults, EncodedResults, PerfMetrics
+from ov_kvcrush.results import DecodedResults, EncodedResults, KeptTokens, PerfMetrics
 from ov_kvcrush.streaming import Streamer
 
 CANCEL = ov_genai.GenerationStatus.CANCEL
@@ -203,6 +203,7 @@ class LLMPipeline(PipelineBase):
                 results.texts.append(echo + self._text(output, metrics))
                 results.scores.append(output.score)
                 results.finish_reasons.append(output.finish_reason)
+            results.kept.append(_kept(handle, ids))
         return results
 
     def _encoded(
@@ -214,4 +215,10 @@ class LLMPipeline(PipelineBase):
                 results.tokens.append((ids.tolist() if config.echo else []) + output.generated_ids)
                 results.scores.append(output.score)
                 results.finish_reasons.append(output.finish_reason)
+            results.kept.append(_kept(handle, ids))
         return results
+
+
+def _kept(handle: Handle, ids: np.ndarray) -> KeptTokens | None:
+    positions = handle.kept_positions
+    return None if positions is None else KeptTokens(ids, positions, handle.representative_positions)

@@ -168,7 +168,8 @@ def make_backend(
 
         if cache_config is not None:
             properties = {**properties, **genai_cache_properties(settings, properties)}
-        return GenaiBackend(folder, tokenizer, device, scheduler_config, properties, config)
+        policy = settings.eviction_policy
+        return GenaiBackend(folder, tokenizer, device, scheduler_config, properties, config, policy)
     from ov_kvcrush.engine.engine import Engine
     from ov_kvcrush.graph.load import load_model
 
@@ -185,6 +186,8 @@ def _add_stats(metrics: PerfMetrics, handle: Handle) -> None:
     metrics.num_input_tokens += stats.num_input_tokens
     metrics.num_reused_tokens += stats.num_reused_tokens
     metrics.kv_bytes += stats.kv_bytes
+    if stats.kept_tokens is not None:
+        metrics.kept_tokens = (metrics.kept_tokens or 0) + stats.kept_tokens
     for times in stats.token_times:
         metrics.num_generated_tokens += len(times)
         if times:

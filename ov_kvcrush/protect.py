@@ -45,8 +45,8 @@ def system_text(history: Any) -> str:
     """The system prompt that a history begins with; "" if there is none or it is no history."""
     if not isinstance(history, ov_genai.ChatHistory) or not len(history):
         return ""
-    first = history[0]
-    content = first["content"] if first["role"] == "system" else ""
+    first = history.get_messages()[0]
+    content = first.get("content") if first.get("role") == "system" else ""
     return content if isinstance(content, str) else ""
 
 

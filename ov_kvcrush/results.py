@@ -33,6 +33,8 @@ class PerfMetrics:
     # Prompt tokens whose KV came from an earlier turn or request instead of being computed.
     num_reused_tokens: int = 0
     kv_bytes: int = 0
+    # Tokens whose KV a head held at the end, on average; None where the engine does not tell.
+    kept_tokens: int | None = None
     ttft_s: list[float] = field(default_factory=list)
     tpot_s: list[float] = field(default_factory=list)
     token_intervals_s: list[float] = field(default_factory=list)
@@ -116,32 +118,60 @@ class GenerationOutput:
 
 
 class StepSeconds(NamedTuple):
-    """What one step took: the inference, sampling, and everything but the inference (planning, inputs, sampling)."""
+    """What one step took: the inference, sampling, and everything but the inference (planning, inputs, sampling).
+
+    policy: the part of the overhead in which policies chose what stays in the cache, scores included, and in which the
+    store did what they chose.
+    """
 
     inference: float
     sampling: float
     overhead: float
+    policy: float = 0.0
 
 
 @dataclass(frozen=True)
 class RequestStats:
-    """What a request took. Moments are seconds of time.perf_counter; token_times has one list per sequence."""
+    """What a request took. Moments are seconds of time.perf_counter; token_times has one list per sequence.
+
+    kept_tokens: tokens whose KV a head of the first sequence holds, on average; after its end, held then. None where
+    the engine does not tell.
+    """
 
     num_input_tokens: int
     num_reused_tokens: int
     arrival: float
     token_times: list[list[float]]
     kv_bytes: int
+    kept_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """What policies left in the cache of a request that has ended.
+
+    ids: int64 (S,), the prompt. positions: [layer][KV head] int32, ascending: the places in the text, prompt and
+    answer, whose KV was still held. representatives: of these, the ones that the last choice kept for others that are
+    like them; None if its policy knows none.
+    """
+
+    ids: np.ndarray
+    positions: list[list[np.ndarray]]
+    representatives: list[list[np.ndarray]] | None = None
 
 
 @dataclass
 class DecodedResults:
-    """Texts of all prompts; with n sequences for each, the first n belong to the first prompt."""
+    """Texts of all prompts; with n sequences for each, the first n belong to the first prompt.
+
+    kept: for each prompt what its first sequence kept; None where nothing was evicted or the engine does not tell.
+    """
 
     texts: list[str]
     scores: list[float]
     perf_metrics: PerfMetrics
     finish_reasons: list[ov_genai.GenerationFinishReason]
+    kept: list[KeptTokens | None] = field(default_factory=list)
 
     def __str__(self) -> str:
         return "\n".join(self.texts)
@@ -149,12 +179,16 @@ class DecodedResults:
 
 @dataclass
 class EncodedResults:
-    """Token ids of all prompts; with n sequences for each, the first n belong to the first prompt."""
+    """Token ids of all prompts; with n sequences for each, the first n belong to the first prompt.
+
+    kept: as of DecodedResults.
+    """
 
     tokens: list[list[int]]
     scores: list[float]
     perf_metrics: PerfMetrics
     finish_reasons: list[ov_genai.GenerationFinishReason]
+    kept: list[KeptTokens | None] = field(default_factory=list)
 
 
 @dataclass

@@ -29,12 +29,13 @@ from ov_kvcrush.bench.report import check_writable, make_ratios, make_row, make_
 from ov_kvcrush.bench.settings import BenchSettings, Cell, parse_numbers, parse_properties
 from ov_kvcrush.default_model import default_model_path
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.policies.registry import build, settings_of
 from ov_kvcrush.precision import plugin_precisions
 
 ROW_FIELDS = {
     *("engine", "policy", "context", "batch", "kept_tokens", "ttft_s", "tpot_ms", "tokens_per_s", "kv_bytes"),
     *("peak_rss_bytes", "policy_ms", "overhead_ms_per_step", "runs", "attention", "key_precision", "value_precision"),
-    *("is_as_asked", "kv_bytes_per_token", "peak_growth_bytes", "held_growth_bytes"),
+    *("is_as_asked", "kv_bytes_per_token", "peak_growth_bytes", "held_growth_bytes", "policy_share"),
 }
 STORED = Storage("CrushAttention", "u8", "u8")
 ENVIRONMENT_FIELDS = {"cpu", "threads", "isa", "os", "python", "versions", "kernel", "total_memory_bytes"}
@@ -79,7 +80,8 @@ def test_report_has_the_promised_fields(report: dict[str, Any]) -> None:
     assert set(report["environment"]["versions"]) == {"openvino", "openvino_genai", "ov_kvcrush"}
     for row in report["rows"]:
         assert set(row) >= ROW_FIELDS
-        assert (row["policy"], row["kept_tokens"], row["policy_ms"]) == ("none", row["context"], 0)
+        assert (row["policy"], row["kept_tokens"]) == ("none", row["context"])
+        assert (row["policy_ms"], row["policy_share"]) == (0, 0)
         assert (row["overhead_ms_per_step"] is None) == (row["engine"] == "genai")
         assert row["peak_rss_bytes"] >= row["load_peak_rss_bytes"] > 0
         assert row["peak_growth_bytes"] > 0
@@ -136,6 +138,64 @@ def test_engines_are_told_the_same() -> None:
     assert (ours.pop("engine"), theirs.pop("engine")) == ("crush", "genai")
     assert ours == theirs
     assert (ours["properties"], ours["max_num_batched_tokens"]) == ({"KV_CACHE_PRECISION": "u8"}, 77)
+
+
+# -- with a policy -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def policy_report(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("bench") / "out.json"
+    shape = ("--context", 300, "--batch", "2", "--new-tokens", 4, "--runs", 1)
+    policy = ("--policy", "kvcrush", "--kept-tokens", 165, "--policy-option", "share=0.5")
+    done = bench(smollm2, *shape, *policy, "--against", "genai-policy", "--json", path)
+    assert done.exit_code == 0, done.output
+    assert "crush / genai-policy" in done.output
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded
+
+
+def test_rows_tell_what_was_kept_and_what_choosing_took(policy_report: dict[str, Any]) -> None:
+    ours, theirs = policy_report["rows"]
+    assert (ours["policy"], ours["kept_tokens"]) == ("kvcrush", 165)
+    assert 0 < ours["policy_ms"] < 1e3 * ours["ttft_s"] * 2
+    assert 0 < ours["policy_share"] < 1
+    assert (theirs["policy"], theirs["kept_tokens"]) == ("kvcrush", 160)
+    assert (theirs["policy_ms"], theirs["policy_share"]) == (None, None)
+    # Bytes of ours are those of the kept tokens, in tiles of 32; theirs once held the whole prompt.
+    assert ours["kv_bytes"] < theirs["kv_bytes"]
+
+
+def test_report_has_all_settings_of_the_policy(policy_report: dict[str, Any]) -> None:
+    asked = build("kvcrush", kept_tokens=165, min_tokens=165, share=0.5)
+    assert policy_report["settings"]["policy"] == settings_of(asked)
+    assert build(**policy_report["settings"]["policy"]) == asked
+
+
+@pytest.mark.parametrize("name", ["kvcrush", "tova"])
+def test_openvino_genai_holds_the_blocks_that_it_is_told_to_keep(name: str, smollm2: Path) -> None:
+    """Its own count of blocks: those of the kept tokens, and the one that is being filled."""
+    chosen = BenchSettings.for_model(
+        smollm2, policy=build(name, kept_tokens=192, min_tokens=192), against="genai-policy", contexts=(500,)
+    )
+    job = chosen.worker_job("genai-policy", Cell(500, 1))
+    eviction = engines.eviction_of(job)
+    assert eviction is not None
+    assert (eviction.kept_tokens, eviction.name) == (192, "kvcrush" if name == "kvcrush" else "snapkv")
+    engine = engines.GenaiUnderTest(job)
+    handle = engine.add(0, random_prompts(1, 500, chosen.vocab_size, 0)[0], 8)
+    for _ in range(6):
+        engine.step()
+    assert handle.can_read()
+    used = engine._pipeline.get_metrics().cache_usage * job["num_kv_blocks"] / 100
+    assert round(used) == 192 // 32 + 1
+
+
+def test_engines_without_the_policy_do_not_evict() -> None:
+    chosen = settings(policy=build("kvcrush"), against="genai")
+    assert engines.eviction_of(chosen.worker_job("genai", Cell(1000, 1))) is None
+    row = make_row(Cell(8, 1), chosen, EngineRuns("genai", 1.0, STORED, runs=[made_up_run()]))
+    assert (row.policy, row.kept_tokens) == ("none", 8)
 
 
 def test_prompts_are_the_same_every_time_and_differ_from_each_other() -> None:
@@ -222,9 +282,9 @@ class FakeHandle:
 class FakeEngine:
     """Prompts end one after the other, as they do in chunks; a request may give fewer tokens than asked for."""
 
-    def __init__(self, missing: int = 0) -> None:
+    def __init__(self, missing: int = 0, tells: bool = True) -> None:
         self.handles: list[FakeHandle] = []
-        self.missing, self.num_steps = missing, 0
+        self.missing, self.tells, self.num_steps = missing, tells, 0
 
     def add(self, request_id: int, ids: np.ndarray, new_tokens: int) -> FakeHandle:
         self.handles.append(FakeHandle(new_tokens - self.missing, begins=len(self.handles) + 1))
@@ -249,6 +309,13 @@ class FakeEngine:
     def last_overhead_s(self) -> float | None:
         return self.num_steps * 1e-3
 
+    def last_policy_s(self) -> float | None:
+        return self.num_steps * 1e-9 if self.tells else None
+
+    def kept_tokens(self, handle: FakeHandle) -> int | None:
+        """Handles have fewer left with every step, so the number tells when it was asked for."""
+        return handle.gives if self.tells else None
+
 
 def test_overhead_counts_the_steps_in_which_all_requests_decode() -> None:
     result = run_once(FakeEngine(), np.zeros((2, 4), np.int64), new_tokens=4)
@@ -260,6 +327,16 @@ def test_overhead_counts_the_steps_in_which_all_requests_decode() -> None:
     assert result.kv_bytes_per_token == pytest.approx(20 / (4 + 3 - 1 + 4 + 2 - 1))
 
 
+def test_policy_work_is_that_of_all_steps_and_kept_tokens_are_those_at_the_first_token() -> None:
+    result = run_once(FakeEngine(), np.zeros((2, 4), np.int64), new_tokens=4)
+    assert result.policy_ms == pytest.approx(1e3 * (1 + 2 + 3 + 4 + 5) * 1e-9)
+    assert result.policy_share is not None
+    assert 0 < result.policy_share < 1
+    assert result.kept_tokens == 3
+    silent = run_once(FakeEngine(tells=False), np.zeros((2, 4), np.int64), new_tokens=4)
+    assert (silent.policy_ms, silent.policy_share, silent.kept_tokens) == (None, None, None)
+
+
 def test_request_that_ends_early_is_no_measurement() -> None:
     with pytest.raises(RuntimeError, match="request 0 must give 4 tokens, got 3"):
         run_once(FakeEngine(missing=1), np.zeros((1, 4), np.int64), new_tokens=4)
@@ -268,7 +345,35 @@ def test_request_that_ends_early_is_no_measurement() -> None:
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 BAD_OPTIONS = {
-    "unknown engine": (("--against", "genei"), "--against must be one of genai, got 'genei' (did you mean 'genai'?)"),
+    "unknown engine": (
+        ("--against", "genei"),
+        "--against must be one of genai, genai-policy, got 'genei' (did you mean 'genai'?)",
+    ),
+    "unknown policy": (("--policy", "kvcrash"), "got 'kvcrash' (did you mean 'kvcrush'?)"),
+    "budget without policy": (("--kept", "0.5"), "--kept must be left out without --policy"),
+    "setting without policy": (("--policy-option", "a=1"), "--policy-option must be left out without --policy"),
+    "two budgets": (
+        ("--policy", "kvcrush", "--kept", "0.5", "--kept-tokens", "64"),
+        "only one of kept and kept_tokens can be given, got 0.5 and 64",
+    ),
+    "budget of none": (
+        ("--policy", "none", "--kept", "0.5"),
+        "kept must be left out with policy 'none', which keeps everything, got 0.5",
+    ),
+    "unknown setting": (("--policy", "snapkv", "--policy-option", "windo=8"), "(did you mean 'window'?)"),
+    "setting of the wrong type": (
+        ("--policy", "snapkv", "--policy-option", "window=8.5"),
+        "window must be an integer of at least 1, got 8.5",
+    ),
+    "policy of attention alone": (("--attention", "--policy", "tova"), "--policy must be left out with --attention"),
+    "no policy to compare with": (
+        ("--against", "genai-policy", "--policy", "none"),
+        "--against genai-policy must come with a --policy that evicts, got none",
+    ),
+    "too few tokens for openvino_genai": (
+        ("--against", "genai-policy", "--policy", "kvcrush", "--kept-tokens", "90"),
+        "kept tokens must be at least 96 for openvino_genai's eviction, got 90",
+    ),
     "no context": (("--context", "0"), "--context must be at least 1, got 0"),
     "negative context": (("--context", "64,-1"), "--context must be at least 1, got -1"),
     "context not a number": (("--context", "1k"), "--context must be whole numbers separated by commas, got '1k'"),
@@ -361,7 +466,7 @@ def test_types_need_the_native_library(monkeypatch: pytest.MonkeyPatch, smollm2:
     chosen = BenchSettings.for_model(smollm2)
     cache, storage = engines._cache_of(chosen.worker_job("crush", Cell(8, 1)))
     assert (cache.attention, storage) == ("paged", Storage("PagedAttention", "u8", "u8"))
-    for changes in ({"key_precision": "u4"}, {"value_precision": "u4"}, {"max_kv_mb": 64}):
+    for changes in ({"key_precision": "u4"}, {"value_precision": "u4"}, {"max_kv_mb": 64}, {"policy": build("tova")}):
         with pytest.raises(CrushError, match=r"left out without the native library, got .*: nobody built it"):
             engines.make_engine(replace(chosen, **changes).worker_job("crush", Cell(8, 1)))
 

@@ -12,20 +12,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import openvino_genai as ov_genai
 import pytest
+from rich.console import Console
 
 from ov_kvcrush import CacheConfig, LLMPipeline, RequestError, SchedulerConfig, native
 from ov_kvcrush.cli import prompt as prompt_module
 from ov_kvcrush.cli import reader as reader_module
 from ov_kvcrush.cli.chat import run
 from ov_kvcrush.cli.conversation import Conversation
+from ov_kvcrush.cli.kept import EVICTED, KEPT, KEPT_BY_FEW, STANDS, STANDS_FOR_FEW, fates, pieces, show_kept
 from ov_kvcrush.cli.options import ChatOptions
 from ov_kvcrush.cli.output import AnswerWriter, Messages, visible
+from ov_kvcrush.cli.policy_options import PolicyOptions
 from ov_kvcrush.cli.prompt import one_prompt
 from ov_kvcrush.cli.reader import Message, MessageReader
 from ov_kvcrush.cli.session import Session
+from ov_kvcrush.policies.registry import build, describe, names
+from ov_kvcrush.results import KeptTokens
 
 ROOT = Path(__file__).parents[1]
 CHAT = [sys.executable, "-m", "ov_kvcrush.cli.chat"]
@@ -86,6 +95,8 @@ def test_stats_are_on_stderr_and_equal_those_of_json(
     assert f"{answer['num_input_tokens']} input (0 reused), {answer['num_generated_tokens']} generated" in line
     assert f"KV {answer['kv_bytes']} bytes" in line
     num_cached = answer["num_input_tokens"] + answer["num_generated_tokens"] - 1
+    assert answer["kept_tokens"] == num_cached
+    assert f"kept {num_cached} of {num_cached} tokens a head" in line
     assert answer["kv_bytes_per_token"] == answer["kv_bytes"] / num_cached
     assert f"{answer['kv_bytes_per_token']:.0f} per token" in line
     assert not json_run.stderr
@@ -165,6 +176,59 @@ BAD_ARGUMENTS = {
         ["--prompt", STORY * 8, "--max-kv-mb", "1"],
         "prompt must fit into the KV store of 1048576 bytes",
     ),
+    "unknown policy": (["--prompt", "x", "--policy", "kvcrash"], "got 'kvcrash' (did you mean 'kvcrush'?)"),
+    "nothing kept": (["--prompt", "x", "--kept", "0"], "kept must be a fraction in (0, 1], got 0.0"),
+    "more than all kept": (["--prompt", "x", "--kept", "1.5"], "kept must be a fraction in (0, 1], got 1.5"),
+    "kept that is no number": (["--prompt", "x", "--kept", "nan"], "kept must be a fraction in (0, 1], got nan"),
+    "no tokens kept": (["--prompt", "x", "--kept-tokens", "0"], "kept_tokens must be an integer of at least 1, got 0"),
+    "budget below what stays": (["--prompt", "x", "--kept-tokens", "20"], "kept_tokens must be at least the protected"),
+    "no floor": (["--prompt", "x", "--min-tokens", "-1"], "min_tokens must be an integer of at least 1, got -1"),
+    "two budgets": (
+        ["--prompt", "x", "--kept", "0.5", "--kept-tokens", "64"],
+        "only one of kept and kept_tokens can be given, got 0.5 and 64",
+    ),
+    "budget of none": (
+        ["--prompt", "x", "--policy", "none", "--kept", "0.5"],
+        "kept must be left out with policy 'none', which keeps everything, got 0.5",
+    ),
+    "floor of none": (
+        ["--prompt", "x", "--policy", "none", "--min-tokens", "9"],
+        "min_tokens must be left out with policy 'none', which keeps everything, got 9",
+    ),
+    "setting without value": (
+        ["--prompt", "x", "--policy-option", "window"],
+        "--policy-option must be KEY=VALUE, got 'window'",
+    ),
+    "unknown setting": (["--prompt", "x", "--policy-option", "windo=8"], "(did you mean 'window'?)"),
+    "setting of another policy": (["--prompt", "x", "--policy", "tova", "--policy-option", "share=0.5"], "got 'share'"),
+    "setting of the wrong type": (
+        ["--prompt", "x", "--policy-option", "share=half"],
+        "share must be a fraction in [0, 1], got 'half'",
+    ),
+    "setting twice": (
+        ["--prompt", "x", "--policy-option", "share=0.5", "--policy-option", "share=0.4"],
+        "--policy-option share must be given once, got 0.5 and '0.4'",
+    ),
+    "setting with an option of its own": (
+        ["--prompt", "x", "--policy-option", "kept_tokens=64"],
+        "--policy-option kept_tokens must be given as --kept-tokens, got '64'",
+    ),
+    "budget for genai without a policy": (
+        ["--prompt", "x", "--engine", "genai", "--kept-tokens", "64"],
+        "policy must be given with kept_tokens: engine='genai' has none by default",
+    ),
+    "policy that genai has not": (
+        ["--prompt", "x", "--engine", "genai", "--policy", "tova"],
+        "policy must be one of snapkv, h2o, kvcrush, got 'tova'",
+    ),
+    "fraction for genai": (
+        ["--prompt", "x", "--device", "GPU", "--policy", "snapkv", "--kept", "0.5"],
+        "kept_tokens must be given, as its sizes are tokens, got kept=0.5",
+    ),
+    "what genai keeps": (
+        ["--prompt", "x", "--engine", "genai", "--show-kept"],
+        "show_kept must be left out with engine='genai'",
+    ),
     "missing folder": (["/no/such/folder", "--prompt", "x"], "/no/such/folder"),
     "folder without a model": ([str(ROOT / "tests"), "--prompt", "x"], "openvino_model.xml"),
     "empty prompt": (["--prompt", "  "], "prompt must have some text"),
@@ -236,6 +300,7 @@ def test_help_and_version(capfd: pytest.CaptureFixture[str]) -> None:
     out = capfd.readouterr().out
     assert "Examples" in out
     assert all(name in out for name in ("MODEL", "--prompt", "--max-new-tokens", "--stats", "--json", "Ctrl-C"))
+    assert all(f"{name}: " in out for name in names())
     assert run_in_process("--version") == 0
     assert "ov_kvcrush" in capfd.readouterr().out
 
@@ -246,15 +311,63 @@ def test_greedy_unless_a_temperature_is_given() -> None:
     assert sampled == {"max_new_tokens": 512, "do_sample": True, "temperature": 0.5, "rng_seed": 3, "top_p": 0.9}
 
 
+def test_help_of_policies_names_all_settings(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_in_process("--policy", "help") == 0
+    out = capfd.readouterr().out
+    assert [line.partition(":")[0] for line in out.split("\n\n")[0].splitlines() if line[0] != " "] == names()
+    for name in names():
+        described = describe(name)
+        parts = [settings for parts in described.choices.values() for settings in parts.values()]
+        for setting in {key for settings in (described.settings, *parts) for key in settings}:
+            assert f"{setting}=" in out or setting in ("kept", "kept_tokens", "min_tokens")
+
+
 def test_options_of_the_cache_reach_the_engine_that_runs() -> None:
-    ours = ChatOptions(key_precision="u4", max_kv_mb=3)
+    ours = ChatOptions(key_precision="u4", max_kv_mb=3, policy=PolicyOptions("none"))
     assert ours.cache_config() == CacheConfig(key_precision="u4", max_bytes=3 << 20)
     assert ours.scheduler_config() is None
     theirs = ChatOptions(engine="genai", value_precision="u4", max_kv_mb=2048)
     assert theirs.cache_config() == CacheConfig(value_precision="u4")
     assert theirs.scheduler_config() == SchedulerConfig(cache_size=2, enable_prefix_caching=True)
-    assert (ChatOptions().cache_config(), ChatOptions().scheduler_config()) == (None, None)
+    assert (ChatOptions(engine="genai").cache_config(), ChatOptions().scheduler_config()) == (None, None)
+    sizes = ("sink_tokens=32", "stride=32")
+    evicting = replace(theirs, policy=PolicyOptions("h2o", kept_tokens=512, others=sizes))
+    policy = build("h2o", kept_tokens=512, min_tokens=512, sink_tokens=32, stride=32)
+    assert evicting.cache_config() == CacheConfig(value_precision="u4", policy=policy)
+    assert evicting.scheduler_config() == SchedulerConfig(cache_size=2, enable_prefix_caching=False)
     assert ChatOptions(engine="genai", max_kv_mb=1024).cache_config() is None
+
+
+POLICIES = {
+    "by default": (PolicyOptions(), {"kept": 0.25, "min_tokens": 1024}),
+    "fraction": (PolicyOptions(kept=0.5), {"kept": 0.5, "min_tokens": 1024}),
+    "tokens": (PolicyOptions(kept_tokens=64), {"kept_tokens": 64, "min_tokens": 64}),
+    "tokens and floor": (PolicyOptions(kept_tokens=64, min_tokens=99), {"kept_tokens": 64, "min_tokens": 99}),
+    "floor": (PolicyOptions(min_tokens=200), {"kept": 0.25, "min_tokens": 200}),
+    "settings": (
+        PolicyOptions(others=("share=.5", "page=16", "anchor=ones")),
+        {"min_tokens": 1024, "share": 0.5, "page": 16, "anchor": "ones"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("name", [None, "kvcrush"])
+def test_the_chat_s_policy(case: tuple[PolicyOptions, dict[str, Any]], name: str | None) -> None:
+    options, settings = case
+    assert ChatOptions(policy=replace(options, name=name)).eviction_policy() == build("kvcrush", **settings)
+
+
+@pytest.mark.parametrize("options", [PolicyOptions("none"), PolicyOptions("snapkv", kept=1.0)])
+def test_policies_that_keep_everything_are_none(options: PolicyOptions) -> None:
+    assert ChatOptions(policy=options).cache_config() is None
+
+
+def test_without_the_native_library_only_the_default_policy_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "why_unavailable", lambda: "nobody built it")
+    assert ChatOptions().eviction_policy() is None
+    assert ChatOptions(policy=PolicyOptions(kept=0.5)).eviction_policy() is not None
+    assert run_in_process("--prompt", "x", "--kept", "0.5") == 2
 
 
 def test_fewer_bits_take_fewer_bytes(smollm2: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -315,6 +428,88 @@ def test_spinner_leaves_once_before_each_answer() -> None:
         writer.end()
     assert before == ["", "ab\n"]
     assert stream.getvalue() == "ab\nc\n"
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+BOATS = ("red", "green", "white", "blue", "black")
+FISH = "\n".join(f"Day {d}: the {BOATS[d * 7 % 5]} boat came home with {d * 13 % 40} fish." for d in range(1, 33))
+
+
+@pytest.fixture(scope="module")
+def kept_run(smollm2: Path) -> subprocess.CompletedProcess[str]:
+    question = ("--prompt", "Naïve 日本語: how many fish?", "--max-new-tokens", "20")
+    return chat(
+        "--policy", "kvcrush", "--kept-tokens", "128", "--show-kept", "--stats", "--json", *question, stdin=FISH
+    )
+
+
+def test_stats_and_json_tell_what_was_kept(kept_run: subprocess.CompletedProcess[str]) -> None:
+    assert kept_run.returncode == 0, kept_run.stderr
+    answer = json.loads(kept_run.stdout)
+    num_tokens = answer["num_input_tokens"] + answer["num_generated_tokens"] - 1
+    assert answer["num_input_tokens"] > 550
+    assert answer["kept_tokens"] == 128 + answer["num_generated_tokens"] - 1
+    assert f"kept {answer['kept_tokens']} of {num_tokens} tokens a head" in kept_run.stderr
+    assert answer["kv_bytes_per_token"] == answer["kv_bytes"] / answer["kept_tokens"]
+
+
+def test_shown_prompt_is_the_whole_prompt_with_marks(kept_run: subprocess.CompletedProcess[str]) -> None:
+    """Without colours, as here, marks are around what not all heads keep; the text itself has none of them."""
+    shown, _, rest = kept_run.stderr.partition("\nOf ")
+    text = re.sub(r"[(){}]|\[-|-\]", "", shown)
+    assert "<|im_start|>user\nNaïve 日本語: how many fish?\n\n" + FISH + "<|im_end|>" in text
+    head, *lines = rest.splitlines()
+    num_tokens = json.loads(kept_run.stdout)["num_input_tokens"]
+    assert head.startswith(f"{num_tokens} tokens of the prompt a head keeps 128.0 on average, 32.0 of them for others")
+    counts = [int(line.split()[0]) for line in lines if not line.startswith("TTFT")]
+    assert sum(counts) == num_tokens
+    assert len(counts) > 2
+
+
+def test_fates_of_tokens() -> None:
+    """Four heads. The answer's places are not shown; a token stands for others if most of those that hold it say so."""
+    positions = [[0, 1, 2, 3, 9], [0, 1, 3, 9]], [[0, 1, 2, 3], [0, 4]]
+    representatives = [[2], [3]], [[2, 3], [4]]
+    kept = KeptTokens(np.arange(6), *([[np.array(x) for x in y] for y in z] for z in (positions, representatives)))
+    assert fates(kept).tolist() == [KEPT, KEPT, STANDS, STANDS, STANDS_FOR_FEW, EVICTED]
+    assert fates(replace(kept, representatives=None)).tolist() == [KEPT, KEPT, KEPT, KEPT, KEPT_BY_FEW, EVICTED]
+
+
+def test_pieces_are_whole_characters(smollm2: Path) -> None:
+    tokenizer = ov_genai.Tokenizer(str(smollm2))
+    text = "Ünïcode 日本語 🙂 é <|im_start|> end\n"
+    ids = tokenizer.encode(text, add_special_tokens=False).input_ids.data[0].tolist()
+    found = pieces(ids, tokenizer)
+    assert "".join(piece for _, piece in found) == text
+    assert sum(count for count, _ in found) == len(ids) > len(found)
+    half = tokenizer.encode("🙂", add_special_tokens=False).input_ids.data[0].tolist()[:1]
+    assert pieces(half, tokenizer) == [(1, "\ufffd")]
+
+
+def test_colours_are_shown_where_there_are_some(smollm2: Path) -> None:
+    tokenizer = ov_genai.Tokenizer(str(smollm2))
+    ids = tokenizer.encode("one two\x1b[0m three", add_special_tokens=False).input_ids.data[0]
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system="standard", width=200)
+    show_kept(KeptTokens(ids, [[np.arange(1)]]), tokenizer, console)
+    shown = out.getvalue()
+    assert shown.startswith("\x1b[1;32mone\x1b[0m\x1b[9;90m two\u241b[0m three")
+    assert "evicted by all" in shown
+
+
+def test_conversation_shows_what_is_kept_and_says_where_that_is_all(
+    pipe: LLMPipeline, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    type_lines(monkeypatch, ["/kept", "Hello", '"""', *FISH.splitlines(), '"""', "/kept", "/help"])
+    policy = build("kvcrush", kept_tokens=128)
+    options = {"max_new_tokens": 4, "do_sample": False, "policy": policy}
+    Session(Conversation(pipe, "", options), Messages(), show_stats=False, show_kept=True).run()
+    before, after = capfd.readouterr().err.split("All ")
+    assert "No answer yet." in before
+    assert re.match(r"\d+ tokens are kept.", after)
+    assert after.count("tokens of the prompt a head keeps 12") == 2  # after the answer, and for /kept
+    assert re.search(r"kept +13\d of \d+ tokens a head of the last answer", after)
 
 
 # -- conversation ------------------------------------------------------------------------------------------------------
@@ -433,6 +628,11 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
+    def press_ctrl_c(self) -> None:
+        # A signal is seen at the next key only, if it comes after readline's last output and before it waits for input.
+        time.sleep(0.2)
+        self.type("\x03")
+
     def until(self, pattern: str) -> str:
         """Return what was shown since the last call, once `pattern` is in it."""
         deadline = time.monotonic() + HANG_S
@@ -512,7 +712,7 @@ def test_terminal_ctrl_c_stops_the_answer_not_the_program(terminal: Terminal) ->
     terminal.say("/reset")
     terminal.type(STORY + "\n")
     terminal.until(r"\x1b\[2K[A-Z]\w+ \w")  # the spinner clears its line, then the answer begins
-    terminal.type("\x03")
+    terminal.press_ctrl_c()
     stopped = terminal.until(PROMPT)
     assert "[stopped]" in stopped
     before = tokens_of(stopped)
@@ -524,21 +724,21 @@ def test_terminal_ctrl_c_stops_the_answer_not_the_program(terminal: Terminal) ->
 def test_terminal_ctrl_c_at_the_prompt_tells_how_to_leave(terminal: Terminal) -> None:
     terminal.type("half a line")
     terminal.until("half a line")
-    terminal.type("\x03")
+    terminal.press_ctrl_c()
     assert "/quit" not in terminal.until(PROMPT)
-    terminal.type("\x03")
+    terminal.press_ctrl_c()
     assert "/quit" in terminal.until(PROMPT)
     assert "error" not in terminal.say("")
-    terminal.type("\x03")
+    terminal.press_ctrl_c()
     assert "/quit" in terminal.until(PROMPT)
     assert terminal.process.poll() is None
 
 
 def test_terminal_ctrl_c_twice_ends_the_program(terminal: Terminal) -> None:
     terminal.say("")
-    terminal.type("\x03")
+    terminal.press_ctrl_c()
     terminal.until(PROMPT)
-    terminal.type("\x03")
+    terminal.press_ctrl_c()
     assert terminal.process.wait(HANG_S) == 0
 
 

@@ -11,10 +11,9 @@ import openvino as ov
 from ov_kvcrush import native
 from ov_kvcrush.bench.attention_graph import CHUNK, Inputs, Shape, Tokens, attention_model, index_of, widths_of
 from ov_kvcrush.engine.block_pool import BLOCK_SIZE
-from ov_kvcrush.engine.crush_memory import with_lone_rows
 from ov_kvcrush.engine.crush_plan import PlanEntry, write_plan
 from ov_kvcrush.engine.kv_cache import KVCache
-from ov_kvcrush.engine.paged_memory import paged_inputs
+from ov_kvcrush.engine.paged_memory import paged_inputs, with_lone_rows
 from ov_kvcrush.graph.attention import AttentionLayer, attention_ops
 from ov_kvcrush.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, PAGED_ROWS, use_crush_attention
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from ov_kvcrush.bench.attention import AttentionRow, AttentionSettings, layers_of, measure_attention
-from ov_kvcrush.bench.compare import CellResult, Report, measure, num_stages
+from ov_kvcrush.bench.compare import CellResult, measure, num_stages
+from ov_kvcrush.bench.console import out, progress
 from ov_kvcrush.bench.environment import describe_environment
 from ov_kvcrush.bench.help import HELP
 from ov_kvcrush.bench.plot import check_plot, read_reports, write_plot
@@ -31,6 +29,7 @@ from ov_kvcrush.bench.report import (
 )
 from ov_kvcrush.bench.settings import BenchSettings, check_at_least, parse_numbers, parse_properties
 from ov_kvcrush.bench.table import attention_table, ratios_table, rows_table
+from ov_kvcrush.cli.policy_options import NAME_OR_LIST, Kept, KeptTokens, Others, PolicyOptions, explain_if_asked
 from ov_kvcrush.config import PRECISIONS
 from ov_kvcrush.default_model import default_model_path
 from ov_kvcrush.errors import CrushError
@@ -41,8 +40,14 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 # What each mode takes beside the options that all take.
 _PLOT_ONLY = {"plot", "from_paths"}
 _ATTENTION_ONLY = {"threads", "layers"}
-_WHOLE_ONLY = {"new_tokens", "against", "max_num_batched_tokens", "max_kv_mb"}
-_OPTION_NAMES = {"from_paths": "from", "json_path": "json", "properties": "property"}
+_WHOLE_ONLY = {"new_tokens", "against", "max_num_batched_tokens", "max_kv_mb", "policy"}
+_POLICY_ONLY = {"kept", "kept_tokens", "min_tokens", "policy_options"}
+_OPTION_NAMES = {
+    "from_paths": "from",
+    "json_path": "json",
+    "properties": "property",
+    "policy_options": "policy-option",
+}
 
 
 @app.command(help=HELP)
@@ -58,8 +63,29 @@ def bench(
     new_tokens: Annotated[int, typer.Option(metavar="M", help="Tokens generated per request, at least 2.")] = 64,
     batch: Annotated[str, typer.Option(metavar="B[,B...]", help="Requests that are added at once.")] = "1",
     against: Annotated[
-        str | None, typer.Option(metavar="ENGINE", help="Compare with: genai (openvino_genai, driven directly).")
+        str | None,
+        typer.Option(
+            metavar="ENGINE",
+            help="Compare with openvino_genai, driven directly: genai keeps all tokens, genai-policy as many as "
+            "--policy, with an eviction of its own.",
+        ),
     ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar=NAME_OR_LIST,
+            callback=explain_if_asked,
+            is_eager=True,
+            help="What stays in our KV cache; everything if left out.",
+        ),
+    ] = None,
+    kept: Kept = None,
+    kept_tokens: KeptTokens = None,
+    min_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="A prompt of as many tokens is kept whole. Default: 128, or --kept-tokens."),
+    ] = None,
+    policy_options: Others = None,
     runs: Annotated[
         int | None,
         typer.Option(metavar="R", help="Measured runs per engine, after a warm-up: 3, with --attention 15."),
@@ -139,6 +165,8 @@ def bench(
             report = _attention_report(model, layers, _given(options), console)
         else:
             options |= {"new_tokens": new_tokens, "against": against, "max_kv_mb": max_kv_mb}
+            wanted = PolicyOptions(policy, kept, kept_tokens, min_tokens, tuple(policy_options or ()))
+            options["policy"] = None if policy is None else wanted.build(policy)
             options["max_num_batched_tokens"] = max_num_batched_tokens
             report = _whole_report(model, _given(options), console)
         _write(report, json_path, plot, console)
@@ -159,16 +187,18 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 def _check_modes(given: set[str]) -> None:
     """Raise CrushError for an option that the mode chosen by the others does nothing with."""
-    mode, allowed = "", given - _ATTENTION_ONLY
+    mode, unused = "without --attention", given & _ATTENTION_ONLY
     if "from_paths" in given:
         if "plot" not in given:
             raise CrushError("--from must come with --plot, got it alone")
-        mode, allowed = "with --from", _PLOT_ONLY
+        mode, unused = "with --from", given - _PLOT_ONLY
     elif "attention" in given:
-        mode, allowed = "with --attention", given - _WHOLE_ONLY
-    for name in sorted(given - allowed):
+        mode, unused = "with --attention", given & (_WHOLE_ONLY | _POLICY_ONLY)
+    elif not unused and "policy" not in given:
+        mode, unused = "without --policy", given & _POLICY_ONLY
+    for name in sorted(unused):
         option = "--" + _OPTION_NAMES.get(name, name).replace("_", "-") if name != "model" else "MODEL"
-        raise CrushError(f"{option} must be left out {mode or 'without --attention'}, got it")
+        raise CrushError(f"{option} must be left out {mode}, got it")
 
 
 def _precisions(key: str | None, value: str | None, both: str | None) -> tuple[str | None, str | None]:
@@ -195,11 +225,11 @@ def _attention_report(
     layers = layers_of(model, num_layers)
     rows: list[AttentionRow] = []
     try:
-        with _progress(settings.num_stages, console) as report:
+        with progress(settings.num_stages, console) as report:
             rows.extend(measure_attention(layers, settings, report))
     finally:
         if rows:
-            _out().print(attention_table(rows))
+            out().print(attention_table(rows))
     return make_attention_report(rows, model, settings, describe_environment(), _command())
 
 
@@ -220,7 +250,7 @@ def _measure(settings: BenchSettings, console: Console) -> list[Row]:
     """Measure all cells and print them, also those that were complete when something went wrong."""
     results: list[CellResult] = []
     try:
-        with _progress(num_stages(settings), console) as report:
+        with progress(num_stages(settings), console) as report:
             for result in measure(settings, report):
                 results.append(result)
     finally:
@@ -232,37 +262,11 @@ def _measure(settings: BenchSettings, console: Console) -> list[Row]:
 def _print_tables(rows: list[Row]) -> None:
     if not rows:
         return
-    console = _out()
+    console = out()
     console.print(rows_table(rows))
     ratios = make_ratios(rows)
     if ratios:
         console.print(ratios_table(ratios))
-
-
-def _out() -> Console:
-    console = Console()
-    # A pipe has no width, and 80 columns would cut the numbers.
-    return console if console.is_terminal else Console(width=130)
-
-
-@contextmanager
-def _progress(num_stages: int, console: Console) -> Iterator[Report]:
-    """Yield a function that shows what begins now: on a terminal as a bar, else line by line."""
-    if not console.is_terminal:
-        yield lambda stage: console.print(Text(stage))
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    # Drawn once a second: a livelier bar would take time from what is measured.
-    with Progress(*columns, console=console, refresh_per_second=1, transient=True) as bars:
-        task = bars.add_task("", total=num_stages)
-        first = True
-
-        def report(stage: str) -> None:
-            nonlocal first
-            bars.update(task, description=stage, advance=0 if first else 1)
-            first = False
-
-        yield report
 
 
 def _say_error(console: Console, error: Exception) -> None:

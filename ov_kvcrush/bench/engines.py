@@ -11,9 +11,11 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush import native
 from ov_kvcrush.bench.measure import MeasuredEngine, MeasuredHandle, Storage
-from ov_kvcrush.bench.settings import OURS
+from ov_kvcrush.bench.settings import EVICTING, OURS
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError, reason_of
+from ov_kvcrush.genai_eviction import GenaiEviction, nearest
+from ov_kvcrush.policies.registry import as_policy
 from ov_kvcrush.precision import paged_precisions, plugin_precisions
 
 _SCHEDULER_FIELDS = ("max_num_batched_tokens", "num_kv_blocks", "max_num_seqs")
@@ -23,6 +25,12 @@ _DEFAULT_PRECISION = "u8"  # of a type that is not given beside one that is
 def make_engine(job: dict[str, Any]) -> MeasuredEngine:
     """Load the model of `job` (see BenchSettings.worker_job) on CPU. Raises CrushError if it cannot be loaded."""
     return CrushUnderTest(job) if job["engine"] == OURS else GenaiUnderTest(job)
+
+
+def eviction_of(job: dict[str, Any]) -> GenaiEviction | None:
+    """What openvino_genai is told to evict: as many tokens as the policy of `job` does, or nothing."""
+    policy = as_policy(job["policy"]) if job["engine"] == EVICTING else None
+    return None if policy is None else nearest(policy, policy.budget.tokens(job["context"]))
 
 
 def _greedy(new_tokens: int) -> ov_genai.GenerationConfig:
@@ -65,11 +73,19 @@ class CrushUnderTest:
     def last_overhead_s(self) -> float | None:
         return self._pipeline.get_last_step().overhead
 
+    def last_policy_s(self) -> float | None:
+        return self._pipeline.get_last_step().policy
+
+    def kept_tokens(self, handle: Any) -> int | None:
+        kept: int | None = handle.get_stats().kept_tokens
+        return kept
+
 
 def _cache_of(job: dict[str, Any]) -> tuple[CacheConfig, Storage]:
     """The cache that `job` asks for, and what it will be. Raises CrushError if it asks for what is not there."""
     wanted = {"key_precision": job["key_precision"], "value_precision": job["value_precision"]}
     wanted["max_bytes"] = job["max_kv_bytes"] or None
+    wanted["policy"] = job["policy"]
     cache = CacheConfig(**{name: value for name, value in wanted.items() if value is not None})
     reason = native.why_unavailable()
     if reason is None:
@@ -78,8 +94,9 @@ def _cache_of(job: dict[str, Any]) -> tuple[CacheConfig, Storage]:
         return replace(cache, attention="crush"), storage
     if cache != CacheConfig():
         raise CrushError(
-            "--key-precision, --value-precision and --max-kv-mb must be left out without the native library, got "
-            f"{cache.key_precision}, {cache.value_precision}, {cache.max_bytes >> 20}: {reason}"
+            "--key-precision, --value-precision, --max-kv-mb and --policy must be left out without the native library, "
+            f"got {cache.key_precision}, {cache.value_precision}, {cache.max_bytes >> 20}, "
+            f"{cache.eviction_policy.name if cache.eviction_policy else 'none'}: {reason}"
         )
     return CacheConfig(attention="paged"), _paged_storage(job["properties"])
 
@@ -96,13 +113,17 @@ class GenaiUnderTest:
     """openvino_genai's own ContinuousBatchingPipeline, not through this package."""
 
     def __init__(self, job: dict[str, Any]) -> None:
+        self._context = int(job["context"])
         scheduler = ov_genai.SchedulerConfig()
         for name in _SCHEDULER_FIELDS:
             setattr(scheduler, name, job[name])
         scheduler.cache_size = 0
         scheduler.dynamic_split_fuse = True
         scheduler.enable_prefix_caching = False
-        scheduler.use_cache_eviction = False
+        self._eviction = eviction_of(job)
+        scheduler.use_cache_eviction = self._eviction is not None
+        if self._eviction:
+            scheduler.cache_eviction_config = self._eviction.config()
         properties = dict(job["properties"])
         try:
             if job["key_precision"] or job["value_precision"]:
@@ -133,3 +154,10 @@ class GenaiUnderTest:
 
     def last_overhead_s(self) -> float | None:
         return None
+
+    def last_policy_s(self) -> float | None:
+        return None if self._eviction else 0.0
+
+    def kept_tokens(self, handle: Any) -> int | None:
+        """As it was told: it does not tell what it holds of one request."""
+        return min(self._context, self._eviction.kept_tokens) if self._eviction else self._context

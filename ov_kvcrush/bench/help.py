@@ -23,13 +23,23 @@ and is marked.
 [bold]tokens/s[/bold]: tokens generated after every request had its first, per second from then to the end: decoding \
 alone. The file also has total_tokens_per_s, prompts included.
 
-[bold]KV[/bold]: peak of the cache, as the engine tells it, and its size per cached token while all requests decode: \
-of openvino_genai what it allocated, of ours the bytes in use. Blocks that prompts are read on are not part of it.
+[bold]KV[/bold]: peak of the cache, as the engine tells it, and its size per token of the texts, kept or not, while \
+all requests decode: of openvino_genai what it allocated, of ours the bytes in use. Blocks that prompts are read on \
+are not part of it.
 
 [bold]peak[/bold], [bold]growth[/bold]: largest resident memory of the engine's process, and how much more that is \
 than right after loading: cache, blocks of prompts, activations.
 
+[bold]kept[/bold]: tokens of the prompt that a head keeps in the cache, on average, when the prompt is read. Ours are \
+counted; of openvino_genai they are what it was told to keep.
+
 [bold]overhead[/bold]: time per step outside of the inference itself while all requests decode; of our engine only.
+
+[bold]policy[/bold]: time of all work for --policy (scores, choices, adopting and moving what was chosen), as a share \
+of the whole run, prompts included; of our engine only. It is part of the overhead.
+
+[bold]--against genai-policy[/bold] lets openvino_genai keep as many tokens as our policy, rounded down to whole \
+blocks of 32, representatives included on both sides: with its KVCrush if ours is KVCrush, else with its plain eviction.
 
 [bold]--attention[/bold] measures one decode step of the model's attention layers alone: OpenVINO's PagedAttention on \
 u8, and ours. No weights are read; both caches hold the same random tokens. They take turns in one process, and before \
@@ -46,6 +56,8 @@ measured: now, or earlier with --json.
   ov_kvcrush-bench my-model --context 1024,4096 --batch 1,8 --against genai
 
   ov_kvcrush-bench my-model --context 16384 --key-precision u4 --value-precision u2 --json out.json
+
+  ov_kvcrush-bench my-model --context 8192 --policy kvcrush --kept 0.25 --against genai-policy
 
   ov_kvcrush-bench my-model --runs 5 --property INFERENCE_NUM_THREADS=2
 

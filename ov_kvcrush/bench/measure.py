@@ -38,6 +38,14 @@ class MeasuredEngine(Protocol):
         """Time of the last step outside of the inference itself; None where the engine does not tell."""
         ...
 
+    def last_policy_s(self) -> float | None:
+        """The part of it that went into choosing what stays and doing it; None where the engine does not tell."""
+        ...
+
+    def kept_tokens(self, handle: Any) -> int | None:
+        """Tokens whose KV a head holds now, on average, of a request that `add` returned; None where nobody tells."""
+        ...
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -56,10 +64,13 @@ class RunResult:
     tokens_per_s: tokens made after the last prompt was finished, per second of that time: pure decoding.
     total_tokens_per_s: all generated tokens per second of the whole run, prompts included.
     kv_bytes: peak of what the engine calls its KV cache size; blocks that prompts are read on are not part of it.
-    kv_bytes_per_token, held_growth_bytes: that size per cached token, and by how much the resident size of the process
-        has grown since the run began, at the last moment at which all B requests decode; None if there is none, or
-        nobody tells. An engine that keeps the memory of its cache between runs does not grow.
+    kv_bytes_per_token, held_growth_bytes: that size per token of the texts, kept or not, and by how much the resident
+        size of the process has grown since the run began, at the last moment at which all B requests decode; None if
+        there is none, or nobody tells. An engine that keeps the memory of its cache between runs does not grow.
     overhead_ms_per_step: mean over the steps in which all B requests decode, None if there is none or nobody tells.
+    policy_ms, policy_share: time of all policy work of the run (scores, choices, adopting and moving what was chosen),
+        and its share of the time until the last token; None if nobody tells.
+    kept_tokens: of a prompt, that a head holds at the first token, on average over requests; None if nobody tells.
     """
 
     ttft_s: float
@@ -74,6 +85,9 @@ class RunResult:
     num_full_decode_steps: int
     kv_bytes_per_token: float | None = None
     held_growth_bytes: int | None = None
+    policy_ms: float | None = None
+    policy_share: float | None = None
+    kept_tokens: float | None = None
 
 
 def random_prompts(batch: int, context: int, vocab_size: int, seed: int) -> np.ndarray:
@@ -89,6 +103,8 @@ def run_once(engine: MeasuredEngine, prompts: np.ndarray, new_tokens: int, first
     """
     times: list[list[float]] = [[] for _ in prompts]  # per request, one moment per token
     overheads: list[float] = []
+    policy_times: list[float | None] = []
+    kept: dict[int, int | None] = {}  # by request
     kv_bytes = num_steps = num_full_decode_steps = 0
     held: dict[str, Any] = {}
     idle = rss_bytes()
@@ -110,8 +126,12 @@ def run_once(engine: MeasuredEngine, prompts: np.ndarray, new_tokens: int, first
         kv_bytes = max(kv_bytes, now_bytes)
         counts = [len(moments) for moments in times]
         if min(counts) > 0 and max(counts) == new_tokens - 1:  # one step before the first request ends
-            num_cached = sum(prompts.shape[1] + count - 1 for count in counts)
-            held = {"kv_bytes_per_token": now_bytes / num_cached, "held_growth_bytes": growth(idle, rss_bytes())}
+            num_tokens = sum(prompts.shape[1] + count - 1 for count in counts)
+            held = {"kv_bytes_per_token": now_bytes / num_tokens, "held_growth_bytes": growth(idle, rss_bytes())}
+        for i in range(len(handles)):
+            if counts[i] and i not in kept:
+                kept[i] = engine.kept_tokens(handles[i])
+        policy_times.append(engine.last_policy_s())
         overhead = engine.last_overhead_s()
         if is_full_decode and overhead is not None:
             overheads.append(overhead)
@@ -119,7 +139,23 @@ def run_once(engine: MeasuredEngine, prompts: np.ndarray, new_tokens: int, first
     for i, moments in enumerate(times):
         if len(moments) != new_tokens:
             raise RuntimeError(f"request {i} must give {new_tokens} tokens, got {len(moments)}")
+    held |= _policy_work(policy_times, max(moments[-1] for moments in times))
+    held["kept_tokens"] = _mean_if_told(list(kept.values()))
     return replace(summarise(times, kv_bytes, overheads, num_steps, num_full_decode_steps), **held)
+
+
+def _policy_work(step_times: Sequence[float | None], run_s: float) -> dict[str, float | None]:
+    mean_s = _mean_if_told(step_times)
+    total_s = None if mean_s is None else mean_s * len(step_times)
+    return {
+        "policy_ms": None if total_s is None else 1e3 * total_s,
+        "policy_share": None if total_s is None else total_s / run_s,
+    }
+
+
+def _mean_if_told(values: Sequence[float | None]) -> float | None:
+    told = [value for value in values if value is not None]
+    return fmean(told) if told else None
 
 
 def summarise(

@@ -127,6 +127,8 @@ def points_of(report: Mapping[str, Any]) -> list[Point]:
             points.append(Point("attention", label, *place, row[name] / row["batch"], bound_of))
     for row in report.get("rows", []):
         label = f"{row['engine']} {row['key_precision']}/{row['value_precision']}"
+        if row.get("policy", "none") != "none":
+            label += f" {row['policy']}"
         points.append(Point("whole model", label, row["context"], row["batch"], 0, 1e3 / row["tokens_per_s"]))
     return points
 

@@ -17,8 +17,11 @@ from ov_kvcrush.bench.attention import AttentionRow, AttentionSettings
 from ov_kvcrush.bench.compare import CellResult, EngineRuns
 from ov_kvcrush.bench.measure import RunResult
 from ov_kvcrush.bench.memory import growth
-from ov_kvcrush.bench.settings import BenchSettings, Cell
+from ov_kvcrush.bench.settings import EVICTING, OURS, BenchSettings, Cell
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.genai_eviction import nearest
+from ov_kvcrush.policies.base import Policy
+from ov_kvcrush.policies.registry import settings_of
 
 # Field of a row -> whether more of it is better.
 COMPARED = {"ttft_s": False, "tpot_ms": False, "tokens_per_s": True, "kv_bytes": False, "peak_rss_bytes": False}
@@ -28,7 +31,8 @@ COMPARED = {"ttft_s": False, "tpot_ms": False, "tokens_per_s": True, "kv_bytes":
 class Row:
     """One engine in one cell; times, rates and bytes are medians over the runs, but peak_rss_bytes is of the process.
 
-    kept_tokens: tokens of the prompt that stay in the cache. policy_ms: time spent choosing and moving cache, per step.
+    policy: its name; of "genai-policy" that of what openvino_genai has instead. kept_tokens: tokens of the prompt that
+        stay in the cache, of openvino_genai as it was told. policy_ms, policy_share: see RunResult.
     overhead_ms_per_step: see RunResult; None for an engine that does not tell.
     attention, key_precision, value_precision: see Storage. is_as_asked: whether these types are the ones asked for.
     kv_bytes, kv_bytes_per_token: see RunResult.
@@ -45,7 +49,7 @@ class Row:
     context: int
     batch: int
     new_tokens: int
-    kept_tokens: int
+    kept_tokens: float
     ttft_s: float
     tpot_ms: float
     tokens_per_s: float
@@ -57,7 +61,8 @@ class Row:
     peak_growth_bytes: int | None
     held_growth_bytes: float | None
     load_s: float
-    policy_ms: float
+    policy_ms: float | None
+    policy_share: float | None
     overhead_ms_per_step: float | None
     runs: list[RunResult]
 
@@ -84,6 +89,7 @@ def make_row(cell: Cell, settings: BenchSettings, engine: EngineRuns) -> Row:
         return median(told) if told else None
 
     stored = engine.storage
+    kept = middle_if_told(lambda run: run.kept_tokens)
     asked = (settings.key_precision, stored.key_precision), (settings.value_precision, stored.value_precision)
     return Row(
         engine=engine.engine,
@@ -91,11 +97,11 @@ def make_row(cell: Cell, settings: BenchSettings, engine: EngineRuns) -> Row:
         key_precision=stored.key_precision,
         value_precision=stored.value_precision,
         is_as_asked=all(wanted in (None, there) for wanted, there in asked),
-        policy="none",
+        policy=_policy_name(settings.policy, engine.engine, cell),
         context=cell.context,
         batch=cell.batch,
         new_tokens=settings.new_tokens,
-        kept_tokens=cell.context,
+        kept_tokens=cell.context if kept is None else kept,
         ttft_s=middle(lambda run: run.ttft_s),
         tpot_ms=middle(lambda run: run.tpot_ms),
         tokens_per_s=middle(lambda run: run.tokens_per_s),
@@ -107,10 +113,19 @@ def make_row(cell: Cell, settings: BenchSettings, engine: EngineRuns) -> Row:
         peak_growth_bytes=growth(engine.loaded_rss_bytes, engine.run_peak_rss_bytes),
         held_growth_bytes=middle_if_told(lambda run: run.held_growth_bytes),
         load_s=engine.load_s,
-        policy_ms=0.0,
+        policy_ms=middle_if_told(lambda run: run.policy_ms),
+        policy_share=middle_if_told(lambda run: run.policy_share),
         overhead_ms_per_step=middle_if_told(lambda run: run.overhead_ms_per_step),
         runs=engine.runs,
     )
+
+
+def _policy_name(policy: Policy | None, engine: str, cell: Cell) -> str:
+    if policy is None or engine not in (OURS, EVICTING):
+        return "none"
+    if engine == EVICTING:
+        return nearest(policy, policy.budget.tokens(cell.context)).name
+    return str(settings_of(policy)["name"])
 
 
 def quotients(ours: Sequence[float], theirs: Sequence[float], more_is_better: bool = False) -> Quotients:
@@ -164,7 +179,11 @@ def make_report(
         "rows": [asdict(row) for row in rows],
         "ratios": make_ratios(rows),
         "environment": dict(environment),
-        "settings": {**asdict(settings), "model": str(settings.model)},
+        "settings": {
+            **asdict(settings),
+            "model": str(settings.model),
+            "policy": settings.policy and settings_of(settings.policy),
+        },
         "command": command,
     }
 

@@ -12,11 +12,15 @@ from ov_kvcrush import checks
 from ov_kvcrush.config import ENGINES, PRECISIONS
 from ov_kvcrush.engine.block_pool import blocks_for
 from ov_kvcrush.errors import CrushError, ModelError
+from ov_kvcrush.genai_eviction import nearest
 from ov_kvcrush.model_folder import MODEL_NAME, check_model_folder
 from ov_kvcrush.model_info import read_model_info
+from ov_kvcrush.policies.base import Policy
+from ov_kvcrush.policies.registry import settings_of
 
 OURS = "crush"
-RIVALS = tuple(name for name in ENGINES if name != OURS)
+EVICTING = "genai-policy"  # openvino_genai with what it has of the policy
+RIVALS = (*(name for name in ENGINES if name != OURS), EVICTING)
 
 # Properties of cache precision, which --key-precision and --value-precision stand for.
 _PRECISION_PROPERTIES = ("KV_CACHE_PRECISION", "KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION")
@@ -43,6 +47,7 @@ class BenchSettings:
     key_precision, value_precision: of the cache, None = each engine's default. An engine that has not got them keeps
         its default.
     max_kv_mb: limit of our store in MiB, None = by the free memory; other engines get what the cell needs.
+    policy: what stays in our cache, None = everything. Of the others "genai-policy" alone evicts: as many tokens.
     Raises CrushError naming the option, its rule and the value.
     """
 
@@ -60,6 +65,7 @@ class BenchSettings:
     key_precision: str | None = None
     value_precision: str | None = None
     max_kv_mb: int | None = None
+    policy: Policy | None = None
 
     def __post_init__(self) -> None:
         for option, values in (("context", self.contexts), ("batch", self.batches)):
@@ -72,6 +78,7 @@ class BenchSettings:
             limit = f"--max-num-batched-tokens={self.max_num_batched_tokens}"
             raise CrushError(f"--batch must be at most {limit}, got {max(self.batches)}")
         check_choice("against", self.against, RIVALS)
+        self._check_policy()
         check_precisions(self.key_precision, self.value_precision, self.properties)
         longest = max(self.contexts)
         if self.context_length is not None and longest + self.new_tokens > self.context_length:
@@ -79,6 +86,14 @@ class BenchSettings:
                 f"--context plus --new-tokens must be at most the model's context of {self.context_length} tokens, "
                 f"got {longest} + {self.new_tokens}"
             )
+
+    def _check_policy(self) -> None:
+        if self.against != EVICTING:
+            return
+        if self.policy is None or not self.policy.evicts:
+            raise CrushError(f"--against {EVICTING} must come with a --policy that evicts, got none")
+        for context in self.contexts:
+            nearest(self.policy, self.policy.budget.tokens(context))
 
     @classmethod
     def for_model(cls, model: str | Path | None, **options: Any) -> BenchSettings:
@@ -119,6 +134,7 @@ class BenchSettings:
             "key_precision": self.key_precision,
             "value_precision": self.value_precision,
             "max_kv_bytes": (self.max_kv_mb or 0) << 20,
+            "policy": None if self.policy is None else settings_of(self.policy),
             "max_num_seqs": max(cell.batch, 256),
             "context": cell.context,
             "batch": cell.batch,
@@ -142,11 +158,7 @@ def parse_properties(texts: Iterable[str], **named: str | None) -> dict[str, Pro
     Raises CrushError for a text without key or value, and for a key that is given twice.
     """
     pairs = [(key, value) for key, value in named.items() if value is not None]
-    for text in texts:
-        key, sign, value = (part.strip() for part in text.partition("="))
-        if not (key and sign and value):
-            raise CrushError(f"--property must be KEY=VALUE, got {text!r}")
-        pairs.append((key, value))
+    pairs += checks.key_values("--property", texts)
     properties: dict[str, Property] = {}
     for key, value in pairs:
         if key in properties:

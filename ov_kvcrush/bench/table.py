@@ -13,12 +13,12 @@ from ov_kvcrush.bench.report import COMPARED, Row
 from ov_kvcrush.bench.settings import OURS
 
 MIB = 1 << 20
-_COSTS = ("KV\nMiB", "KV bytes\n/token", "peak\nMiB", "growth\nMiB", "overhead\nms/step")
+_COSTS = ("KV\nMiB", "KV bytes\n/token", "peak\nMiB", "growth\nMiB", "overhead\nms/step", "policy\n%")
 
 
 def rows_table(rows: Sequence[Row]) -> Table:
     """One line per engine and cell."""
-    names = ("keys\n/values", "context", "batch", "TTFT\ns", "TPOT\nms", "tokens\n/s", *_COSTS)
+    names = ("keys\n/values", "context", "batch", "kept\ntokens", "TTFT\ns", "TPOT\nms", "tokens\n/s", *_COSTS)
     table = _table("medians", "engine", *names)
     table.caption = "\n".join(_remarks(rows))
     table.caption_justify = "left"
@@ -28,6 +28,7 @@ def rows_table(rows: Sequence[Row]) -> Table:
             f"{row.key_precision}/{row.value_precision}{'' if row.is_as_asked else ' *'}",
             str(row.context),
             str(row.batch),
+            f"{row.kept_tokens:.0f}",
             f"{row.ttft_s:.3f}",
             f"{row.tpot_ms:.2f}",
             f"{row.tokens_per_s:.1f}",
@@ -36,6 +37,7 @@ def rows_table(rows: Sequence[Row]) -> Table:
             _number(row.peak_rss_bytes, 0, MIB),
             _number(row.peak_growth_bytes, 0, MIB),
             _number(row.overhead_ms_per_step, 3),
+            "-" if row.policy == "none" else _number(row.policy_share, 2, 0.01),
         )
     return table
 

@@ -11,58 +11,30 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from ov_kvcrush.cli.conversation import Conversation
-from ov_kvcrush.cli.options import ChatOptions
+from ov_kvcrush.cli.help import EXAMPLES, HELP
+from ov_kvcrush.cli.options import DEFAULT_MIN_TOKENS, DEFAULT_POLICY, ChatOptions
 from ov_kvcrush.cli.output import AnswerWriter, Messages, json_line, stats_line
+from ov_kvcrush.cli.policy_options import (
+    NAME_OR_LIST,
+    Kept,
+    KeptTokens,
+    Others,
+    PolicyOptions,
+    explain_if_asked,
+    list_policies,
+)
 from ov_kvcrush.cli.prompt import is_interactive, one_prompt
-from ov_kvcrush.cli.session import Session, length_note
-from ov_kvcrush.config import PRECISIONS
+from ov_kvcrush.cli.session import Session, length_note, tell_kept
+from ov_kvcrush.config import PRECISIONS, check_engine
 from ov_kvcrush.default_model import MODEL_NAME
 from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.llm_pipeline import LLMPipeline
 
 FAILED, BAD_INPUT = 1, 2
 INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell says of SIGINT and SIGPIPE
-
-HELP = """
-Chat with a language model on OpenVINO.
-
-MODEL is a folder written by ov_kvcrush-export; without it the default model answers.
-
-At a terminal this is a conversation. Given --prompt, or text piped to standard input, it is one answer: \
-the answer goes to standard output, everything else to standard error.
-
-While chatting, /help shows the commands. Ctrl-C stops the answer, not the program; Ctrl-D or /quit leaves.
-"""
-
-EXAMPLES = """
-[bold]Examples[/bold]
-
-[dim]# Chat with the default model, SmolLM2-135M-Instruct (converted once, at the first start)[/dim]
-
-ov_kvcrush-chat
-
-[dim]# One answer; what it took is shown, and the file gets nothing but the answer[/dim]
-
-ov_kvcrush-chat --stats --prompt "What is the capital of France?" > answer.txt
-
-[dim]# A question about a text, which is put below the prompt[/dim]
-
-ov_kvcrush-chat --prompt "Summarise this in one sentence:" < notes.txt
-
-[dim]# A model written by ov_kvcrush-export; sampled, repeatable by its seed[/dim]
-
-ov_kvcrush-chat ./my-model --temperature 0.7 --top-p 0.9 --seed 1
-
-[dim]# A long conversation in little memory: keys in 4 bits, values in 2, at most 64 MiB of them[/dim]
-
-ov_kvcrush-chat --stats --key-precision u4 --value-precision u2 --max-kv-mb 64
-
-[dim]# For a program[/dim]
-
-echo "Name three rivers." | ov_kvcrush-chat --json
-"""
 
 
 @dataclass(frozen=True)
@@ -73,6 +45,13 @@ class Task:
     prompt: str | None
     stats: bool
     json: bool
+    show_kept: bool = False
+
+    def __post_init__(self) -> None:
+        if self.show_kept and check_engine(self.options.engine, self.options.device) == "genai":
+            raise CrushError(
+                "show_kept must be left out with engine='genai', which does not tell what it keeps, got it"
+            )
 
 
 def main() -> None:
@@ -119,7 +98,8 @@ def _drop_output() -> None:
 
 def _parser() -> Callable[..., Any]:
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-    app.command(help=HELP, epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})(parse)
+    epilog = EXAMPLES + "\n\n".join(escape(line) for line in list_policies())
+    app.command(help=HELP, epilog=epilog, context_settings={"help_option_names": ["-h", "--help"]})(parse)
     return app
 
 
@@ -175,9 +155,36 @@ def parse(
             "free memory. With engine genai whole GiB: a multiple of 1024.",
         ),
     ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar=NAME_OR_LIST,
+            callback=explain_if_asked,
+            is_eager=True,
+            help=f"What stays in the KV cache of a long text; none keeps everything. Default: {DEFAULT_POLICY}; with "
+            "engine genai none.",
+        ),
+    ] = None,
+    kept: Kept = None,
+    kept_tokens: KeptTokens = None,
+    min_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help=f"A text of as many tokens is kept whole, and a fraction never gets smaller. Default: "
+            f"{DEFAULT_MIN_TOKENS}; with --kept-tokens as many as these.",
+        ),
+    ] = None,
+    policy_options: Others = None,
+    show_kept: Annotated[
+        bool, typer.Option("--show-kept", help="Show after each answer what the cache kept of its prompt, in colours.")
+    ] = False,
     stats: Annotated[
         bool,
-        typer.Option("--stats", help="Say what each answer took: TTFT, TPOT, tokens, KV bytes in all and per token."),
+        typer.Option(
+            "--stats",
+            help="Say what each answer took: TTFT, TPOT, tokens, KV bytes in all and per kept token, tokens kept.",
+        ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the answer's text.")] = False,
     version: Annotated[
@@ -186,8 +193,9 @@ def parse(
 ) -> Task:
     """What the arguments ask for. Raises CrushError naming the first that cannot be used."""
     cache = (key_precision, value_precision, max_kv_mb)
-    options = ChatOptions(model, system, max_new_tokens, temperature, top_p, seed, engine, device, *cache)
-    return Task(options, prompt, stats, json)
+    wanted = PolicyOptions(policy, kept, kept_tokens, min_tokens, tuple(policy_options or ()))
+    options = ChatOptions(model, system, max_new_tokens, temperature, top_p, seed, engine, device, *cache, wanted)
+    return Task(options, prompt, stats, json, show_kept)
 
 
 def _carry_out(task: Task, messages: Messages) -> int:
@@ -221,7 +229,7 @@ def _converse(task: Task, messages: Messages) -> int:
         raise RequestError(f"model must have a chat template to chat, got {options.model!r} without one; use --prompt")
     name = options.model or MODEL_NAME
     messages.note(f"{name}, engine {engine}, {options.device}. /help for commands, Ctrl-D to leave.")
-    Session(conversation, messages, task.stats).run()
+    Session(conversation, messages, task.stats, task.show_kept).run()
     return 0
 
 
@@ -237,6 +245,8 @@ def _answer_once(task: Task, prompt: str, messages: Messages) -> int:
         writer.end()
         if turn.finish_reason == "length":
             messages.note(length_note(turn))
+    if task.show_kept:
+        tell_kept(turn, conversation, messages)
     if task.stats:
         messages.note(stats_line(turn))
     return INTERRUPTED if turn.finish_reason == "interrupted" else 0

@@ -8,25 +8,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from openvino_genai import ChatHistory, GenerationFinishReason
+from openvino_genai import ChatHistory, GenerationFinishReason, Tokenizer
 
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.llm_pipeline import LLMPipeline
-from ov_kvcrush.results import PerfMetrics
+from ov_kvcrush.results import KeptTokens, PerfMetrics
 
 
 @dataclass(frozen=True)
 class Turn:
     """One answer. finish_reason: "stop", "length" (max_new_tokens reached) or "interrupted" (Ctrl-C).
 
-    kv_bytes_per_token: of all tokens that had KV when the answer ended; None where the bytes are not those of this
-    answer, because the engine tells what it allocated.
+    kv_bytes_per_token: of all tokens that a head kept when the answer ended; None where the bytes are not those of this
+    answer, because the engine tells what it allocated. kept: None where nothing was evicted.
     """
 
     text: str
     finish_reason: str
     metrics: PerfMetrics
     kv_bytes_per_token: float | None = None
+    kept: KeptTokens | None = None
+
+    @property
+    def num_text_tokens(self) -> int:
+        """Of prompt and answer, without the last one of the answer: it is never run, so it has no KV."""
+        return self.metrics.num_input_tokens + self.metrics.num_generated_tokens - 1
 
 
 @dataclass
@@ -51,6 +57,11 @@ class Conversation:
         self.is_chat = bool(pipe.get_tokenizer().chat_template)
         if system and not self.is_chat:
             raise RequestError(f"system must be empty for a model without a chat template, got {system!r}")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's."""
+        return self._pipe.get_tokenizer()
 
     def reset(self) -> None:
         """Forget all messages but the system message, and give their KV back."""
@@ -77,13 +88,12 @@ class Conversation:
         if text or not interrupt.pressed:
             self._messages = [*messages, {"role": "assistant", "content": text}]
         metrics = results.perf_metrics
-        return Turn(text, _reason(results.finish_reasons[0], interrupt), metrics, self._kv_bytes_per_token(metrics))
+        reason = _reason(results.finish_reasons[0], interrupt)
+        return Turn(text, reason, metrics, self._kv_bytes_per_token(metrics), results.kept[0])
 
     def _kv_bytes_per_token(self, metrics: PerfMetrics) -> float | None:
-        # The last token of an answer is never run, so it has no KV.
-        num_cached = metrics.num_input_tokens + metrics.num_generated_tokens - 1
-        is_told = self._pipe.engine == "crush" and metrics.num_generated_tokens > 0 and metrics.kv_bytes > 0
-        return metrics.kv_bytes / num_cached if is_told else None
+        # An engine that does not tell what it keeps does not tell whose its bytes are.
+        return metrics.kv_bytes / metrics.kept_tokens if metrics.kept_tokens and metrics.kv_bytes else None
 
 
 @contextmanager

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from ov_kvcrush import native
+from ov_kvcrush.cli.policy_options import PolicyOptions
 from ov_kvcrush.config import CacheConfig, SchedulerConfig, check_engine
 from ov_kvcrush.engine.sampling_params import SamplingParams, make_generation_config
 from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.genai import genai_cache_properties
+from ov_kvcrush.genai_eviction import translate
+from ov_kvcrush.policies.base import Policy
 
+DEFAULT_POLICY = "kvcrush"
+DEFAULT_MIN_TOKENS = 1024  # a chat of as many tokens keeps all of them
 _MIB_PER_GIB = 1024
 
 
@@ -22,6 +28,7 @@ class ChatOptions:
     engine, device: as in LLMPipeline.
     key_precision, value_precision: as in CacheConfig; None = the engine's default.
     max_kv_mb: limit of the KV store in MiB; None = by the free memory. openvino_genai takes whole GiB only.
+    policy: what stays in the cache; without a name KVCrush with our engine, where it can evict, else everything.
     Raises RequestError or CrushError naming the first field that cannot be used.
     """
 
@@ -36,6 +43,7 @@ class ChatOptions:
     key_precision: str | None = None
     value_precision: str | None = None
     max_kv_mb: int | None = None
+    policy: PolicyOptions = field(default_factory=PolicyOptions)
 
     def __post_init__(self) -> None:
         SamplingParams(
@@ -61,21 +69,38 @@ class ChatOptions:
             )
         config = self.cache_config()
         if engine == "genai" and config:
+            translate(config.eviction_policy, self.device)
             genai_cache_properties(config, {})
 
     def cache_config(self) -> CacheConfig | None:
-        """What the engine is told of precisions and of the store's limit; None = nothing."""
+        """What the engine is told of precisions, of the store's limit and of what stays in it; None = nothing."""
         values: dict[str, Any] = {"key_precision": self.key_precision, "value_precision": self.value_precision}
         if self.max_kv_mb is not None and check_engine(self.engine, self.device) != "genai":
             values["max_bytes"] = self.max_kv_mb << 20
+        values["policy"] = self.eviction_policy()
         given = {name: value for name, value in values.items() if value is not None}
         return CacheConfig(**given) if given else None
 
+    def eviction_policy(self) -> Policy | None:
+        """What stays in the cache; None = everything. Raises CrushError for settings that contradict each other."""
+        name, settings = self.policy.name, self.policy.settings()
+        is_genai = check_engine(self.engine, self.device) == "genai"
+        if name is None and settings and is_genai:
+            raise CrushError(f"policy must be given with {min(settings)}: engine='genai' has none by default, got none")
+        if name is None and not settings and (is_genai or native.why_unavailable()):
+            return None
+        policy = self.policy.build(name or DEFAULT_POLICY, DEFAULT_MIN_TOKENS)
+        return policy if policy.evicts else None
+
     def scheduler_config(self) -> SchedulerConfig | None:
-        """What openvino_genai is told of the limit, and to keep the KV of a chat as it does by default; else None."""
+        """What openvino_genai is told of the limit, and to keep the KV of a chat as it does by default; else None.
+
+        It cannot keep the KV of a chat with a policy.
+        """
         if self.max_kv_mb is None or check_engine(self.engine, self.device) != "genai":
             return None
-        return SchedulerConfig(cache_size=self.max_kv_mb // _MIB_PER_GIB, enable_prefix_caching=True)
+        keeps_all = self.eviction_policy() is None
+        return SchedulerConfig(cache_size=self.max_kv_mb // _MIB_PER_GIB, enable_prefix_caching=keeps_all)
 
     def generation_options(self) -> dict[str, Any]:
         """The options for `LLMPipeline.generate`; what is not among them stays as the model's own config has it."""

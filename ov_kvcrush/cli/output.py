@@ -82,7 +82,7 @@ def stats_rows(turn: Turn) -> dict[str, str]:
     """Numbers of one answer as text, by name."""
     metrics, per_token = turn.metrics, turn.kv_bytes_per_token
     ttft, tpot = _ms(metrics.get_ttft().mean), _ms(metrics.get_tpot().mean)
-    return {
+    rows = {
         "TTFT": "-" if ttft is None else f"{ttft / 1e3:.3f} s",
         "TPOT": "-" if tpot is None else f"{tpot:.1f} ms ({1e3 / tpot:.1f} tokens/s)",
         "tokens": f"{metrics.num_input_tokens} input ({metrics.num_reused_tokens} reused), "
@@ -90,6 +90,9 @@ def stats_rows(turn: Turn) -> dict[str, str]:
         "KV": f"{metrics.kv_bytes} bytes ({metrics.kv_bytes / 2**20:.2f} MiB"
         + (")" if per_token is None else f", {per_token:.0f} per token)"),
     }
+    if metrics.kept_tokens is not None:
+        rows["kept"] = f"{metrics.kept_tokens} of {turn.num_text_tokens} tokens a head"
+    return rows
 
 
 def stats_line(turn: Turn) -> str:
@@ -110,6 +113,7 @@ def json_line(turn: Turn, engine: str, model: str) -> str:
         "tpot_ms": tpot_ms,
         "kv_bytes": turn.metrics.kv_bytes,
         "kv_bytes_per_token": turn.kv_bytes_per_token,
+        "kept_tokens": turn.metrics.kept_tokens,
         "engine": engine,
         "model": model,
     }

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from ov_kvcrush.cli.conversation import Conversation, Turn
+from ov_kvcrush.cli.kept import show_kept
 from ov_kvcrush.cli.output import AnswerWriter, Messages, stats_line, stats_rows
 from ov_kvcrush.cli.reader import FENCE, Message, MessageReader
 from ov_kvcrush.errors import CrushError, nearest
@@ -17,19 +18,23 @@ _COMMAND = re.compile(r"/\w+")
 class Session:
     """A chat at a terminal, until Ctrl-D, /quit, or Ctrl-C twice at an empty line.
 
-    show_stats: say after each answer what it took.
+    show_stats: say after each answer what it took. show_kept: show after each answer what the cache kept of its prompt.
     """
 
-    def __init__(self, conversation: Conversation, messages: Messages, show_stats: bool) -> None:
+    def __init__(
+        self, conversation: Conversation, messages: Messages, show_stats: bool, show_kept: bool = False
+    ) -> None:
         self._conversation = conversation
         self._messages = messages
         self._show_stats = show_stats
+        self._show_kept = show_kept
         self._turns: list[Turn] = []
         self._is_over = False
         self._commands: dict[str, tuple[str, Callable[[], None]]] = {
             "/help": ("show this", self._help),
             "/reset": ("forget the conversation and start a new one", self._reset),
             "/stats": ("show what the last answer and the conversation took", self._stats),
+            "/kept": ("show what the cache kept of the conversation, in colours", self._kept),
             "/quit": ("leave; so does Ctrl-D", self._quit),
         }
 
@@ -94,6 +99,8 @@ class Session:
             )
         elif turn.finish_reason == "length":
             self._messages.note(length_note(turn))
+        if self._show_kept:
+            tell_kept(turn, self._conversation, self._messages)
         if self._show_stats:
             self._messages.note(stats_line(turn))
 
@@ -101,6 +108,8 @@ class Session:
 
     def _help(self) -> None:
         self._messages.table("Commands", {name: what for name, (what, _) in self._commands.items()})
+        if self._turns and self._turns[-1].metrics.kept_tokens is not None:
+            self._messages.table("Cache", {"kept": stats_rows(self._turns[-1])["kept"] + " of the last answer"})
         self._messages.table(
             "Typing",
             {
@@ -130,8 +139,24 @@ class Session:
             {"answers": str(len(self._turns)), "tokens": f"{computed} input computed, {generated} generated"},
         )
 
+    def _kept(self) -> None:
+        if not self._turns:
+            self._messages.note("No answer yet.")
+            return
+        tell_kept(self._turns[-1], self._conversation, self._messages)
+
     def _quit(self) -> None:
         self._is_over = True
+
+
+def tell_kept(turn: Turn, conversation: Conversation, messages: Messages) -> None:
+    """Print the prompt of a turn in the colours of what the cache keeps of it."""
+    if turn.kept is not None:
+        show_kept(turn.kept, conversation.tokenizer, messages.console)
+    elif turn.metrics.kept_tokens is None:
+        messages.note("openvino_genai does not tell what it keeps.")
+    else:
+        messages.note(f"All {turn.metrics.kept_tokens} tokens are kept.")
 
 
 def length_note(turn: Turn) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 
 import numpy as np
 import openvino as ov
@@ -12,43 +12,20 @@ import openvino as ov
 from ov_kvcrush.engine.block_pool import BLOCK_SIZE, BlockPool, blocks_for
 from ov_kvcrush.engine.crush_plan import STAGED, STORED, PlanEntry, write_plan
 from ov_kvcrush.engine.eviction import CacheView, Choice, Eviction, Kept
+from ov_kvcrush.engine.kept_kv import KeptKV
 from ov_kvcrush.engine.kv_cache import KVCache
 from ov_kvcrush.engine.memory import MemoryUse
-from ov_kvcrush.engine.paged_memory import paged_inputs, row_inputs
+from ov_kvcrush.engine.paged_memory import paged_inputs, row_inputs, with_lone_rows
 from ov_kvcrush.engine.prefix_cache import PrefixCache
 from ov_kvcrush.engine.request import AttentionScores, Sequence
 from ov_kvcrush.engine.scheduler import RowPlan
 from ov_kvcrush.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, PAGED_ROWS, SAMPLED_ROWS
 from ov_kvcrush.native import Store, StoreFull
-from ov_kvcrush.policies.base import Policy
 
 _log = logging.getLogger(__name__)
 
 _ENDLESS = 1 << 31  # tokens: a text whose cache does not grow can be as long as the model's context
 _RESIDENT_BYTES = 16 << 20  # staging that stays in memory: giving a page back and touching it again takes 5 us
-
-
-@dataclass(frozen=True, eq=False)
-class KeptKV:
-    """KV of an ended sequence: its place in the store, what is left of it, by whose choice, and captured queries."""
-
-    stored: int
-    kept: Kept
-    policy: Policy | None
-    num_tokens: int
-    captured_rows: int
-
-    def serves(self, sequence: Sequence, length: int) -> bool:
-        """Whether the first `length` tokens are as they would be if `sequence` had computed them itself."""
-        eviction, captured_rows = sequence.request.eviction, sequence.request.captured_rows
-        rest = len(sequence.ids) - length
-        # Rows behind kept KV attend through the store, several times slower than PagedAttention reads a prompt.
-        if rest > length:
-            return False
-        if self.kept.num_evicted and (length < self.num_tokens or not eviction or eviction.policy != self.policy):
-            return False
-        is_whole = length == self.num_tokens and captured_rows == self.captured_rows
-        return not captured_rows or is_whole or (rest >= captured_rows == self.captured_rows)
 
 
 class CrushMemory:
@@ -70,6 +47,7 @@ class CrushMemory:
         self.prefixes: PrefixCache[KeptKV] = PrefixCache(lambda kv: store.release(kv.stored), max_prefixes)
         self._view = CacheView(store, heads)
         self._chunk = chunk
+        self.policy_seconds = 0.0
         self._staging = staging
         self._reading: set[Sequence] = set()  # prompts that have not taken all the bytes promised to them
         self._resident_blocks = _RESIDENT_BYTES // staging.bytes_per_block
@@ -144,7 +122,11 @@ class CrushMemory:
     def _reuse(self, sequence: Sequence) -> bool:
         """Begin with kept KV if that pays, else with nothing."""
         sequence.num_cached = 0
-        found = self.prefixes.match(sequence.ids[:], lambda kv, length: kv.serves(sequence, length))
+        eviction = sequence.request.eviction
+        found = self.prefixes.match(
+            sequence.ids[:],
+            lambda kv, length: kv.serves(sequence, length) and self._has_spans(kv, eviction.spans if eviction else ()),
+        )
         if found is None:
             return False
         kv, length = found
@@ -155,6 +137,20 @@ class CrushMemory:
         sequence.num_cached = length
         sequence.kept = kv.kept.copy() if length == kv.num_tokens else Kept()
         return True
+
+    def _has_spans(self, kv: KeptKV, spans: Items[tuple[int, int]]) -> bool:
+        """Whether nothing has been dropped of what a request wants to stay."""
+        if not kv.kept.num_evicted or not spans:
+            return True
+        wanted = np.zeros(kv.num_tokens, bool)
+        for begin, end in spans:
+            wanted[begin:end] = True
+        count = int(wanted.sum())
+        return all(
+            int(wanted[self.store.positions(kv.stored, layer, head)].sum()) == count
+            for layer, (_, num_kv_heads) in enumerate(self._heads)
+            for head in range(num_kv_heads)
+        )
 
     def make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """See that the store has slots for the next tokens; a staged prompt has its blocks since it was admitted."""
@@ -258,19 +254,22 @@ class CrushMemory:
             s.free_slots -= row.num_tokens
             if row.num_tokens > 1 or not s.free_slots:
                 self.store.settle(s.stored)
-            self._evict(s)
-            if not s.num_pending:
+            is_read = not s.num_pending and s in self._reading
+            self._evict(s, is_read=is_read)
+            if is_read:
                 self._reading.discard(s)
         return homeless
 
     def _adopt(self, sequence: Sequence) -> bool:
         assert sequence.stored is not None, "a staged sequence without a place in the store"
         self._reading.discard(sequence)
-        choice = self._choose(sequence)
+        start = time.perf_counter()
+        choice = self._choose(sequence, is_read=True)
         try:
             if choice:
                 self.store.adopt(sequence.stored, choice.offsets, choice.indices, keep_free=self._promised())
                 sequence.kept = choice.kept
+                self.policy_seconds += time.perf_counter() - start
             else:
                 self.store.adopt(sequence.stored, keep_free=self._promised())
         except StoreFull as error:
@@ -279,9 +278,10 @@ class CrushMemory:
         self._unstage(sequence)
         return True
 
-    def _evict(self, sequence: Sequence) -> None:
+    def _evict(self, sequence: Sequence, *, is_read: bool) -> None:
         """Let the policy choose again if the stored cache has grown over its budget."""
-        choice = self._choose(sequence)
+        start = time.perf_counter()
+        choice = self._choose(sequence, is_read=is_read)
         if choice is None:
             return
         assert sequence.stored is not None
@@ -292,12 +292,13 @@ class CrushMemory:
             return
         sequence.kept = choice.kept
         sequence.free_slots = self.store.free_slots(sequence.stored)
+        self.policy_seconds += time.perf_counter() - start
 
-    def _choose(self, sequence: Sequence) -> Choice | None:
+    def _choose(self, sequence: Sequence, *, is_read: bool) -> Choice | None:
         """What the sequence's policy wants to stay; None if there is nothing to choose now."""
-        eviction, is_fresh = sequence.request.eviction, len(sequence.blocks) > 0
+        eviction, is_staged = sequence.request.eviction, len(sequence.blocks) > 0
         length, kept = sequence.num_cached, sequence.kept
-        if eviction is None or not eviction.wants(length, length - kept.num_evicted, is_fresh=is_fresh):
+        if eviction is None or not eviction.wants(length, length - kept.num_evicted, is_read=is_read):
             return None
         assert sequence.stored is not None
         blocks = sequence.blocks.ids
@@ -306,7 +307,7 @@ class CrushMemory:
             sequence.stored,
             length,
             kept,
-            (lambda layer: self._staging.read(layer, blocks, length)) if is_fresh else None,
+            (lambda layer: self._staging.read(layer, blocks, length)) if is_staged else None,
         )
 
     def split_scores(self, rows: Items[RowPlan], outputs: list[np.ndarray]) -> dict[Sequence, AttentionScores]:
@@ -339,21 +340,3 @@ class CrushMemory:
         staging = self.pool.num_used * self._staging.bytes_per_block
         blocks = -int(-used // self._bytes_per_block) + self.pool.num_used
         return MemoryUse(used, self.store.max_bytes, blocks, staging)
-
-
-def with_lone_rows(inputs: dict[str, np.ndarray], num_rows: int, block: int) -> dict[str, np.ndarray]:
-    """PagedAttention's inputs, and behind its sequences `num_rows` of one token each, all in `block`.
-
-    What PagedAttention makes of them is not read; it must be given all rows that there are.
-    """
-    if not num_rows:
-        return inputs
-    steps = np.arange(1, num_rows + 1, dtype=np.int32)
-    begins, block_begins = inputs["subsequence_begins"], inputs["block_indices_begins"]
-    return {
-        "past_lens": np.concatenate([inputs["past_lens"], np.zeros(num_rows, np.int32)]),
-        "subsequence_begins": np.concatenate([begins, begins[-1] + steps]),
-        "block_indices": np.concatenate([inputs["block_indices"], np.full(num_rows, block, np.int32)]),
-        "block_indices_begins": np.concatenate([block_begins, block_begins[-1] + steps]),
-        "max_context_len": np.array(max(int(inputs["max_context_len"]), 1), np.int32),
-    }

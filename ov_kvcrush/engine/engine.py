@@ -15,7 +15,7 @@ import openvino_genai as ov_genai
 from ov_kvcrush.backend import CacheUse
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.engine.answer import finish_reason, settle_answer
-from ov_kvcrush.engine.eviction import Eviction
+from ov_kvcrush.engine.eviction import Eviction, check_spans
 from ov_kvcrush.engine.make_memory import make_memory
 from ov_kvcrush.engine.request import FinishReason, GenerationHandle, Request, ScoreWindow, Sequence, Status
 from ov_kvcrush.engine.runner import Runner
@@ -24,6 +24,7 @@ from ov_kvcrush.engine.sampling_params import SamplingParams, refuse_unsupported
 from ov_kvcrush.engine.scheduler import Scheduler, StepPlan
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.graph.load import LoadedModel
+from ov_kvcrush.policies.registry import name_of
 from ov_kvcrush.results import GenerationOutput, PipelineMetrics, StepSeconds
 
 _log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Engine:
         self._num_steps = 0
         self._usage_sum = 0.0
         self._max_usage = 0.0
+        self._policy_s = 0.0  # of all steps
         self._last_step = StepSeconds(0.0, 0.0, 0.0)
 
     def max_tokens(self, eviction: Eviction | None) -> int:
@@ -142,6 +144,7 @@ class Engine:
         """
         eviction = self._eviction(cache)
         ids = self.check_prompt(ids, eviction)
+        check_spans(cache.protect, len(ids))
         if eviction:
             eviction.check(len(ids))
         eviction = _with_system(eviction, cache)
@@ -165,9 +168,9 @@ class Engine:
         if policy is None or not policy.evicts:
             return None
         if not self.memory.can_evict:
-            raise RequestError(f"policy must be 'none' with attention='paged', got {policy.name!r}")
+            raise RequestError(f"policy must be 'none' with attention='paged', got {name_of(policy)!r}")
         if policy.needs.replay:
-            raise RequestError(f"policy must not need a second reading of the text here, got {policy.name!r}")
+            raise RequestError(f"policy must not need a second reading of the text here, got {name_of(policy)!r}")
         return Eviction(policy, cache.protect)
 
     def step(self) -> None:
@@ -290,6 +293,7 @@ class Engine:
         request.peak_kv_bytes = max(request.peak_kv_bytes, held)
         if keep and request.keep_kv and sequence.index == 0:
             self.memory.keep(sequence)
+        sequence.final_kept = sequence.kept
         self.scheduler.remove([sequence])
 
     def _end_if_complete(self, request: Request) -> None:
@@ -316,7 +320,8 @@ class Engine:
         self._usage_sum += usage
         self._max_usage = max(self._max_usage, usage)
         inference = infer_end - infer_start
-        self._last_step = StepSeconds(inference, sampling_s, time.perf_counter() - start - inference)
+        policy_s, self._policy_s = self.memory.policy_seconds - self._policy_s, self.memory.policy_seconds
+        self._last_step = StepSeconds(inference, sampling_s, time.perf_counter() - start - inference, policy_s)
 
 
 def _with_system(eviction: Eviction | None, cache: CacheUse) -> Eviction | None:

@@ -32,13 +32,7 @@ class Eviction:
         return self.policy.needs.window
 
     def check(self, num_tokens: int) -> None:
-        """Raise RequestError for spans outside of a prompt, and for a budget below what must stay of it."""
-        for begin, end in self.spans:
-            if not 0 <= begin < end <= num_tokens:
-                raise RequestError(
-                    f"protect must be spans (begin, end) with 0 <= begin < end <= {num_tokens}, the prompt's tokens, "
-                    f"got ({begin}, {end})"
-                )
+        """Raise RequestError for a budget below what must stay of a prompt."""
         budget = self.policy.budget.tokens(num_tokens)
         always = int(self.policy.protected(num_tokens, self.spans).sum())
         if self.spans and budget < always:
@@ -49,15 +43,29 @@ class Eviction:
 
     def peak_tokens(self, length: int, chunk: int) -> int:
         """The most tokens a head holds, on average, while a text of `length` is read in chunks: what to promise for."""
-        budget = self.policy.budget.tokens(length)
-        return min(length, budget + chunk + self.policy.stride + _TILE)
+        policy = self.policy
+        always = policy.sink_tokens + policy.recent_tokens + sum(end - begin for begin, end in self.spans)
+        least = max(policy.budget.tokens(length), policy.budget.min_tokens, always)
+        return min(length, least + chunk + policy.stride + _TILE)
 
-    def wants(self, length: int, cached: int, *, is_fresh: bool) -> bool:
-        """Whether to choose now. cached: tokens a head holds on average. is_fresh: a prompt was just read at once."""
-        if length <= self.policy.budget.min_tokens:
+    def wants(self, length: int, cached: int, *, is_read: bool) -> bool:
+        """Whether to choose now. cached: tokens a head holds on average. is_read: the prompt has just been read."""
+        budget, spare = self.policy.budget, 0 if is_read else self.policy.stride
+        if length <= budget.min_tokens or cached - budget.tokens(length) <= spare:
             return False
-        excess = cached - self.policy.budget.tokens(length)
-        return excess > (0 if is_fresh else self.policy.stride)
+        # More may be protected than the budget has: what cannot go is no reason to choose again.
+        always = int(self.policy.protected(length, self.spans).sum())
+        return cached - max(budget.tokens(length), always) > spare
+
+
+def check_spans(spans: Items[tuple[int, int]], num_tokens: int) -> None:
+    """Raise RequestError for spans [begin, end) outside of a prompt."""
+    for begin, end in spans:
+        if not 0 <= begin < end <= num_tokens:
+            raise RequestError(
+                f"protect must be spans (begin, end) with 0 <= begin < end <= {num_tokens}, the prompt's tokens, "
+                f"got ({begin}, {end})"
+            )
 
 
 @dataclass
@@ -73,6 +81,19 @@ class Kept:
     positions: PerHead = field(default_factory=list)
     carried: PerHead | None = None
     representatives: PerHead | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text at the last choice."""
+        sizes = [len(x) for layer in self.positions for x in layer]
+        return self.num_evicted + sum(sizes) // max(len(sizes), 1)
+
+    def positions_of(self, length: int) -> PerHead | None:
+        """What is there of a text of `length` tokens, with all since the last choice; None if there was no choice."""
+        if not self.positions:
+            return None
+        newer = np.arange(self.length, length, dtype=np.int32)
+        return [[np.concatenate([x, newer]) for x in layer] for layer in self.positions]
 
     def copy(self) -> Kept:
         """For a fork: the arrays are never written to."""

@@ -40,6 +40,11 @@ class Memory(Protocol):
         """Whether single tokens can be dropped."""
         ...
 
+    @property
+    def policy_seconds(self) -> float:
+        """Time that went so far into choosing what stays, and into doing what was chosen."""
+        ...
+
     def capacity_tokens(self, eviction: Eviction | None) -> int:
         """Tokens that the text of one sequence can have with nothing else in memory."""
         ...

@@ -34,6 +34,11 @@ class PagedMemory:
         """A block holds 32 tokens of all heads."""
         return False
 
+    @property
+    def policy_seconds(self) -> float:
+        """Zero: all tokens stay."""
+        return 0.0
+
     def capacity_tokens(self, eviction: Eviction | None) -> int:
         """Tokens of all blocks."""
         return self.pool.num_blocks * BLOCK_SIZE
@@ -189,3 +194,21 @@ def sampled_rows(rows: Items[RowPlan]) -> np.ndarray:
     """i64: the last row of each that samples, in a step whose rows are in this order."""
     ends = np.cumsum([row.num_tokens for row in rows])
     return ends[[row.samples for row in rows]] - 1
+
+
+def with_lone_rows(inputs: dict[str, np.ndarray], num_rows: int, block: int) -> dict[str, np.ndarray]:
+    """PagedAttention's inputs, and behind its sequences `num_rows` of one token each, all in `block`.
+
+    What PagedAttention makes of them is not read; it must be given all rows that there are.
+    """
+    if not num_rows:
+        return inputs
+    steps = np.arange(1, num_rows + 1, dtype=np.int32)
+    begins, block_begins = inputs["subsequence_begins"], inputs["block_indices_begins"]
+    return {
+        "past_lens": np.concatenate([inputs["past_lens"], np.zeros(num_rows, np.int32)]),
+        "subsequence_begins": np.concatenate([begins, begins[-1] + steps]),
+        "block_indices": np.concatenate([inputs["block_indices"], np.full(num_rows, block, np.int32)]),
+        "block_indices_begins": np.concatenate([block_begins, block_begins[-1] + steps]),
+        "max_context_len": np.array(max(int(inputs["max_context_len"]), 1), np.int32),
+    }

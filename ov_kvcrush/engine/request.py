@@ -13,7 +13,7 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.checks import check_choice, check_integer
 from ov_kvcrush.engine.block_pool import BlockTable
-from ov_kvcrush.engine.eviction import Eviction, Kept
+from ov_kvcrush.engine.eviction import Eviction, Kept, PerHead
 from ov_kvcrush.engine.sampling_params import SamplingParams
 from ov_kvcrush.engine.stop_strings import StopStringTracker
 from ov_kvcrush.results import GenerationOutput, RequestStats
@@ -25,6 +25,7 @@ Status = ov_genai.GenerationStatus
 # [layer][KV head] float32 (G query heads of the KV head, S cached tokens)
 AttentionScores = list[list[np.ndarray]]
 REDUCTIONS = {"mean": 1, "max": 2, "sum_squares": 3}  # codes of native/src/attention.hpp
+_MAX_CAPTURED_ROWS = 65536  # of the store
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Sequence:
         self.cumulative_logprob = 0.0
         self.finish_reason = FinishReason.NONE
         self.final_ids: list[int] | None = None  # set at the end: without the tokens of a stop string
+        self.final_kept: Kept | None = None  # set at the end: `kept` before the memory forgets it
         self.final_text: str | None = None  # set at the end by a stop string, which may cut inside a token
         self.token_times: list[float] = []
         tracked = request.params.stop_strings
@@ -114,6 +116,11 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens after the prompt."""
         return len(self.ids) - self.request.num_prompt_tokens
+
+    @property
+    def left(self) -> Kept:
+        """What policies left of its cache; after its end, had left then."""
+        return self.kept if self.final_kept is None else self.final_kept
 
     @property
     def generated(self) -> np.ndarray:
@@ -162,9 +169,9 @@ class Request:
 
     @property
     def captured_rows(self) -> int:
-        """Query rows to be captured while the request runs."""
+        """Query rows to be captured while the request runs. A wider window sees fewer, as in a shorter text."""
         asked = self.score_window.rows if self.score_window else 0
-        return max(asked, self.eviction.window if self.eviction else 0)
+        return min(max(asked, self.eviction.window if self.eviction else 0), _MAX_CAPTURED_ROWS)
 
     def reduction_of(self, samples: bool) -> int:
         """Code of the reduction if rows that sample complete the prompt and scores are wanted of it, else 0."""
@@ -218,6 +225,20 @@ class GenerationHandle:
         """Of the prompt, if a score window was asked for and the prompt is complete."""
         return self._request.attention_scores
 
+    @property
+    def kept_positions(self) -> PerHead | None:
+        """[layer][KV head] int32, ascending: places in the text whose KV the first sequence holds, or held at its end.
+
+        None if no policy has chosen: all of them.
+        """
+        first = self._request.sequences[0]
+        return first.left.positions_of(first.num_cached)
+
+    @property
+    def representative_positions(self) -> PerHead | None:
+        """Of these, the ones that the last choice kept for others that are like them; None if its policy knows none."""
+        return self._request.sequences[0].left.representatives
+
     def stop(self, finish_reason: ov_genai.GenerationFinishReason = FinishReason.STOP) -> None:
         """End the request after the running step; what was generated counts as the answer."""
         self._request.wanted_end = (Status.STOP, finish_reason)
@@ -229,12 +250,14 @@ class GenerationHandle:
     def get_stats(self) -> RequestStats:
         """Token counts, moments and bytes of the request so far."""
         request = self._request
+        first = request.sequences[0]
         return RequestStats(
             num_input_tokens=request.num_prompt_tokens,
             num_reused_tokens=request.num_reused_tokens,
             arrival=request.arrival,
             token_times=[s.token_times for s in request.sequences],
             kv_bytes=request.peak_kv_bytes,
+            kept_tokens=first.num_cached - first.left.num_evicted,
         )
 
     def push(self, outputs: dict[int, GenerationOutput]) -> None:

@@ -168,6 +168,14 @@ def settings_of(policy: Policy) -> Settings:
     return best[1]
 
 
+def name_of(policy: Policy) -> str:
+    """What a user calls it: the registry's name, or for one that was put together by hand the class's own."""
+    try:
+        return str(settings_of(policy)["name"])
+    except CrushError:
+        return policy.name
+
+
 def _parts(scorer: type[Scorer], splitter: type[Splitter]) -> Settings:
     return {"kept": DEFAULT_KEPT, "scorer": scorer.name, "split": splitter.name}
 

@@ -1,0 +1,32 @@
+"""KV that an ended request leaves in the store, and whom it can serve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ov_kvcrush.engine.eviction import Kept
+from ov_kvcrush.engine.request import Sequence
+from ov_kvcrush.policies.base import Policy
+
+
+@dataclass(frozen=True, eq=False)
+class KeptKV:
+    """KV of an ended sequence: its place in the store, what is left of it, by whose choice, and captured queries."""
+
+    stored: int
+    kept: Kept
+    policy: Policy | None
+    num_tokens: int
+    captured_rows: int
+
+    def serves(self, sequence: Sequence, length: int) -> bool:
+        """Whether the first `length` tokens are as they would be if `sequence` had computed them itself."""
+        eviction, captured_rows = sequence.request.eviction, sequence.request.captured_rows
+        rest = len(sequence.ids) - length
+        # Rows behind kept KV attend through the store, several times slower than PagedAttention reads a prompt.
+        if rest > length:
+            return False
+        if self.kept.num_evicted and (length < self.num_tokens or not eviction or eviction.policy != self.policy):
+            return False
+        is_whole = length == self.num_tokens and captured_rows == self.captured_rows
+        return not captured_rows or is_whole or (rest >= captured_rows == self.captured_rows)
