@@ -182,7 +182,11 @@ class Engine:
             start = time.perf_counter()
             self._take_in()
             self._end_wanted()
-            plan = self.scheduler.plan()
+            try:
+                plan = self.scheduler.plan()
+            except BaseException:  # whose fault it is cannot be told
+                self._abort({s.request for s in (*self.scheduler.running, *self.scheduler.waiting)})
+                raise
             try:
                 self._run(plan, start)
             except BaseException:

@@ -173,6 +173,11 @@ class Scorer(Part):
         """[K] float32 (S,), to be remembered for the tokens that stay; None unless `needs.carried`."""
         return None
 
+    def observe_all(self, state: CacheState) -> list[list[np.ndarray]]:
+        """The same for all layers, of a scorer that carries."""
+        seen = [self.observe(layer, index, state.length) for index, layer in enumerate(state.layers)]
+        return [layer for layer in seen if layer is not None]
+
 
 @dataclass(frozen=True)
 class Splitter(Part):

@@ -139,10 +139,7 @@ class KVCrush(Policy):
         return Selection([kept for kept, _ in chosen], [representatives for _, representatives in chosen])
 
     def observe(self, state: CacheState) -> list[list[np.ndarray]] | None:
-        if not self.needs.carried:
-            return None
-        seen = [self.scorer.observe(layer, index, state.length) for index, layer in enumerate(state.layers)]
-        return [layer for layer in seen if layer is not None]
+        return self.scorer.observe_all(state) if self.needs.carried else None
 
     def _choose_tokens(self, choice: LayerChoice) -> Chosen:
         table = choice.table

@@ -212,9 +212,10 @@ void Store::capture_locked(Sequence& sequence, size_t layer, const float* q, int
     const LayerShape& shape = config_.layers[layer];
     const size_t width = static_cast<size_t>(shape.num_heads) * static_cast<size_t>(shape.head_size);
     Capture& ring = sequence.captures[layer];
-    if (ring.q.empty()) {
-        ring.q.resize(static_cast<size_t>(capacity) * width);
-        ring.position.resize(static_cast<size_t>(capacity));
+    const auto held = static_cast<size_t>(std::min(capacity, ring.seen + n));  // a long window of a short text is short
+    if (ring.position.size() < held) {
+        ring.q.resize(held * width);
+        ring.position.resize(held);
     }
     for (int64_t i = std::max<int64_t>(0, n - capacity); i < n; ++i) {
         const auto slot = static_cast<size_t>((ring.seen + i) % capacity);
@@ -229,7 +230,8 @@ void Store::captured_locked(const Sequence& sequence, size_t layer, std::vector<
     const int64_t capacity = sequence.capture_rows;
     if (capacity == 0) return;
     const Capture& ring = sequence.captures[layer];
-    const size_t width = ring.q.size() / static_cast<size_t>(capacity);
+    const LayerShape& shape = config_.layers[layer];
+    const size_t width = static_cast<size_t>(shape.num_heads) * static_cast<size_t>(shape.head_size);
     for (int64_t i = std::max<int64_t>(0, ring.seen - capacity); i < ring.seen; ++i) {
         const auto slot = static_cast<size_t>(i % capacity);
         const auto row = ring.q.begin() + static_cast<std::ptrdiff_t>(slot * width);
