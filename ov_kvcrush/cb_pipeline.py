@@ -79,13 +79,8 @@ class ContinuousBatchingPipeline(PipelineBase):
             raise RequestError(f"request_id must be an integer in 0..2^62-1, got {request_id!r}")
         config = self._options(generation_config, options)
         wanted = CacheWish(as_policy(policy), protect)
-        if isinstance(prompt, str):
-            ids = self._encoder.encode(prompt, self._new_metrics())
-        else:
-            rows = rows_of(prompt)
-            if len(rows) != 1:
-                raise RequestError(f"prompt must be one row of token ids, got {len(rows)}")
-            ids = rows[0]
+        text = isinstance(prompt, str)
+        ids = self._encoder.encode(prompt, self._new_metrics()) if text else _one_row(prompt)
         return self._backend.add(request_id, ids, config, wanted.of(ids, self._tokenizer))
 
     def step(self) -> None:
@@ -143,10 +138,7 @@ class ContinuousBatchingPipeline(PipelineBase):
             return self._encoder.encode_user_text(item, config, metrics)
         if isinstance(item, ov_genai.ChatHistory):
             return self._encoder.encode(self._encoder.render(item, metrics), metrics, add_special_tokens=False)
-        rows = rows_of(item)
-        if len(rows) != 1:
-            raise RequestError(f"prompt must be one row of token ids, got {len(rows)}")
-        return rows[0]
+        return _one_row(item)
 
     def _result(
         self,
@@ -165,3 +157,10 @@ class ContinuousBatchingPipeline(PipelineBase):
             return GenerationResult(request_id, texts, scores, handle.get_status(), reasons, metrics)
         tokens = [(ids.tolist() if config.echo else []) + o.generated_ids for o in outputs]
         return EncodedGenerationResult(request_id, tokens, scores, handle.get_status(), reasons, metrics)
+
+
+def _one_row(prompt: Any) -> np.ndarray:
+    rows = rows_of(prompt)
+    if len(rows) != 1:
+        raise RequestError(f"prompt must be one row of token ids, got {len(rows)}")
+    return rows[0]

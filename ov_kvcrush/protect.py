@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from ov_kvcrush.backend import CacheUse
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.policies.base import Policy
 
+_FIRST_LOOK = 256  # tokens that are decoded to look for a passage; then twice as many
 Protect = Sequence[Any]  # of passages (str) and spans (begin, end) of tokens
 
 
@@ -51,7 +52,7 @@ def system_text(history: Any) -> str:
 
 
 class _Text:
-    """A prompt's text, decoded when it is first looked at."""
+    """A prompt's text, of which no more is decoded than must be."""
 
     def __init__(self, ids: np.ndarray, tokenizer: ov_genai.Tokenizer) -> None:
         self._ids = ids.tolist()
@@ -59,16 +60,20 @@ class _Text:
 
     def find(self, passage: str) -> tuple[int, int] | None:
         """The tokens that hold the passage where it first occurs."""
-        at = self._decode(len(self._ids)).find(passage) if passage else -1
+        # A prefix of the tokens gives a prefix of the text, but for a character that it ends inside of. A system prompt
+        # stands in a short one, however long the conversation.
+        num_tokens, at = min(_FIRST_LOOK, len(self._ids)), -1
+        while passage and (at := self._decode(num_tokens).find(passage)) < 0 and num_tokens < len(self._ids):
+            num_tokens = min(2 * num_tokens, len(self._ids))
         if at < 0:
             return None
-        # A prefix of the tokens gives a prefix of the text, but for a character that it ends inside of.
-        begin = self._most(lambda n: len(self._decode(n)) <= at)
-        return begin, self._most(lambda n: len(self._decode(n)) < at + len(passage)) + 1
+        begin = self._most(num_tokens, lambda n: len(self._decode(n)) <= at)
+        return begin, self._most(num_tokens, lambda n: len(self._decode(n)) < at + len(passage)) + 1
 
-    def _most(self, holds: Any) -> int:
-        """The largest number of tokens for which `holds`, by halving."""
-        low, high = 0, len(self._ids) - 1
+    @staticmethod
+    def _most(num_tokens: int, holds: Callable[[int], bool]) -> int:
+        """The largest number below num_tokens for which `holds`, by halving."""
+        low, high = 0, num_tokens - 1
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if holds(middle) else (low, middle - 1)

@@ -15,7 +15,7 @@ from ov_kvcrush.bench.settings import EVICTING, OURS
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError, reason_of
 from ov_kvcrush.genai_eviction import GenaiEviction, nearest
-from ov_kvcrush.policies.registry import as_policy
+from ov_kvcrush.policies.registry import as_policy, name_of
 from ov_kvcrush.precision import paged_precisions, plugin_precisions
 
 _SCHEDULER_FIELDS = ("max_num_batched_tokens", "num_kv_blocks", "max_num_seqs")
@@ -96,7 +96,7 @@ def _cache_of(job: dict[str, Any]) -> tuple[CacheConfig, Storage]:
         raise CrushError(
             "--key-precision, --value-precision, --max-kv-mb and --policy must be left out without the native library, "
             f"got {cache.key_precision}, {cache.value_precision}, {cache.max_bytes >> 20}, "
-            f"{cache.eviction_policy.name if cache.eviction_policy else 'none'}: {reason}"
+            f"{name_of(cache.eviction_policy) if cache.eviction_policy else 'none'}: {reason}"
         )
     return CacheConfig(attention="paged"), _paged_storage(job["properties"])
 

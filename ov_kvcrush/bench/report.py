@@ -21,7 +21,7 @@ from ov_kvcrush.bench.settings import EVICTING, OURS, BenchSettings, Cell
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.genai_eviction import nearest
 from ov_kvcrush.policies.base import Policy
-from ov_kvcrush.policies.registry import settings_of
+from ov_kvcrush.policies.registry import name_of, settings_of
 
 # Field of a row -> whether more of it is better.
 COMPARED = {"ttft_s": False, "tpot_ms": False, "tokens_per_s": True, "kv_bytes": False, "peak_rss_bytes": False}
@@ -125,7 +125,7 @@ def _policy_name(policy: Policy | None, engine: str, cell: Cell) -> str:
         return "none"
     if engine == EVICTING:
         return nearest(policy, policy.budget.tokens(cell.context)).name
-    return str(settings_of(policy)["name"])
+    return name_of(policy)
 
 
 def quotients(ours: Sequence[float], theirs: Sequence[float], more_is_better: bool = False) -> Quotients:

@@ -11,7 +11,7 @@ import openvino as ov
 
 from ov_kvcrush.engine.block_pool import BLOCK_SIZE, BlockPool, blocks_for
 from ov_kvcrush.engine.crush_plan import STAGED, STORED, PlanEntry, write_plan
-from ov_kvcrush.engine.eviction import CacheView, Choice, Eviction, Kept
+from ov_kvcrush.engine.eviction import CacheView, Choice, Eviction, Kept, split_heads
 from ov_kvcrush.engine.kept_kv import KeptKV
 from ov_kvcrush.engine.kv_cache import KVCache
 from ov_kvcrush.engine.memory import MemoryUse
@@ -122,11 +122,7 @@ class CrushMemory:
     def _reuse(self, sequence: Sequence) -> bool:
         """Begin with kept KV if that pays, else with nothing."""
         sequence.num_cached = 0
-        eviction = sequence.request.eviction
-        found = self.prefixes.match(
-            sequence.ids[:],
-            lambda kv, length: kv.serves(sequence, length) and self._has_spans(kv, eviction.spans if eviction else ()),
-        )
+        found = self.prefixes.match(sequence.ids[:], lambda kv, length: kv.serves(sequence, length))
         if found is None:
             return False
         kv, length = found
@@ -135,22 +131,8 @@ class CrushMemory:
         except StoreFull:
             return False
         sequence.num_cached = length
-        sequence.kept = kv.kept.copy() if length == kv.num_tokens else Kept()
+        sequence.kept = kv.kept if length == kv.num_tokens else Kept()
         return True
-
-    def _has_spans(self, kv: KeptKV, spans: Items[tuple[int, int]]) -> bool:
-        """Whether nothing has been dropped of what a request wants to stay."""
-        if not kv.kept.num_evicted or not spans:
-            return True
-        wanted = np.zeros(kv.num_tokens, bool)
-        for begin, end in spans:
-            wanted[begin:end] = True
-        count = int(wanted.sum())
-        return all(
-            int(wanted[self.store.positions(kv.stored, layer, head)].sum()) == count
-            for layer, (_, num_kv_heads) in enumerate(self._heads)
-            for head in range(num_kv_heads)
-        )
 
     def make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """See that the store has slots for the next tokens; a staged prompt has its blocks since it was admitted."""
@@ -168,7 +150,7 @@ class CrushMemory:
         """Share all tiles; who appends to a shared one copies it first."""
         assert parent.stored is not None, "fork() of a sequence that was not admitted"
         twin.stored = self.store.fork(parent.stored)
-        twin.kept = parent.kept.copy()
+        twin.kept = parent.kept
         parent.free_slots = twin.free_slots = 0
 
     def release(self, sequence: Sequence) -> None:
@@ -194,9 +176,8 @@ class CrushMemory:
             return
         request = sequence.request
         policy = request.eviction.policy if request.eviction else None
-        kv = KeptKV(
-            self.store.fork(sequence.stored), sequence.kept.copy(), policy, sequence.num_cached, request.captured_rows
-        )
+        twin = self.store.fork(sequence.stored)
+        kv = KeptKV(twin, sequence.kept, policy, sequence.num_cached, request.captured_rows)
         self.prefixes.put(sequence.ids[: sequence.num_cached], kv)
 
     def drop_kept(self) -> None:
@@ -317,16 +298,16 @@ class CrushMemory:
         scores: dict[Sequence, AttentionScores] = {s: [] for s in asking}
         for layer, output in enumerate(outputs):
             num_heads, num_kv_heads = self._heads[layer]
-            group, begin = num_heads // num_kv_heads, 0
-            for s in asking:
-                heads = []
-                assert s.stored is not None
-                for head in range(num_kv_heads):
-                    length = s.num_cached if len(s.blocks) else self.store.num_tokens(s.stored, layer, head)
-                    heads.append(output[begin : begin + group * length].reshape(group, length).copy())
-                    begin += group * length
-                scores[s].append(heads)
+            lengths = [self._num_tokens(s, layer, head) for s in asking for head in range(num_kv_heads)]
+            heads = [x.copy() for x in split_heads(output, num_heads // num_kv_heads, lengths)]
+            for index, s in enumerate(asking):
+                scores[s].append(heads[index * num_kv_heads : (index + 1) * num_kv_heads])
         return scores
+
+    def _num_tokens(self, sequence: Sequence, layer: int, head: int) -> int:
+        assert sequence.stored is not None, "scores of a sequence that was not admitted"
+        staged = len(sequence.blocks) > 0
+        return sequence.num_cached if staged else self.store.num_tokens(sequence.stored, layer, head)
 
     # -- figures -------------------------------------------------------------------------------------------------------
 

@@ -68,9 +68,9 @@ def check_spans(spans: Items[tuple[int, int]], num_tokens: int) -> None:
             )
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Kept:
-    """What is left of a sequence's cache.
+    """What is left of a sequence's cache; forks share it.
 
     num_evicted: tokens that a head lost, on average. carried: what the policy remembers, for positions.
     representatives: of the last choice, positions of tokens that stay for others.
@@ -95,9 +95,16 @@ class Kept:
         newer = np.arange(self.length, length, dtype=np.int32)
         return [[np.concatenate([x, newer]) for x in layer] for layer in self.positions]
 
-    def copy(self) -> Kept:
-        """For a fork: the arrays are never written to."""
-        return Kept(self.num_evicted, self.num_choices, self.positions, self.carried, self.representatives)
+    def holds(self, spans: Items[tuple[int, int]], length: int) -> bool:
+        """Whether every head still has all of these spans of a text of `length` tokens."""
+        positions = self.positions_of(length) if spans else None
+        if positions is None:
+            return True
+        wanted = np.zeros(length, bool)
+        for begin, end in spans:
+            wanted[begin:end] = True
+        count = int(wanted.sum())
+        return all(int(wanted[head].sum()) == count for layer in positions for head in layer)
 
 
 @dataclass(frozen=True)
@@ -181,7 +188,8 @@ class CacheView:
             rows, places = self._store.captured(seq, layer)
             rows, places = rows[-needs.window :], places[-needs.window :]
             flat = self._store.scores(seq, layer, rows, places, needs.reduce)
-            attention = list(_split(flat, num_heads // num_kv_heads, [len(order.positions) for order in orders]))
+            lengths = [len(order.positions) for order in orders]
+            attention = list(split_heads(flat, num_heads // num_kv_heads, lengths))
             if needs.queries:
                 by_head = rows.reshape(len(rows), num_kv_heads, num_heads // num_kv_heads, -1)
                 queries = [by_head[:, head] for head in range(num_kv_heads)]
@@ -204,7 +212,8 @@ class CacheView:
         )
 
 
-def _split(flat: np.ndarray, group: int, lengths: list[int]) -> Iterator[np.ndarray]:
+def split_heads(flat: np.ndarray, group: int, lengths: Items[int]) -> Iterator[np.ndarray]:
+    """Views (G, S) of what `Store.scores` gives for one sequence; lengths: S of each KV head."""
     begin = 0
     for length in lengths:
         yield flat[begin : begin + group * length].reshape(group, length)

@@ -28,5 +28,7 @@ class KeptKV:
             return False
         if self.kept.num_evicted and (length < self.num_tokens or not eviction or eviction.policy != self.policy):
             return False
+        if eviction and not self.kept.holds(eviction.spans, self.num_tokens):
+            return False
         is_whole = length == self.num_tokens and captured_rows == self.captured_rows
         return not captured_rows or is_whole or (rest >= captured_rows == self.captured_rows)
