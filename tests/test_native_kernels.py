@@ -373,6 +373,71 @@ def test_scores_of_a_staged_prompt_are_those_of_its_keys(isa: str, staged_as: st
         assert_close(cache.store.scores(seq, 0, q, at, "mean"), expected)
 
 
+LAST_ROWS = [1, 7, 16, 31, 32, 40, 64]
+STAGED_LENGTHS = [1, 15, 31, 32, 33, 100, 1000]
+REDUCTIONS = ["mean", "max", "sum_squares"]
+
+
+def check_staged(cache: Cache, prompt: list[tuple[Array, Array]], q: list[Array], staged_as: str) -> None:
+    """Scores of the last rows of a prompt in all layers, every reduction."""
+    seq, num_tokens, num_rows = cache.store.create(), len(prompt[0][0]), len(q[0])
+    cache.stage(seq, prompt, staged_as)
+    at = np.arange(num_tokens - num_rows, num_tokens, dtype=np.int32)
+    for index, (shape, (k, _)) in enumerate(zip(cache.layers, prompt, strict=True)):
+        keys = reference.to_float(k, staged_as).reshape(num_tokens, shape.num_kv_heads, shape.head_size)
+        heads = [(keys[:, h], keys[:, h], np.arange(num_tokens)) for h in range(shape.num_kv_heads)]
+        for how in REDUCTIONS:
+            expected = score_tokens(shape, heads, q[index], at, how)
+            assert_close(cache.store.scores(seq, index, q[index], at, how), expected)
+    cache.store.release(seq)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("staged_as", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("group", range(1, 9))
+def test_staged_prompts_of_any_shape_have_scores(isa: str, staged_as: str, group: int) -> None:
+    """Any number of last rows, more than there are tokens too, and windows that hide the first tokens."""
+    rng = np.random.default_rng(group)
+    head_sizes, kv_heads = (64, [16, 32, 48, 80, 96, 112, 128, 256][group - 1]), 1 + group % 3
+    shapes = [layer(kv_heads * group, kv_heads, head_sizes[i], window) for i, window in enumerate((0, 20))]
+    cache = Cache(*shapes, isa=isa)
+    for i, num_tokens in enumerate(STAGED_LENGTHS):
+        prompt = [keys_values(rng, num_tokens, kv_heads * head_size) for head_size in head_sizes]
+        for num_rows in LAST_ROWS if (isa, staged_as) == (ISAS[-1], "bf16") else LAST_ROWS[(i + group) % 7 :][:1]:
+            q = [2 * gaussian(rng, num_rows, kv_heads * group * head_size) for head_size in head_sizes]
+            check_staged(cache, prompt, q, staged_as)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 0.125])
+@pytest.mark.parametrize("kept_bits", [8, 16, 24])
+def test_scores_of_staged_keys_are_exact_for_queries_of_any_precision(isa: str, scale: float, kept_bits: int) -> None:
+    """Also where a channel of the queries is a hundred times the others, and another one of the keys."""
+    rng = np.random.default_rng(kept_bits)
+    cache = Cache((6, 2, 64, 0, scale), isa=isa)
+    k, v = keys_values(rng, 300, 2 * 64)
+    k[:, ::64] /= 100
+    k[:, 1::64] *= 10
+    q = gaussian(rng, 20, 6 * 64)
+    q[:, ::64] *= 100
+    q[:, 1::64] /= 10
+    q = (q.view(np.uint32) & np.uint32(2**32 - 2 ** (24 - kept_bits))).view(np.float32)
+    check_staged(cache, [(k, v)], [q], "bf16")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("staged_as", ["f32", "bf16"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_staged_logits_far_apart_are_no_overflow(isa: str, staged_as: str, sign: int) -> None:
+    """Each block of keys has logits that are hundreds above (or below) those of the block before."""
+    cache = Cache(layer(2, 1, 32), isa=isa)
+    k = np.zeros((300, 32), np.float32)
+    k[:, 0] = np.arange(300) * 64
+    q = np.zeros((20, 64), np.float32)
+    q[:, ::32] = sign
+    check_staged(cache, [(k, k)], [q], staged_as)
+
+
 # -- instruction sets --------------------------------------------------------------------------------------------------
 
 

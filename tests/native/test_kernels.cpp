@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -160,22 +161,27 @@ struct TestHead {
 };
 
 // Probabilities of a row over the tokens of a head; all zero if it sees none.
-std::vector<double> probabilities(const TestHead& head, const float* q, const LayerShape& shape, int32_t row_position) {
-    std::vector<double> p(head.positions.size(), 0);
+std::vector<double> probabilities(const std::vector<float>& keys, const std::vector<int32_t>& positions, const float* q,
+                                  const LayerShape& shape, int32_t row_position) {
+    std::vector<double> p(positions.size(), 0);
     const size_t size = static_cast<size_t>(shape.head_size);
     double max = -INF, sum = 0;
     for (size_t t = 0; t < p.size(); ++t) {
-        const float* k = head.k.data() + t * size;
+        const float* k = keys.data() + t * size;
         double dot = 0;
         for (size_t c = 0; c < size; ++c) dot += double{k[c]} * q[c];
         p[t] = dot * shape.scale;
-        const int32_t at = head.positions[t];
+        const int32_t at = positions[t];
         if (at > row_position || (shape.window > 0 && at <= row_position - shape.window)) p[t] = -INF;
         max = std::max(max, p[t]);
     }
     for (double& x : p) sum += x = max == -INF ? 0 : std::exp(x - max);
     for (double& x : p) x = sum > 0 ? x / sum : 0;
     return p;
+}
+
+std::vector<double> probabilities(const TestHead& head, const float* q, const LayerShape& shape, int32_t row_position) {
+    return probabilities(head.k, head.positions, q, shape, row_position);
 }
 
 // Sum of p * v: [D].
@@ -294,6 +300,60 @@ void check_scores(const Kernels& kernels, const Case& c, unsigned seed) {
             for (const double x : total) error = std::max(error, std::abs(out[at++] - x));
         }
         expect(error <= 1e-5, "%s: scores, reduce %d, error %g", name_of(kernels.isa, c).c_str(), int(reduce), error);
+    }
+}
+
+// Scores over blocks of bf16 keys, which lie in any order and not aligned; beyond the last token they are NaN.
+void check_staged_scores(const Kernels& kernels, int D, unsigned seed) {
+    Rng rng(seed);
+    const int G = 1 + static_cast<int>(seed % 8), W = 1 + static_cast<int>(seed * 7 % 40), H = G + 1;
+    const int window = seed % 3 == 0 ? 40 : 0;
+    const size_t n = static_cast<size_t>(std::max(1, TOKENS[seed % 6])), size = static_cast<size_t>(D);
+    const size_t num_blocks = (n + TILE - 1) / TILE;
+    std::vector<std::vector<uint16_t>> blocks(num_blocks, std::vector<uint16_t>(TILE * size, 0x7fc0));
+    std::vector<const uint8_t*> at;
+    std::vector<float> keys, q(static_cast<size_t>(W * H * D)), scratch(staged_scratch(n));
+    for (size_t t = 0; t < n; ++t)
+        for (size_t c = 0; c < size; ++c) {
+            const auto bits = static_cast<uint16_t>(bits_of_float(normal(rng)) >> 16);
+            blocks[t / TILE][t % TILE * size + c] = bits;
+            keys.push_back(float_of_bits(uint32_t{bits} << 16));
+        }
+    for (const auto& block : blocks) at.push_back(reinterpret_cast<const uint8_t*>(block.data()));
+    // Numbers of one, two or three parts.
+    const uint32_t kept = seed % 3 == 0 ? 0xffff0000u : seed % 3 == 1 ? 0xffffff00u : 0xffffffffu;
+    for (float& f : q) f = float_of_bits(bits_of_float(normal(rng)) & kept);
+    std::vector<int32_t> positions, tokens(n);
+    std::iota(tokens.begin(), tokens.end(), 0);
+    for (int w = 0; w < W; ++w) positions.push_back(static_cast<int32_t>(n) - W + w);
+    const float scale = std::vector<float>{0.2f, -0.1f, 0.f, 20.f}[seed % 4];
+    const LayerShape shape{G, 1, D, window, scale};
+    std::vector<double> p;  // [G, W, n]
+    for (int h = 0; h < G; ++h)
+        for (int w = 0; w < W; ++w) {
+            const float* row = &q[static_cast<size_t>((w * H + h) * D)];
+            const auto of_row = probabilities(keys, tokens, row, shape, positions[static_cast<size_t>(w)]);
+            p.insert(p.end(), of_row.begin(), of_row.end());
+        }
+    for (const Reduce reduce : {Reduce::mean, Reduce::max, Reduce::sum_squares}) {
+        std::vector<float> out(static_cast<size_t>(G) * n);
+        kernels.staged_scores({at.data(), n, D, q.data(), static_cast<size_t>(H * D), G, W, positions.data(), window,
+                               scale, reduce, scratch.data(), out.data()});
+        double error = 0;
+        for (size_t i = 0; i < out.size(); ++i) {
+            double total = 0;
+            for (size_t w = 0; w < static_cast<size_t>(W); ++w) {
+                const double x = p[(i / n * static_cast<size_t>(W) + w) * n + i % n];
+                total = reduce == Reduce::mean  ? total + x / W
+                        : reduce == Reduce::max ? std::max(total, x)
+                                                : total + x * x;
+            }
+            error = std::isfinite(out[i]) ? std::max(error, std::abs(out[i] - total)) : INF;
+        }
+        // Logits of some hundreds are themselves rounded.
+        const double bound = (scale > 1 ? 1e-3 : 1e-5) * (reduce == Reduce::sum_squares ? W : 1);
+        expect(error <= bound, "%s: staged scores, D %d G %d W %d tokens %zu window %d scale %g reduce %d, error %g",
+               kernels.isa, D, G, W, n, window, static_cast<double>(scale), int(reduce), error);
     }
 }
 
@@ -466,6 +526,7 @@ int main() {
                     check_attend(kernels, c, seed);
                     check_scores(kernels, c, seed);
                     for (unsigned i = 0; i < 2; ++i) check_codec(kernels, c, seed * 2 + i);
+                    if (kernels.staged_scores && size >= MIN_STAGED_HEAD) check_staged_scores(kernels, size, seed);
                 }
         std::printf("%s: %u cases, %d failures so far\n", isa.c_str(), seed, failures);
     }

@@ -7,8 +7,8 @@
 namespace crush {
 namespace {
 
-struct TileConfig {
-    uint8_t palette = 0, start_row = 0, reserved[14] = {};
+struct alignas(ALIGNMENT) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
     uint8_t rows[16] = {};
 };
@@ -39,25 +39,22 @@ inline void multiply_signed() {
     __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(LEFT), "i"(CODES));
 }
 
+// sums += left * codes, of pairs of bf16 into float32.
+template <int SUMS, int LEFT, int CODES>
+inline void multiply_bf16() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(LEFT), "i"(CODES));
+}
+
 // Tile registers. A 24-bit integer is three bytes: 1 and 0 are two rows (2r, 2r + 1) of a low left factor, 2 one of a
 // high one.
 enum { LOW_SUMS, LOW_SUMS_2, HIGH_SUMS, HIGH_SUMS_2, LOW, HIGH, CODES, CODES_2 };
 
-// Sets the tile registers up for `rows` query rows, and puts back on destruction what other code of this thread had
-// set.
+// Sets the tile registers up, and puts back on destruction what other code of this thread had set.
 class TileSetup {
 public:
-    explicit TileSetup(int rows) {
-        for (int i = 0; i < 2; ++i) {
-            set(LOW_SUMS + i, 2 * rows, 64);
-            set(HIGH_SUMS + i, rows, 64);
-            set(CODES + i, TILE / 4, 64);
-        }
-        set(LOW, 2 * rows, TILE);
-        set(HIGH, rows, TILE);
-        mine_.palette = 1;
+    explicit TileSetup(const TileConfig& config) {
         __asm__ volatile("sttilecfg %0" : "=m"(before_));
-        __asm__ volatile("ldtilecfg %0" ::"m"(mine_));
+        __asm__ volatile("ldtilecfg %0" ::"m"(config));
     }
     ~TileSetup() {
         if (before_.palette == 0)
@@ -69,12 +66,25 @@ public:
     TileSetup& operator=(const TileSetup&) = delete;
 
 private:
-    void set(int tile, int rows, int row_bytes) {
-        mine_.rows[tile] = static_cast<uint8_t>(rows);
-        mine_.row_bytes[tile] = static_cast<uint16_t>(row_bytes);
-    }
-    alignas(ALIGNMENT) TileConfig mine_, before_;
+    TileConfig before_;
 };
+
+// For products of `rows` rows of integers with codes.
+inline TileConfig digits_config(int rows) {
+    TileConfig config;
+    const auto set = [&config](int tile, int num_rows, int row_bytes) {
+        config.rows[tile] = static_cast<uint8_t>(num_rows);
+        config.row_bytes[tile] = static_cast<uint16_t>(row_bytes);
+    };
+    for (int i = 0; i < 2; ++i) {
+        set(LOW_SUMS + i, 2 * rows, 64);
+        set(HIGH_SUMS + i, rows, 64);
+        set(CODES + i, TILE / 4, 64);
+    }
+    set(LOW, 2 * rows, TILE);
+    set(HIGH, rows, TILE);
+    return config;
+}
 
 // Integers of 32 channels (tokens) for each row, cut into bytes.
 struct Digits {

@@ -38,8 +38,6 @@ struct LayerShape {
 void attend(const Kernels&, const LayerShape&, const std::vector<AttendSpan>&, const float* q, float* out,
             int num_threads, const ParallelFor&);
 
-enum class Reduce : int32_t { mean = 1, max = 2, sum_squares = 3 };
-
 // Numbers that attention_scores writes over these heads: G for each of their tokens.
 size_t num_scores(const LayerShape&, const std::vector<HeadView>& heads);
 

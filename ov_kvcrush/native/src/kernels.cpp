@@ -21,8 +21,8 @@ namespace {
 bool may_use_amx() {
 #if defined(__linux__)
     constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("avx512vbmi") &&
-           syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    return __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") &&
+           __builtin_cpu_supports("avx512vbmi") && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
     return false;
 #endif

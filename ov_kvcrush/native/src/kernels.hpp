@@ -26,6 +26,30 @@ struct AttendArgs {
     float* acc;                   // [rows, D] running sum of exp(score - max) * value
 };
 
+enum class Reduce : int32_t { mean = 1, max = 2, sum_squares = 3 };
+
+// Scores of some query heads of one KV head over keys as PagedAttention stages them: see attention_scores.
+struct StagedScores {
+    const uint8_t* const* blocks;  // where the keys of 32 tokens lie, bf16 [32, D] each, the last one whole too
+    size_t num_tokens;             // at positions 0, 1, 2, ...
+    int head_size;                 // D, at least MIN_STAGED_HEAD
+    const float* q;                // head h of row r is at q + r * q_stride + h * D
+    size_t q_stride;
+    int num_heads, num_rows;
+    const int32_t* row_position;  // [num_rows]
+    int32_t window;               // 0 = none
+    float scale;                  // of q . k
+    Reduce reduce;
+    float* scratch;  // staged_scratch(num_tokens) floats
+    float* out;      // [num_heads, num_tokens], zeros
+};
+constexpr int STAGED_LANES = 16;     // query rows that are scored at a time; those of a head fill staged_lanes
+constexpr int MIN_STAGED_HEAD = 32;  // D
+static inline int staged_lanes(int num_rows) { return (num_rows + 3) / 4 * 4; }
+static inline size_t staged_scratch(size_t num_tokens) {
+    return ((num_tokens + TILE - 1) / TILE * (TILE + 1) + 1) * STAGED_LANES;
+}
+
 struct Kernels {
     const char* isa;
     // Online softmax over the tiles; updates max, sum and acc. May be called again for more tiles.
@@ -41,6 +65,8 @@ struct Kernels {
     void (*decode)(const uint8_t* tile, float* k, float* v);
     // Write one token into `slot` of a tile with float codecs (f32, bf16, f16).
     void (*put)(uint8_t* tile, int slot, const float* k, const float* v);
+    // Null where there is none: then staged keys are scored as tiles.
+    void (*staged_scores)(const StagedScores&);
 };
 
 // The best kernels of this machine, or those named ("scalar", "avx2", "avx512", ...). Throws std::invalid_argument

@@ -8,6 +8,7 @@
 namespace crush {
 
 extern const Kernels KERNELS_AVX512, KERNELS_AMX;
+void staged_scores_amx(const StagedScores&);  // scores_amx.cpp
 
 namespace {
 
@@ -24,7 +25,8 @@ public:
         return is_quantised(l.key) && is_quantised(l.value) && l.head_size >= TILE;
     }
 
-    AmxAttend(const AttendArgs& a, int head_size) : a_(a), rows_(a.rows), size_(head_size), setup_(a.rows) {
+    AmxAttend(const AttendArgs& a, int head_size)
+        : a_(a), rows_(a.rows), size_(head_size), setup_(digits_config(a.rows)) {
         for (int r = 0; r < rows_; ++r)
             for (int c = 0; c < size_; c += 16)
                 I::store(q_[r] + c, I::mul(I::load(a.q + r * size_ + c), I::set1(LOG2E)));
@@ -364,6 +366,6 @@ void put(uint8_t* tile, int slot, const float* k, const float* v) { KERNELS_AVX5
 
 }  // namespace
 
-const Kernels KERNELS_AMX = {"amx", &attend, &scores, &softmax, &encode, &decode, &put};
+const Kernels KERNELS_AMX = {"amx", &attend, &scores, &softmax, &encode, &decode, &put, &staged_scores_amx};
 
 }  // namespace crush

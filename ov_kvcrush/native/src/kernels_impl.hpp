@@ -15,7 +15,8 @@ constexpr Kernels make_kernels() {
             &AttendImpl<I>::softmax,
             &CodecImpl<I>::encode,
             &CodecImpl<I>::decode,
-            &CodecImpl<I>::put};
+            &CodecImpl<I>::put,
+            nullptr};
 }
 
 }  // namespace

@@ -104,23 +104,16 @@ private:
 // Scores of one layer of one step, for all entries that ask.
 class LayerScores {
 public:
-    LayerScores(Store& store, size_t layer) : store_(store), layer_(layer), shape_(store.config().layers[layer]) {}
+    LayerScores(Store& store, size_t layer) : store_(store), layer_(layer) {}
 
     void append(const PlanEntry& e) {
         const Sequence& sequence = store_.sequence_locked(e.sequence);
         require(sequence.capture_rows > 0, "a sequence whose scores are wanted must capture queries", 0);
-        std::vector<uint8_t> storage;
-        std::vector<const uint8_t*> pointers;
-        const std::vector<HeadView> views = e.kind == PlanEntry::stored
-                                                ? store_.views_locked(sequence, layer_)
-                                                : store_.staged_views_locked(sequence, layer_, storage, pointers);
         std::vector<float> window;
         std::vector<int32_t> positions;
         store_.captured_locked(sequence, layer_, window, positions);
-        const size_t begin = scores.size();
-        scores.resize(begin + num_scores(shape_, views));
-        attention_scores(store_.kernels(), shape_, views.data(), window.data(), positions.data(), positions.size(),
-                         static_cast<Reduce>(e.reduce), scores.data() + begin, parallel_for());
+        store_.scores_locked(sequence, layer_, window.data(), positions.data(), positions.size(),
+                             static_cast<Reduce>(e.reduce), scores);
     }
 
     std::vector<float> scores;
@@ -128,7 +121,6 @@ public:
 private:
     Store& store_;
     const size_t layer_;
-    const LayerShape shape_;
 };
 
 const int32_t* int32_input(const ov::TensorVector& inputs, size_t i) {

@@ -292,15 +292,7 @@ Output<float> PyStore::scores(int64_t seq, int64_t layer, const Input& q, const 
         const Release release;
         const std::lock_guard<std::mutex> lock(s->mutex());
         const Sequence& sequence = s->sequence_locked(id_of(seq));
-        std::vector<uint8_t> storage;
-        std::vector<const uint8_t*> pointers;
-        const auto l = static_cast<size_t>(layer);
-        const std::vector<HeadView> views = sequence.staged_tokens
-                                                ? s->staged_views_locked(sequence, l, storage, pointers)
-                                                : s->views_locked(sequence, l);
-        out.resize(num_scores(shape, views));
-        attention_scores(s->kernels(), shape, views.data(), queries, row_positions, num_rows, how, out.data(),
-                         parallel_for());
+        s->scores_locked(sequence, static_cast<size_t>(layer), queries, row_positions, num_rows, how, out);
     }
     const size_t size = out.size();
     return to_numpy(std::move(out), {size});

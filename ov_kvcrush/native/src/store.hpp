@@ -155,6 +155,10 @@ public:
     // For a staged prompt: tiles with its keys alone, made of its staging blocks, for scores only.
     std::vector<HeadView> staged_views_locked(const Sequence&, size_t layer, std::vector<uint8_t>& storage,
                                               std::vector<const uint8_t*>& pointers) const;
+    // attention_scores of rows q [num_rows, H * D] over what a sequence holds in a layer, stored or staged: appended to
+    // `out`.
+    void scores_locked(const Sequence&, size_t layer, const float* q, const int32_t* row_position, size_t num_rows,
+                       Reduce, std::vector<float>& out) const;
 
 private:
     struct Layouts {
@@ -182,6 +186,8 @@ private:
     void settle_head(size_t head, Head&, int64_t num_tiles);
     void check_staged(const Sequence&, size_t layer) const;
     void read_staged(const Sequence&, size_t layer, size_t head, const int32_t* tokens, int count, TokenBuffer&) const;
+    // Appends the scores of a staged prompt without making tiles of it. False if the kernels cannot.
+    bool score_blocks(const Sequence&, size_t layer, StagedScores, std::vector<float>& out) const;
     uint8_t* write_new(const TileLayout&, const TokenBuffer&);
     void adopt_head(const Sequence&, size_t head, const Selection*, std::vector<uint8_t*>& tiles);
     CompactPlan plan_compact(size_t head, const Head&, const int32_t* kept, int64_t num_kept) const;

@@ -115,6 +115,62 @@ std::vector<HeadView> Store::staged_views_locked(const Sequence& sequence, size_
     return views;
 }
 
+void Store::scores_locked(const Sequence& sequence, size_t layer, const float* q, const int32_t* row_position,
+                          size_t num_rows, Reduce reduce, std::vector<float>& out) const {
+    StagedScores rows{};
+    rows.q = q;
+    rows.num_rows = static_cast<int>(num_rows);
+    rows.row_position = row_position;
+    rows.reduce = reduce;
+    if (sequence.staged_tokens && score_blocks(sequence, layer, rows, out)) return;
+    std::vector<uint8_t> storage;
+    std::vector<const uint8_t*> pointers;
+    const std::vector<HeadView> views = sequence.staged_tokens ? staged_views_locked(sequence, layer, storage, pointers)
+                                                               : views_locked(sequence, layer);
+    const LayerShape& shape = config_.layers[layer];
+    const size_t begin = out.size();
+    out.resize(begin + num_scores(shape, views));
+    attention_scores(*kernels_, shape, views.data(), q, row_position, num_rows, reduce, out.data() + begin, parallel_);
+}
+
+bool Store::score_blocks(const Sequence& sequence, size_t layer, StagedScores rows, std::vector<float>& out) const {
+    const LayerShape& shape = config_.layers[layer];
+    const Staging& staging = layouts_[layer].staging;
+    if (!kernels_->staged_scores || staging.codec != Codec::bf16 || shape.head_size < MIN_STAGED_HEAD) return false;
+    check_staged(sequence, layer);
+    const auto num_kv_heads = static_cast<size_t>(shape.num_kv_heads), size = static_cast<size_t>(shape.head_size);
+    const size_t group = static_cast<size_t>(shape.num_heads) / num_kv_heads;
+    const auto num_tokens = static_cast<size_t>(sequence.staged_tokens), num_blocks = (num_tokens + TILE - 1) / TILE;
+    std::vector<const uint8_t*> blocks(num_kv_heads * num_blocks);
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        const auto block = static_cast<size_t>(sequence.staged_blocks[i % num_blocks]);
+        blocks[i] =
+            staging.keys + (block * num_kv_heads + i / num_blocks) * TILE * size * bytes_per_number(Codec::bf16);
+    }
+    const size_t begin = out.size();
+    out.resize(begin + static_cast<size_t>(shape.num_heads) * num_tokens);
+    rows.num_tokens = num_tokens;
+    rows.head_size = shape.head_size;
+    rows.q_stride = static_cast<size_t>(shape.num_heads) * size;
+    rows.window = shape.window;
+    rows.scale = shape.scale;
+    // One head at a time, or as many as are scored at once.
+    const auto at_once = std::clamp<size_t>(STAGED_LANES / staged_lanes(std::max(rows.num_rows, 1)), 1, group);
+    const size_t parts = (group + at_once - 1) / at_once;
+    run(num_kv_heads * parts, [&](size_t i) {
+        const size_t kv_head = i / parts, first = i % parts * at_once, head = kv_head * group + first;
+        const std::unique_ptr<float[]> scratch(new float[staged_scratch(num_tokens)]);
+        StagedScores part = rows;
+        part.blocks = blocks.data() + kv_head * num_blocks;
+        part.q += head * size;
+        part.num_heads = static_cast<int>(std::min(at_once, group - first));
+        part.scratch = scratch.get();
+        part.out = out.data() + begin + head * num_tokens;
+        kernels_->staged_scores(part);
+    });
+    return true;
+}
+
 void Store::read_staged(const Sequence& sequence, size_t layer, size_t head, const int32_t* tokens, int count,
                         TokenBuffer& to) const {
     const Staging& staging = layouts_[layer].staging;
