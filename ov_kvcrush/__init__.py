@@ -16,6 +16,7 @@ from openvino_genai import (
 
 from ov_kvcrush.cb_pipeline import ContinuousBatchingPipeline
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
+from ov_kvcrush.context import Context
 from ov_kvcrush.errors import CrushError, ExportError, ModelError, OutOfMemory, RequestError
 from ov_kvcrush.llm_pipeline import LLMPipeline
 from ov_kvcrush.results import (
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CacheConfig",
     "ChatHistory",
+    "Context",
     "ContinuousBatchingPipeline",
     "CrushError",
     "DecodedResults",

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import openvino_genai as ov_genai
 
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.results import GenerationOutput, PipelineMetrics, RequestStats, StepSeconds
+
+if TYPE_CHECKING:
+    from ov_kvcrush.engine.kept_kv import KeptKV
+
+
+def _no_tokens() -> np.ndarray:
+    return np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class ReplayWords:
+    """Token ids int64 (n,) that stand between a text and its repetition, for policies that read a prompt twice.
+
+    first: "repeat this". again: "repeat this from the place where it says", followed by the last tokens before the
+    chunk. answer: what makes it the model's turn. All may be empty.
+    """
+
+    first: np.ndarray = field(default_factory=_no_tokens)
+    again: np.ndarray = field(default_factory=_no_tokens)
+    answer: np.ndarray = field(default_factory=_no_tokens)
+
+
+NO_WORDS = ReplayWords()
 
 
 @dataclass(frozen=True)
@@ -18,13 +41,22 @@ class CacheUse:
 
     keep_kv: leave the KV for a prompt that goes on from it. policy: which tokens stay, None = as the engine was told.
     protect: spans [begin, end) of the prompt's tokens that stay. system: the span of the system prompt, which stays
-    too; it need not fit the policy's budget.
+    too; it need not fit the policy's budget. words: for policies that read the prompt twice.
+    context: KV that the prompt's first tokens have already; a policy chooses from what follows. hold: hand the
+    KV out at the end, as `Handle.held`. reads_only: end when the prompt is read, without a token.
     """
 
     keep_kv: bool = False
     policy: Policy | None = None
     protect: tuple[tuple[int, int], ...] = ()
     system: tuple[int, int] | None = None
+    words: ReplayWords = NO_WORDS
+    context: KeptKV | None = None
+    hold: bool = False
+    reads_only: bool = False
+
+
+AS_CONFIGURED = CacheUse()
 
 
 class Handle(Protocol):
@@ -53,6 +85,12 @@ class Handle(Protocol):
 
     def get_stats(self) -> RequestStats: ...
 
+    @property
+    def held(self) -> KeptKV | None: ...
+
+    @property
+    def progress(self) -> tuple[int, int]: ...
+
 
 class Backend(Protocol):
     """An engine: requests are added, `step` moves all of them on."""
@@ -68,6 +106,14 @@ class Backend(Protocol):
     def has_unfinished(self) -> bool: ...
 
     def drop_kept_kv(self) -> None: ...
+
+    def drop_held(self, kv: KeptKV) -> None: ...
+
+    def share_held(self, kv: KeptKV) -> KeptKV: ...
+
+    def bytes_held(self, kv: KeptKV) -> int: ...
+
+    def kv_heads(self) -> list[int]: ...
 
     def metrics(self) -> PipelineMetrics: ...
 

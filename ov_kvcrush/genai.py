@@ -6,13 +6,13 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino as ov
 import openvino_genai as ov_genai
 
-from ov_kvcrush.backend import CacheUse
+from ov_kvcrush.backend import AS_CONFIGURED, CacheUse
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.engine.sampling_params import SamplingParams
 from ov_kvcrush.errors import CrushError, ModelError, RequestError, nearest, reason_of
@@ -22,11 +22,13 @@ from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.precision import paged_precisions
 from ov_kvcrush.results import GenerationOutput, PipelineMetrics, RequestStats, StepSeconds
 
+if TYPE_CHECKING:
+    from ov_kvcrush.engine.kept_kv import KeptKV
+
 Status = ov_genai.GenerationStatus
 FinishReason = ov_genai.GenerationFinishReason
 
 _NO_LIMIT = 1 << 40  # tokens
-_AS_CONFIGURED = CacheUse()
 
 
 def genai_cache_properties(config: CacheConfig, properties: dict[str, Any]) -> dict[str, Any]:
@@ -101,6 +103,17 @@ class GenaiHandle:
         """None: openvino_genai does not tell."""
         return None
 
+    @property
+    def held(self) -> None:
+        """None: openvino_genai keeps its KV."""
+        return None
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Known at the end only."""
+        done = self._num_input_tokens if self._times else 0
+        return done, self._num_input_tokens
+
     def stop(self, finish_reason: ov_genai.GenerationFinishReason = FinishReason.STOP) -> None:
         """End the request; what was generated counts as the answer."""
         self.was_told_to_end = True
@@ -163,7 +176,7 @@ class GenaiBackend:
         self._lock = threading.RLock()
 
     def add(
-        self, request_id: int, ids: np.ndarray, config: ov_genai.GenerationConfig, cache: CacheUse = _AS_CONFIGURED
+        self, request_id: int, ids: np.ndarray, config: ov_genai.GenerationConfig, cache: CacheUse = AS_CONFIGURED
     ) -> GenaiHandle:
         """Queue a request. Keeping its KV is up to `enable_prefix_caching` of the scheduler config here, and the policy
         is that of the pipeline.
@@ -173,6 +186,8 @@ class GenaiBackend:
         if cache.policy is not None or cache.protect:
             field = "policy" if cache.policy is not None else "protect"
             raise RequestError(f"{field} must be left out of a request with engine='genai'; give cache_config a policy")
+        if cache.context or cache.hold or cache.reads_only:
+            raise RequestError("context must not be asked for with engine='genai', got one; engine='crush' holds it")
         ids = np.asarray(ids, np.int64).reshape(1, -1)
         if not ids.size:
             raise RequestError("prompt must have at least one token, got an empty one")
@@ -214,6 +229,21 @@ class GenaiBackend:
     def has_unfinished(self) -> bool:
         """Whether `step` has something to do."""
         return bool(self._pipeline.has_non_finished_requests())
+
+    def drop_held(self, kv: KeptKV) -> None:
+        """Nothing was handed out."""
+
+    def share_held(self, kv: KeptKV) -> KeptKV:
+        """Nothing was handed out."""
+        return kv
+
+    def bytes_held(self, kv: KeptKV) -> int:
+        """Nothing was handed out."""
+        return 0
+
+    def kv_heads(self) -> list[int]:
+        """Not told."""
+        return []
 
     def drop_kept_kv(self) -> None:
         """Nothing to do: openvino_genai drops kept prefixes itself when it needs their memory."""

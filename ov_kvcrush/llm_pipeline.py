@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino as ov
@@ -12,6 +12,8 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.backend import Handle
 from ov_kvcrush.chat import ConversationTokens
+from ov_kvcrush.context import Context, require_context
+from ov_kvcrush.context_text import ContextText
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipeline_base import PipelineBase
 from ov_kvcrush.policies.registry import PolicyLike, as_policy
@@ -19,6 +21,9 @@ from ov_kvcrush.prompts import check_text, rows_of
 from ov_kvcrush.protect import CacheWish, Protect, system_text
 from ov_kvcrush.results import DecodedResults, EncodedResults, KeptTokens, PerfMetrics
 from ov_kvcrush.streaming import Streamer
+
+if TYPE_CHECKING:
+    from ov_kvcrush.engine.kept_kv import KeptKV
 
 CANCEL = ov_genai.GenerationStatus.CANCEL
 
@@ -53,6 +58,8 @@ class LLMPipeline(PipelineBase):
         )
         self._tokens = ConversationTokens(self._encoder)
         self._history: ov_genai.ChatHistory | None = None  # of start_chat; None outside
+        self._chat_context: Context | None = None  # what the chat goes on from, if it began with one
+        self._is_open = False  # its last message goes on with the next turn
 
     def get_generation_config(self) -> ov_genai.GenerationConfig:
         """The config that holds where `generate` gets none, a copy."""
@@ -65,12 +72,26 @@ class LLMPipeline(PipelineBase):
         if self._config.eos_token_id < 0 and eos >= 0:
             self._config.set_eos_token_id(eos)
 
-    def start_chat(self, system_message: str = "") -> None:
-        """From now on `generate` of a text is a turn of one conversation, until `finish_chat`."""
+    def start_chat(self, system_message: str = "", *, context: Context | None = None) -> None:
+        """From now on `generate` of a text is a turn of one conversation, until `finish_chat`.
+
+        context: what the conversation begins with; it must have its own system message. A policy chooses from what
+        follows it.
+        """
         if not self._tokenizer.chat_template:
             raise RequestError("chat needs a tokenizer with a chat template, got one without")
+        if context is not None and system_message:
+            raise RequestError("system_message must be left out with a context, which has its own, got both")
+        begun = require_context(context)
+        if begun is not None:
+            begun.of(self)
         self.finish_chat()
         self._history = ov_genai.ChatHistory()
+        if begun is not None:
+            self._chat_context = begun.fork()
+            self._is_open = begun.content.is_open
+            self._history = ov_genai.ChatHistory(list(begun.content.messages))
+            self._tokens.remember(begun.content.rendered, begun.ids, "", [])
         if system_message:
             self._history.append({"role": "system", "content": system_message})
 
@@ -78,7 +99,17 @@ class LLMPipeline(PipelineBase):
         """Forget the conversation and give its KV back."""
         self._history = None
         self._tokens.clear()
+        self._chat_context, self._is_open = None, False
         self._backend.drop_kept_kv()
+
+    def chat_context(self) -> Context:
+        """The conversation so far as a context, if it began with one. Raises RequestError where it did not.
+
+        The last token of the last answer, which was not run, is not in it; nor, after a stop string, the last turn.
+        """
+        if self._chat_context is None:
+            raise RequestError("chat must have begun with a context to be one, got none")
+        return self._chat_context.fork()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Same as `generate`."""
@@ -92,6 +123,7 @@ class LLMPipeline(PipelineBase):
         *,
         policy: PolicyLike = None,
         protect: Protect = (),
+        context: Context | None = None,
         **options: Any,
     ) -> Any:
         """Generate from a str, list[str], ChatHistory, ov.Tensor of ids [B, S] or TokenizedInputs.
@@ -100,11 +132,16 @@ class LLMPipeline(PipelineBase):
         history, EncodedResults for ids. A history keeps its KV for the next turn, as a chat does.
         policy: which tokens stay in the KV cache, as CacheConfig.policy; None = as the pipeline was told.
         protect: what a policy must not drop: passages of the prompt, or spans (begin, end) of its tokens.
+        context: what `compress` made of a text: the inputs, a str, list[str] or ids, are questions about it, which
+            share its bytes. A policy chooses from what follows it.
         Raises RequestError naming the field for anything that cannot be run.
         """
         config = self._options(generation_config, options)
         metrics = self._new_metrics()
-        wanted = CacheWish(as_policy(policy), protect)
+        begun = require_context(context)
+        wanted = CacheWish(as_policy(policy), protect, context=begun.of(self) if begun else None)
+        if begun is not None and (isinstance(inputs, ov_genai.ChatHistory) or self._history is not None):
+            raise RequestError("context must be given to start_chat() for a conversation, got one in a turn")
         if isinstance(inputs, ov_genai.ChatHistory):
             return self._generate_turn(inputs, config, streamer, metrics, wanted)[0]
         if isinstance(inputs, str) and self._history is not None:
@@ -113,15 +150,22 @@ class LLMPipeline(PipelineBase):
         if isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts):
             if not texts:
                 raise RequestError("inputs must have at least one prompt, got none")
-            rows = [self._encoder.encode_user_text(text, config, metrics) for text in texts]
+            rows = [self._encode_text(text, begun, config, metrics) for text in texts]
             results = self._decoded(self._run_rows(rows, config, streamer, metrics, wanted), rows, config, metrics)
             return results.texts[0] if isinstance(inputs, str) and len(results.texts) == 1 else results
         if isinstance(inputs, (ov.Tensor, ov_genai.TokenizedInputs)):
-            rows = rows_of(inputs)
+            rows = [ids if begun is None else np.concatenate([begun.ids, ids]) for ids in rows_of(inputs)]
             return self._encoded(self._run_rows(rows, config, streamer, metrics, wanted), rows, config, metrics)
         raise RequestError(
             f"inputs must be a str, list[str], ChatHistory, ov.Tensor or TokenizedInputs, got {type(inputs).__name__}"
         )
+
+    def _encode_text(
+        self, text: str, context: Context | None, config: ov_genai.GenerationConfig, metrics: PerfMetrics
+    ) -> np.ndarray:
+        if context is None:
+            return self._encoder.encode_user_text(text, config, metrics)
+        return np.concatenate([context.ids, self._contexts.question(context.content, text, metrics)])
 
     def _run_rows(
         self,
@@ -150,16 +194,14 @@ class LLMPipeline(PipelineBase):
         """One turn of start_chat's conversation. A turn that fails or is cancelled leaves the history as it was."""
         assert self._history is not None
         check_text(text)
-        self._history.append({"role": "user", "content": text})
-        try:
-            results, status = self._generate_turn(self._history, config, streamer, metrics, wanted)
-        except BaseException:
-            self._history.pop()
-            raise
-        if status == CANCEL:
-            self._history.pop()
-        else:
-            self._history.append({"role": "assistant", "content": results.texts[0]})
+        before = ContextText("", tuple(self._history.get_messages()), self._is_open)
+        history = ov_genai.ChatHistory(list(before.asked(text)))
+        if self._chat_context:
+            wanted = replace(wanted, context=self._chat_context.of(self))
+        results, status = self._generate_turn(history, config, streamer, metrics, wanted)
+        if status != CANCEL:
+            history.append({"role": "assistant", "content": results.texts[0]})
+            self._history, self._is_open = history, False
         return results.texts[0] if len(results.texts) == 1 else results
 
     def _generate_turn(
@@ -174,7 +216,10 @@ class LLMPipeline(PipelineBase):
             raise RequestError("history must have at least one message, got an empty one")
         text = self._encoder.render(history, metrics)
         ids = self._tokens.encode(text, metrics)
-        turn = replace(wanted, keep_kv=True, system=system_text(history))
+        begun = wanted.context and self._chat_context
+        if begun and not np.array_equal(ids[: begun.num_tokens], begun.ids):
+            raise RequestError("context must stay as it is in a chat, got a chat template that changes it")
+        turn = replace(wanted, keep_kv=not begun, hold=bool(begun), system=system_text(history))
         handle = self._run_rows([ids], config, streamer, metrics, turn)[0]
         results = self._decoded([handle], [ids], config, metrics)
         if handle.get_status() != CANCEL:
@@ -183,11 +228,20 @@ class LLMPipeline(PipelineBase):
             if answer_ids and self._is_end(answer_ids[-1], config):
                 answer_ids = answer_ids[:-1]
             # After a stop string the tokens may hold more or less than the text: only the prompt is sure then.
-            if answer.text is None:
-                self._tokens.remember(text, ids, self._text(answer, metrics), answer_ids)
-            else:
-                self._tokens.remember(text, ids, "", [])
+            said = "" if answer.text is not None else self._text(answer, metrics)
+            said_ids = answer_ids if answer.text is None else []
+            self._tokens.remember(text, ids, said, said_ids)
+            if begun and handle.held:
+                messages = (*history.get_messages(), {"role": "assistant", "content": said})
+                state = ContextText(text + said, messages)
+                self._go_on(begun, handle.held, state, np.concatenate([ids, said_ids]).astype(np.int64))
         return results, handle.get_status()
+
+    def _go_on(self, begun: Context, held: KeptKV, state: ContextText, ids: np.ndarray) -> None:
+        """The chat's context from now on. Where the cached tokens are not the conversation's, it is what it was."""
+        new = Context(self, ids[: held.num_tokens], state, held, begun.chosen_by)
+        if held.num_tokens <= len(ids):
+            self._chat_context = new
 
     def _is_end(self, token: int, config: ov_genai.GenerationConfig) -> bool:
         ends = {config.eos_token_id, self._config.eos_token_id, *config.stop_token_ids, *self._config.stop_token_ids}

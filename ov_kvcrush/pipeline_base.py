@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import itertools
 import time
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino_genai as ov_genai
 
-from ov_kvcrush.backend import Backend, CacheUse, Handle
+from ov_kvcrush.backend import NO_WORDS, Backend, CacheUse, Handle, ReplayWords
 from ov_kvcrush.config import CacheConfig, SchedulerConfig, check_engine
+from ov_kvcrush.context import Context, context_policy
+from ov_kvcrush.context_text import ContextEncoder
 from ov_kvcrush.engine.sampling_params import make_generation_config
-from ov_kvcrush.errors import ModelError, reason_of
+from ov_kvcrush.errors import ModelError, OutOfMemory, reason_of
 from ov_kvcrush.model_folder import check_model_folder
+from ov_kvcrush.policies.base import Policy
+from ov_kvcrush.policies.none import KeepAll
+from ov_kvcrush.policies.registry import PolicyLike
 from ov_kvcrush.prompts import PromptEncoder
+from ov_kvcrush.protect import CacheWish, Protect
 from ov_kvcrush.results import GenerationOutput, PerfMetrics, PipelineMetrics, StepSeconds
 from ov_kvcrush.streaming import Streamer, make_sink, pump
+
+if TYPE_CHECKING:
+    from ov_kvcrush.engine.kept_kv import KeptKV
+
+Progress = Callable[[int, int], None]  # tokens that were read, and all
 
 
 class PipelineBase:
@@ -41,6 +55,9 @@ class PipelineBase:
         self._tokenizer = tokenizer or load_tokenizer(folder, tokenizer_properties or {})
         self._config = load_generation_config(folder, self._tokenizer)
         self._encoder = PromptEncoder(self._tokenizer)
+        self._contexts = ContextEncoder(self._encoder, self._tokenizer)
+        self._compressed: weakref.WeakValueDictionary[tuple[Any, ...], Context] = weakref.WeakValueDictionary()
+        self._words: ReplayWords | None = None
         self._backend = make_backend(
             self._engine_name, folder, device, scheduler_config, cache_config, properties, self._tokenizer, self._config
         )
@@ -64,6 +81,75 @@ class PipelineBase:
     def get_last_step(self) -> StepSeconds:
         """What the last step took; zeros with engine="genai", which does not tell."""
         return self._backend.last_step()
+
+    def compress(
+        self,
+        text: Any,
+        *,
+        policy: PolicyLike = None,
+        kept: float | None = None,
+        protect: Protect = (),
+        progress: Progress | None = None,
+    ) -> Context:
+        """Read a text or a conversation once and compress it, to be asked often: `generate(question, context=...)`.
+
+        text: a str, which questions follow in the same message; or a ChatHistory or a list of messages.
+        policy: what stays, as CacheConfig.policy; None = KVzip, which reads the text twice. "none" keeps all.
+        kept: the fraction that stays, where policy is a name or None; None = 0.25.
+        protect: passages of the text, or spans (begin, end) of its tokens, that stay.
+        progress: called with the number of tokens that were read and that of all; both readings count.
+        The same text with the same policy shares the bytes of a context that there is already.
+        Raises RequestError for a text that cannot be run, OutOfMemory where the store has no room.
+        """
+        metrics = self._new_metrics()
+        chosen = context_policy(policy, kept)
+        state, ids, head = self._contexts.open(text, metrics)
+        first = state.messages[0] if state.messages and not state.is_open else {}
+        system = first["content"] if first.get("role") == "system" else ""
+        use = CacheWish(chosen, protect, system=system, words=self._words_for(chosen)).of(ids, self._tokenizer)
+        use = replace(use, system=(0, head) if head else use.system, reads_only=True)
+        key = (ids.tobytes(), chosen, use.protect, use.system)
+        known = self._compressed.get(key)
+        if known is not None and known.is_open:
+            return known.fork()
+        context = Context(self, ids, state, self._read(ids, use, progress).as_base(), chosen if chosen.evicts else None)
+        self._compressed[key] = context
+        return context
+
+    def _extend(self, context: Context, text: str, policy: Policy | None, progress: Progress | None) -> Context:
+        kv = context.of(self)
+        state, more = self._contexts.more(context.content, text, self._new_metrics())
+        ids = np.concatenate([context.ids, more])
+        use = CacheUse(policy=policy or KeepAll(), context=kv, reads_only=True)
+        return Context(self, ids, state, self._read(ids, use, progress).as_base(), context.chosen_by)
+
+    def _read(self, ids: np.ndarray, use: CacheUse, progress: Progress | None) -> KeptKV:
+        """Run a prompt without an answer; its KV."""
+        handle = self._backend.add(next(self._ids), ids, self._options(None, {"max_new_tokens": 1}), use)
+        self._active.append(handle)
+        try:
+            while handle.get_status() == ov_genai.GenerationStatus.RUNNING:
+                self._backend.step()
+                if progress:
+                    progress(*handle.progress)
+        except BaseException:
+            handle.cancel()
+            self._backend.end_wanted()
+            raise
+        finally:
+            self._active.remove(handle)
+        if handle.held is None or handle.held.num_tokens < len(ids):
+            if handle.held is not None:
+                self._backend.drop_held(handle.held)
+            raise OutOfMemory(f"context must be read to its end, got {handle.progress[0]} of {len(ids)} tokens")
+        return handle.held
+
+    def _words_for(self, policy: Policy | None) -> ReplayWords:
+        if policy is None or not policy.needs.replay:
+            return NO_WORDS
+        if self._words is None:
+            self._words = self._contexts.words(self._new_metrics())
+        return self._words
 
     def stop(self) -> None:
         """End the running `generate` after its step; it returns what there is. For other threads or signal handlers."""

@@ -61,11 +61,11 @@ class PromptEncoder:
         data = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).input_ids.data
         return np.array(data, np.int64).reshape(-1)
 
-    def render(self, history: Any, metrics: PerfMetrics) -> str:
-        """The text of a conversation, ending where the model is to answer."""
+    def render(self, history: Any, metrics: PerfMetrics, *, answers: bool = True) -> str:
+        """The text of a conversation, ending where the model is to answer; answers=False: after its last message."""
         start = time.perf_counter()
         try:
-            text: str = self._tokenizer.apply_chat_template(history, add_generation_prompt=True)
+            text: str = self._tokenizer.apply_chat_template(history, add_generation_prompt=answers)
         except RuntimeError as error:
             raise RequestError(f"history must fit the model's chat template, got: {reason_of(error)}") from None
         metrics.chat_template_s.append(time.perf_counter() - start)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino_genai as ov_genai
 
-from ov_kvcrush.backend import CacheUse
+from ov_kvcrush.backend import NO_WORDS, CacheUse, ReplayWords
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.policies.base import Policy
+
+if TYPE_CHECKING:
+    from ov_kvcrush.engine.kept_kv import KeptKV
 
 _FIRST_LOOK = 256  # tokens that are decoded to look for a passage; then twice as many
 Protect = Sequence[Any]  # of passages (str) and spans (begin, end) of tokens
@@ -20,13 +23,17 @@ Protect = Sequence[Any]  # of passages (str) and spans (begin, end) of tokens
 @dataclass(frozen=True)
 class CacheWish:
     """policy: None = as the pipeline was told. protect: passages and spans of tokens that stay. system: the text of the
-    system prompt, which stays if it is found. keep_kv: leave the KV for a prompt that goes on from this one.
+    system prompt, which stays if it is found, with what stands before it. keep_kv: leave the KV for a prompt that goes
+    on from this one. words, context, hold: as of CacheUse.
     """
 
     policy: Policy | None = None
     protect: Protect = ()
     keep_kv: bool = False
     system: str = ""
+    words: ReplayWords = NO_WORDS
+    context: KeptKV | None = None
+    hold: bool = False
 
     def of(self, ids: np.ndarray, tokenizer: ov_genai.Tokenizer) -> CacheUse:
         """The same for the tokens of one prompt. Raises RequestError for a passage that is not in it."""
@@ -39,7 +46,11 @@ class CacheWish:
             if span is None:
                 raise RequestError(f"protect must name passages of the prompt, got {item!r}, which is not in it")
             spans.append(span)
-        return CacheUse(self.keep_kv, self.policy, tuple(spans), text.find(self.system))
+        found = text.find(self.system)
+        system = (0, found[1]) if found else None
+        return CacheUse(
+            self.keep_kv, self.policy, tuple(spans), system, self.words, context=self.context, hold=self.hold
+        )
 
 
 def system_text(history: Any) -> str:

@@ -61,6 +61,7 @@ def head_state(rng: np.random.Generator, needs: Needs, kind: str, positions: np.
         values=numbers(rng, kind, size, D) if needs.values else None,
         queries=numbers(rng, kind, rows, GROUPS, D) if needs.queries else None,
         carried=frozen(seen) if needs.carried else None,
+        replayed=attention(rng, kind, size, head) if needs.replay else None,
     )
 
 

@@ -41,7 +41,7 @@ ASKED: list[dict[str, Any]] = [
 def test_every_method_has_a_name() -> None:
     assert set(names()) == {
         "none", "kvcrush", "snapkv", "pyramidkv", "adakv", "kv_compress", "h2o", "tova", "streaming_llm", "knorm",
-        "keydiff", "expected_attention", "random", "rkv",
+        "keydiff", "expected_attention", "random", "rkv", "kvzip",
     }  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_every_setting_reaches_the_policy(name: str) -> None:
     for key, default in defaults.items():
         if isinstance(default, str) or (name == "none" and key in ("kept", "kept_tokens")):
             continue
-        value = {"kept_tokens": 200, "kernel": 9}.get(
+        value = {"kept_tokens": 200, "kernel": 9, "floor": 0.5}.get(
             key, default / 2 if isinstance(default, float) else (default or 0) + 1
         )
         changed = build(name, **{key: value})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence as Items
+from dataclasses import replace
 
 import numpy as np
 import openvino as ov
@@ -17,10 +18,12 @@ from ov_kvcrush.engine.kv_cache import KVCache
 from ov_kvcrush.engine.memory import MemoryUse
 from ov_kvcrush.engine.paged_memory import paged_inputs, row_inputs, with_lone_rows
 from ov_kvcrush.engine.prefix_cache import PrefixCache
+from ov_kvcrush.engine.replay import ROWS, Reader, ReplayState, replay_blocks
 from ov_kvcrush.engine.request import AttentionScores, Sequence
 from ov_kvcrush.engine.scheduler import RowPlan
 from ov_kvcrush.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, PAGED_ROWS, SAMPLED_ROWS
 from ov_kvcrush.native import Store, StoreFull
+from ov_kvcrush.policies.registry import name_of
 
 _log = logging.getLogger(__name__)
 
@@ -72,13 +75,31 @@ class CrushMemory:
             low, high = (middle, high) if fits else (low, middle - 1)
         return low
 
-    def _bytes_for(self, length: int, eviction: Eviction | None) -> int:
-        """The most bytes that the store holds of one text of `length` tokens."""
-        return self.store.bytes_for(eviction.peak_tokens(length, self._chunk) if eviction else length)
+    def _replay_blocks(self, sequence: Sequence) -> int:
+        """Blocks for a second reading of a prompt, 0 if it has none."""
+        eviction, length = sequence.request.eviction, len(sequence.ids)
+        replay = eviction.policy.needs.replay if eviction else None
+        if eviction is None or replay is None or not eviction.wants(length, length, is_read=True):
+            return 0
+        return replay_blocks(replay, eviction.words, length)
 
-    def refusal(self, num_tokens: int, eviction: Eviction | None) -> str | None:
+    def _bytes_for(self, length: int, eviction: Eviction | None, num_evicted: int = 0) -> int:
+        """The most bytes that the store holds of one text of `length` tokens, which came without num_evicted."""
+        most = eviction.peak_tokens(length, self._chunk) if eviction else length - num_evicted
+        return self.store.bytes_for(most)
+
+    def refusal(self, num_tokens: int, eviction: Eviction | None, num_evicted: int = 0) -> str | None:
         """Why a prompt can never be run; None if it can."""
-        needed = self._bytes_for(num_tokens + 1, eviction)
+        needed = self._bytes_for(num_tokens + 1, eviction, num_evicted)
+        replay = eviction.policy.needs.replay if eviction else None
+        if eviction and replay and eviction.wants(num_tokens, num_tokens, is_read=True):
+            num_blocks = blocks_for(num_tokens) + replay_blocks(replay, eviction.words, num_tokens)
+            if num_blocks > self.pool.num_blocks:
+                return (
+                    f"prompt must fit into the staging blocks to be read twice, as policy {name_of(eviction.policy)!r} "
+                    f"wants: it takes {num_blocks * self._staging.bytes_per_block} bytes, "
+                    f"got staging of {self.pool.num_blocks * self._staging.bytes_per_block}; raise staging_bytes"
+                )
         if needed <= self.store.max_bytes:
             return None
         return (
@@ -91,8 +112,10 @@ class CrushMemory:
         return sum(self._missing(s) for s in self._reading if s is not without)
 
     def _missing(self, sequence: Sequence) -> int:
-        held = 0 if sequence.blocks.ids.size else sequence.num_cached - sequence.kept.num_evicted
-        return max(self._bytes_for(len(sequence.ids), sequence.request.eviction) - self.store.bytes_for(held), 0)
+        gone = sequence.kept.num_evicted
+        held = 0 if sequence.blocks.ids.size else sequence.num_cached - gone
+        most = self._bytes_for(len(sequence.ids), sequence.request.eviction, gone)
+        return max(most - self.store.bytes_for(held), 0)
 
     # -- the life of a sequence ----------------------------------------------------------------------------------------
 
@@ -100,8 +123,11 @@ class CrushMemory:
         """Promise bytes for all tokens, and staging blocks where the prompt is fresh and fits the pool."""
         num_blocks = blocks_for(len(sequence.ids))
         reused = self._reuse(sequence)
+        if sequence.request.context and not reused:
+            return False
         staged = not reused and num_blocks <= self.pool.num_blocks
-        if staged and num_blocks > self.pool.num_free:
+        num_replay_blocks = self._replay_blocks(sequence) if staged else 0
+        if staged and num_blocks + num_replay_blocks > self.pool.num_free:
             return False
         if not reused:
             sequence.stored = self.store.create(sequence.request.captured_rows)
@@ -117,19 +143,28 @@ class CrushMemory:
             for _ in range(num_blocks):
                 sequence.blocks.append(self.pool.allocate())
             self.store.stage(sequence.stored, sequence.blocks.ids, len(sequence.ids))
+            if num_replay_blocks:
+                own = np.array([self.pool.allocate() for _ in range(num_replay_blocks)], np.int32)
+                sequence.replay = ReplayState(sequence, own)
         return True
 
     def _reuse(self, sequence: Sequence) -> bool:
-        """Begin with kept KV if that pays, else with nothing."""
+        """Begin with the request's context, or with kept KV if that pays, else with nothing."""
         sequence.num_cached = 0
+        context = sequence.request.context
+        if context is not None:
+            return self._begin_with(sequence, context, context.num_tokens)
         found = self.prefixes.match(sequence.ids[:], lambda kv, length: kv.serves(sequence, length))
         if found is None:
             return False
-        kv, length = found
+        return self._begin_with(sequence, *found)
+
+    def _begin_with(self, sequence: Sequence, kv: KeptKV, length: int) -> bool:
         try:
             sequence.stored = self.store.fork(kv.stored, None if length == kv.num_tokens else length)
         except StoreFull:
             return False
+        self.store.set_capture(sequence.stored, sequence.request.captured_rows)
         sequence.num_cached = length
         sequence.kept = kv.kept if length == kv.num_tokens else Kept()
         return True
@@ -165,20 +200,44 @@ class CrushMemory:
 
     def _unstage(self, sequence: Sequence) -> None:
         if len(sequence.blocks):
-            blocks = np.sort(sequence.blocks.ids)
+            blocks = sequence.blocks.ids
+            if sequence.replay:
+                self._release_reader(sequence.replay)
+                blocks = np.concatenate([blocks, sequence.replay.own_blocks])
+                sequence.replay = None
+            blocks = np.sort(blocks)
             self.pool.release(blocks[::-1])  # the lowest are handed out first
             self._staging.discard(blocks[blocks >= self._resident_blocks])
             sequence.blocks.clear()
 
     def keep(self, sequence: Sequence) -> None:
         """Hold the stored KV. A prompt that ends while it is staged leaves nothing."""
+        kv = self.hold(sequence)
+        if kv is not None:
+            self.prefixes.put(sequence.ids[: sequence.num_cached], kv)
+
+    def hold(self, sequence: Sequence) -> KeptKV | None:
+        """Its stored KV for somebody else. A prompt that ends while it is staged leaves nothing."""
         if sequence.stored is None or len(sequence.blocks) or not sequence.num_cached:
-            return
+            return None
         request = sequence.request
         policy = request.eviction.policy if request.eviction else None
         twin = self.store.fork(sequence.stored)
         kv = KeptKV(twin, sequence.kept, policy, sequence.num_cached, request.captured_rows)
-        self.prefixes.put(sequence.ids[: sequence.num_cached], kv)
+        context = request.context
+        return replace(kv, base=context.base, base_kept=context.base_kept) if context else kv
+
+    def drop_held(self, kv: KeptKV) -> None:
+        """Give back what `hold` gave."""
+        self.store.release(kv.stored)
+
+    def share_held(self, kv: KeptKV) -> KeptKV:
+        """The same tiles for one more holder."""
+        return replace(kv, stored=self.store.fork(kv.stored))
+
+    def bytes_held(self, kv: KeptKV) -> int:
+        """Bytes of what `hold` gave, shared ones in full."""
+        return self.store.nbytes_of(kv.stored)
 
     def drop_kept(self) -> None:
         """Give back the KV of ended sequences."""
@@ -202,7 +261,9 @@ class CrushMemory:
             s = row.sequence
             kind = STAGED if begin < num_prompt_rows else STORED
             assert s.stored is not None, "a planned row of a sequence that was not admitted"
-            reduction = s.request.reduction_of(row.samples)
+            reduction = s.reduction_of(row.samples)
+            if isinstance(s, Reader):  # scores are over what is there when this step's rows are
+                self.store.stage(s.stored, s.blocks.ids, s.num_cached + row.num_tokens)
             entries.append(PlanEntry(s.stored, begin, row.num_tokens, s.num_cached, kind, reduction))
             begin += row.num_tokens
             ends[s] = begin
@@ -228,10 +289,12 @@ class CrushMemory:
         for row in rows:
             s = row.sequence
             assert s.stored is not None, "commit() of a sequence that was not admitted"
+            s = s.reads_for or s
             if len(s.blocks):
-                if not s.num_pending and not self._adopt(s):
+                if not s.num_pending and not self._is_replaying(s) and not self._adopt(s):
                     homeless.append(s)
                 continue
+            assert s.stored is not None
             s.free_slots -= row.num_tokens
             if row.num_tokens > 1 or not s.free_slots:
                 self.store.settle(s.stored)
@@ -240,6 +303,24 @@ class CrushMemory:
             if is_read:
                 self._reading.discard(s)
         return homeless
+
+    def _is_replaying(self, sequence: Sequence) -> bool:
+        """Whether a complete prompt is to be read again, or not yet to the end; sees to its next reader."""
+        replay = sequence.replay
+        if replay is None:
+            return False
+        if replay.reader is not None and replay.reader.num_pending:
+            return True
+        self._release_reader(replay)
+        if replay.advance():
+            assert replay.reader is not None
+            replay.reader.stored = self.store.create(min(ROWS, self._chunk))
+        return replay.reader is not None
+
+    def _release_reader(self, replay: ReplayState) -> None:
+        if replay.reader is not None and replay.reader.stored is not None:
+            self.store.release(replay.reader.stored)
+            replay.reader.stored = None
 
     def _adopt(self, sequence: Sequence) -> bool:
         assert sequence.stored is not None, "a staged sequence without a place in the store"
@@ -281,6 +362,8 @@ class CrushMemory:
         length, kept = sequence.num_cached, sequence.kept
         if eviction is None or not eviction.wants(length, length - kept.num_evicted, is_read=is_read):
             return None
+        if eviction.policy.needs.replay and sequence.replay is None:  # it goes on from kept KV: nothing is staged
+            return None
         assert sequence.stored is not None
         blocks = sequence.blocks.ids
         return self._view.choose(
@@ -289,11 +372,12 @@ class CrushMemory:
             length,
             kept,
             (lambda layer: self._staging.read(layer, blocks, length)) if is_staged else None,
+            sequence.replay.scores if sequence.replay else None,
         )
 
     def split_scores(self, rows: Items[RowPlan], outputs: list[np.ndarray]) -> dict[Sequence, AttentionScores]:
         """The scores of each sequence that asked in this step, from one flat output per layer, before `commit`."""
-        asking = [row.sequence for row in rows if row.sequence.request.reduction_of(row.samples)]
+        asking = [row.sequence for row in rows if row.sequence.reduction_of(row.samples)]
         asking.sort(key=lambda s: not len(s.blocks))  # staged first, as in the plan
         scores: dict[Sequence, AttentionScores] = {s: [] for s in asking}
         for layer, output in enumerate(outputs):

@@ -6,16 +6,17 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 import openvino_genai as ov_genai
 
-from ov_kvcrush.backend import CacheUse
+from ov_kvcrush.backend import AS_CONFIGURED, CacheUse
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.engine.answer import finish_reason, settle_answer
 from ov_kvcrush.engine.eviction import Eviction, check_spans
+from ov_kvcrush.engine.kept_kv import KeptKV
 from ov_kvcrush.engine.make_memory import make_memory
 from ov_kvcrush.engine.request import FinishReason, GenerationHandle, Request, ScoreWindow, Sequence, Status
 from ov_kvcrush.engine.runner import Runner
@@ -30,8 +31,6 @@ from ov_kvcrush.results import GenerationOutput, PipelineMetrics, StepSeconds
 _log = logging.getLogger(__name__)
 
 Decode = Callable[[list[int]], str]
-
-_AS_CONFIGURED = CacheUse()
 
 
 class Engine:
@@ -58,6 +57,7 @@ class Engine:
         self.scheduler = Scheduler(config, self.memory)
         self._runner = Runner(model, self.memory)
         self._inbox: deque[GenerationHandle] = deque()
+        self._dropped: deque[KeptKV] = deque()
         self._handles: dict[int, GenerationHandle] = {}
         self._lock = threading.RLock()
         self._add_lock = threading.Lock()
@@ -67,9 +67,9 @@ class Engine:
         self._policy_s = 0.0  # of all steps
         self._last_step = StepSeconds(0.0, 0.0, 0.0)
 
-    def max_tokens(self, eviction: Eviction | None) -> int:
+    def max_tokens(self, eviction: Eviction | None, num_evicted: int = 0) -> int:
         """Tokens that prompt and answer of one sequence may have, by the model's context and by the cache's memory."""
-        capacity = self.memory.capacity_tokens(eviction)
+        capacity = self.memory.capacity_tokens(eviction) + num_evicted
         return min(capacity, self._model.context_length or capacity)
 
     def end_wanted(self) -> None:
@@ -102,8 +102,11 @@ class Engine:
         """What the last step took."""
         return self._last_step
 
-    def check_prompt(self, ids: np.ndarray, eviction: Eviction | None = None) -> np.ndarray:
-        """Return the prompt as int64 (S,); raise RequestError if this model or this cache cannot run it."""
+    def check_prompt(self, ids: np.ndarray, eviction: Eviction | None = None, num_evicted: int = 0) -> np.ndarray:
+        """Return the prompt as int64 (S,); raise RequestError if this model or this cache cannot run it.
+
+        num_evicted: of its tokens, in the context that it goes on from.
+        """
         ids = np.asarray(ids)
         if ids.size == 0:
             raise RequestError("prompt must have at least one token, got an empty one")
@@ -118,7 +121,7 @@ class Engine:
             raise RequestError(
                 f"prompt must be shorter than the model's context of {context} tokens, got {len(ids)} tokens"
             )
-        refusal = self.memory.refusal(len(ids), eviction)
+        refusal = self.memory.refusal(len(ids), eviction, num_evicted)
         if refusal:
             raise RequestError(refusal)
         limit = self._config.max_num_batched_tokens
@@ -134,7 +137,7 @@ class Engine:
         request_id: int,
         ids: np.ndarray,
         config: ov_genai.GenerationConfig,
-        cache: CacheUse = _AS_CONFIGURED,
+        cache: CacheUse = AS_CONFIGURED,
         score_window: ScoreWindow | None = None,
     ) -> GenerationHandle:
         """Check a request and queue it for the next step.
@@ -142,18 +145,21 @@ class Engine:
         score_window: asks for the attention of the prompt's last tokens, `GenerationHandle.attention_scores`.
         Raises RequestError; no other request is touched.
         """
-        eviction = self._eviction(cache)
-        ids = self.check_prompt(ids, eviction)
+        eviction = self._eviction(cache, np.size(ids))
+        num_evicted = cache.context.kept.num_evicted if cache.context else 0
+        ids = self.check_prompt(ids, eviction, num_evicted)
         check_spans(cache.protect, len(ids))
         if eviction:
             eviction.check(len(ids))
         eviction = _with_system(eviction, cache)
         refuse_unsupported(config)
-        params = SamplingParams.from_config(config, self._defaults, len(ids), self.max_tokens(eviction))
+        params = SamplingParams.from_config(config, self._defaults, len(ids), self.max_tokens(eviction, num_evicted))
         if score_window and not self._model.has_scores:
             raise RequestError("score_window must be None with attention='paged', which has no scores per head")
         keep_kv = cache.keep_kv or self._config.enable_prefix_caching
-        request = Request(request_id, ids, params, self._decode, keep_kv, score_window, eviction)
+        if (cache.context or cache.hold or cache.reads_only) and not self.memory.can_evict:
+            raise RequestError("context must not be asked for with attention='paged', got one; engine='crush' holds it")
+        request = Request(request_id, ids, params, self._decode, keep_kv, score_window, eviction, cache)
         handle = GenerationHandle(request)
         with self._add_lock:
             if request_id in self._handles:
@@ -162,16 +168,18 @@ class Engine:
             self._inbox.append(handle)
         return handle
 
-    def _eviction(self, cache: CacheUse) -> Eviction | None:
-        """What the request asks for, or the engine was told; None if all tokens stay."""
+    def _eviction(self, cache: CacheUse, num_tokens: int) -> Eviction | None:
+        """What a request with a prompt of `num_tokens` asks for, or the engine was told; None if all tokens stay."""
         policy = cache.policy or self._policy
         if policy is None or not policy.evicts:
             return None
         if not self.memory.can_evict:
             raise RequestError(f"policy must be 'none' with attention='paged', got {name_of(policy)!r}")
-        if policy.needs.replay:
-            raise RequestError(f"policy must not need a second reading of the text here, got {name_of(policy)!r}")
-        return Eviction(policy, cache.protect)
+        held = cache.context
+        if held is None:
+            return Eviction(policy, cache.protect, cache.words, num_tokens)
+        begun = held.num_kept - held.base_kept
+        return Eviction(policy, cache.protect, cache.words, num_tokens, held.base, held.base_kept, begun)
 
     def step(self) -> None:
         """Run one inference for as many rows as the plan holds; hand their tokens to the handles.
@@ -180,6 +188,7 @@ class Engine:
         """
         with self._lock:
             start = time.perf_counter()
+            self._drop()
             self._take_in()
             self._end_wanted()
             try:
@@ -197,6 +206,35 @@ class Engine:
         """Give back the KV that ended requests left for reuse."""
         with self._lock:
             self.memory.drop_kept()
+
+    def drop_held(self, kv: KeptKV) -> None:
+        """Give back KV that a request handed out; while a step runs, after it.
+
+        It may be called by the garbage collector in any thread, so it waits for nothing.
+        """
+        self._dropped.append(kv)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._drop()
+            finally:
+                self._lock.release()
+
+    def _drop(self) -> None:
+        while self._dropped:
+            self.memory.drop_held(self._dropped.popleft())
+
+    def share_held(self, kv: KeptKV) -> KeptKV:
+        """The same KV for one more holder."""
+        with self._lock:
+            return self.memory.share_held(kv)
+
+    def bytes_held(self, kv: KeptKV) -> int:
+        """Its bytes, shared ones in full."""
+        return self.memory.bytes_held(kv)
+
+    def kv_heads(self) -> list[int]:
+        """KV heads of each layer."""
+        return [layer.num_kv_heads for layer in self._model.layers]
 
     def _take_in(self) -> None:
         while self._inbox:
@@ -235,9 +273,9 @@ class Engine:
         """Note what is cached now, hand out attention scores, and let the memory settle."""
         for row in plan.rows:
             row.sequence.num_cached += row.num_tokens
-        if any(row.sequence.request.reduction_of(row.samples) for row in plan.rows):
+        if any(row.sequence.reduction_of(row.samples) for row in plan.rows):
             for sequence, scores in self.memory.split_scores(plan.rows, self._runner.attention_scores()).items():
-                sequence.request.attention_scores = scores
+                sequence.take_scores(scores)
         for sequence in self.memory.commit(plan.rows):
             self._finish(sequence, FinishReason.LENGTH, keep=False)
             self._end_if_complete(sequence.request)
@@ -245,17 +283,11 @@ class Engine:
     def _commit(self, plan: StepPlan, logits: np.ndarray) -> float:
         """Note what is cached now, choose tokens, end what is complete. Returns the seconds taken by sampling."""
         self._cache(plan)
+        self._end_read(plan)
         start = time.perf_counter()
         now = start
         new: dict[Request, dict[int, GenerationOutput]] = {}
-        logits_rows = iter(logits)
-        for row in plan.rows:
-            sequence = row.sequence
-            if not row.samples:
-                continue
-            row_logits = next(logits_rows)
-            if sequence.is_finished:  # its KV found no place
-                continue
+        for sequence, row_logits in self._due(plan, logits):
             for member in self._members(sequence):
                 token, logprob = sample(row_logits, member)
                 new.setdefault(member.request, {})[member.index] = self._accept(member, token, logprob, now)
@@ -267,6 +299,31 @@ class Engine:
                     self._retire(request.sequences[index])
             self._end_if_complete(request)
         return sampling_s
+
+    def _end_read(self, plan: StepPlan) -> None:
+        """End the requests that wanted nothing but their prompt read."""
+        for row in plan.rows:
+            sequence = row.sequence.reads_for or row.sequence
+            is_read = not sequence.num_pending and not sequence.replay
+            if sequence.request.reads_only and is_read and not sequence.is_finished:
+                self._finish(sequence, FinishReason.LENGTH)
+                self._end_if_complete(sequence.request)
+
+    def _due(self, plan: StepPlan, logits: np.ndarray) -> Iterator[tuple[Sequence, np.ndarray]]:
+        """Sequences that get a token now, with their logits. A prompt that is read twice waits with those it has."""
+        logits_rows = iter(logits)
+        for row in plan.rows:
+            sequence = row.sequence.reads_for or row.sequence
+            if row.samples:
+                sequence.held_logits = next(logits_rows)
+            held = sequence.held_logits
+            if held is None or sequence.is_finished:  # its KV found no place
+                continue
+            if sequence.replay:
+                sequence.held_logits = held.copy()
+                continue
+            sequence.held_logits = None
+            yield sequence, held
 
     def _members(self, sequence: Sequence) -> list[Sequence]:
         """The sequences that take their next token from this row: all of a request's when its prompt is complete."""
@@ -297,6 +354,8 @@ class Engine:
         request.peak_kv_bytes = max(request.peak_kv_bytes, held)
         if keep and request.keep_kv and sequence.index == 0:
             self.memory.keep(sequence)
+        if keep and request.holds and sequence.index == 0:
+            request.held = self.memory.hold(sequence)
         sequence.final_kept = sequence.kept
         self.scheduler.remove([sequence])
 

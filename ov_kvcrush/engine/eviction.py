@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ov_kvcrush.backend import NO_WORDS, ReplayWords
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.native import Store
 from ov_kvcrush.policies.base import CacheState, HeadState, LayerState, Needs, Policy, Selection
@@ -21,41 +22,67 @@ ReadStaged = Callable[[int], tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Eviction:
-    """What one request wants of its cache. spans: [begin, end) of the prompt that stay."""
+    """What one request wants of its cache. spans: [begin, end) of the prompt that stay.
+
+    words, num_prompt_tokens: for a policy that reads the prompt twice.
+    base: tokens of a context that the prompt begins with; what is left of them is not chosen from again, and the
+    budget is for what follows. base_kept: of these, what a head holds on average. begun: of what follows, tokens that a
+    head holds at the beginning.
+    """
 
     policy: Policy
     spans: tuple[tuple[int, int], ...] = ()
+    words: ReplayWords = NO_WORDS
+    num_prompt_tokens: int = 0
+    base: int = 0
+    base_kept: int = 0
+    begun: int = 0
 
     @property
     def window(self) -> int:
         """Query rows to be captured."""
         return self.policy.needs.window
 
+    @property
+    def head(self) -> int:
+        """Tokens at the front that stay in any case, such as a system prompt."""
+        return max((end for begin, end in self.spans if begin == 0), default=0)
+
     def check(self, num_tokens: int) -> None:
         """Raise RequestError for a budget below what must stay of a prompt."""
-        budget = self.policy.budget.tokens(num_tokens)
-        always = int(self.policy.protected(num_tokens, self.spans).sum())
+        budget = self.policy.budget.tokens(num_tokens - self.base)
+        always = self._always(num_tokens)
         if self.spans and budget < always:
             raise RequestError(
                 f"kept tokens must be at least the protected ones, {always} with sinks, recent tokens and spans, "
                 f"got a budget of {budget}"
             )
 
+    def _always(self, length: int) -> int:
+        """Protected tokens of what a policy is asked about."""
+        return int(self.policy.protected(length, self.spans)[self.base :].sum())
+
     def peak_tokens(self, length: int, chunk: int) -> int:
         """The most tokens a head holds, on average, while a text of `length` is read in chunks: what to promise for."""
-        policy = self.policy
+        policy, length = self.policy, length - self.base
         always = policy.sink_tokens + policy.recent_tokens + sum(end - begin for begin, end in self.spans)
-        least = max(policy.budget.tokens(length), policy.budget.min_tokens, always)
-        return min(length, least + chunk + policy.stride + _TILE)
+        if policy.needs.replay:  # what comes after the prompt all stays
+            read = min(length, self.num_prompt_tokens)
+            kept = max(policy.budget.tokens(read), policy.budget.min_tokens, always)
+            return self.base_kept + min(length, kept + length - read + _TILE)
+        least = max(policy.budget.tokens(length), policy.budget.min_tokens, always, self.begun)
+        return self.base_kept + min(length, least + chunk + policy.stride + _TILE)
 
     def wants(self, length: int, cached: int, *, is_read: bool) -> bool:
         """Whether to choose now. cached: tokens a head holds on average. is_read: the prompt has just been read."""
         budget, spare = self.policy.budget, 0 if is_read else self.policy.stride
-        if length <= budget.min_tokens or cached - budget.tokens(length) <= spare:
+        num_tokens, cached = length - self.base, cached - self.base_kept
+        if not is_read and self.policy.needs.replay:  # what came since was not read twice
+            return False
+        if num_tokens <= budget.min_tokens or cached - budget.tokens(num_tokens) <= spare:
             return False
         # More may be protected than the budget has: what cannot go is no reason to choose again.
-        always = int(self.policy.protected(length, self.spans).sum())
-        return cached - max(budget.tokens(length), always) > spare
+        return cached - max(budget.tokens(num_tokens), self._always(length)) > spare
 
 
 def check_spans(spans: Items[tuple[int, int]], num_tokens: int) -> None:
@@ -121,24 +148,45 @@ _NO_VECTORS: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
 
 @dataclass(frozen=True)
 class _Order:
-    """positions: int32 (S,), ascending. indices: where each is among the store's tokens; None where they ascend too."""
+    """positions: int32 (S,), ascending. indices: where each is among the store's tokens; None where they ascend too.
+
+    begin: the first that a policy is asked about.
+    """
 
     positions: np.ndarray
-    indices: np.ndarray | None
+    indices: np.ndarray | None = None
+    begin: int = 0
 
     @classmethod
-    def of(cls, positions: np.ndarray) -> _Order:
+    def of(cls, positions: np.ndarray, base: int) -> _Order:
         if np.all(positions[1:] > positions[:-1]):
-            return cls(positions, None)
+            return cls(positions, None, int(np.searchsorted(positions, base)))
         indices = np.argsort(positions, kind="stable").astype(np.int32)
-        return cls(positions[indices], indices)
+        positions = positions[indices]
+        return cls(positions, indices, int(np.searchsorted(positions, base)))
+
+    @property
+    def asked(self) -> np.ndarray:
+        """int32: the positions that a policy is asked about."""
+        return self.positions[self.begin :]
 
     def sort(self, values: np.ndarray | None, axis: int) -> np.ndarray | None:
-        return values if values is None or self.indices is None else np.take(values, self.indices, axis=axis)
+        """The store's values in the order of `asked`."""
+        if values is None:
+            return None
+        if self.indices is None:
+            return values[:, self.begin :] if axis else values[self.begin :]
+        return np.take(values, self.indices[self.begin :], axis=axis)
 
-    def to_store(self, chosen: np.ndarray) -> np.ndarray:
-        """The store's indices of chosen tokens, ascending."""
-        return chosen if self.indices is None else np.sort(self.indices[chosen])
+    def with_base(self, chosen: np.ndarray) -> np.ndarray:
+        """Numbers of all that stays among `positions`, for those chosen among `asked`."""
+        if not self.begin:
+            return chosen
+        return np.concatenate([np.arange(self.begin, dtype=np.int32), chosen + np.int32(self.begin)])
+
+    def to_store(self, kept: np.ndarray) -> np.ndarray:
+        """The store's indices of numbers among `positions`, ascending."""
+        return kept if self.indices is None else np.sort(self.indices[kept])
 
 
 class CacheView:
@@ -149,25 +197,35 @@ class CacheView:
         self._heads = heads
 
     def choose(
-        self, eviction: Eviction, seq: int, length: int, before: Kept, read_staged: ReadStaged | None = None
+        self,
+        eviction: Eviction,
+        seq: int,
+        length: int,
+        before: Kept,
+        read_staged: ReadStaged | None = None,
+        replayed: PerHead | None = None,
     ) -> Choice:
-        """Ask the policy about a sequence whose text has `length` tokens; read_staged: it is a staged prompt."""
+        """Ask the policy about a sequence whose text has `length` tokens; read_staged: it is a staged prompt.
+
+        replayed: of one that was read twice, float32 (G, S) per head.
+        """
         policy = eviction.policy
-        orders = self._orders(seq, length, staged=read_staged is not None)
+        orders = self._orders(seq, length, eviction.base, staged=read_staged is not None)
         layers = tuple(
-            self._layer(policy.needs, seq, layer, order, before, read_staged) for layer, order in enumerate(orders)
+            self._layer(policy.needs, seq, layer, order, before, read_staged, replayed[layer] if replayed else None)
+            for layer, order in enumerate(orders)
         )
         state = CacheState(layers, length, policy.protected(length, eviction.spans))
-        selection = policy.select(state, policy.budget.tokens(length))
+        selection = policy.select(state, policy.budget.tokens(length - eviction.base))
         carried = policy.observe(state) if policy.needs.carried else None
         return _choice(state, selection, orders, carried, before)
 
-    def _orders(self, seq: int, length: int, *, staged: bool) -> list[list[_Order]]:
+    def _orders(self, seq: int, length: int, base: int, *, staged: bool) -> list[list[_Order]]:
         if staged:
-            whole = _Order(np.arange(length, dtype=np.int32), None)
+            whole = _Order(np.arange(length, dtype=np.int32))
             return [[whole] * num_kv_heads for _, num_kv_heads in self._heads]
         return [
-            [_Order.of(self._store.positions(seq, layer, head)) for head in range(num_kv_heads)]
+            [_Order.of(self._store.positions(seq, layer, head), base) for head in range(num_kv_heads)]
             for layer, (_, num_kv_heads) in enumerate(self._heads)
         ]
 
@@ -179,6 +237,7 @@ class CacheView:
         orders: list[_Order],
         before: Kept,
         read_staged: ReadStaged | None,
+        replayed: list[np.ndarray] | None,
     ) -> LayerState:
         num_heads, num_kv_heads = self._heads[layer]
         attention: list[np.ndarray | None] = [None] * num_kv_heads
@@ -201,12 +260,13 @@ class CacheView:
                 vectors = [self._store.read(seq, layer, head) for head in range(num_kv_heads)]
         return tuple(
             HeadState(
-                positions=order.positions,
+                positions=order.asked,
                 attention=order.sort(attention[head], axis=1),
                 keys=order.sort(vectors[head][0], axis=0) if needs.keys else None,
                 values=order.sort(vectors[head][1], axis=0) if needs.values else None,
                 queries=queries[head],
-                carried=_carried(order.positions, before, layer, head) if needs.carried else None,
+                carried=_carried(order.asked, before, layer, head) if needs.carried else None,
+                replayed=replayed[head] if replayed else None,
             )
             for head, order in enumerate(orders)
         )
@@ -235,18 +295,22 @@ def _carried(positions: np.ndarray, before: Kept, layer: int, head: int) -> np.n
 def _choice(
     state: CacheState, selection: Selection, orders: list[list[_Order]], carried: PerHead | None, before: Kept
 ) -> Choice:
-    indices = [
-        order.to_store(chosen)
+    staying = [
+        [order.with_base(chosen) for chosen, order in zip(kept, of_layer, strict=True)]
         for kept, of_layer in zip(selection.kept, orders, strict=True)
-        for chosen, order in zip(kept, of_layer, strict=True)
+    ]
+    indices = [
+        order.to_store(kept)
+        for layer, of_layer in zip(staying, orders, strict=True)
+        for kept, order in zip(layer, of_layer, strict=True)
     ]
     sizes = np.array([len(x) for x in indices], np.int64)
-    positions = _picked([[head.positions for head in layer] for layer in state.layers], selection.kept)
+    positions = _picked([[order.positions for order in layer] for layer in orders], staying)
     kept = Kept(
         num_evicted=state.length - int(sizes.sum()) // len(sizes),
         num_choices=before.num_choices + 1,
         positions=positions,
-        carried=None if carried is None else _picked(carried, selection.kept),
+        carried=None if carried is None else _with_base(_picked(carried, selection.kept), orders),
         representatives=_representatives(state, selection),
     )
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
@@ -255,6 +319,14 @@ def _choice(
 
 def _picked(values: PerHead, chosen: PerHead) -> PerHead:
     return [[x[i] for x, i in zip(a, b, strict=True)] for a, b in zip(values, chosen, strict=True)]
+
+
+def _with_base(carried: PerHead, orders: list[list[_Order]]) -> PerHead:
+    """Zeros for what the policy was not asked about."""
+    return [
+        [np.pad(x, (order.begin, 0)) for x, order in zip(layer, of_layer, strict=True)]
+        for layer, of_layer in zip(carried, orders, strict=True)
+    ]
 
 
 def _representatives(state: CacheState, selection: Selection) -> PerHead | None:

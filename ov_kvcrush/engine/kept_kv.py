@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ov_kvcrush.engine.eviction import Kept
 from ov_kvcrush.engine.request import Sequence
@@ -11,13 +11,28 @@ from ov_kvcrush.policies.base import Policy
 
 @dataclass(frozen=True, eq=False)
 class KeptKV:
-    """KV of an ended sequence: its place in the store, what is left of it, by whose choice, and captured queries."""
+    """KV of an ended sequence: its place in the store, what is left of it, by whose choice, and captured queries.
+
+    num_tokens: of the text, kept or not. base: tokens of it at the front that later policies do not choose from;
+    base_kept: what a head holds of these, on average.
+    """
 
     stored: int
     kept: Kept
     policy: Policy | None
     num_tokens: int
     captured_rows: int
+    base: int = 0
+    base_kept: int = 0
+
+    @property
+    def num_kept(self) -> int:
+        """Tokens that a head holds, on average."""
+        return self.num_tokens - self.kept.num_evicted
+
+    def as_base(self) -> KeptKV:
+        """The same, of which nothing is chosen from again."""
+        return replace(self, base=self.num_tokens, base_kept=self.num_kept)
 
     def serves(self, sequence: Sequence, length: int) -> bool:
         """Whether the first `length` tokens are as they would be if `sequence` had computed them itself."""

@@ -11,6 +11,7 @@ import openvino as ov
 
 if TYPE_CHECKING:
     from ov_kvcrush.engine.eviction import Eviction
+    from ov_kvcrush.engine.kept_kv import KeptKV
     from ov_kvcrush.engine.request import AttentionScores, Sequence
     from ov_kvcrush.engine.scheduler import RowPlan
 
@@ -49,8 +50,11 @@ class Memory(Protocol):
         """Tokens that the text of one sequence can have with nothing else in memory."""
         ...
 
-    def refusal(self, num_tokens: int, eviction: Eviction | None) -> str | None:
-        """Why a prompt of `num_tokens` tokens can never be run, with both numbers; None if it can."""
+    def refusal(self, num_tokens: int, eviction: Eviction | None, num_evicted: int = 0) -> str | None:
+        """Why a prompt of `num_tokens` tokens can never be run, with both numbers; None if it can.
+
+        num_evicted: of its tokens, in the context that it goes on from.
+        """
         ...
 
     def admit(self, sequence: Sequence) -> bool:
@@ -71,6 +75,22 @@ class Memory(Protocol):
 
     def keep(self, sequence: Sequence) -> None:
         """Hold the KV of an ending sequence for prompts that begin with its tokens."""
+        ...
+
+    def hold(self, sequence: Sequence) -> KeptKV | None:
+        """The KV of an ending sequence, for the caller to keep; None if there is none."""
+        ...
+
+    def drop_held(self, kv: KeptKV) -> None:
+        """Give back what `hold` gave."""
+        ...
+
+    def share_held(self, kv: KeptKV) -> KeptKV:
+        """The same for one more holder."""
+        ...
+
+    def bytes_held(self, kv: KeptKV) -> int:
+        """Bytes of what `hold` gave, shared ones in full."""
         ...
 
     def drop_kept(self) -> None:

@@ -10,6 +10,7 @@ import openvino as ov
 
 from ov_kvcrush.engine.block_pool import BLOCK_SIZE, BlockPool, blocks_for
 from ov_kvcrush.engine.eviction import Eviction
+from ov_kvcrush.engine.kept_kv import KeptKV
 from ov_kvcrush.engine.kv_cache import KVCache
 from ov_kvcrush.engine.memory import MemoryUse
 from ov_kvcrush.engine.prefix_cache import PrefixCache
@@ -43,7 +44,7 @@ class PagedMemory:
         """Tokens of all blocks."""
         return self.pool.num_blocks * BLOCK_SIZE
 
-    def refusal(self, num_tokens: int, eviction: Eviction | None) -> str | None:
+    def refusal(self, num_tokens: int, eviction: Eviction | None, num_evicted: int = 0) -> str | None:
         """Why a prompt can never be run; None if it can."""
         if blocks_for(num_tokens + 1) <= self.pool.num_blocks:
             return None
@@ -118,6 +119,21 @@ class PagedMemory:
         self.pool.share(blocks)
         self.prefixes.put(sequence.ids[: sequence.num_cached], blocks)
 
+    def hold(self, sequence: Sequence) -> KeptKV | None:
+        """None: contexts live in the store."""
+        return None
+
+    def drop_held(self, kv: KeptKV) -> None:
+        """Nothing was given."""
+
+    def share_held(self, kv: KeptKV) -> KeptKV:
+        """Nothing was given."""
+        return kv
+
+    def bytes_held(self, kv: KeptKV) -> int:
+        """Nothing was given."""
+        return 0
+
     def drop_kept(self) -> None:
         """Give back the blocks of ended sequences."""
         self.prefixes.clear()
@@ -161,7 +177,7 @@ def row_inputs(rows: Items[RowPlan]) -> dict[str, np.ndarray]:
     """input_ids, position_ids i64 (T,) of T rows."""
     ids = [row.sequence.ids[row.sequence.num_cached : row.sequence.num_cached + row.num_tokens] for row in rows]
     counts = np.array([row.num_tokens for row in rows])
-    past = np.array([row.sequence.num_cached for row in rows])
+    past = np.array([row.sequence.num_cached + row.sequence.position_offset for row in rows])
     ends = np.cumsum(counts)
     positions = np.arange(ends[-1], dtype=np.int64) + np.repeat(past - (ends - counts), counts)
     return {"input_ids": np.concatenate(ids), "position_ids": positions}

@@ -7,16 +7,22 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import openvino_genai as ov_genai
 
+from ov_kvcrush.backend import AS_CONFIGURED, CacheUse
 from ov_kvcrush.checks import check_choice, check_integer
 from ov_kvcrush.engine.block_pool import BlockTable
 from ov_kvcrush.engine.eviction import Eviction, Kept, PerHead
 from ov_kvcrush.engine.sampling_params import SamplingParams
 from ov_kvcrush.engine.stop_strings import StopStringTracker
 from ov_kvcrush.results import GenerationOutput, RequestStats
+
+if TYPE_CHECKING:
+    from ov_kvcrush.engine.kept_kv import KeptKV
+    from ov_kvcrush.engine.replay import ReplayState
 
 FinishReason = ov_genai.GenerationFinishReason
 Status = ov_genai.GenerationStatus
@@ -77,8 +83,11 @@ class Sequence:
     """One growing line of tokens with its KV.
 
     num_cached tokens, counted from the start, have their KV in memory; the others are still to be run.
-    The last four are the memory's: blocks hold the KV of a sequence (or stage that of a prompt), `stored` is its place
-    in the store, `free_slots` tokens can be appended there as it is, `kept` is what policies left of it.
+    position_offset: what is added to a token's number for its position.
+    The next ones are the memory's: blocks hold the KV of a sequence (or stage that of a prompt), `stored` is its place
+    in the store, `free_slots` tokens can be appended there as it is, `kept` is what policies left of it, `replay` is
+    there while its prompt is read a second time. held_logits: of the prompt's last token meanwhile.
+    reads_for: whose prompt this one reads a second time.
     """
 
     def __init__(self, request: Request, index: int, ids: TokenIds) -> None:
@@ -90,6 +99,10 @@ class Sequence:
         self.stored: int | None = None
         self.free_slots = 0
         self.kept = Kept()
+        self.replay: ReplayState | None = None
+        self.held_logits: np.ndarray | None = None
+        self.reads_for: Sequence | None = None
+        self.position_offset = 0
         self.logprobs: list[float] = []
         self.cumulative_logprob = 0.0
         self.finish_reason = FinishReason.NONE
@@ -106,6 +119,19 @@ class Sequence:
         twin = Sequence(self.request, index, self.ids.copy())
         twin.num_cached = self.num_cached
         return twin
+
+    def reduction_of(self, samples: bool) -> int:
+        """Code of the reduction if attention scores are wanted of rows that sample, or do not; else 0."""
+        return self.request.reduction_of(samples)
+
+    def take_scores(self, scores: AttentionScores) -> None:
+        """Called with the scores that were asked for."""
+        self.request.attention_scores = scores
+
+    @property
+    def samples(self) -> bool:
+        """Whether its last pending row is to give a token."""
+        return not self.request.reads_only
 
     @property
     def num_pending(self) -> int:
@@ -149,6 +175,7 @@ class Request:
         keep_kv: bool = False,
         score_window: ScoreWindow | None = None,
         eviction: Eviction | None = None,
+        cache: CacheUse = AS_CONFIGURED,
     ) -> None:
         self.request_id = request_id
         self.params = params
@@ -159,6 +186,10 @@ class Request:
         self.peak_kv_bytes = 0
         self.score_window = score_window
         self.eviction = eviction
+        self.context = cache.context
+        self.holds = cache.hold or cache.reads_only
+        self.reads_only = cache.reads_only
+        self.held: KeptKV | None = None
         self.attention_scores: AttentionScores | None = None  # when the prompt is complete, if a window was asked for
         self.status = Status.RUNNING
         self.arrival = time.perf_counter()
@@ -178,6 +209,13 @@ class Request:
         if self.score_window is None or not samples or self.sequences[0].num_generated:
             return 0
         return REDUCTIONS[self.score_window.reduce]
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Rows of the prompt that were run, and all of them."""
+        first = self.sequences[0]
+        again = first.replay.progress if first.replay else (0, 0)
+        return min(first.num_cached, self.num_prompt_tokens) + again[0], self.num_prompt_tokens + again[1]
 
     @property
     def prompt_ids(self) -> np.ndarray:
@@ -238,6 +276,16 @@ class GenerationHandle:
     def representative_positions(self) -> PerHead | None:
         """Of these, the ones that the last choice kept for others that are like them; None if its policy knows none."""
         return self._request.sequences[0].left.representatives
+
+    @property
+    def held(self) -> KeptKV | None:
+        """The KV of a request that has ended and was told to hold it: the reader's to give back."""
+        return self._request.held
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Rows of the prompt that were run, and all of them; both readings where a policy wants two."""
+        return self._request.progress
 
     def stop(self, finish_reason: ov_genai.GenerationFinishReason = FinishReason.STOP) -> None:
         """End the request after the running step; what was generated counts as the answer."""

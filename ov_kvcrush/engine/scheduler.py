@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ov_kvcrush.config import SchedulerConfig
 from ov_kvcrush.engine.memory import Memory
+from ov_kvcrush.engine.replay import ROWS as REPLAY_ROWS
 from ov_kvcrush.engine.request import Sequence
 
 _MIN_CHUNK = 32  # rows of a prompt that memory is short for: less is not tried
@@ -89,7 +90,9 @@ class Scheduler:
 
     def _plan_admitted_prompts(self, budget: int, rows: list[RowPlan], stuck: list[Sequence]) -> int:
         for sequence in list(self.running):
-            if sequence.num_pending > 1 and budget > 0 and sequence in self.running:
+            if budget > 0 and sequence.replay and sequence.replay.reader:
+                budget -= self._plan_reader(sequence.replay.reader, budget, rows)
+            elif sequence.num_pending > 1 and budget > 0 and sequence in self.running:
                 budget -= self._plan_rows(sequence, budget, rows, stuck)
         return budget
 
@@ -111,6 +114,12 @@ class Scheduler:
                 return
             budget -= planned
 
+    def _plan_reader(self, reader: Sequence, budget: int, rows: list[RowPlan]) -> int:
+        """Plan rows of a prompt's second reading, which has had its blocks since the prompt was admitted."""
+        num_tokens = min(reader.num_pending, budget, REPLAY_ROWS)
+        rows.append(RowPlan(reader, num_tokens, False))
+        return num_tokens
+
     def _plan_rows(self, sequence: Sequence, budget: int, rows: list[RowPlan], stuck: list[Sequence]) -> int:
         """Plan up to `budget` pending rows of a running sequence; preempt others for them if it must be."""
         num_tokens = min(sequence.num_pending, budget)
@@ -128,7 +137,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return 0
-        rows.append(RowPlan(sequence, num_tokens, num_tokens == sequence.num_pending))
+        rows.append(RowPlan(sequence, num_tokens, sequence.samples and num_tokens == sequence.num_pending))
         return num_tokens
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -136,4 +145,5 @@ class Scheduler:
         self.running.remove(sequence)
         self._memory.release(sequence)
         sequence.num_cached = 0
+        sequence.held_logits = None
         self.waiting.appendleft(sequence)

@@ -80,6 +80,8 @@ class Store:
     def scores(self, seq: int, layer: int, q: Float32, positions: Int32, reduce: str) -> Float32:
         """q (W, H * D) at positions (W,): softmax of each query head over all tokens, reduced over the rows by "mean",
         "max" or "sum_squares". Flat: for each KV head (H / K, S). Of a staged sequence: over the staged tokens."""
+    def set_capture(self, seq: int, capture_rows: int) -> None:
+        """Capture so many query rows from now on. Those there are stay only where the number does."""
     def captured(self, seq: int, layer: int) -> tuple[Float32, Int32]:
         """The captured queries (W, H * D) and their positions (W,), oldest first."""
     def num_tokens(self, seq: int, layer: int, head: int) -> int: ...

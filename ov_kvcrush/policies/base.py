@@ -18,8 +18,29 @@ from typing import ClassVar
 
 import numpy as np
 
-from ov_kvcrush.checks import check_fraction, check_integer
+from ov_kvcrush.checks import check_choice, check_fraction, check_integer
 from ov_kvcrush.errors import CrushError
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A second reading of a prompt while all of it is there: chunk by chunk, behind an instruction to repeat it.
+
+    As in KVzip, https://arxiv.org/abs/2505.23416. What the rows of the second reading look at is what the text cannot
+    be told without, whatever will be asked.
+
+    chunk: tokens of the prompt that are read again at a time; rounded up to blocks of 32.
+    sees: what of the prompt the rows of a chunk see: the "chunk" itself and the prompt's front (its first block, or a
+        system prompt), or "all".
+    Raises CrushError for a chunk below 32, and for another word.
+    """
+
+    chunk: int = 2048
+    sees: str = "chunk"
+
+    def __post_init__(self) -> None:
+        check_integer("chunk", self.chunk, 32)
+        check_choice("sees", self.sees, ("chunk", "all"))
 
 
 @dataclass(frozen=True)
@@ -31,7 +52,7 @@ class Needs:
     keys, values: the cached vectors, keys after RoPE.
     queries: the last `window` query rows themselves, after RoPE.
     carried: `observe` returns something to remember.
-    replay: attention of a second reading of the text, as KVzip wants it.
+    replay: attention of a second reading of the text, if wanted.
     """
 
     window: int = 0
@@ -40,7 +61,7 @@ class Needs:
     values: bool = False
     queries: bool = False
     carried: bool = False
-    replay: bool = False
+    replay: Replay | None = None
 
     def __or__(self, other: Needs) -> Needs:
         """Needs of two parts. Both must want the same reduction if both want attention."""
@@ -66,6 +87,8 @@ class HeadState:
     keys, values: float32 (S, D), if needed.
     queries: float32 (W, G, D), if needed, the newest last.
     carried: float32 (S,), what `observe` returned for these tokens, 0 for new ones; if needed.
+    replayed: float32 (G, S), the largest attention of a row of the second reading, 0 for what was not read again; if
+        needed.
     """
 
     positions: np.ndarray
@@ -74,6 +97,7 @@ class HeadState:
     values: np.ndarray | None = None
     queries: np.ndarray | None = None
     carried: np.ndarray | None = None
+    replayed: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -41,7 +41,8 @@ class KVCrush(Policy):
     """A host's best tokens, and for the rest of the budget one representative of each group of tokens like each other.
 
     Paper: https://arxiv.org/abs/2503.00022. Needs what its parts need, and with bits="attention" the attention of the
-    scorer's window (of 16 query rows if it has none). Cost of a layer: that of its parts and O(H S), H query heads.
+    scorer's window (of 16 query rows if it has none) or of its second reading. Cost of a layer: that of its parts and
+    O(H S), H query heads.
 
     Every token of a layer that may go gets a bit per query head: 1 where the head's attention to it exceeds the head's
     threshold over these tokens. Of the budget, n = share * budget places (rounded; at most what each head has beside
@@ -75,7 +76,8 @@ class KVCrush(Policy):
     share: of the budget, for representatives, in [0, 1]. share_mode: "static"; or "adaptive": not `share`, but what is
         left beside the fewest tokens that hold `mass` of the attention to what may go (bits="scores": of the shares).
     page: tokens of a page, 0 = single tokens. page_rule: "crush" or "genai".
-    bits: from "attention", a bit per query head; or from the host's "scores", a bit per KV head.
+    bits: from "attention", a bit per query head (of a scorer that has the text read twice: that of the second reading);
+        or from the host's "scores", a bit per KV head.
     Raises CrushError for anything else, and for options that page_rule="genai" has no place for.
     """
 
@@ -124,7 +126,7 @@ class KVCrush(Policy):
     @property
     def needs(self) -> Needs:
         needs = self.scorer.needs | self.splitter.needs
-        if self.bits == "attention" and not needs.window:
+        if self.bits == "attention" and not needs.window and not needs.replay:
             needs |= Needs(window=DEFAULT_WINDOW, reduce=needs.reduce)
         return needs
 
@@ -191,7 +193,8 @@ class KVCrush(Policy):
         """[K] float32 (R, S): what the bits are made of."""
         if self.bits == "scores":
             return choice.score_rows
-        return [head.attention for head in choice.layer if head.attention is not None]
+        rows = [head.attention if head.replayed is None else head.replayed for head in choice.layer]
+        return [x for x in rows if x is not None]
 
     def _bits(self, choice: LayerChoice) -> np.ndarray:
         """bool (sum of R, E)"""

@@ -17,6 +17,7 @@ from ov_kvcrush.policies.keydiff import KeyDiff
 from ov_kvcrush.policies.knorm import Knorm
 from ov_kvcrush.policies.kv_compress import Pages
 from ov_kvcrush.policies.kvcrush import KVCrush
+from ov_kvcrush.policies.kvzip import KVzip
 from ov_kvcrush.policies.none import KeepAll
 from ov_kvcrush.policies.pyramid import PyramidKV
 from ov_kvcrush.policies.random_scorer import Random
@@ -26,15 +27,18 @@ from ov_kvcrush.policies.snapkv import SnapKV
 from ov_kvcrush.policies.streaming_llm import StreamingLLM
 from ov_kvcrush.policies.tova import TOVA
 from ov_kvcrush.policies.uniform import Uniform
+from ov_kvcrush.policies.whole_heads import WholeHeads
 
 Setting = int | float | str | None
 Settings = dict[str, Setting]
 PolicyLike = Policy | str | Mapping[str, Setting] | None  # itself, its name, its settings with the name among them
 
 SCORERS: Mapping[str, type[Scorer]] = {
-    cls.name: cls for cls in (SnapKV, H2O, TOVA, StreamingLLM, Knorm, KeyDiff, ExpectedAttention, Random, RKV)
+    cls.name: cls for cls in (SnapKV, H2O, TOVA, StreamingLLM, Knorm, KeyDiff, ExpectedAttention, Random, RKV, KVzip)
 }
-SPLITTERS: Mapping[str, type[Splitter]] = {cls.name: cls for cls in (Uniform, PyramidKV, AdaKV, Global, Pages)}
+SPLITTERS: Mapping[str, type[Splitter]] = {
+    cls.name: cls for cls in (Uniform, PyramidKV, AdaKV, Global, Pages, WholeHeads)
+}
 # Field of a policy that holds a part: the setting that chooses the part, and what there is to choose from.
 CHOICES: Mapping[str, tuple[str, Mapping[str, type[Any]]]] = {
     "scorer": ("scorer", SCORERS),
@@ -201,6 +205,7 @@ def _recipes() -> dict[str, Recipe]:
         "expected_attention": _scored(ExpectedAttention),
         "random": _scored(Random),
         "rkv": _scored(RKV),
+        "kvzip": _scored(KVzip, Global),
     }
 
 

@@ -77,6 +77,7 @@ NB_MODULE(_crush, m) {
         .def("append", &S::append, "seq"_a, "layer"_a, "k"_a, "v"_a, "first_position"_a)
         .def("attend", &S::attend, "layer"_a, "spans"_a, "q"_a)
         .def("scores", &S::scores, "seq"_a, "layer"_a, "q"_a, "positions"_a, "reduce"_a)
+        .def("set_capture", &S::set_capture, "seq"_a, "capture_rows"_a)
         .def("captured", &S::captured, "seq"_a, "layer"_a)
         .def("num_tokens", &S::num_tokens, "seq"_a, "layer"_a, "head"_a)
         .def("positions", &S::positions, "seq"_a, "layer"_a, "head"_a)

@@ -298,6 +298,12 @@ Output<float> PyStore::scores(int64_t seq, int64_t layer, const Input& q, const 
     return to_numpy(std::move(out), {size});
 }
 
+void PyStore::set_capture(int64_t seq, int64_t capture_rows) {
+    const auto s = store();
+    const Release release;
+    s->set_capture(id_of(seq), capture_rows);
+}
+
 std::pair<Output<float>, Output<int32_t>> PyStore::captured(int64_t seq, int64_t layer) const {
     const auto s = store();
     const LayerShape& shape = layer_shape(*s, layer);

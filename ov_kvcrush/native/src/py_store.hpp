@@ -50,6 +50,7 @@ public:
     Output<float> attend(int64_t layer, const std::vector<Span>& spans, const Input& q) const;
     Output<float> scores(int64_t seq, int64_t layer, const Input& q, const Input& positions,
                          const std::string& reduce) const;
+    void set_capture(int64_t seq, int64_t capture_rows);
     std::pair<Output<float>, Output<int32_t>> captured(int64_t seq, int64_t layer) const;
     int64_t num_tokens(int64_t seq, int64_t layer, int64_t head) const;
     Output<int32_t> positions(int64_t seq, int64_t layer, int64_t head) const;

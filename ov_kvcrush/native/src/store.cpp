@@ -206,6 +206,15 @@ std::vector<HeadView> Store::views_locked(const Sequence& sequence, size_t layer
 
 // -- captured queries -------------------------------------------------------------------------------------------------
 
+void Store::set_capture(int32_t id, int64_t rows) {
+    require(rows >= 0 && rows <= MAX_CAPTURE_ROWS, "capture_rows must be in 0..65536", rows);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Sequence& sequence = sequence_locked(id);
+    if (rows == sequence.capture_rows) return;
+    sequence.capture_rows = rows;
+    sequence.captures.assign(rows ? layouts_.size() : 0, Capture{});
+}
+
 void Store::capture_locked(Sequence& sequence, size_t layer, const float* q, int64_t n, int32_t first_position) {
     const int64_t capacity = sequence.capture_rows;
     if (capacity == 0) return;

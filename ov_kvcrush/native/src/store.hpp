@@ -147,6 +147,8 @@ public:
     // fit.
     void append_locked(Sequence&, size_t layer, const float* k, const float* v, int64_t n, int32_t first_position);
     void capture_locked(Sequence&, size_t layer, const float* q, int64_t n, int32_t first_position);
+    // How many query rows are captured from now on. Those there are stay only where the number does.
+    void set_capture(int32_t id, int64_t rows);
     // The captured queries of a layer, oldest first: rows [n, H * D] and their positions are appended to the vectors.
     void captured_locked(const Sequence&, size_t layer, std::vector<float>& rows,
                          std::vector<int32_t>& positions) const;
