@@ -43,7 +43,8 @@ class CacheUse:
     protect: spans [begin, end) of the prompt's tokens that stay. system: the span of the system prompt, which stays
     too; it need not fit the policy's budget. words: for policies that read the prompt twice.
     context: KV that the prompt's first tokens have already; a policy chooses from what follows. hold: hand the
-    KV out at the end, as `Handle.held`. reads_only: end when the prompt is read, without a token.
+    KV out at the end, as `Handle.held`. reads_only: end when the prompt is read, without a token. others: policies that
+    choose from the same reading of the prompt, each for KV of its own, `Handle.held_others`; with reads_only.
     """
 
     keep_kv: bool = False
@@ -54,6 +55,7 @@ class CacheUse:
     context: KeptKV | None = None
     hold: bool = False
     reads_only: bool = False
+    others: tuple[Policy, ...] = ()
 
 
 AS_CONFIGURED = CacheUse()
@@ -87,6 +89,9 @@ class Handle(Protocol):
 
     @property
     def held(self) -> KeptKV | None: ...
+
+    @property
+    def held_others(self) -> list[KeptKV]: ...
 
     @property
     def progress(self) -> tuple[int, int]: ...

@@ -10,7 +10,7 @@ import numpy as np
 from ov_kvcrush.context_text import ContextText
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.policies.base import Policy
-from ov_kvcrush.policies.registry import DEFAULT_KEPT, PolicyLike, Settings, as_policy, build, settings_of
+from ov_kvcrush.policies.registry import DEFAULT_KEPT, PolicyLike, Settings, as_policy, build, name_of, settings_of
 from ov_kvcrush.results import KeptTokens
 
 if TYPE_CHECKING:
@@ -98,9 +98,11 @@ class Context:
         """This context and more text behind it, which a policy compresses by itself.
 
         policy: None = the one that compressed this, if it can choose from a text that is read only once; else all of
-        the new text stays, as with "none". Raises RequestError.
+        the new text stays, as with "none". Raises RequestError, also for a policy that reads a text twice.
         """
         chosen = as_policy(policy)
+        if chosen is not None and chosen.needs.replay:
+            raise RequestError(f"policy must be one that reads a text once in extend(), got {name_of(chosen)!r}")
         if chosen is None and self._policy is not None and not self._policy.needs.replay:
             chosen = self._policy
         return self._owner()._extend(self, text, chosen, progress)

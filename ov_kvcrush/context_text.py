@@ -68,8 +68,8 @@ class ContextEncoder:
         text = text.strip()  # as many templates do
         messages = ({"role": "user", "content": text},)
         rendered = self._encoder.render(list(messages), metrics)
-        begin = rendered.rfind(text)
-        if begin < 0:
+        begin = len(rendered) - len(text) - len(after := self._after_message(metrics))
+        if begin < 0 or rendered[begin:] != text + after:
             raise RequestError("context must be a text that the chat template leaves as it is, got one that it changes")
         head = self._ids(rendered[:begin], metrics) if begin else np.zeros(0, np.int64)
         ids = np.concatenate([head, self._ids(text, metrics)])
@@ -87,30 +87,32 @@ class ContextEncoder:
         ids = self._ids(text, metrics)
         return ContextText(context.rendered + text, messages, context.is_open), ids
 
-    def question(self, context: ContextText, question: str, metrics: PerfMetrics) -> np.ndarray:
-        """Tokens int64 (T,) that follow the context's when it is asked something. Raises RequestError."""
+    def question(self, ids: np.ndarray, context: ContextText, question: str, metrics: PerfMetrics) -> np.ndarray:
+        """Tokens int64 (T,) of a context, `ids` (S,), that is asked something. Raises RequestError."""
         check_text(question)
         if not context.messages:
-            return self._ids(question, metrics)
-        return self._ids(self._after(context, self._encoder.render(list(context.asked(question)), metrics)), metrics)
+            return np.concatenate([ids, self._ids(question, metrics)])
+        return self.joined(ids, context, self._encoder.render(list(context.asked(question)), metrics), metrics)
 
-    @staticmethod
-    def _after(context: ContextText, rendered: str) -> str:
+    def joined(self, ids: np.ndarray, context: ContextText, rendered: str, metrics: PerfMetrics) -> np.ndarray:
+        """Tokens int64 (T,) of a rendered conversation that begins with a context, `ids` (S,). Raises RequestError."""
         if not rendered.startswith(context.rendered):
             raise RequestError("context must stay as it is when it is asked, got a chat template that changes it")
-        return rendered[len(context.rendered) :]
+        return np.concatenate([ids, self._ids(rendered[len(context.rendered) :], metrics)])
 
     def words(self, metrics: PerfMetrics) -> ReplayWords:
         """What stands between a text and its repetition, as KVzip asks for it."""
-        answer = ""
-        if self._has_template:
-            rendered = self._encoder.render([{"role": "user", "content": _MARK}], metrics)
-            answer = rendered[rendered.rfind(_MARK) + len(_MARK) :]
+        answer = self._after_message(metrics) if self._has_template else ""
         return ReplayWords(
             first=self._ids("\n\nRepeat the previous context exactly.", metrics),
             again=self._ids("\n\nRepeat the part of the previous context exactly, starting with", metrics),
             answer=self._ids(answer or "\n", metrics),
         )
+
+    def _after_message(self, metrics: PerfMetrics) -> str:
+        """What the chat template has between a user's text and the answer to it."""
+        rendered = self._encoder.render([{"role": "user", "content": _MARK}], metrics)
+        return rendered[rendered.rfind(_MARK) + len(_MARK) :]
 
     def _ids(self, text: str, metrics: PerfMetrics) -> np.ndarray:
         return self._encoder.encode(text, metrics, add_special_tokens=False)

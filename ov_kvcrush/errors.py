@@ -22,6 +22,10 @@ class RequestError(CrushError):
     """One request was refused; no other request is touched."""
 
 
+class ContextFileError(CrushError):
+    """A context's file cannot be written or read, is damaged, or belongs to something else than what was asked for."""
+
+
 class OutOfMemory(CrushError):
     """The KV cache cannot hold what was asked, even with nothing else in it."""
 

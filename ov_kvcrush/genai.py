@@ -109,6 +109,11 @@ class GenaiHandle:
         return None
 
     @property
+    def held_others(self) -> list[KeptKV]:
+        """None: openvino_genai keeps its KV."""
+        return []
+
+    @property
     def progress(self) -> tuple[int, int]:
         """Known at the end only."""
         done = self._num_input_tokens if self._times else 0
@@ -183,11 +188,11 @@ class GenaiBackend:
 
         Raises RequestError; no other request is touched.
         """
+        if cache.context or cache.hold or cache.reads_only:
+            raise RequestError("context must not be asked for with engine='genai', got one; engine='crush' holds it")
         if cache.policy is not None or cache.protect:
             field = "policy" if cache.policy is not None else "protect"
             raise RequestError(f"{field} must be left out of a request with engine='genai'; give cache_config a policy")
-        if cache.context or cache.hold or cache.reads_only:
-            raise RequestError("context must not be asked for with engine='genai', got one; engine='crush' holds it")
         ids = np.asarray(ids, np.int64).reshape(1, -1)
         if not ids.size:
             raise RequestError("prompt must have at least one token, got an empty one")

@@ -59,6 +59,7 @@ class LLMPipeline(PipelineBase):
         self._tokens = ConversationTokens(self._encoder)
         self._history: ov_genai.ChatHistory | None = None  # of start_chat; None outside
         self._chat_context: Context | None = None  # what the chat goes on from, if it began with one
+        self._chat_start: Context | None = None  # the one it began with
         self._is_open = False  # its last message goes on with the next turn
 
     def get_generation_config(self) -> ov_genai.GenerationConfig:
@@ -88,7 +89,7 @@ class LLMPipeline(PipelineBase):
         self.finish_chat()
         self._history = ov_genai.ChatHistory()
         if begun is not None:
-            self._chat_context = begun.fork()
+            self._chat_start, self._chat_context = begun.fork(), begun.fork()
             self._is_open = begun.content.is_open
             self._history = ov_genai.ChatHistory(list(begun.content.messages))
             self._tokens.remember(begun.content.rendered, begun.ids, "", [])
@@ -99,7 +100,8 @@ class LLMPipeline(PipelineBase):
         """Forget the conversation and give its KV back."""
         self._history = None
         self._tokens.clear()
-        self._chat_context, self._is_open = None, False
+        self._chat_start = self._chat_context = None
+        self._is_open = False
         self._backend.drop_kept_kv()
 
     def chat_context(self) -> Context:
@@ -165,7 +167,7 @@ class LLMPipeline(PipelineBase):
     ) -> np.ndarray:
         if context is None:
             return self._encoder.encode_user_text(text, config, metrics)
-        return np.concatenate([context.ids, self._contexts.question(context.content, text, metrics)])
+        return self._contexts.question(context.ids, context.content, text, metrics)
 
     def _run_rows(
         self,
@@ -216,9 +218,11 @@ class LLMPipeline(PipelineBase):
             raise RequestError("history must have at least one message, got an empty one")
         text = self._encoder.render(history, metrics)
         ids = self._tokens.encode(text, metrics)
-        begun = wanted.context and self._chat_context
-        if begun and not np.array_equal(ids[: begun.num_tokens], begun.ids):
-            raise RequestError("context must stay as it is in a chat, got a chat template that changes it")
+        begun = self._chat_context if wanted.context else None
+        if begun and self._chat_start and not np.array_equal(ids[: begun.num_tokens], begun.ids):
+            begun = self._chat_start  # the template changes what was answered: all turns are read anew
+            ids = self._contexts.joined(begun.ids, begun.content, text, metrics)
+            wanted = replace(wanted, context=begun.of(self))
         turn = replace(wanted, keep_kv=not begun, hold=bool(begun), system=system_text(history))
         handle = self._run_rows([ids], config, streamer, metrics, turn)[0]
         results = self._decoded([handle], [ids], config, metrics)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,9 @@ import openvino_genai as ov_genai
 from ov_kvcrush.backend import NO_WORDS, Backend, CacheUse, Handle, ReplayWords
 from ov_kvcrush.config import CacheConfig, SchedulerConfig, check_engine
 from ov_kvcrush.context import Context, context_policy
-from ov_kvcrush.context_text import ContextEncoder
+from ov_kvcrush.context_text import ContextEncoder, ContextText
 from ov_kvcrush.engine.sampling_params import make_generation_config
-from ov_kvcrush.errors import ModelError, OutOfMemory, reason_of
+from ov_kvcrush.errors import ModelError, OutOfMemory, RequestError, reason_of
 from ov_kvcrush.model_folder import check_model_folder
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.none import KeepAll
@@ -116,6 +116,43 @@ class PipelineBase:
         self._compressed[key] = context
         return context
 
+    def compress_ids(
+        self, ids: np.ndarray, policies: Sequence[Policy], *, head: int = 0, progress: Progress | None = None
+    ) -> list[Context]:
+        """Contexts of the same tokens int64 (S,), read once: one of each policy. Questions are token ids, too.
+
+        For comparing policies: the prompt's full cache is computed once, and read a second time once if a policy wants
+        that. head: tokens at the front that stay in any case. Raises as `compress`, and RequestError where policies
+        want different second readings.
+        """
+        if not policies:
+            raise RequestError("policies must have at least one, got none")
+        words = next((w for w in map(self._words_for, policies) if w is not NO_WORDS), NO_WORDS)
+        system = (0, head) if head else None
+        use = CacheUse(policy=KeepAll(), system=system, words=words, reads_only=True, others=tuple(policies))
+        handle = self._read_handle(ids, use, progress)
+        assert handle.held is not None
+        self._backend.drop_held(handle.held)
+        state = ContextText(self._tokenizer.decode(ids.tolist()))
+        return [
+            Context(self, ids, state, kv.as_base(), policy if policy.evicts else None)
+            for kv, policy in zip(handle.held_others, policies, strict=True)
+        ]
+
+    def answer_each(
+        self, asked: Sequence[tuple[Context, np.ndarray]], config: ov_genai.GenerationConfig | None = None
+    ) -> list[str]:
+        """Answers to questions about contexts, different ones even, all in one batch.
+
+        asked: a context and the token ids int64 (T,) of a question that follows it. Policies choose nothing more.
+        """
+        rows = [np.concatenate([context.ids, ids]) for context, ids in asked]
+        uses = [CacheUse(policy=KeepAll(), context=context.of(self)) for context, _ in asked]
+        settings = self._options(config, {})
+        metrics = self._new_metrics()
+        handles = self._run(rows, [settings] * len(rows), None, metrics, uses)
+        return [self._text(handle.read_all()[0], metrics) for handle in handles]
+
     def _extend(self, context: Context, text: str, policy: Policy | None, progress: Progress | None) -> Context:
         kv = context.of(self)
         state, more = self._contexts.more(context.content, text, self._new_metrics())
@@ -125,24 +162,43 @@ class PipelineBase:
 
     def _read(self, ids: np.ndarray, use: CacheUse, progress: Progress | None) -> KeptKV:
         """Run a prompt without an answer; its KV."""
+        handle = self._read_handle(ids, use, progress)
+        assert handle.held is not None
+        return handle.held
+
+    def _read_handle(self, ids: np.ndarray, use: CacheUse, progress: Progress | None) -> Handle:
         handle = self._backend.add(next(self._ids), ids, self._options(None, {"max_new_tokens": 1}), use)
         self._active.append(handle)
+        num_read = 0
         try:
             while handle.get_status() == ov_genai.GenerationStatus.RUNNING:
                 self._backend.step()
+                num_read = max(num_read, handle.progress[0])  # one that lost its memory begins again
                 if progress:
-                    progress(*handle.progress)
+                    progress(num_read, handle.progress[1])
         except BaseException:
-            handle.cancel()
-            self._backend.end_wanted()
+            self._give_up([handle])
             raise
         finally:
             self._active.remove(handle)
-        if handle.held is None or handle.held.num_tokens < len(ids):
-            if handle.held is not None:
-                self._backend.drop_held(handle.held)
-            raise OutOfMemory(f"context must be read to its end, got {handle.progress[0]} of {len(ids)} tokens")
-        return handle.held
+        if handle.held is not None and len(handle.held_others) == len(use.others):
+            return handle
+        self._give_up([handle])
+        if handle.get_status() != ov_genai.GenerationStatus.FINISHED:
+            raise RequestError(f"context must be read to its end, got a stop after {num_read} tokens")
+        raise OutOfMemory(
+            f"context must fit into the KV store beside what is there, got {len(ids)} tokens; raise max_bytes"
+        )
+
+    def _give_up(self, handles: list[Handle]) -> None:
+        """End requests that nobody waits for any more, and give back what they hand out."""
+        for handle in handles:
+            handle.cancel()
+        self._backend.end_wanted()
+        for handle in handles:
+            for kv in (handle.held, *handle.held_others):
+                if kv is not None:
+                    self._backend.drop_held(kv)
 
     def _words_for(self, policy: Policy | None) -> ReplayWords:
         if policy is None or not policy.needs.replay:
@@ -188,9 +244,7 @@ class PipelineBase:
                 sink.end()
             self._backend.end_wanted()
         except BaseException:
-            for handle in handles:
-                handle.cancel()
-            self._backend.end_wanted()
+            self._give_up(handles)
             raise
         finally:
             self._active = [handle for handle in self._active if handle not in handles]

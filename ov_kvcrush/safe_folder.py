@@ -31,7 +31,7 @@ def finished_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
     lock = open(partial / LOCK_NAME, "wb")  # noqa: SIM115 - held until the folder is finished
     try:
-        _try_lock(lock)
+        try_lock(lock)
         yield partial
         lock.close()
         (partial / LOCK_NAME).unlink()
@@ -83,7 +83,7 @@ def _is_abandoned(partial: Path) -> bool:
     """A lock tells a dead owner even across containers and after its process number was given to another."""
     try:
         with open(partial / LOCK_NAME, "r+b") as lock:
-            return _try_lock(lock)
+            return try_lock(lock)
     except FileNotFoundError:
         with suppress(OSError):
             return time.time() - partial.stat().st_mtime > UNLOCKED_GRACE_S
@@ -92,7 +92,7 @@ def _is_abandoned(partial: Path) -> bool:
         return False
 
 
-def _try_lock(file: IO[bytes]) -> bool:
+def try_lock(file: IO[bytes]) -> bool:
     """Take the lock on an open file until it is closed; False if another process holds it."""
     try:
         if os.name == "nt":

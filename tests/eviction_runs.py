@@ -31,8 +31,12 @@ VARIANTS: list[dict[str, Any]] = [
     {"name": "snapkv", "split": "global"},
     {"name": "kvcrush", "split": "ada"},
     {"name": "kvcrush", "page": 8},
+    {"name": "kvzip", "split": "heads", "chunk": 32},
+    {"name": "kvcrush", "scorer": "kvzip", "split": "global", "chunk": 32, "sees": "all"},
 ]
 
+READ_ONCE = [variant for variant in VARIANTS if not build(**variant).needs.replay]
+READ_TWICE = [variant for variant in VARIANTS if variant not in READ_ONCE]
 TOLERANCE = 1e-3  # of logits whose size is about 10
 
 Positions = list[list[np.ndarray]]  # [layer][KV head], ascending
@@ -60,10 +64,12 @@ def add(
     new_tokens: int = 12,
     protect: Sequence[tuple[int, int]] = (),
     window: ScoreWindow | None = None,
+    use: dict[str, Any] | None = None,
     **options: Any,
 ) -> GenerationHandle:
+    """use: what else the CacheUse says."""
     config = ov_genai.GenerationConfig(max_new_tokens=new_tokens, ignore_eos=True, **options)
-    return engine.add(index, ids, config, CacheUse(policy=policy, protect=tuple(protect)), window)
+    return engine.add(index, ids, config, CacheUse(policy=policy, protect=tuple(protect), **(use or {})), window)
 
 
 def run(engine: Engine) -> None:
@@ -134,6 +140,7 @@ class Trace:
 class Tracer:
     """Runs an engine and notes what each row of it sees: what the store holds before the row, and the row's own step.
 
+    Rows of a second reading are no part of any answer, and not noted.
     sizes: of each row the tokens before it, and how many of them each head held, (L, K). max_tokens: of a text.
     """
 
@@ -142,7 +149,7 @@ class Tracer:
         self._memory: Any = engine.memory
         self._max_tokens = max_tokens
         self._traces: dict[Line, Trace] = {}
-        self._kept: dict[int, Trace] = {}  # by the store's number of a kept prefix
+        self._kept: dict[int, Trace] = {}  # by the store's number of a kept prefix or a context
         self._origins: dict[Line, Trace] = {}  # of sequences that begin on a kept prefix
         self.sizes: list[tuple[int, np.ndarray]] = []
 
@@ -166,7 +173,8 @@ class Tracer:
             def prepare(plan: StepPlan, then: Any = runner.prepare) -> None:
                 plans.append(plan)
                 for row in plan.rows:
-                    self._note(row.sequence, row.num_tokens)
+                    if row.sequence.reads_for is None:
+                        self._note(row.sequence, row.num_tokens)
                 then(plan)
 
             def infer(then: Any = runner.infer) -> np.ndarray:
@@ -182,20 +190,21 @@ class Tracer:
             def admit(line: Line, then: Any = memory.admit) -> bool:
                 is_admitted = then(line)
                 if is_admitted and line.num_cached:
-                    self._origins[line] = self._kept[matches[-1][0].stored]
+                    self._origins[line] = self._kept[(line.request.context or matches[-1][0]).stored]
                 return is_admitted
 
-            def keep(line: Line, then: Any = memory.keep) -> None:
-                then(line)
-                if len(prefixes) and line in self._traces:
-                    self._kept.setdefault(prefixes._prefixes[-1].kv.stored, self._traces[line])
+            def hold(line: Line, then: Any = memory.hold) -> Any:
+                kv = then(line)
+                if kv is not None and line in self._traces:
+                    self._kept[kv.stored] = self._traces[line]
+                return kv
 
             for owner, function in (
                 (runner, prepare),
                 (runner, infer),
                 (prefixes, match),
                 (memory, admit),
-                (memory, keep),
+                (memory, hold),
             ):
                 patch.setattr(owner, function.__name__, function)
             yield

@@ -13,22 +13,7 @@ import pytest
 from eviction_runs import EXACT, F32, add, as_lists, held, make_engine, prompt, read_prompt, run, small, tokens
 
 from ov_kvcrush import ContinuousBatchingPipeline, CrushError, LLMPipeline
-from ov_kvcrush.policies.base import CacheState, Needs, Policy, Selection
-from ov_kvcrush.policies.registry import build
-
-
-@dataclass(frozen=True)
-class Replays(Policy):
-    """Wants a second reading of the text."""
-
-    name = "replays"
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(replay=True)
-
-    def select(self, state: CacheState, tokens: int) -> Selection:
-        raise AssertionError("never asked")
+from ov_kvcrush.policies.kvcrush import KVCrush
 
 
 @dataclass(frozen=True)
@@ -86,8 +71,9 @@ BAD = [
     ),
     Bad("number for a policy", {"policy": 5}, "policy must be a Policy, a name, or settings with a 'name', got 5"),
     Bad("settings without a name", {"policy": {"kept": 0.5}}, "settings with a 'name', got {'kept': 0.5}"),
-    Bad("class for a policy", {"policy": Replays}, "policy must be a Policy, a name, or settings with a 'name'"),
-    Bad("replay", {"policy": Replays(build("kvcrush").budget)}, "must not need a second reading .* got 'replays'"),
+    Bad("class for a policy", {"policy": KVCrush}, "policy must be a Policy, a name, or settings with a 'name'"),
+    Bad("chunk of none", {"policy": {"name": "kvzip", "chunk": 0}}, "chunk must be an integer of at least 32, got 0"),
+    Bad("sight of none", {"policy": {"name": "kvzip", "sees": "al"}}, "sees must be one of chunk, all, got 'al'"),
 ]
 LETTERS = np.array([ord("a") - 33 + i % 20 for i in range(100)])  # of the tiny byte-level tokenizer
 

@@ -12,6 +12,8 @@ import openvino_genai as ov_genai
 import pytest
 from eviction_runs import (
     EXACT,
+    READ_ONCE,
+    READ_TWICE,
     VARIANTS,
     Eager,
     Tracer,
@@ -38,6 +40,8 @@ from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import build
 
 EVERY_POLICY = pytest.mark.parametrize("variant", VARIANTS, ids=json.dumps)
+EVERY_ONE_THAT_READS_ONCE = pytest.mark.parametrize("variant", READ_ONCE, ids=json.dumps)
+EVERY_ONE_THAT_READS_TWICE = pytest.mark.parametrize("variant", READ_TWICE, ids=json.dumps)
 GREEDY_TWICE = {"do_sample": True, "top_k": 1, "num_return_sequences": 2}
 
 
@@ -138,7 +142,7 @@ def test_random_traffic_attends_to_what_is_kept(seed: int, tiny_ir: Callable[[st
     settings = {**EXACT, "max_bytes": limit, "staging_bytes": int(rng.choice([1 << 16, 1 << 19]))}
     chunk = int(rng.choice([16, 48, 200]))
     engine = make_engine(tiny_ir("llama"), settings, max_num_batched_tokens=chunk, enable_prefix_caching=True)
-    policies = [None, *(small(VARIANTS[i], kept_tokens=40) for i in rng.choice(len(VARIANTS), 3, replace=False))]
+    policies = [None, *(small(READ_ONCE[i], kept_tokens=40) for i in rng.choice(len(READ_ONCE), 3, replace=False))]
     tracer, handles, history = Tracer(engine, 400), [], prompt(120)
     with tracer.noting():
         for i in range(14):
@@ -165,7 +169,7 @@ def test_random_traffic_attends_to_what_is_kept(seed: int, tiny_ir: Callable[[st
 # -- long answers and long prompts -------------------------------------------------------------------------------------
 
 
-@EVERY_POLICY
+@EVERY_ONE_THAT_READS_ONCE
 def test_long_answer_stays_within_budget_and_stride(variant: dict[str, Any], engine: Engine) -> None:
     policy = small(variant)
     handle = add(engine, 0, prompt(10), policy, new_tokens=120)
@@ -183,6 +187,16 @@ def test_long_answer_stays_within_budget_and_stride(variant: dict[str, Any], eng
             assert all(set(head) >= always for layer in positions for head in layer)
         engine.step()
     assert spans == list(range(24 + 8 + 1, 130, 9)), "each time that the stride is passed"
+
+
+@EVERY_ONE_THAT_READS_TWICE
+def test_answer_that_is_not_read_twice_stays(variant: dict[str, Any], engine: Engine) -> None:
+    line = read_prompt(engine, add(engine, 0, prompt(60), small(variant), new_tokens=50))
+    while engine.has_unfinished():
+        positions = held(engine, line)
+        assert counts(positions).mean() == 24 + line.num_cached - 60
+        assert all(set(head) >= set(range(54, line.num_cached)) for layer in positions for head in layer)
+        engine.step()
 
 
 def test_sums_of_h2o_survive_choices(engine: Engine) -> None:
@@ -328,7 +342,7 @@ def test_crushed_kv_does_not_serve_where_a_protected_span_has_gone(span: tuple[i
     assert reused(keeping, ids, policy, protect=[span]) == 79
 
 
-@EVERY_POLICY
+@EVERY_ONE_THAT_READS_ONCE
 def test_turns_on_a_crushed_history_keep_to_the_budget(variant: dict[str, Any], keeping: Engine) -> None:
     policy = small(variant)
     ids = next_turn(keeping, policy)
@@ -341,6 +355,30 @@ def test_turns_on_a_crushed_history_keep_to_the_budget(variant: dict[str, Any], 
         keeping.step()
     keeping.drop_kept_kv()
     assert nbytes(keeping) == 0
+
+
+@EVERY_ONE_THAT_READS_TWICE
+def test_turns_that_are_not_read_twice_stay(variant: dict[str, Any], keeping: Engine) -> None:
+    policy = small(variant)
+    ids = next_turn(keeping, policy)
+    handle = add(keeping, 0, ids, policy, new_tokens=20)
+    line = read_prompt(keeping, handle)
+    assert handle.get_stats().num_reused_tokens == 79
+    assert counts(held(keeping, line)).mean() == 24 + len(ids) - 60
+    run(keeping)
+    keeping.drop_kept_kv()
+
+
+@EVERY_ONE_THAT_READS_TWICE
+def test_whole_kv_does_not_keep_a_prompt_from_being_read_twice(variant: dict[str, Any], keeping: Engine) -> None:
+    policy, ids = small(variant), next_turn(keeping, None)
+    handle = add(keeping, 0, ids, policy, new_tokens=20)
+    line = read_prompt(keeping, handle)
+    assert counts(held(keeping, line)).mean() == 24
+    run(keeping)
+    keeping.drop_kept_kv()
+    assert tokens(handle) == alone(keeping, ids, policy, new_tokens=20)
+    keeping.drop_kept_kv()
 
 
 def test_sums_of_h2o_survive_turns(keeping: Engine) -> None:

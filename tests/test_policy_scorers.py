@@ -20,12 +20,13 @@ from ov_kvcrush.policies.expected_attention import ExpectedAttention
 from ov_kvcrush.policies.h2o import H2O
 from ov_kvcrush.policies.keydiff import KeyDiff
 from ov_kvcrush.policies.knorm import Knorm
+from ov_kvcrush.policies.kvzip import KVzip
 from ov_kvcrush.policies.random_scorer import Random
 from ov_kvcrush.policies.snapkv import SnapKV, pool
 from ov_kvcrush.policies.streaming_llm import StreamingLLM
 from ov_kvcrush.policies.tova import TOVA
 
-SCORERS = [SnapKV(), H2O(), TOVA(), StreamingLLM(), Knorm(), KeyDiff(), ExpectedAttention(), Random()]
+SCORERS = [SnapKV(), H2O(), TOVA(), StreamingLLM(), Knorm(), KeyDiff(), ExpectedAttention(), Random(), KVzip()]
 ALL = pytest.mark.parametrize("scorer", SCORERS, ids=lambda scorer: scorer.name)
 
 D = 8
@@ -91,6 +92,7 @@ def layer_of(case: Case, *, carried: bool = False) -> LayerState:
                 values=numbers(rng, case.kind, size, D),
                 queries=numbers(rng, case.kind, case.rows, case.groups * D).reshape(case.rows, case.groups, D),
                 carried=seen.astype(np.float32) if carried else np.zeros(size, np.float32),
+                replayed=attention[:, ::-1].astype(np.float32),
             )
         )
     return tuple(heads)
@@ -135,6 +137,7 @@ def test_what_was_not_asked_for_is_not_looked_at(scorer: Scorer) -> None:
         "values": needs.values,
         "queries": needs.queries,
         "carried": needs.carried,
+        "replayed": needs.replay is not None,
     }
     full = layer_of(case, carried=True)
     bare = tuple(HeadState(**{n: getattr(h, n) if on else None for n, on in wanted.items()}) for h in full)
@@ -350,6 +353,22 @@ def test_tova_looks_at_one_row_and_gives_a_token_one_score_in_all_heads() -> Non
     assert TOVA().needs.window == 1
     one, two = TOVA().score(layer_of(Case((60, 60), "random")), 0, 60)
     np.testing.assert_array_equal(one, two)
+
+
+# -- KVzip -------------------------------------------------------------------------------------------------------------
+
+
+@EVERY_CASE
+def test_kvzip_equals_slow(case: Case) -> None:
+    layer = layer_of(case)
+    expected = [[max(float(row[s]) for row in head.replayed) for s in range(len(head))] for head in layer]
+    assert_scores(KVzip().score(layer, 0, case.length), expected)
+
+
+def test_kvzip_asks_for_the_reading_that_it_was_told() -> None:
+    needs = KVzip(chunk=64, sees="all").needs
+    assert needs.replay is not None
+    assert (needs.replay.chunk, needs.replay.sees, needs.window, needs.carried) == (64, "all", 0, False)
 
 
 # -- without attention -------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from ov_kvcrush.policies.global_split import Global
 from ov_kvcrush.policies.kv_compress import Pages
 from ov_kvcrush.policies.pyramid import PyramidKV
 from ov_kvcrush.policies.uniform import Uniform
+from ov_kvcrush.policies.whole_heads import WholeHeads
 
 Counts = list[int]  # of all heads, one after the other
 
@@ -76,6 +77,7 @@ TOKENS = (1, 7, 30, 61, 111, 119, 120, 1000)
 SPLITTERS = [
     Uniform(), PyramidKV(), PyramidKV(beta=1), PyramidKV(beta=3), AdaKV(), AdaKV(floor=0), AdaKV(floor=1.0), Global(),
     Global(floor=0.3), Pages(), Pages(page_tokens=1), Pages(page_tokens=7), Pages(page_tokens=500),
+    WholeHeads(),
 ]  # fmt: skip
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 ALL = pytest.mark.parametrize("splitter", SPLITTERS, ids=repr)
@@ -188,12 +190,22 @@ def slow_pages(heads: list[Head], length: int, tokens: int, page_tokens: int) ->
     return counts
 
 
+def slow_heads(heads: list[Head], length: int, tokens: int) -> Counts:
+    """One token at a time to the head whose best token is the best of those that still miss one."""
+    counts = [head.low for head in heads]
+    best = [max((value for value, _ in head.free), default=0) for head in heads]
+    while sum(counts) < slow_total(heads, tokens):
+        counts[max((i for i, head in enumerate(heads) if counts[i] < head.high), key=lambda i: (best[i], -i))] += 1
+    return counts
+
+
 SLOW: dict[str, Callable[..., Counts]] = {
     "uniform": slow_uniform,
     "pyramid": slow_pyramid,
     "ada": slow_ada,
     "global": slow_global,
     "kv_compress": slow_pages,
+    "heads": slow_heads,
 }
 
 
@@ -252,7 +264,7 @@ def test_heads_that_cannot_be_told_apart_keep_the_same(splitter: Splitter) -> No
     assert splitter.split(state, case.values(state), 40) == [[40] * 4] * 2
 
 
-@pytest.mark.parametrize("splitter", [AdaKV(floor=0), Global(), Pages()], ids=repr)
+@pytest.mark.parametrize("splitter", [AdaKV(floor=0), Global(), Pages(), WholeHeads()], ids=repr)
 def test_a_head_that_dominates_takes_all_that_is_not_protected(splitter: Splitter) -> None:
     case = Case("dominated", "one head dominates", heads=(2, 2))
     state = case.state()

@@ -66,33 +66,33 @@ class CrushMemory:
         """Token by token, for each KV head."""
         return True
 
-    def capacity_tokens(self, eviction: Eviction | None) -> int:
+    def capacity_tokens(self, eviction: Eviction | None, num_evicted: int = 0) -> int:
         """Tokens of the longest text whose bytes are within the store's limit."""
         low, high = 0, _ENDLESS
         while low < high:
             middle = (low + high + 1) // 2
-            fits = self._bytes_for(middle, eviction) <= self.store.max_bytes
+            fits = self._bytes_for(middle, eviction, num_evicted) <= self.store.max_bytes
             low, high = (middle, high) if fits else (low, middle - 1)
         return low
 
     def _replay_blocks(self, sequence: Sequence) -> int:
         """Blocks for a second reading of a prompt, 0 if it has none."""
-        eviction, length = sequence.request.eviction, len(sequence.ids)
+        eviction, length = sequence.request.replayer, len(sequence.ids)
         replay = eviction.policy.needs.replay if eviction else None
-        if eviction is None or replay is None or not eviction.wants(length, length, is_read=True):
+        if eviction is None or replay is None or not eviction.num_read_again(length):
             return 0
         return replay_blocks(replay, eviction.words, length)
 
     def _bytes_for(self, length: int, eviction: Eviction | None, num_evicted: int = 0) -> int:
         """The most bytes that the store holds of one text of `length` tokens, which came without num_evicted."""
-        most = eviction.peak_tokens(length, self._chunk) if eviction else length - num_evicted
-        return self.store.bytes_for(most)
+        most = eviction.peak_tokens(length, self._chunk, num_evicted) if eviction else length - num_evicted
+        return self.store.bytes_for(max(most, 0))
 
     def refusal(self, num_tokens: int, eviction: Eviction | None, num_evicted: int = 0) -> str | None:
         """Why a prompt can never be run; None if it can."""
         needed = self._bytes_for(num_tokens + 1, eviction, num_evicted)
         replay = eviction.policy.needs.replay if eviction else None
-        if eviction and replay and eviction.wants(num_tokens, num_tokens, is_read=True):
+        if eviction and replay and eviction.num_read_again(num_tokens):
             num_blocks = blocks_for(num_tokens) + replay_blocks(replay, eviction.words, num_tokens)
             if num_blocks > self.pool.num_blocks:
                 return (
@@ -326,8 +326,9 @@ class CrushMemory:
         assert sequence.stored is not None, "a staged sequence without a place in the store"
         self._reading.discard(sequence)
         start = time.perf_counter()
-        choice = self._choose(sequence, is_read=True)
         try:
+            self._adopt_others(sequence)
+            choice = self._choose(sequence, sequence.request.eviction, is_read=True)
             if choice:
                 self.store.adopt(sequence.stored, choice.offsets, choice.indices, keep_free=self._promised())
                 sequence.kept = choice.kept
@@ -340,10 +341,24 @@ class CrushMemory:
         self._unstage(sequence)
         return True
 
+    def _adopt_others(self, sequence: Sequence) -> None:
+        """Let each of the request's other policies take what it wants of a staged prompt."""
+        request, length = sequence.request, sequence.num_cached
+        for eviction in request.others[len(request.held_others) :]:
+            choice = self._choose(sequence, eviction, is_read=True)
+            stored = self.store.create(0)
+            self.store.stage(stored, sequence.blocks.ids, length)
+            policy = eviction.policy if eviction else None
+            request.held_others.append(KeptKV(stored, choice.kept if choice else Kept(), policy, length, 0))
+            if choice:
+                self.store.adopt(stored, choice.offsets, choice.indices, keep_free=self._promised())
+            else:
+                self.store.adopt(stored, keep_free=self._promised())
+
     def _evict(self, sequence: Sequence, *, is_read: bool) -> None:
         """Let the policy choose again if the stored cache has grown over its budget."""
         start = time.perf_counter()
-        choice = self._choose(sequence, is_read=is_read)
+        choice = self._choose(sequence, sequence.request.eviction, is_read=is_read)
         if choice is None:
             return
         assert sequence.stored is not None
@@ -356,9 +371,9 @@ class CrushMemory:
         sequence.free_slots = self.store.free_slots(sequence.stored)
         self.policy_seconds += time.perf_counter() - start
 
-    def _choose(self, sequence: Sequence, *, is_read: bool) -> Choice | None:
-        """What the sequence's policy wants to stay; None if there is nothing to choose now."""
-        eviction, is_staged = sequence.request.eviction, len(sequence.blocks) > 0
+    def _choose(self, sequence: Sequence, eviction: Eviction | None, *, is_read: bool) -> Choice | None:
+        """What a policy wants to stay of the sequence; None if there is nothing to choose now."""
+        is_staged = len(sequence.blocks) > 0
         length, kept = sequence.num_cached, sequence.kept
         if eviction is None or not eviction.wants(length, length - kept.num_evicted, is_read=is_read):
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -58,6 +59,7 @@ class Engine:
         self._runner = Runner(model, self.memory)
         self._inbox: deque[GenerationHandle] = deque()
         self._dropped: deque[KeptKV] = deque()
+        self._gone: weakref.WeakSet[KeptKV] = weakref.WeakSet()
         self._handles: dict[int, GenerationHandle] = {}
         self._lock = threading.RLock()
         self._add_lock = threading.Lock()
@@ -69,7 +71,7 @@ class Engine:
 
     def max_tokens(self, eviction: Eviction | None, num_evicted: int = 0) -> int:
         """Tokens that prompt and answer of one sequence may have, by the model's context and by the cache's memory."""
-        capacity = self.memory.capacity_tokens(eviction) + num_evicted
+        capacity = self.memory.capacity_tokens(eviction, num_evicted)
         return min(capacity, self._model.context_length or capacity)
 
     def end_wanted(self) -> None:
@@ -77,6 +79,7 @@ class Engine:
         with self._lock:
             self._take_in()
             self._end_wanted()
+            self._drop()
 
     def has_unfinished(self) -> bool:
         """Whether `step` has something to do."""
@@ -102,10 +105,12 @@ class Engine:
         """What the last step took."""
         return self._last_step
 
-    def check_prompt(self, ids: np.ndarray, eviction: Eviction | None = None, num_evicted: int = 0) -> np.ndarray:
+    def check_prompt(
+        self, ids: np.ndarray, eviction: Eviction | None = None, begun: KeptKV | None = None
+    ) -> np.ndarray:
         """Return the prompt as int64 (S,); raise RequestError if this model or this cache cannot run it.
 
-        num_evicted: of its tokens, in the context that it goes on from.
+        begun: the context that it goes on from.
         """
         ids = np.asarray(ids)
         if ids.size == 0:
@@ -121,14 +126,17 @@ class Engine:
             raise RequestError(
                 f"prompt must be shorter than the model's context of {context} tokens, got {len(ids)} tokens"
             )
-        refusal = self.memory.refusal(len(ids), eviction, num_evicted)
+        num_known = begun.num_tokens if begun else 0
+        if len(ids) <= num_known:
+            raise RequestError("prompt must have at least one token behind its context, got none")
+        refusal = self.memory.refusal(len(ids), eviction, begun.kept.num_evicted if begun else 0)
         if refusal:
             raise RequestError(refusal)
         limit = self._config.max_num_batched_tokens
-        if not self._config.dynamic_split_fuse and len(ids) > limit:
+        if not self._config.dynamic_split_fuse and len(ids) - num_known > limit:
             raise RequestError(
                 f"prompt must have at most max_num_batched_tokens={limit} tokens with dynamic_split_fuse=False, "
-                f"got {len(ids)}"
+                f"got {len(ids) - num_known}"
             )
         return ids
 
@@ -145,9 +153,11 @@ class Engine:
         score_window: asks for the attention of the prompt's last tokens, `GenerationHandle.attention_scores`.
         Raises RequestError; no other request is touched.
         """
+        if (cache.context or cache.hold or cache.reads_only) and not self.memory.can_evict:
+            raise RequestError("context must not be asked for with attention='paged', got one; engine='crush' holds it")
         eviction = self._eviction(cache, np.size(ids))
         num_evicted = cache.context.kept.num_evicted if cache.context else 0
-        ids = self.check_prompt(ids, eviction, num_evicted)
+        ids = self.check_prompt(ids, eviction, cache.context)
         check_spans(cache.protect, len(ids))
         if eviction:
             eviction.check(len(ids))
@@ -156,14 +166,16 @@ class Engine:
         params = SamplingParams.from_config(config, self._defaults, len(ids), self.max_tokens(eviction, num_evicted))
         if score_window and not self._model.has_scores:
             raise RequestError("score_window must be None with attention='paged', which has no scores per head")
-        keep_kv = cache.keep_kv or self._config.enable_prefix_caching
-        if (cache.context or cache.hold or cache.reads_only) and not self.memory.can_evict:
-            raise RequestError("context must not be asked for with attention='paged', got one; engine='crush' holds it")
-        request = Request(request_id, ids, params, self._decode, keep_kv, score_window, eviction, cache)
+        # What goes on from a context is not what its own policy would have left of the prompt.
+        keep_kv = (cache.keep_kv or self._config.enable_prefix_caching) and cache.context is None
+        others = self._others(cache, ids)
+        request = Request(request_id, ids, params, self._decode, keep_kv, score_window, eviction, cache, others)
         handle = GenerationHandle(request)
         with self._add_lock:
             if request_id in self._handles:
                 raise RequestError(f"request_id must differ from those of running requests, got {request_id} again")
+            if cache.context is not None and cache.context in self._gone:
+                raise RequestError("context must be open, got one that was closed")
             self._handles[request_id] = handle
             self._inbox.append(handle)
         return handle
@@ -201,6 +213,7 @@ class Engine:
             except BaseException:
                 self._abort({row.sequence.request for row in plan.rows})
                 raise
+            self._drop()
 
     def drop_kept_kv(self) -> None:
         """Give back the KV that ended requests left for reuse."""
@@ -208,7 +221,7 @@ class Engine:
             self.memory.drop_kept()
 
     def drop_held(self, kv: KeptKV) -> None:
-        """Give back KV that a request handed out; while a step runs, after it.
+        """Give back KV that a request handed out; while a step runs or requests go on from it, after them.
 
         It may be called by the garbage collector in any thread, so it waits for nothing.
         """
@@ -220,8 +233,20 @@ class Engine:
                 self._lock.release()
 
     def _drop(self) -> None:
-        while self._dropped:
-            self.memory.drop_held(self._dropped.popleft())
+        if not self._add_lock.acquire(blocking=False):  # perhaps held by this very thread; the next step tries again
+            return
+        try:
+            # Who goes on from it may lose its memory, and begins with it again.
+            in_use = {handle._request.context for handle in self._handles.values()}
+            for _ in range(len(self._dropped)):
+                kv = self._dropped.popleft()
+                if kv in in_use:
+                    self._dropped.append(kv)
+                else:
+                    self._gone.add(kv)
+                    self.memory.drop_held(kv)
+        finally:
+            self._add_lock.release()
 
     def share_held(self, kv: KeptKV) -> KeptKV:
         """The same KV for one more holder."""
@@ -299,6 +324,22 @@ class Engine:
                     self._retire(request.sequences[index])
             self._end_if_complete(request)
         return sampling_s
+
+    def _others(self, cache: CacheUse, ids: np.ndarray) -> tuple[Eviction | None, ...]:
+        """What other policies want that choose from the same reading of a prompt."""
+        if cache.others and not (cache.reads_only and cache.context is None):
+            raise RequestError("others must choose from a prompt that is only read, got a request for an answer")
+        found = []
+        for policy in cache.others:
+            eviction = self._eviction(replace(cache, policy=policy), len(ids))
+            if eviction:
+                eviction.check(len(ids))
+            self.check_prompt(ids, eviction)
+            found.append(_with_system(eviction, cache))
+        replays = {x.policy.needs.replay for x in found if x and x.policy.needs.replay}
+        if len(replays) > 1:
+            raise RequestError(f"policies must agree on how a text is read again, got {', '.join(map(str, replays))}")
+        return tuple(found)
 
     def _end_read(self, plan: StepPlan) -> None:
         """End the requests that wanted nothing but their prompt read."""

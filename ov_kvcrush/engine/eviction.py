@@ -62,8 +62,18 @@ class Eviction:
         """Protected tokens of what a policy is asked about."""
         return int(self.policy.protected(length, self.spans)[self.base :].sum())
 
-    def peak_tokens(self, length: int, chunk: int) -> int:
-        """The most tokens a head holds, on average, while a text of `length` is read in chunks: what to promise for."""
+    def num_read_again(self, num_tokens: int) -> int:
+        """Of a prompt that begins with nothing, the tokens that are read a second time."""
+        wants_replay = self.policy.needs.replay is not None and not self.base
+        return num_tokens - self.head if wants_replay and self.wants(num_tokens, num_tokens, is_read=True) else 0
+
+    def peak_tokens(self, length: int, chunk: int, num_evicted: int = 0) -> int:
+        """The most tokens a head holds, on average, while a text of `length` is read in chunks: what to promise for.
+
+        num_evicted: of its tokens, in the KV that it goes on from.
+        """
+        if self.policy.needs.replay and (self.base or num_evicted):  # nothing is read twice: all that is new stays
+            return length - num_evicted
         policy, length = self.policy, length - self.base
         always = policy.sink_tokens + policy.recent_tokens + sum(end - begin for begin, end in self.spans)
         if policy.needs.replay:  # what comes after the prompt all stays
@@ -266,7 +276,7 @@ class CacheView:
                 values=order.sort(vectors[head][1], axis=0) if needs.values else None,
                 queries=queries[head],
                 carried=_carried(order.asked, before, layer, head) if needs.carried else None,
-                replayed=replayed[head] if replayed else None,
+                replayed=replayed[head] if replayed and needs.replay else None,
             )
             for head, order in enumerate(orders)
         )

@@ -43,6 +43,9 @@ class KeptKV:
             return False
         if self.kept.num_evicted and (length < self.num_tokens or not eviction or eviction.policy != self.policy):
             return False
+        # Kept KV is not staged: nothing could be read twice there.
+        if eviction and not self.kept.num_choices and eviction.num_read_again(len(sequence.ids)):
+            return False
         if eviction and not self.kept.holds(eviction.spans, self.num_tokens):
             return False
         is_whole = length == self.num_tokens and captured_rows == self.captured_rows

@@ -46,8 +46,8 @@ class Memory(Protocol):
         """Time that went so far into choosing what stays, and into doing what was chosen."""
         ...
 
-    def capacity_tokens(self, eviction: Eviction | None) -> int:
-        """Tokens that the text of one sequence can have with nothing else in memory."""
+    def capacity_tokens(self, eviction: Eviction | None, num_evicted: int = 0) -> int:
+        """Tokens that the text of one sequence can have with nothing else in memory. num_evicted: as of `refusal`."""
         ...
 
     def refusal(self, num_tokens: int, eviction: Eviction | None, num_evicted: int = 0) -> str | None:

@@ -40,7 +40,7 @@ class PagedMemory:
         """Zero: all tokens stay."""
         return 0.0
 
-    def capacity_tokens(self, eviction: Eviction | None) -> int:
+    def capacity_tokens(self, eviction: Eviction | None, num_evicted: int = 0) -> int:
         """Tokens of all blocks."""
         return self.pool.num_blocks * BLOCK_SIZE
 

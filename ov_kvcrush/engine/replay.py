@@ -6,6 +6,7 @@ in its block table, its own rows follow on blocks that the next reader writes ov
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -28,7 +29,10 @@ def replay_blocks(replay: Replay, words: ReplayWords, num_tokens: int) -> int:
 
 
 class Reader(Sequence):
-    """The rows of one chunk's repetition. seen: places in the text of the tokens at the front of its block table."""
+    """The rows of one chunk's repetition, or of its first tokens'.
+
+    seen: places in the text of the tokens at the front of its block table. chunk: [begin, end) of what is repeated.
+    """
 
     def __init__(self, parent: Sequence, ids: np.ndarray, seen: np.ndarray, chunk: tuple[int, int]) -> None:
         super().__init__(parent.request, parent.index, TokenIds(ids, len(ids)))
@@ -66,7 +70,7 @@ class ReplayState:
     """
 
     def __init__(self, parent: Sequence, own_blocks: np.ndarray) -> None:
-        eviction = parent.request.eviction
+        eviction = parent.request.replayer
         assert eviction is not None, "a replay that nobody asked for"
         assert eviction.policy.needs.replay is not None
         self._parent = parent
@@ -74,7 +78,8 @@ class ReplayState:
         self._words = eviction.words
         self._own_blocks = own_blocks
         self._head = eviction.head
-        self._chunks = self._cut()
+        self._chunks = self._cut(len(parent.ids))
+        self._total = sum(end - begin for begin, end, _ in self._cut(len(parent.ids)))
         self._done = 0
         self._found: PerHead | None = None
         self.reader: Reader | None = None
@@ -91,21 +96,21 @@ class ReplayState:
         if self.reader is not None:
             begin, end = self.reader.chunk
             done += max(end - begin - self.reader.num_pending, 0)
-        return done, self._parent.request.num_prompt_tokens - self._head
+        return done, self._total
 
     @property
     def scores(self) -> PerHead:
-        """[layer][KV head] float32 (G, S): the largest attention of any reader's row, 0 for what was not read again."""
+        """[layer][KV head] float32 (G, S): the largest attention of any reader's row, as HeadState has it."""
         assert self._found is not None, "scores of a replay without readers"
         return self._found
 
-    def _cut(self) -> Iterator[tuple[int, int]]:
-        """[begin, end) of each chunk: they end at blocks."""
-        size, length = blocks_for(self._replay.chunk) * BLOCK_SIZE, self._parent.num_cached
+    def _cut(self, length: int) -> Iterator[tuple[int, int, int]]:
+        """Begin, end of what is repeated, and end of each chunk of a text of `length`: they end at blocks."""
+        size = blocks_for(self._replay.chunk) * BLOCK_SIZE
         begin = self._head
         while begin < length:
             end = min((begin // BLOCK_SIZE) * BLOCK_SIZE + size, length)
-            yield begin, end
+            yield begin, begin + math.ceil(self._replay.sample * (end - begin)), end
             begin = end
 
     def advance(self) -> bool:
@@ -116,7 +121,7 @@ class ReplayState:
         self.reader = None if chunk is None else self._make(*chunk)
         return self.reader is not None
 
-    def _make(self, begin: int, end: int) -> Reader:
+    def _make(self, begin: int, repeated: int, end: int) -> Reader:
         parent, words = self._parent, self._words
         length = parent.num_cached
         if self._replay.sees == "all":
@@ -128,7 +133,8 @@ class ReplayState:
         seen = seen[seen < length]
         ids = parent.ids[:]
         ask = [words.first] if begin == self._head else [words.again, ids[max(begin - REMINDER, 0) : begin]]
-        reader = Reader(parent, np.concatenate([ids[seen], *ask, words.answer, ids[begin:end]]), seen, (begin, end))
+        rows = [*ask, words.answer, ids[begin:repeated]]
+        reader = Reader(parent, np.concatenate([ids[seen], *rows]), seen, (begin, repeated))
         reader.blocks.extend(parent.blocks.ids[blocks])
         reader.blocks.extend(self._own_blocks[: blocks_for(len(reader.ids)) - len(blocks)])
         return reader
@@ -137,7 +143,10 @@ class ReplayState:
         assert reader.scores is not None, "a reader without rows"
         if self._found is None:
             length = self._parent.num_cached
-            self._found = [[np.zeros((len(x), length), np.float32) for x in layer] for layer in reader.scores]
+            self._found = [[np.full((len(x), length), np.nan, np.float32) for x in layer] for layer in reader.scores]
+            for layer in self._found:
+                for head in layer:
+                    head[:, : self._head] = 0
         begin, end = reader.chunk
         self._done += end - begin
         for found, scores in zip(self._found, reader.scores, strict=True):

@@ -176,6 +176,7 @@ class Request:
         score_window: ScoreWindow | None = None,
         eviction: Eviction | None = None,
         cache: CacheUse = AS_CONFIGURED,
+        others: tuple[Eviction | None, ...] = (),
     ) -> None:
         self.request_id = request_id
         self.params = params
@@ -190,6 +191,8 @@ class Request:
         self.holds = cache.hold or cache.reads_only
         self.reads_only = cache.reads_only
         self.held: KeptKV | None = None
+        self.others = others  # None: that one keeps all
+        self.held_others: list[KeptKV] = []
         self.attention_scores: AttentionScores | None = None  # when the prompt is complete, if a window was asked for
         self.status = Status.RUNNING
         self.arrival = time.perf_counter()
@@ -202,7 +205,15 @@ class Request:
     def captured_rows(self) -> int:
         """Query rows to be captured while the request runs. A wider window sees fewer, as in a shorter text."""
         asked = self.score_window.rows if self.score_window else 0
-        return min(max(asked, self.eviction.window if self.eviction else 0), _MAX_CAPTURED_ROWS)
+        windows = [eviction.window for eviction in (self.eviction, *self.others) if eviction]
+        return min(max([asked, *windows]), _MAX_CAPTURED_ROWS)
+
+    @property
+    def replayer(self) -> Eviction | None:
+        """Of what the request and others want, the first that has the prompt read twice."""
+        num_tokens = self.num_prompt_tokens
+        wanting = [x for x in (self.eviction, *self.others) if x and x.num_read_again(num_tokens)]
+        return wanting[0] if wanting else None
 
     def reduction_of(self, samples: bool) -> int:
         """Code of the reduction if rows that sample complete the prompt and scores are wanted of it, else 0."""
@@ -212,10 +223,14 @@ class Request:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Rows of the prompt that were run, and all of them."""
+        """Tokens of the prompt that were read, and all of them; those of a second reading count again."""
         first = self.sequences[0]
-        again = first.replay.progress if first.replay else (0, 0)
-        return min(first.num_cached, self.num_prompt_tokens) + again[0], self.num_prompt_tokens + again[1]
+        num_again = self.replayer.num_read_again(self.num_prompt_tokens) if self.replayer else 0
+        num_read = min(first.num_cached, self.num_prompt_tokens)
+        if num_read == self.num_prompt_tokens:
+            done, total = first.replay.progress if first.replay else (1, 1)
+            num_read += num_again * done // total
+        return num_read, self.num_prompt_tokens + num_again
 
     @property
     def prompt_ids(self) -> np.ndarray:
@@ -283,8 +298,13 @@ class GenerationHandle:
         return self._request.held
 
     @property
+    def held_others(self) -> list[KeptKV]:
+        """The KV that each of the other policies chose, in their order: the reader's to give back."""
+        return self._request.held_others
+
+    @property
     def progress(self) -> tuple[int, int]:
-        """Rows of the prompt that were run, and all of them; both readings where a policy wants two."""
+        """Tokens of the prompt that were read, and all of them; both readings where a policy wants two."""
         return self._request.progress
 
     def stop(self, finish_reason: ov_genai.GenerationFinishReason = FinishReason.STOP) -> None:

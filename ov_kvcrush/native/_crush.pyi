@@ -75,6 +75,12 @@ class Store:
         head by head, since tiles of which all is kept move to the front. Raises StoreFull."""
     def append(self, seq: int, layer: int, k: Float32, v: Float32, first_position: int) -> None:
         """k, v (T, K * D) at positions first_position, ...; RuntimeError without a reserve before."""
+    def dump(self, seq: int) -> tuple[Array, Array]:
+        """What a sequence holds, for files: heads int64 (KV heads of all layers, 4), tiles uint8 (bytes,). Not what was
+        reserved or captured. Same content, same bytes. Little endian."""
+    def load(self, heads: Array, tiles: Array, capture_rows: int = 0, keep_free: int = 0) -> int:
+        """A new sequence of what was dumped by a store of the same layers and precisions, all of it checked; the arrays
+        may be read-only and mapped. Raises StoreFull."""
     def attend(self, layer: int, spans: list[tuple[int, int, int, int]], q: Float32) -> Float32:
         """q (T, H * D) to (T, H * D). Spans: (seq, first row, rows, position of the first row); other rows are 0."""
     def scores(self, seq: int, layer: int, q: Float32, positions: Int32, reduce: str) -> Float32:

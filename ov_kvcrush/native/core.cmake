@@ -8,6 +8,7 @@ set(CRUSH_CORE_SOURCES
   plan.cpp
   registry.cpp
   store.cpp
+  store_files.cpp
   store_growth.cpp
   store_selection.cpp
   store_staging.cpp

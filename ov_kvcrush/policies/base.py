@@ -32,14 +32,17 @@ class Replay:
     chunk: tokens of the prompt that are read again at a time; rounded up to blocks of 32.
     sees: what of the prompt the rows of a chunk see: the "chunk" itself and the prompt's front (its first block, or a
         system prompt), or "all".
-    Raises CrushError for a chunk below 32, and for another word.
+    sample: the fraction of each chunk that is read again, its first tokens, in (0, 1].
+    Raises CrushError for a chunk below 32, another word, and a fraction that is none.
     """
 
     chunk: int = 2048
     sees: str = "chunk"
+    sample: float = 1.0
 
     def __post_init__(self) -> None:
         check_integer("chunk", self.chunk, 32)
+        check_fraction("sample", self.sample)
         check_choice("sees", self.sees, ("chunk", "all"))
 
 
@@ -87,8 +90,8 @@ class HeadState:
     keys, values: float32 (S, D), if needed.
     queries: float32 (W, G, D), if needed, the newest last.
     carried: float32 (S,), what `observe` returned for these tokens, 0 for new ones; if needed.
-    replayed: float32 (G, S), the largest attention of a row of the second reading, 0 for what was not read again; if
-        needed.
+    replayed: float32 (G, S), the largest attention of a row of the second reading; if needed. NaN for tokens that were
+        not read again, 0 for those that stay in any case, such as a system prompt.
     """
 
     positions: np.ndarray

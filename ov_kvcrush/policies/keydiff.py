@@ -32,11 +32,11 @@ class KeyDiff(Scorer):
         scores = []
         for head in layer:
             assert head.keys is not None
-            scores.append(-_cosines_to_mean(head.keys))
+            scores.append(-cosines_to_mean(head.keys))
         return scores
 
 
-def _cosines_to_mean(keys: np.ndarray) -> np.ndarray:
+def cosines_to_mean(keys: np.ndarray) -> np.ndarray:
     """float32 (S,) of keys (S, D)"""
     inverse = 1 / np.maximum(norms(keys), SMALLEST)
     mean = inverse @ keys / max(1, len(keys))

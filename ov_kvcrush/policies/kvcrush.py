@@ -193,7 +193,7 @@ class KVCrush(Policy):
         """[K] float32 (R, S): what the bits are made of."""
         if self.bits == "scores":
             return choice.score_rows
-        rows = [head.attention if head.replayed is None else head.replayed for head in choice.layer]
+        rows = [head.attention if head.replayed is None else np.nan_to_num(head.replayed) for head in choice.layer]
         return [x for x in rows if x is not None]
 
     def _bits(self, choice: LayerChoice) -> np.ndarray:

@@ -158,12 +158,13 @@ private:
         std::advance(it, pick(static_cast<int>(models_.size())));
         const int32_t id = it->first;
         if (what < 14) return release(id);
-        if (what < 22) return fork(id);
+        if (what < 18) return fork(id);
+        if (what < 22) return reload(id);
         if (what < 34) return compact(id);
         if (what < 46) return store_.settle(id);
         if (what < 50) return bad_calls(id);
         append(id);
-        if (pick(4) == 0) check_tokens(id);
+        if (pick(4) == 0 && models_.count(id)) check_tokens(id);
     }
 
     void release(int32_t id) {
@@ -289,6 +290,55 @@ private:
         } catch (const StoreFull&) {
             CHECK(setting_.max_bytes > 0);
         }
+    }
+
+    // What is loaded takes the place of what was dumped.
+    void reload(int32_t id) {
+        const Dump dump = store_.dump(id);
+        load_damaged(dump);
+        try {
+            const int32_t made = store_.load(dump.heads, dump.tiles.data(), dump.tiles.size(), pick(2));
+            models_[made] = Model(models_[id]);
+            check_tokens(made);
+            CHECK(store_.dump(made).tiles == dump.tiles);
+            CHECK(store_.nbytes_of(made) <= store_.nbytes_of(id) && dump.tiles.size() <= store_.nbytes_of(made));
+            release(id);
+        } catch (const StoreFull&) {
+            CHECK(setting_.max_bytes > 0);
+        }
+    }
+
+    void load_damaged(Dump dump) {
+        const size_t before = store_.nbytes();
+        std::vector<uint8_t>& tiles = dump.tiles;
+        for (int i = 1 + pick(3); i > 0; --i) {
+            DumpedHead& head = dump.heads[static_cast<size_t>(pick(static_cast<int>(dump.heads.size())))];
+            const int64_t numbers[] = {-1, 0, 1, 31, 33, INT_MAX, INT64_MAX, pick(300)};
+            int64_t* const columns[] = {&head.num_tokens, &head.num_settled, &head.bytes, &head.next_position};
+            if (pick(2)) *columns[pick(4)] = numbers[pick(8)];
+            if (!tiles.empty()) {
+                const int begin = pick(static_cast<int>(tiles.size()));
+                tiles[static_cast<size_t>(pick(2) ? begin : std::min(begin, 40))] = static_cast<uint8_t>(pick(256));
+            }
+            if (pick(8) == 0) {
+                tiles.resize(tiles.size() - std::min<size_t>(tiles.size(), static_cast<size_t>(pick(100))));
+                head.bytes = std::clamp<int64_t>(head.bytes, 0, 1 << 20) + pick(100) - 50;
+            }
+        }
+        const std::vector<uint8_t> exact(tiles);  // reads behind it are seen
+        int32_t made = 0;
+        try {
+            made = store_.load(dump.heads, exact.data(), exact.size());
+        } catch (const std::invalid_argument&) {
+        } catch (const StoreFull&) {
+            CHECK(setting_.max_bytes > 0);
+        }
+        if (made) {
+            for (size_t layer = 0; layer < 2; ++layer) store_.read(made, layer, 0);
+            store_.settle(made);
+            store_.release(made);
+        }
+        CHECK(store_.nbytes() == before);
     }
 
     void compact(int32_t id) {
@@ -592,6 +642,11 @@ void test_threads(int steps) {
                         store.append(twin, layer, rows.data(), rows.data(), 30, 100);
                     store.settle(twin);
                     CHECK(store.read(twin, 1, 1).positions.size() == 130);
+                    const Dump dump = store.dump(twin);
+                    try {
+                        store.release(store.load(dump.heads, dump.tiles.data(), dump.tiles.size()));
+                    } catch (const StoreFull&) {
+                    }
                 }
                 CHECK(store.nbytes() <= 400000);
                 store.release(twin);

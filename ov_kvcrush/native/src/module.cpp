@@ -75,6 +75,8 @@ NB_MODULE(_crush, m) {
         .def("adopt", &S::adopt, "seq"_a, "offsets"_a = nb::none(), "indices"_a = nb::none(), "keep_free"_a = 0)
         .def("compact", &S::compact, "seq"_a, "offsets"_a, "indices"_a)
         .def("append", &S::append, "seq"_a, "layer"_a, "k"_a, "v"_a, "first_position"_a)
+        .def("dump", &S::dump, "seq"_a)
+        .def("load", &S::load, "heads"_a, "tiles"_a, "capture_rows"_a = 0, "keep_free"_a = 0)
         .def("attend", &S::attend, "layer"_a, "spans"_a, "q"_a)
         .def("scores", &S::scores, "seq"_a, "layer"_a, "q"_a, "positions"_a, "reduce"_a)
         .def("set_capture", &S::set_capture, "seq"_a, "capture_rows"_a)

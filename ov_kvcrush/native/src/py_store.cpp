@@ -254,6 +254,35 @@ void PyStore::append(int64_t seq, int64_t layer, const Input& k, const Input& v,
     s->append(id_of(seq), static_cast<size_t>(layer), keys, values, rows, first_position);
 }
 
+std::pair<Output<int64_t>, Output<uint8_t>> PyStore::dump(int64_t seq) const {
+    const auto s = store();
+    Dump dump;
+    std::vector<int64_t> heads;
+    {
+        const Release release;
+        dump = s->dump(id_of(seq));
+        for (const DumpedHead& h : dump.heads) {
+            heads.insert(heads.end(), {h.num_tokens, h.num_settled, h.bytes, h.next_position});
+        }
+    }
+    const size_t num_heads = dump.heads.size(), num_bytes = dump.tiles.size();
+    return {to_numpy(std::move(heads), {num_heads, 4}), to_numpy(std::move(dump.tiles), {num_bytes})};
+}
+
+int32_t PyStore::load(const Input& heads, const Input& tiles, int64_t capture_rows, int64_t keep_free) {
+    const auto s = store();
+    const size_t free = size_of("keep_free", keep_free);
+    const auto* numbers = data_of<int64_t>(heads, "heads", {ANY, 4});
+    const auto* bytes = data_of<uint8_t>(tiles, "tiles", {ANY});
+    const size_t num_bytes = tiles.shape(0);
+    std::vector<DumpedHead> rows;
+    for (size_t h = 0; h < heads.shape(0); ++h, numbers += 4) {
+        rows.push_back({numbers[0], numbers[1], numbers[2], numbers[3]});
+    }
+    const Release release;
+    return s->load(rows, bytes, num_bytes, capture_rows, free);
+}
+
 // -- attention --------------------------------------------------------------------------------------------------------
 
 Output<float> PyStore::attend(int64_t layer, const std::vector<Span>& spans, const Input& q) const {

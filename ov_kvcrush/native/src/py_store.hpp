@@ -47,6 +47,8 @@ public:
                int64_t keep_free);
     Output<int32_t> compact(int64_t seq, const Input& offsets, const Input& indices);
     void append(int64_t seq, int64_t layer, const Input& k, const Input& v, int64_t first_position);
+    std::pair<Output<int64_t>, Output<uint8_t>> dump(int64_t seq) const;
+    int32_t load(const Input& heads, const Input& tiles, int64_t capture_rows, int64_t keep_free);
     Output<float> attend(int64_t layer, const std::vector<Span>& spans, const Input& q) const;
     Output<float> scores(int64_t seq, int64_t layer, const Input& q, const Input& positions,
                          const std::string& reduce) const;

@@ -82,12 +82,17 @@ const Sequence& Store::sequence_locked(int32_t id) const {
     return *found->second;
 }
 
-int32_t Store::create(int64_t capture_rows) {
+std::unique_ptr<Sequence> Store::new_sequence(int64_t capture_rows) const {
     require(capture_rows >= 0 && capture_rows <= MAX_CAPTURE_ROWS, "capture_rows must be in 0..65536", capture_rows);
     auto sequence = std::make_unique<Sequence>();
     sequence->heads.resize(layer_of_.size());
     sequence->capture_rows = capture_rows;
     if (capture_rows) sequence->captures.resize(layouts_.size());
+    return sequence;
+}
+
+int32_t Store::create(int64_t capture_rows) {
+    auto sequence = new_sequence(capture_rows);
     const std::lock_guard<std::mutex> lock(mutex_);
     sequences_.emplace(last_id_ + 1, std::move(sequence));
     return ++last_id_;
@@ -151,7 +156,8 @@ size_t Store::bytes_for(int64_t num_tokens) const {
 
 const TileLayout& Store::new_layout(size_t head, bool target, bool scattered) const {
     const Layouts& l = layouts_[layer_of_[head]];
-    return target ? l.target[scattered] : l.recent[scattered];
+    // One layout where both are alike: the kernels take tiles of one layout together, whoever made them.
+    return target && !same_codecs_ ? l.target[scattered] : l.recent[scattered];
 }
 
 size_t Store::check_head(size_t layer, size_t head) const {

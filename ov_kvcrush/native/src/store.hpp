@@ -82,6 +82,17 @@ struct HeadTokens {
     std::vector<int32_t> positions;
 };
 
+// What a sequence holds, for files. Row h of `heads` is about head h, counted through all layers.
+struct DumpedHead {
+    int64_t num_tokens, num_settled;  // as in Head
+    int64_t bytes;                    // of its tiles
+    int64_t next_position;            // of the sequence: the same for all heads
+};
+struct Dump {
+    std::vector<DumpedHead> heads;
+    std::vector<uint8_t> tiles;  // of all heads, one after the other; see store_files.cpp
+};
+
 struct TokenBuffer;
 
 // Every public function takes the lock; the *_locked ones are for the op, which holds it for a whole layer.
@@ -127,6 +138,13 @@ public:
     // Throws StoreFull, with nothing changed, if the result does not fit (it can be larger than what was there, where
     // tiles are shared).
     std::vector<int32_t> compact(int32_t id, const Selection& selection);
+
+    // What a sequence holds, but for empty tiles and captured queries. Same content, same bytes. Not of a staged one.
+    Dump dump(int32_t id) const;
+    // A new sequence of what was dumped in a store of the same layers, codecs and group size. Throws
+    // std::invalid_argument for anything that this store would not have made, StoreFull where it does not fit.
+    int32_t load(const std::vector<DumpedHead>& heads, const uint8_t* tiles, size_t num_bytes, int64_t capture_rows = 0,
+                 size_t keep_free = 0);
 
     HeadTokens read(int32_t id, size_t layer, size_t head) const;
     std::vector<int32_t> positions(int32_t id, size_t layer, size_t head) const;
@@ -175,7 +193,9 @@ private:
         uint8_t* tile;
     };
     struct CompactPlan;
+    struct Record;
 
+    std::unique_ptr<Sequence> new_sequence(int64_t capture_rows) const;
     void run(size_t n,
              const std::function<void(size_t)>& task) const;  // parallel; the first exception is thrown afterwards
     size_t check_head(size_t layer, size_t head) const;       // its number
@@ -194,6 +214,8 @@ private:
     void adopt_head(const Sequence&, size_t head, const Selection*, std::vector<uint8_t*>& tiles);
     CompactPlan plan_compact(size_t head, const Head&, const int32_t* kept, int64_t num_kept) const;
     void compact_head(size_t head, Head&, CompactPlan&);
+    void read_records(size_t head, const DumpedHead&, const uint8_t* tiles, std::vector<Record>&) const;
+    void make_tiles(const std::vector<Record>&, std::vector<uint8_t*>& tiles);
     void check_prefix(const Sequence&, int64_t num_tokens) const;
     void cut(Sequence& twin, const Sequence&, int64_t num_tokens);
 
