@@ -17,7 +17,7 @@ from openvino_genai import (
 from ov_kvcrush.cb_pipeline import ContinuousBatchingPipeline
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.context import Context
-from ov_kvcrush.errors import CrushError, ExportError, ModelError, OutOfMemory, RequestError
+from ov_kvcrush.errors import ContextFileError, CrushError, ExportError, ModelError, OutOfMemory, RequestError
 from ov_kvcrush.llm_pipeline import LLMPipeline
 from ov_kvcrush.results import (
     DecodedResults,
@@ -35,6 +35,7 @@ __all__ = [
     "CacheConfig",
     "ChatHistory",
     "Context",
+    "ContextFileError",
     "ContinuousBatchingPipeline",
     "CrushError",
     "DecodedResults",

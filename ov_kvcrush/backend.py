@@ -61,6 +61,31 @@ class CacheUse:
 AS_CONFIGURED = CacheUse()
 
 
+class HeldArrays(Protocol):
+    """Held KV as arrays.
+
+    heads, tiles: as Store.dump gives them. carried float32, representatives int32: [layer][KV head], as in Kept.
+    """
+
+    @property
+    def heads(self) -> np.ndarray: ...
+
+    @property
+    def tiles(self) -> np.ndarray: ...
+
+    @property
+    def num_evicted(self) -> int: ...
+
+    @property
+    def num_choices(self) -> int: ...
+
+    @property
+    def carried(self) -> tuple[tuple[np.ndarray, ...], ...] | None: ...
+
+    @property
+    def representatives(self) -> tuple[tuple[np.ndarray, ...], ...] | None: ...
+
+
 class Handle(Protocol):
     """The caller's side of one request, with the members of openvino_genai's GenerationHandle."""
 
@@ -117,6 +142,12 @@ class Backend(Protocol):
     def share_held(self, kv: KeptKV) -> KeptKV: ...
 
     def bytes_held(self, kv: KeptKV) -> int: ...
+
+    def dump_held(self, kv: KeptKV) -> HeldArrays: ...
+
+    def load_held(self, held: HeldArrays, policy: Policy | None, base: int, base_kept: int) -> KeptKV: ...
+
+    def storage(self) -> dict[str, str]: ...
 
     def kv_heads(self) -> list[int]: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +31,20 @@ class Context:
     """
 
     def __init__(
-        self, pipeline: PipelineBase, ids: np.ndarray, text: ContextText, kv: KeptKV, policy: Policy | None
+        self,
+        pipeline: PipelineBase,
+        ids: np.ndarray,
+        text: ContextText,
+        kv: KeptKV,
+        policy: Policy | None,
+        seconds: float = 0.0,
     ) -> None:
         self._pipeline = weakref.ref(pipeline)
         self._ids = ids
         self._text = text
         self._kv: KeptKV | None = kv
         self._policy = policy
+        self._seconds = seconds
         self._finalizer = weakref.finalize(self, _give_back, weakref.ref(pipeline._backend), kv)
 
     # -- what it is ----------------------------------------------------------------------------------------------------
@@ -61,6 +69,11 @@ class Context:
     def policy(self) -> Settings | None:
         """Name and settings of what chose the tokens; None if all of them stay."""
         return None if self._policy is None else settings_of(self._policy)
+
+    @property
+    def seconds(self) -> float:
+        """What it took to read and compress it, when that was done."""
+        return self._seconds
 
     @property
     def is_open(self) -> bool:
@@ -92,7 +105,7 @@ class Context:
         """Another one of the same bytes, with a life of its own."""
         kv = self._held()
         pipeline = self._owner()
-        return Context(pipeline, self._ids, self._text, pipeline._backend.share_held(kv), self._policy)
+        return Context(pipeline, self._ids, self._text, pipeline._backend.share_held(kv), self._policy, self._seconds)
 
     def extend(self, text: str, *, policy: PolicyLike = None, progress: Progress | None = None) -> Context:
         """This context and more text behind it, which a policy compresses by itself.
@@ -106,6 +119,27 @@ class Context:
         if chosen is None and self._policy is not None and not self._policy.needs.replay:
             chosen = self._policy
         return self._owner()._extend(self, text, chosen, progress)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file that `load` reads, with all that must agree: model, tokenizer, precisions, tokens.
+
+        Whatever happens meanwhile, `path` is the old file or the new one. Raises ContextFileError where it cannot be
+        written.
+        """
+        from ov_kvcrush.context_saving import save
+
+        save(self, self._owner(), path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], pipeline: PipelineBase) -> Context:
+        """A context from its file. The time is that of copying its bytes.
+
+        Raises ContextFileError for a file that is missing, damaged, newer, or was made with something else than
+        `pipeline` has, naming what differs; OutOfMemory where the store has no room.
+        """
+        from ov_kvcrush.context_saving import load
+
+        return load(pipeline, path)
 
     def close(self) -> None:
         """Give its bytes back now. Using it afterwards is an error; requests and forks of it go on."""

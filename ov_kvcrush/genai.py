@@ -12,10 +12,10 @@ import numpy as np
 import openvino as ov
 import openvino_genai as ov_genai
 
-from ov_kvcrush.backend import AS_CONFIGURED, CacheUse
+from ov_kvcrush.backend import AS_CONFIGURED, CacheUse, HeldArrays
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.engine.sampling_params import SamplingParams
-from ov_kvcrush.errors import CrushError, ModelError, RequestError, nearest, reason_of
+from ov_kvcrush.errors import ContextFileError, CrushError, ModelError, RequestError, nearest, reason_of
 from ov_kvcrush.genai_eviction import scheduler_fields, translate
 from ov_kvcrush.graph.load import check_device
 from ov_kvcrush.policies.base import Policy
@@ -245,6 +245,18 @@ class GenaiBackend:
     def bytes_held(self, kv: KeptKV) -> int:
         """Nothing was handed out."""
         return 0
+
+    def dump_held(self, kv: KeptKV) -> HeldArrays:
+        """Nothing was handed out."""
+        raise AssertionError("dump_held() with engine='genai'")
+
+    def load_held(self, held: HeldArrays, policy: Policy | None, base: int, base_kept: int) -> KeptKV:
+        """Contexts live in the store."""
+        raise ContextFileError("context must be loaded with engine='crush', got 'genai'")
+
+    def storage(self) -> dict[str, str]:
+        """Not told."""
+        raise ContextFileError("context must be loaded with engine='crush', got 'genai'")
 
     def kv_heads(self) -> list[int]:
         """Not told."""

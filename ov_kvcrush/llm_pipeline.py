@@ -107,7 +107,7 @@ class LLMPipeline(PipelineBase):
     def chat_context(self) -> Context:
         """The conversation so far as a context, if it began with one. Raises RequestError where it did not.
 
-        The last token of the last answer, which was not run, is not in it; nor, after a stop string, the last turn.
+        A last turn whose answer was ended by a stop string is not in it.
         """
         if self._chat_context is None:
             raise RequestError("chat must have begun with a context to be one, got none")
@@ -243,7 +243,8 @@ class LLMPipeline(PipelineBase):
 
     def _go_on(self, begun: Context, held: KeptKV, state: ContextText, ids: np.ndarray) -> None:
         """The chat's context from now on. Where the cached tokens are not the conversation's, it is what it was."""
-        new = Context(self, ids[: held.num_tokens], state, held, begun.chosen_by)
+        # The last token of the answer was not run: a request that goes on from it runs it first.
+        new = Context(self, ids, state, held, begun.chosen_by)
         if held.num_tokens <= len(ids):
             self._chat_context = new
 

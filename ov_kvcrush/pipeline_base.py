@@ -52,6 +52,8 @@ class PipelineBase:
         self._engine_name = check_engine(engine, device)
         folder = Path(models_path) if models_path is not None else _default_model()
         check_model_folder(folder, tokenizer=tokenizer is None)
+        self._folder = folder
+        self._has_own_tokenizer = tokenizer is not None
         self._tokenizer = tokenizer or load_tokenizer(folder, tokenizer_properties or {})
         self._config = load_generation_config(folder, self._tokenizer)
         self._encoder = PromptEncoder(self._tokenizer)
@@ -112,7 +114,10 @@ class PipelineBase:
         known = self._compressed.get(key)
         if known is not None and known.is_open:
             return known.fork()
-        context = Context(self, ids, state, self._read(ids, use, progress).as_base(), chosen if chosen.evicts else None)
+        start = time.perf_counter()
+        kv = self._read(ids, use, progress).as_base()
+        seconds = time.perf_counter() - start
+        context = Context(self, ids, state, kv, chosen if chosen.evicts else None, seconds)
         self._compressed[key] = context
         return context
 

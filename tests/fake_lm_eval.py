@@ -80,6 +80,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
             "register_model": register_model,
             "get_model": models.__getitem__,
         },
+        "lm_eval.models": {},
         "lm_eval.utils": {
             "get_rolling_token_windows": get_rolling_token_windows,
             "make_disjoint_window": make_disjoint_window,

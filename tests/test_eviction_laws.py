@@ -38,6 +38,7 @@ from tiny_models import HEAD_SIZE
 from ov_kvcrush import native
 from ov_kvcrush.engine.engine import Engine
 from ov_kvcrush.engine.request import GenerationHandle, ScoreWindow
+from ov_kvcrush.native.reference import must_list
 from ov_kvcrush.policies.base import CacheState, HeadState, Needs
 from ov_kvcrush.policies.registry import build
 
@@ -196,8 +197,7 @@ def bytes_of(positions: np.ndarray, recent_tokens: int = 16, group_size: int = 3
     for tile in range(-(-len(positions) // 32)):
         places = positions[32 * tile : 32 * tile + 32]
         precisions = ("u8", "u4") if tile < num_target else ("f32", "f32")
-        is_scattered = bool(np.any(np.diff(places) != 1))
-        total += native.tile_bytes(*precisions, HEAD_SIZE, group_size, is_scattered)
+        total += native.tile_bytes(*precisions, HEAD_SIZE, group_size, must_list(places))
     return total
 
 

@@ -148,8 +148,8 @@ def test_bytes_of_a_tile_follow_the_formula() -> None:
         for value in PRECISIONS:
             for head_size in range(16, 257, 16):
                 for group_size in [g for g in range(16, head_size + 1, 16) if head_size % g == 0]:
-                    for scattered in (False, True):
-                        args = (key, value, head_size, group_size, scattered)
+                    for listed in (False, True):
+                        args = (key, value, head_size, group_size, listed)
                         assert native.tile_bytes(*args) == reference.tile_bytes(*args), args
 
 

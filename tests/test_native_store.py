@@ -18,6 +18,7 @@ from native_stores import DEFAULTS, PRECISIONS, Array, Cache, flat, gaussian, ke
 
 from ov_kvcrush import native
 from ov_kvcrush.native import reference
+from ov_kvcrush.native.reference import MAX_GAP
 from ov_kvcrush.native.reference_store import ReferenceStore
 
 MAX_SEQUENCES = 5
@@ -112,15 +113,20 @@ class Stores(RuleBasedStateMachine):
             assert self.mine.free_slots(twin.mine) >= n
 
     @precondition(lambda self: self.twins)
-    @rule(which=st.integers(0, 99), n=st.integers(1, 120), gap=st.sampled_from([0, 0, 0, 7]), settle=st.booleans())
+    @rule(
+        which=st.integers(0, 99),
+        n=st.integers(1, 120),
+        gap=st.sampled_from([0, 0, 0, 7, MAX_GAP - 1, MAX_GAP, -3]),
+        settle=st.booleans(),
+    )
     def append(self, which: int, n: int, gap: int, settle: bool) -> None:
-        """To all layers where there is room, else to none."""
+        """To all layers where there is room, else to none. gap: positions left out; negative: taken a second time."""
         twin = self.pick(which)
         if not self.mine.reserve(twin.mine, n):
             assert not self.theirs.reserve(twin.theirs, n)
             return
         assert self.theirs.reserve(twin.theirs, n)
-        position = self.theirs.next_position(twin.theirs) + gap
+        position = max(0, self.theirs.next_position(twin.theirs) + gap)
         for index, shape in enumerate(self.theirs.layers):
             k, v = keys_values(self.rng, n, shape.num_kv_heads * shape.head_size)
             mine = outcome(lambda: self.mine.append(twin.mine, index, k, v, position))  # noqa: B023
@@ -247,9 +253,11 @@ def reserve_shared(cache: Cache) -> Callable[[], object]:
     return lambda: cache.store.reserve(seq, 1)
 
 
-def reserve_behind_a_gap(cache: Cache) -> Callable[[], object]:
-    seq = cache.new(np.random.default_rng(0), 40)
-    cache.store.compact(seq, *flat([np.arange(39)] * 2))
+def reserve_far_away(cache: Cache) -> Callable[[], object]:
+    """The last tile has a far gap already."""
+    seq = cache.store.create()
+    cache.stage(seq, [keys_values(np.random.default_rng(0), 40 + 2 * MAX_GAP, 64)])
+    cache.store.adopt(seq, *flat([np.append(np.arange(39), 39 + MAX_GAP)] * 2))
     return lambda: cache.store.reserve(seq, 1)
 
 
@@ -264,7 +272,7 @@ def compact_shared(cache: Cache) -> Callable[[], object]:
     return lambda: cache.store.compact(seq, *flat([np.arange(0, 100, 2)] * 2))
 
 
-@pytest.mark.parametrize("scene", [adopt_all, reserve_new, reserve_shared, reserve_behind_a_gap, cut, compact_shared])
+@pytest.mark.parametrize("scene", [adopt_all, reserve_new, reserve_shared, reserve_far_away, cut, compact_shared])
 def test_the_limit_is_exact(scene: Callable[[Cache], Callable[[], object]]) -> None:
     """What ends with n bytes is done within n bytes, and with one byte less it is refused and nothing has changed."""
     free = Cache(layer())

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from ov_kvcrush.cli.conversation import Conversation
+from ov_kvcrush.cli.context import ContextWish, context_wish, open_context
+from ov_kvcrush.cli.conversation import ChatPipeline, ContextConversation, Conversation
 from ov_kvcrush.cli.help import EXAMPLES, HELP
 from ov_kvcrush.cli.options import DEFAULT_MIN_TOKENS, DEFAULT_POLICY, ChatOptions
 from ov_kvcrush.cli.output import AnswerWriter, Messages, json_line, stats_line
@@ -29,9 +30,9 @@ from ov_kvcrush.cli.policy_options import (
 from ov_kvcrush.cli.prompt import is_interactive, one_prompt
 from ov_kvcrush.cli.session import Session, length_note, tell_kept
 from ov_kvcrush.config import PRECISIONS, check_engine
+from ov_kvcrush.context import DEFAULT_POLICY as CONTEXT_POLICY
 from ov_kvcrush.default_model import MODEL_NAME
 from ov_kvcrush.errors import CrushError, RequestError
-from ov_kvcrush.llm_pipeline import LLMPipeline
 
 FAILED, BAD_INPUT = 1, 2
 INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell says of SIGINT and SIGPIPE
@@ -46,6 +47,7 @@ class Task:
     stats: bool
     json: bool
     show_kept: bool = False
+    context: ContextWish | None = None
 
     def __post_init__(self) -> None:
         if self.show_kept and check_engine(self.options.engine, self.options.device) == "genai":
@@ -121,6 +123,20 @@ def parse(
         str | None,
         typer.Option(help="Answer this text and leave. Text piped to standard input is put below it, or stands alone."),
     ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Go on from this text, compressed as --policy, --kept, --kept-tokens, --min-tokens and "
+            f"--policy-option say, by default with {CONTEXT_POLICY} to 25 % but at least 128 tokens; the chat behind "
+            "it has the chat's defaults. Or go on from a .kvc file that --save-context wrote; those options are for "
+            "the chat behind it then.",
+        ),
+    ] = None,
+    save_context: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="With --context: write it, compressed, before the first question."),
+    ] = None,
     system: Annotated[str, typer.Option(help="System message: how the model is to behave.")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of one answer.")] = ChatOptions.max_new_tokens,
     temperature: Annotated[
@@ -161,8 +177,8 @@ def parse(
             metavar=NAME_OR_LIST,
             callback=explain_if_asked,
             is_eager=True,
-            help=f"What stays in the KV cache of a long text; none keeps everything. Default: {DEFAULT_POLICY}; with "
-            "engine genai none.",
+            help=f"What stays in the KV cache of a long text; none keeps everything. Default: {DEFAULT_POLICY}; of a "
+            f"--context {CONTEXT_POLICY}; with engine genai none.",
         ),
     ] = None,
     kept: Kept = None,
@@ -194,8 +210,10 @@ def parse(
     """What the arguments ask for. Raises CrushError naming the first that cannot be used."""
     cache = (key_precision, value_precision, max_kv_mb)
     wanted = PolicyOptions(policy, kept, kept_tokens, min_tokens, tuple(policy_options or ()))
-    options = ChatOptions(model, system, max_new_tokens, temperature, top_p, seed, engine, device, *cache, wanted)
-    return Task(options, prompt, stats, json, show_kept)
+    wish = context_wish(context, save_context, wanted, system=system, engine=engine, device=device)
+    of_chat = PolicyOptions() if wish and wish.text is not None else wanted
+    options = ChatOptions(model, system, max_new_tokens, temperature, top_p, seed, engine, device, *cache, of_chat)
+    return Task(options, prompt, stats, json, show_kept, wish)
 
 
 def _carry_out(task: Task, messages: Messages) -> int:
@@ -206,12 +224,29 @@ def _carry_out(task: Task, messages: Messages) -> int:
     return _converse(task, messages)
 
 
-def _load(options: ChatOptions, messages: Messages) -> tuple[Conversation, str]:
-    """The model, ready for its first question, and the name of the engine that runs it."""
+def _load(options: ChatOptions, messages: Messages) -> ChatPipeline:
     configs: dict[str, Any] = {"cache_config": options.cache_config(), "scheduler_config": options.scheduler_config()}
     with messages.console.status("Loading the model"), _warnings_as_notes(messages):
-        pipe = LLMPipeline(options.model, options.device, engine=options.engine, **configs)
-    return Conversation(pipe, options.system, options.generation_options()), pipe.engine
+        return ChatPipeline(options.model, options.device, engine=options.engine, **configs)
+
+
+def _begin(task: Task, pipe: ChatPipeline, messages: Messages, *, at_terminal: bool) -> Conversation:
+    """A conversation that is ready for its first question."""
+    options = task.options.generation_options()
+    if task.context is None:
+        return Conversation(pipe, task.options.system, options)
+    context, figures = open_context(task.context, pipe, messages.console)
+    if task.stats or at_terminal:
+        messages.note(figures.line())
+    try:
+        if task.context.save_to:
+            context.save(task.context.save_to)
+    except CrushError as error:
+        if not at_terminal:
+            raise
+        messages.error(error)  # what took so long is there all the same
+        messages.note("/save FILE writes it elsewhere.")
+    return ContextConversation(pipe, context, figures, options)
 
 
 @contextmanager
@@ -224,23 +259,26 @@ def _warnings_as_notes(messages: Messages) -> Iterator[None]:
 
 def _converse(task: Task, messages: Messages) -> int:
     options = task.options
-    conversation, engine = _load(options, messages)
-    if not conversation.is_chat:
+    pipe = _load(options, messages)
+    if not pipe.get_tokenizer().chat_template:
         raise RequestError(f"model must have a chat template to chat, got {options.model!r} without one; use --prompt")
+    conversation = _begin(task, pipe, messages, at_terminal=True)
     name = options.model or MODEL_NAME
-    messages.note(f"{name}, engine {engine}, {options.device}. /help for commands, Ctrl-D to leave.")
+    messages.note(f"{name}, engine {pipe.engine}, {options.device}. /help for commands, Ctrl-D to leave.")
     Session(conversation, messages, task.stats, task.show_kept).run()
     return 0
 
 
 def _answer_once(task: Task, prompt: str, messages: Messages) -> int:
-    conversation, engine = _load(task.options, messages)
+    pipe = _load(task.options, messages)
+    conversation = _begin(task, pipe, messages, at_terminal=False)
     status = messages.console.status("Thinking")
     writer = AnswerWriter(sys.stdout, status.stop)
     with status:
         turn = conversation.ask(prompt, None if task.json else writer.write)
     if task.json:
-        print(json_line(turn, engine, task.options.model or MODEL_NAME))
+        context = conversation.figures.json() if conversation.figures else None
+        print(json_line(turn, pipe.engine, task.options.model or MODEL_NAME, context))
     else:
         writer.end()
         if turn.finish_reason == "length":

@@ -6,13 +6,18 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from openvino_genai import ChatHistory, GenerationFinishReason, Tokenizer
+from openvino_genai import ChatHistory, GenerationFinishReason, GenerationStatus, Tokenizer
 
+from ov_kvcrush.cli.context import ContextFigures, check_target
+from ov_kvcrush.context import Context
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.llm_pipeline import LLMPipeline
-from ov_kvcrush.results import KeptTokens, PerfMetrics
+from ov_kvcrush.results import DecodedResults, KeptTokens, PerfMetrics
+
+_Stream = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Conversation:
     Raises RequestError if `system` is given and the model has no chat template to put it in.
     """
 
+    figures: ContextFigures | None = None  # of what it began with
+
     def __init__(self, pipe: LLMPipeline, system: str, options: dict[str, Any]) -> None:
         self._pipe = pipe
         self._options = options
@@ -74,8 +81,6 @@ class Conversation:
         A model without a chat template goes on from the text of the question. Raises RequestError; then, and when
         nothing was generated, the conversation stays as it was.
         """
-        messages = [*self._messages, {"role": "user", "content": question}]
-        inputs = ChatHistory(messages) if self.is_chat else [question]
         with stop_on_interrupt(self._pipe) as interrupt:
 
             def stream(text: str) -> bool:
@@ -83,17 +88,81 @@ class Conversation:
                     write(text)
                 return interrupt.pressed  # for a Ctrl-C that came before there was a request to stop
 
-            results = self._pipe.generate(inputs, streamer=stream, **self._options)
+            results = self._generate(question, stream)
         text = results.texts[0]
-        if text or not interrupt.pressed:
-            self._messages = [*messages, {"role": "assistant", "content": text}]
+        self._end_turn(question, text, is_kept=bool(text) or not interrupt.pressed)
         metrics = results.perf_metrics
         reason = _reason(results.finish_reasons[0], interrupt)
         return Turn(text, reason, metrics, self._kv_bytes_per_token(metrics), results.kept[0])
 
+    def save(self, path: Path) -> Context:
+        """Write the conversation to a file that --context reads; returns what was written.
+
+        Raises RequestError for one that did not begin with a context, and CrushError where it cannot be written.
+        """
+        raise RequestError("conversation must have begun with --context to be saved, got one that did not")
+
+    def _generate(self, question: str, stream: _Stream) -> DecodedResults:
+        asked = [*self._messages, {"role": "user", "content": question}]
+        inputs = ChatHistory(asked) if self.is_chat else [question]
+        results: DecodedResults = self._pipe.generate(inputs, streamer=stream, **self._options)
+        return results
+
+    def _end_turn(self, question: str, answer: str, is_kept: bool) -> None:
+        if is_kept:
+            turn = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+            self._messages = [*self._messages, *turn]
+
     def _kv_bytes_per_token(self, metrics: PerfMetrics) -> float | None:
         # An engine that does not tell what it keeps does not tell whose its bytes are.
         return metrics.kv_bytes / metrics.kept_tokens if metrics.kept_tokens and metrics.kv_bytes else None
+
+
+class ChatPipeline(LLMPipeline):
+    """LLMPipeline that also holds what the last turn of a chat took: `generate` returns its text alone."""
+
+    last_turn: DecodedResults
+
+    def _generate_turn(self, *args: Any, **kwargs: Any) -> tuple[DecodedResults, GenerationStatus]:
+        self.last_turn, status = super()._generate_turn(*args, **kwargs)
+        return self.last_turn, status
+
+
+class ContextConversation(Conversation):
+    """A conversation that goes on from a context; `reset` takes it back there."""
+
+    def __init__(self, pipe: ChatPipeline, context: Context, figures: ContextFigures, options: dict[str, Any]) -> None:
+        super().__init__(pipe, "", options)
+        self._chat = pipe
+        self._context = context
+        self._before = context  # of the last question
+        self.figures = figures
+        if self.is_chat:
+            pipe.start_chat(context=context)
+
+    def reset(self) -> None:
+        """Forget all but the context."""
+        self._chat.start_chat(context=self._context)
+
+    def save(self, path: Path) -> Context:
+        """Write the conversation to a file that --context reads; returns what was written. Raises CrushError."""
+        context = self._chat.chat_context()
+        context.save(check_target("file", path))
+        return context
+
+    def _generate(self, question: str, stream: _Stream) -> DecodedResults:
+        if not self.is_chat:
+            results: DecodedResults = self._chat.generate(
+                [question], streamer=stream, context=self._context, **self._options
+            )
+            return results
+        self._before = self._chat.chat_context()
+        self._chat.generate(question, streamer=stream, **self._options)
+        return self._chat.last_turn
+
+    def _end_turn(self, question: str, answer: str, is_kept: bool) -> None:
+        if not is_kept and self.is_chat:
+            self._chat.start_chat(context=self._before)
 
 
 @contextmanager

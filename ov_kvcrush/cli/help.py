@@ -8,6 +8,10 @@ MODEL is a folder written by ov_kvcrush-export; without it the default model ans
 At a terminal this is a conversation. Given --prompt, or text piped to standard input, it is one answer: \
 the answer goes to standard output, everything else to standard error.
 
+--context FILE gives a long text that questions are about. It is read and compressed once, before the first question \
+is known, and answers go on from what is kept of it; --save-context writes that, and a written file takes the place of \
+the text in another run of the same model.
+
 While chatting, /help shows the commands. Ctrl-C stops the answer, not the program; Ctrl-D or /quit leaves.
 """
 
@@ -41,6 +45,14 @@ ov_kvcrush-chat --kept-tokens 512 --show-kept --prompt "Who is the thief?" < sto
 [dim]# Another policy with a setting of its own; a tenth stays of a chat of more than 2048 tokens[/dim]
 
 ov_kvcrush-chat --policy snapkv --policy-option window=64 --kept 0.1 --min-tokens 2048
+
+[dim]# A manual, compressed to 25 % and asked; written as well, to be asked again without reading it[/dim]
+
+ov_kvcrush-chat --context manual.txt --save-context manual.kvc --prompt "How is the filter changed?"
+
+[dim]# A conversation about it, at once; /save FILE writes what was said, too[/dim]
+
+ov_kvcrush-chat --context manual.kvc
 
 [dim]# For a program[/dim]
 

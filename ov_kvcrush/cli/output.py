@@ -100,8 +100,11 @@ def stats_line(turn: Turn) -> str:
     return " | ".join(f"{name} {value}" for name, value in stats_rows(turn).items())
 
 
-def json_line(turn: Turn, engine: str, model: str) -> str:
-    """One JSON object in ASCII; ttft_s (seconds) and tpot_ms (milliseconds) are null where tokens are too few."""
+def json_line(turn: Turn, engine: str, model: str, context: dict[str, Any] | None = None) -> str:
+    """One JSON object in ASCII; ttft_s (seconds) and tpot_ms (milliseconds) are null where tokens are too few.
+
+    context: figures of what the question was about; null without one.
+    """
     ttft_ms, tpot_ms = _ms(turn.metrics.get_ttft().mean), _ms(turn.metrics.get_tpot().mean)
     fields: dict[str, Any] = {
         "text": turn.text,
@@ -114,6 +117,7 @@ def json_line(turn: Turn, engine: str, model: str) -> str:
         "kv_bytes": turn.metrics.kv_bytes,
         "kv_bytes_per_token": turn.kv_bytes_per_token,
         "kept_tokens": turn.metrics.kept_tokens,
+        "context": context,
         "engine": engine,
         "model": model,
     }

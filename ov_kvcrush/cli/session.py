@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 from ov_kvcrush.cli.conversation import Conversation, Turn
 from ov_kvcrush.cli.kept import show_kept
@@ -13,6 +15,15 @@ from ov_kvcrush.cli.reader import FENCE, Message, MessageReader
 from ov_kvcrush.errors import CrushError, nearest
 
 _COMMAND = re.compile(r"/\w+")
+
+
+@dataclass(frozen=True)
+class Command:
+    """Something that begins with a slash. argument: what it takes, the rest of the line; "" = it stands alone."""
+
+    about: str
+    act: Callable[..., None]
+    argument: str = ""
 
 
 class Session:
@@ -30,12 +41,13 @@ class Session:
         self._show_kept = show_kept
         self._turns: list[Turn] = []
         self._is_over = False
-        self._commands: dict[str, tuple[str, Callable[[], None]]] = {
-            "/help": ("show this", self._help),
-            "/reset": ("forget the conversation and start a new one", self._reset),
-            "/stats": ("show what the last answer and the conversation took", self._stats),
-            "/kept": ("show what the cache kept of the conversation, in colours", self._kept),
-            "/quit": ("leave; so does Ctrl-D", self._quit),
+        self._commands = {
+            "/help": Command("show this", self._help),
+            "/reset": Command("forget the conversation and start a new one", self._reset),
+            "/stats": Command("show what the last answer and the conversation took", self._stats),
+            "/kept": Command("show what the cache kept of the conversation, in colours", self._kept),
+            "/save": Command("write a conversation that began with --context, to go on from it", self._save, "FILE"),
+            "/quit": Command("leave; so does Ctrl-D", self._quit),
         }
 
     def run(self) -> None:
@@ -66,7 +78,7 @@ class Session:
         if not words:
             return
         if message.may_be_command and message.text.startswith("/") and _COMMAND.fullmatch(words[0]):
-            self._command(words)
+            self._command(words[0], message.text[len(words[0]) :].strip())
             return
         try:
             self._answer(message.text)
@@ -75,15 +87,19 @@ class Session:
             if self._turns:
                 self._messages.note("The conversation is as it was before; /reset starts a new one.")
 
-    def _command(self, words: list[str]) -> None:
-        name = words[0]
-        if name not in self._commands:
+    def _command(self, name: str, rest: str) -> None:
+        command = self._commands.get(name)
+        if command is None:
             known = ", ".join(self._commands)
             self._messages.error(f"command must be one of {known}, got {name!r}{nearest(name, self._commands)}")
-        elif len(words) > 1:
-            self._messages.error(f"{name} must stand alone, got {' '.join(words[1:])!r} after it")
+        elif command.argument and not rest:
+            self._messages.error(f"{name} must have a {command.argument} behind it, got none")
+        elif command.argument:
+            command.act(rest)
+        elif rest:
+            self._messages.error(f"{name} must stand alone, got {rest!r} after it")
         else:
-            self._commands[name][1]()
+            command.act()
 
     def _answer(self, question: str) -> None:
         status = self._messages.console.status("Thinking")
@@ -107,7 +123,8 @@ class Session:
     # -- commands ----------------------------------------------------------------------------------------------------
 
     def _help(self) -> None:
-        self._messages.table("Commands", {name: what for name, (what, _) in self._commands.items()})
+        commands = {f"{name} {command.argument}".strip(): command.about for name, command in self._commands.items()}
+        self._messages.table("Commands", commands)
         if self._turns and self._turns[-1].metrics.kept_tokens is not None:
             self._messages.table("Cache", {"kept": stats_rows(self._turns[-1])["kept"] + " of the last answer"})
         self._messages.table(
@@ -124,9 +141,12 @@ class Session:
     def _reset(self) -> None:
         self._conversation.reset()
         self._turns.clear()
-        self._messages.note("A new conversation begins.")
+        behind = " behind the context" if self._conversation.figures else ""
+        self._messages.note(f"A new conversation begins{behind}.")
 
     def _stats(self) -> None:
+        if self._conversation.figures:
+            self._messages.table("Context", self._conversation.figures.rows())
         if not self._turns:
             self._messages.note("No answer yet.")
             return
@@ -144,6 +164,15 @@ class Session:
             self._messages.note("No answer yet.")
             return
         tell_kept(self._turns[-1], self._conversation, self._messages)
+
+    def _save(self, file: str) -> None:
+        try:
+            path = Path(file).expanduser()
+            saved = self._conversation.save(path)
+        except (CrushError, RuntimeError) as error:  # RuntimeError: a home folder that is not known
+            self._messages.error(error)
+            return
+        self._messages.note(f"{saved.num_tokens} tokens, {saved.kept_tokens} kept a head, are in {path}.")
 
     def _quit(self) -> None:
         self._is_over = True

@@ -10,6 +10,8 @@ from dataclasses import replace
 import numpy as np
 import openvino as ov
 
+from ov_kvcrush.backend import HeldArrays
+from ov_kvcrush.engine import held_arrays
 from ov_kvcrush.engine.block_pool import BLOCK_SIZE, BlockPool, blocks_for
 from ov_kvcrush.engine.crush_plan import STAGED, STORED, PlanEntry, write_plan
 from ov_kvcrush.engine.eviction import CacheView, Choice, Eviction, Kept, split_heads
@@ -21,8 +23,10 @@ from ov_kvcrush.engine.prefix_cache import PrefixCache
 from ov_kvcrush.engine.replay import ROWS, Reader, ReplayState, replay_blocks
 from ov_kvcrush.engine.request import AttentionScores, Sequence
 from ov_kvcrush.engine.scheduler import RowPlan
+from ov_kvcrush.errors import ContextFileError
 from ov_kvcrush.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, PAGED_ROWS, SAMPLED_ROWS
 from ov_kvcrush.native import Store, StoreFull
+from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import name_of
 
 _log = logging.getLogger(__name__)
@@ -212,11 +216,19 @@ class CrushMemory:
 
     def keep(self, sequence: Sequence) -> None:
         """Hold the stored KV. A prompt that ends while it is staged leaves nothing."""
-        kv = self.hold(sequence)
+        kv = self._share(sequence)
         if kv is not None:
             self.prefixes.put(sequence.ids[: sequence.num_cached], kv)
 
     def hold(self, sequence: Sequence) -> KeptKV | None:
+        """Its stored KV for the caller, without captured queries: what goes on from it is the same after a file."""
+        kv = self._share(sequence)
+        if kv is None:
+            return None
+        self.store.set_capture(kv.stored, 0)
+        return replace(kv, captured_rows=0)
+
+    def _share(self, sequence: Sequence) -> KeptKV | None:
         """Its stored KV for somebody else. A prompt that ends while it is staged leaves nothing."""
         if sequence.stored is None or len(sequence.blocks) or not sequence.num_cached:
             return None
@@ -238,6 +250,18 @@ class CrushMemory:
     def bytes_held(self, kv: KeptKV) -> int:
         """Bytes of what `hold` gave, shared ones in full."""
         return self.store.nbytes_of(kv.stored)
+
+    def dump_held(self, kv: KeptKV) -> HeldArrays:
+        """What `hold` gave, as arrays."""
+        return held_arrays.dump(self.store, kv)
+
+    def load_held(self, held: HeldArrays, policy: Policy | None, base: int, base_kept: int) -> KeptKV:
+        """The same from arrays, checked. Raises ContextFileError, and OutOfMemory where there is no room."""
+        kv = held_arrays.load(self.store, [heads for _, heads in self._heads], held, policy)
+        if not (0 <= base <= kv.num_tokens and 0 <= base_kept <= base):
+            self.store.release(kv.stored)
+            raise ContextFileError(f"base must be in 0..{kv.num_tokens}, got {base} with {base_kept} kept")
+        return replace(kv, base=base, base_kept=base_kept)
 
     def drop_kept(self) -> None:
         """Give back the KV of ended sequences."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import openvino_genai as ov_genai
 
-from ov_kvcrush.backend import AS_CONFIGURED, CacheUse
+from ov_kvcrush.backend import AS_CONFIGURED, CacheUse, HeldArrays
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.engine.answer import finish_reason, settle_answer
 from ov_kvcrush.engine.eviction import Eviction, check_spans
@@ -26,6 +26,7 @@ from ov_kvcrush.engine.sampling_params import SamplingParams, refuse_unsupported
 from ov_kvcrush.engine.scheduler import Scheduler, StepPlan
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.graph.load import LoadedModel
+from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import name_of
 from ov_kvcrush.results import GenerationOutput, PipelineMetrics, StepSeconds
 
@@ -53,6 +54,7 @@ class Engine:
         self._defaults = defaults  # the model's own: its end-of-sequence tokens hold where a request names none
         self._decode = decode  # token ids -> text, for stop strings
         cache_config = cache_config or CacheConfig()
+        self._cache_config = cache_config
         self._policy = cache_config.eviction_policy
         self.memory = make_memory(model, config, cache_config)
         self.scheduler = Scheduler(config, self.memory)
@@ -256,6 +258,26 @@ class Engine:
     def bytes_held(self, kv: KeptKV) -> int:
         """Its bytes, shared ones in full."""
         return self.memory.bytes_held(kv)
+
+    def dump_held(self, kv: KeptKV) -> HeldArrays:
+        """It as arrays, for a file."""
+        return self.memory.dump_held(kv)
+
+    def load_held(self, held: HeldArrays, policy: Policy | None, base: int, base_kept: int) -> KeptKV:
+        """KV from arrays. Raises ContextFileError for what the store could not have made, OutOfMemory without room."""
+        with self._lock:
+            return self.memory.load_held(held, policy, base, base_kept)
+
+    def storage(self) -> dict[str, str]:
+        """How KV is stored, as far as files must agree in it."""
+        config = self._cache_config
+        return {
+            "key_precision": config.key_precision,
+            "value_precision": config.value_precision,
+            "recent_precision": self._model.recent_precision,
+            "recent_tokens": str(config.recent_tokens),
+            "group_size": str(config.group_size),
+        }
 
     def kv_heads(self) -> list[int]:
         """KV heads of each layer."""

@@ -10,10 +10,12 @@ import numpy as np
 import openvino as ov
 
 if TYPE_CHECKING:
+    from ov_kvcrush.backend import HeldArrays
     from ov_kvcrush.engine.eviction import Eviction
     from ov_kvcrush.engine.kept_kv import KeptKV
     from ov_kvcrush.engine.request import AttentionScores, Sequence
     from ov_kvcrush.engine.scheduler import RowPlan
+    from ov_kvcrush.policies.base import Policy
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,14 @@ class Memory(Protocol):
 
     def bytes_held(self, kv: KeptKV) -> int:
         """Bytes of what `hold` gave, shared ones in full."""
+        ...
+
+    def dump_held(self, kv: KeptKV) -> HeldArrays:
+        """What `hold` gave, as arrays."""
+        ...
+
+    def load_held(self, held: HeldArrays, policy: Policy | None, base: int, base_kept: int) -> KeptKV:
+        """The same from arrays, checked. Raises ContextFileError, and OutOfMemory where there is no room."""
         ...
 
     def drop_kept(self) -> None:

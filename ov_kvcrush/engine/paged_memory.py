@@ -8,6 +8,7 @@ from collections.abc import Sequence as Items
 import numpy as np
 import openvino as ov
 
+from ov_kvcrush.backend import HeldArrays
 from ov_kvcrush.engine.block_pool import BLOCK_SIZE, BlockPool, blocks_for
 from ov_kvcrush.engine.eviction import Eviction
 from ov_kvcrush.engine.kept_kv import KeptKV
@@ -16,7 +17,9 @@ from ov_kvcrush.engine.memory import MemoryUse
 from ov_kvcrush.engine.prefix_cache import PrefixCache
 from ov_kvcrush.engine.request import AttentionScores, Sequence
 from ov_kvcrush.engine.scheduler import RowPlan
+from ov_kvcrush.errors import ContextFileError
 from ov_kvcrush.graph.rewrite import SAMPLED_ROWS
+from ov_kvcrush.policies.base import Policy
 
 
 class PagedMemory:
@@ -133,6 +136,14 @@ class PagedMemory:
     def bytes_held(self, kv: KeptKV) -> int:
         """Nothing was given."""
         return 0
+
+    def dump_held(self, kv: KeptKV) -> HeldArrays:
+        """Nothing was given."""
+        raise AssertionError("dump_held() of paged memory")
+
+    def load_held(self, held: HeldArrays, policy: Policy | None, base: int, base_kept: int) -> KeptKV:
+        """Contexts live in the store."""
+        raise ContextFileError("attention must be 'crush' to load a context, got 'paged'")
 
     def drop_kept(self) -> None:
         """Give back the blocks of ended sequences."""

@@ -1,4 +1,4 @@
-"""Command line of the evaluation: `ov_kvcrush-eval perplexity [MODEL]`."""
+"""Command line of the evaluation: `ov_kvcrush-eval SUITE [MODEL]`, `perplexity` and `results`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ov_kvcrush.bench.environment import describe_environment
 from ov_kvcrush.bench.report import check_writable, write_json
 from ov_kvcrush.bench.settings import parse_properties
 from ov_kvcrush.errors import CrushError, RequestError
+from ov_kvcrush.eval.cli_suites import add_suites
 from ov_kvcrush.eval.perplexity import DEFAULT_PRECISIONS, Row, parse_precisions, perplexity
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True)
@@ -25,6 +26,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help
 @app.callback()
 def main_options() -> None:
     """Measure what a compressed KV cache costs in accuracy."""
+
+
+add_suites(app)
 
 
 HELP = f"""\

@@ -194,11 +194,12 @@ class _progress:
 @functools.cache
 def model_class() -> type[Any]:
     """The class that lm-eval makes its model of. Raises CrushError if lm-eval is not installed."""
-    return type("OvKVCrushLM", (Adapter, _lm_eval("api.model").TemplateLM), {})
+    return type("OvKVCrushLM", (Adapter, _lm_eval("api.model").TemplateLM), {"__module__": __name__})
 
 
 def register() -> None:
     """Make the model known to lm-eval. Raises CrushError if lm-eval is not installed."""
+    _lm_eval("models")  # registers lm-eval's own, which it does later only where there are none
     registry = _lm_eval("api.registry")
     if MODEL_NAME not in registry.MODEL_REGISTRY:
         registry.register_model(MODEL_NAME)(model_class())

@@ -18,7 +18,7 @@ from ov_kvcrush.bench.report import write_whole
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.rows import Prediction, PredictionKey, Row
 from ov_kvcrush.eval.run_config import RunConfig, from_json
-from ov_kvcrush.safe_folder import _try_lock
+from ov_kvcrush.safe_folder import try_lock
 
 CONFIG, PREDICTIONS, METRICS = "config.json", "predictions.jsonl", "metrics.json"
 
@@ -52,7 +52,7 @@ class RunFolder:
         except OSError as error:
             raise CrushError(f"--out must be a folder that can be written, got {str(path)!r}: {error}") from None
         try:
-            if not _try_lock(self._file):
+            if not try_lock(self._file):
                 raise CrushError(f"--out must be a folder that no other run writes to, got {str(path)!r}")
             self._predictions = self._resume()
         except BaseException:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 TILE = 32  # tokens of a tile
+MAX_GAP = 1023  # positions from a token of a tile to the next; a longer gap is a far one
 BITS = {"f32": 32, "bf16": 16, "f16": 16, "u8": 8, "u4": 4, "u2": 2}
 QUANTISED = ("u8", "u4", "u2")
 F16_MAX = 65504.0
@@ -77,8 +78,11 @@ def encode_decode(key: str, value: str, group_size: int, k: Array, v: Array) -> 
     return back_k, round_trip(v.reshape(n, head_size // group_size, group_size), value).reshape(n, head_size)
 
 
-def tile_bytes(key: str, value: str, head_size: int, group_size: int, scattered: bool = False) -> int:
-    """Bytes of a tile: header; codes, scales, minima of keys; those of values; positions. Parts are multiples of 64."""
+def tile_bytes(key: str, value: str, head_size: int, group_size: int, listed: bool = False) -> int:
+    """Bytes of a tile: header; codes, scales, minima of keys; those of values; positions if they are listed.
+
+    Parts are multiples of 64.
+    """
 
     def round64(n: int) -> int:
         return -(-n // 64) * 64
@@ -88,7 +92,13 @@ def tile_bytes(key: str, value: str, head_size: int, group_size: int, scattered:
         num_bytes += 2 * round64(2 * head_size)
     if value in QUANTISED:
         num_bytes += 2 * round64(2 * TILE * head_size // group_size)
-    return num_bytes + (4 * TILE if scattered else 0)
+    return num_bytes + (4 * TILE if listed else 0)
+
+
+def must_list(positions: Array) -> bool:
+    """Whether a tile of tokens at these positions (n,) lists them: they do not ascend, or more than one gap is far."""
+    gaps = np.diff(positions)
+    return bool((gaps < 1).any() or (gaps > MAX_GAP).sum() > 1)
 
 
 def num_target_tiles(num_tokens: int, recent_tokens: int) -> int:

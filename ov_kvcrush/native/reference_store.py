@@ -12,7 +12,16 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ov_kvcrush.native.reference import TILE, Array, Layer, encode_decode, num_target_tiles, tile_bytes, to_float
+from ov_kvcrush.native.reference import (
+    TILE,
+    Array,
+    Layer,
+    encode_decode,
+    must_list,
+    num_target_tiles,
+    tile_bytes,
+    to_float,
+)
 
 
 @dataclass(eq=False)
@@ -23,7 +32,7 @@ class Tile:
     k: Array  # float32 (n, D)
     v: Array
     positions: Array  # int32 (n,)
-    scattered: bool  # positions are stored one by one; else only the first one is, and the others follow it
+    listed: bool  # positions are stored one by one; else the first one and the gaps, in the header
 
     @property
     def is_full(self) -> bool:
@@ -230,9 +239,9 @@ class ReferenceStore:
         begin = sum(shape.num_kv_heads for shape in self.layers[:layer])
         return self._sequences[seq].heads[begin : begin + self.layers[layer].num_kv_heads]
 
-    def _bytes(self, layer: Layer, precision: tuple[str, str], scattered: bool = False) -> int:
+    def _bytes(self, layer: Layer, precision: tuple[str, str], listed: bool = False) -> int:
         group_size = math.gcd(self.group_size, layer.head_size)
-        return tile_bytes(*precision, layer.head_size, group_size, scattered)
+        return tile_bytes(*precision, layer.head_size, group_size, listed)
 
     def _bytes_of(self, heads: Iterable[Head]) -> int:
         heads = list(heads)
@@ -250,10 +259,10 @@ class ReferenceStore:
         return sum(t is tile for seq in self._sequences.values() for head in seq.heads for t in head.tiles) > 1
 
     def _tile(self, layer: Layer, precision: tuple[str, str], k: Array, v: Array, positions: Array) -> Tile:
-        """A new tile, scattered if its positions do not follow each other."""
-        scattered = bool((np.diff(positions) != 1).any())
+        """A new tile, listed if its positions must be."""
+        listed = must_list(positions)
         back = encode_decode(*precision, math.gcd(self.group_size, layer.head_size), k, v)
-        return Tile(self._bytes(layer, precision, scattered), *back, positions, scattered)
+        return Tile(self._bytes(layer, precision, listed), *back, positions, listed)
 
     def _tiles(self, layer: Layer, num_target: int, k: Array, v: Array, positions: Array) -> list[Tile]:
         """New tiles: `num_target` of the target precision, the rest of the recent one."""
@@ -266,8 +275,12 @@ class ReferenceStore:
     def _free_slots(self, head: Head, position: int) -> int:
         """Tokens that can be appended from `position` on without a new tile."""
         tile = head.open_tile
-        gap = tile is not None and not tile.scattered and tile.positions[-1] + 1 != position
-        return 0 if gap else self._room(head)
+        return 0 if tile is not None and self._listed(tile, position) != tile.listed else self._room(head)
+
+    @staticmethod
+    def _listed(tile: Tile, position: int) -> bool:
+        """Whether the positions of a tile are listed when it has taken another one."""
+        return tile.listed or must_list(np.append(tile.positions, position))
 
     def _room(self, head: Head) -> int:
         """Slots behind the tokens; none while the last tile is another sequence's too."""
@@ -277,16 +290,16 @@ class ReferenceStore:
         return 0 if self._is_shared(tile) else TILE * head.num_empty + TILE - len(tile.positions)
 
     def _reserve(self, heads: Sequence[Head], num_tokens: int, position: int, keep_free: int = 0) -> bool:
-        """New tiles and open tiles that are ours alone and go on at `position`: scattered if they end elsewhere."""
+        """New tiles and open tiles that are ours alone and can go on at `position`: listed if they must be."""
         opened: list[tuple[Head, Tile]] = []
         missing: list[tuple[Head, int]] = []
         num_bytes = 0
         for head in heads:
             tile = head.open_tile
             if tile is not None:
-                scattered = tile.scattered or bool(tile.positions[-1] + 1 != position)
-                if scattered != tile.scattered or self._is_shared(tile):
-                    copy = replace(tile, scattered=scattered, num_bytes=self._bytes(head.layer, self.recent, scattered))
+                listed = self._listed(tile, position)
+                if listed != tile.listed or self._is_shared(tile):
+                    copy = replace(tile, listed=listed, num_bytes=self._bytes(head.layer, self.recent, listed))
                     opened.append((head, copy))
                     num_bytes += copy.num_bytes - (0 if self._is_shared(tile) else tile.num_bytes)
             needed = -(-(head.num_tokens + num_tokens) // TILE) - len(head.tiles) - head.num_empty

@@ -16,6 +16,7 @@
 
 #include "attention.hpp"
 #include "half.hpp"
+#include "tokens.hpp"
 
 using namespace crush;
 
@@ -118,7 +119,14 @@ float value_of(const uint8_t* tile, int t, int c) {
     return half_at(tile + l.value_min, group) + code * half_at(tile + l.value_scale, group);
 }
 
-// A head: mostly tiles of one layout, then of another; positions with gaps if the layouts are scattered.
+// How far a token is behind the one before it: 1 or up to these, and one more than MAX_GAP in each tile with `large`.
+enum class Gaps { none = 1, small = 3, large = MAX_GAP, listed = 4 * MAX_GAP };
+
+TileLayout layout_of(Codec key, Codec value, int head_size, int group_size, Gaps gaps) {
+    return make_layout(key, value, head_size, group_size, gaps == Gaps::listed);
+}
+
+// A head: mostly tiles of one layout, then of another; the positions are what was added.
 struct TestHead {
     std::vector<Tile> tiles;
     std::vector<const uint8_t*> pointers;
@@ -126,35 +134,37 @@ struct TestHead {
     std::vector<float> k, v;         // [n][D] as stored
     HeadView view() const { return {pointers.data(), pointers.size()}; }
 
-    TestHead(const Kernels& kernels, const TileLayout& target, const TileLayout& recent, int n, Rng& rng) {
+    TestHead(const Kernels& kernels, const TileLayout& target, const TileLayout& recent, Gaps gaps, int n, Rng& rng) {
         const int D = target.head_size, settled = n > 96 ? (n - 40) / TILE : n / TILE;
-        int32_t at = 0;
+        int32_t at = -1;
         for (int first = 0; first < n; first += TILE) {
             const TileLayout& l = first / TILE < settled ? target : recent;
             const int count = std::min(TILE, n - first);
             tiles.push_back(new_tile(l));
             uint8_t* tile = tiles.back().get();
-            TileHeader& h = header(tile);
-            h.count = count;
-            h.base_position = at;
+            const int far = below(rng, TILE);
+            header(tile).count = count;
+            header(tile).min_position = std::numeric_limits<int32_t>::max();
+            header(tile).max_position = -1;
             std::vector<float> x(static_cast<size_t>(count * D)), y(x.size());
             // Channel 3 of the keys is an outlier, as in real models; values are not centred.
             for (size_t i = 0; i < x.size(); ++i) x[i] = normal(rng) * (static_cast<int>(i) % D == 3 ? 10.f : 1.f);
             for (float& f : y) f = normal(rng) + 1;
             kernels.encode(tile, x.data(), static_cast<size_t>(D), y.data(), static_cast<size_t>(D), count);
             for (int t = 0; t < count; ++t) {
-                if (l.scattered) {
-                    at += below(rng, 3);
-                    reinterpret_cast<int32_t*>(tile + l.positions)[t] = at;
-                }
-                positions.push_back(at++);
+                at += 1 + below(rng, below(rng, 3) ? 1 : static_cast<int>(gaps));
+                if (gaps == Gaps::large && t == far) at += MAX_GAP;
+                positions.push_back(at);
+                set_position(tile, t, at);
                 for (int c = 0; c < D; ++c) {
                     k.push_back(key_of(tile, t, c));
                     v.push_back(value_of(tile, t, c));
                 }
             }
-            h.min_position = positions[static_cast<size_t>(first)];
-            h.max_position = positions.back();
+            int32_t back[TILE];
+            read_positions(tile, back);
+            expect(std::equal(back, back + count, &positions[static_cast<size_t>(first)]), "positions of tile %d",
+                   first);
             pointers.push_back(tile);
         }
     }
@@ -201,21 +211,22 @@ struct Request {
 struct Case {
     Codec key, value;
     int head_size, group_size, queries_per_kv, window;
-    bool scattered;
+    Gaps gaps;
 };
 
 std::string name_of(const char* isa, const Case& c) {
     return std::string(isa) + " key " + std::to_string(int(c.key)) + " value " + std::to_string(int(c.value)) + " D " +
            std::to_string(c.head_size) + " group " + std::to_string(c.group_size) + " G " +
-           std::to_string(c.queries_per_kv) + " window " + std::to_string(c.window) + (c.scattered ? " scattered" : "");
+           std::to_string(c.queries_per_kv) + " window " + std::to_string(c.window) + " gaps " +
+           std::to_string(int(c.gaps));
 }
 
 void check_attend(const Kernels& kernels, const Case& c, unsigned seed) {
     Rng rng(seed);
     const int K = 2, H = K * c.queries_per_kv, D = c.head_size;
     const LayerShape shape{H, K, D, c.window, 1.f / std::sqrt(static_cast<float>(D))};
-    const TileLayout target = make_layout(c.key, c.value, D, c.group_size, c.scattered);
-    const TileLayout recent = make_layout(Codec::bf16, Codec::f16, D, c.group_size, c.scattered);
+    const TileLayout target = layout_of(c.key, c.value, D, c.group_size, c.gaps);
+    const TileLayout recent = layout_of(Codec::bf16, Codec::f16, D, c.group_size, c.gaps);
     // Requests of different lengths and numbers of rows, the heads of one not of the same length.
     std::vector<Request> requests;
     size_t num_rows = 0;
@@ -223,7 +234,7 @@ void check_attend(const Kernels& kernels, const Case& c, unsigned seed) {
         Request r;
         const int tokens = TOKENS[(seed + static_cast<unsigned>(i) * 5) % 6];
         for (int k = 0; k < K; ++k)
-            r.heads.emplace_back(kernels, target, recent, tokens > 40 ? tokens - k * 17 : tokens, rng);
+            r.heads.emplace_back(kernels, target, recent, c.gaps, tokens > 40 ? tokens - k * 17 : tokens, rng);
         const int32_t last = r.heads[0].positions.empty() ? 0 : r.heads[0].positions.back();
         const size_t rows = i == 0 ? 1 : i == 1 ? 3 : 1 + seed % 7;
         // The last rows of the sequence, as in decoding; those of request 2 begin before all tokens, so some may see
@@ -268,12 +279,12 @@ void check_scores(const Kernels& kernels, const Case& c, unsigned seed) {
     Rng rng(seed);
     const int K = 2, H = K * c.queries_per_kv, D = c.head_size, W = 1 + static_cast<int>(seed % 11);
     const LayerShape shape{H, K, D, c.window, 0.2f};
-    const TileLayout target = make_layout(c.key, c.value, D, c.group_size, c.scattered);
-    const TileLayout recent = make_layout(Codec::f32, Codec::f32, D, c.group_size, c.scattered);
+    const TileLayout target = layout_of(c.key, c.value, D, c.group_size, c.gaps);
+    const TileLayout recent = layout_of(Codec::f32, Codec::f32, D, c.group_size, c.gaps);
     std::vector<TestHead> heads;
     std::vector<HeadView> views;
     for (int k = 0; k < K; ++k)
-        heads.emplace_back(kernels, target, recent, TOKENS[(seed + static_cast<unsigned>(k)) % 6] % 300, rng);
+        heads.emplace_back(kernels, target, recent, c.gaps, TOKENS[(seed + static_cast<unsigned>(k)) % 6] % 300, rng);
     for (const TestHead& head : heads) views.push_back(head.view());
     std::vector<float> q(static_cast<size_t>(W * H * D));
     for (float& f : q) f = normal(rng);
@@ -369,7 +380,7 @@ void check_codec(const Kernels& kernels, const Case& c, unsigned seed) {
         if (kind == 3 && below(rng, 20) == 0) x[i] *= 1e5f;
         y[i] = -x[i];
     }
-    const TileLayout l = make_layout(c.key, c.value, D, c.group_size, c.scattered);
+    const TileLayout l = layout_of(c.key, c.value, D, c.group_size, c.gaps);
     const Tile tile = new_tile(l), other = new_tile(l);
     header(tile.get()).count = header(other.get()).count = count;
     const size_t stride = static_cast<size_t>(D);
@@ -483,7 +494,7 @@ void check_many_rows(const Kernels& kernels, Codec codec, int window) {
                      recent = make_layout(Codec::bf16, Codec::bf16, 64, 32, false);
     std::vector<TestHead> heads;
     std::vector<HeadView> views;
-    for (int k = 0; k < 2; ++k) heads.emplace_back(kernels, target, recent, 1300, rng);
+    for (int k = 0; k < 2; ++k) heads.emplace_back(kernels, target, recent, Gaps::none, 1300, rng);
     for (const TestHead& head : heads) views.push_back(head.view());
     const size_t rows = 211, width = 6 * 64;
     std::vector<float> q(rows * width), out(q.size());
@@ -511,6 +522,7 @@ int main() {
         check_softmax(kernels);
         for (const Codec codec : CODECS)
             if (STEP == 1 || codec == Codec::u8) check_many_rows(kernels, codec, codec == Codec::u8 ? 100 : 0);
+        const Gaps gaps[] = {Gaps::none, Gaps::small, Gaps::large, Gaps::listed};
         unsigned seed = 0;
         for (const Codec key : CODECS)
             for (const Codec value : CODECS)
@@ -521,8 +533,8 @@ int main() {
                         if (size % g == 0) groups.push_back(g);
                     const int window = seed % 3 == 0 ? 40 : 0;
                     const Case c{
-                        key,    value,        size, groups[seed % groups.size()], 1 + static_cast<int>(seed * 5 % 16),
-                        window, seed % 4 == 1};
+                        key,    value,         size, groups[seed % groups.size()], 1 + static_cast<int>(seed * 5 % 16),
+                        window, gaps[seed % 4]};
                     check_attend(kernels, c, seed);
                     check_scores(kernels, c, seed);
                     for (unsigned i = 0; i < 2; ++i) check_codec(kernels, c, seed * 2 + i);

@@ -228,7 +228,7 @@ private:
         const size_t before = store_.nbytes();
         int32_t position = model.next_position;
         const bool jump = pick(10) == 0;
-        if (jump) position += 1 + pick(50);
+        if (jump) position += 1 + pick(pick(2) ? 50 : 3 * MAX_GAP);
         try {
             for (size_t layer = 0, head = 0; layer < 2; ++layer) append_layer(id, model, layer, head, n, position);
         } catch (const StoreFull&) {
@@ -511,10 +511,17 @@ private:
         CHECK(h.layout->value == (target ? setting_.value : setting_.recent));
         CHECK(h.count == std::clamp<int64_t>(head.num_tokens - i * TILE, 0, TILE));
         int32_t least = INT32_MAX, most = -1;
+        int num_far = 0;
+        int32_t positions[TILE];
+        read_positions(tile, positions);
         for (int t = 0; t < h.count; ++t) {
-            least = std::min(least, position(tile, t));
-            most = std::max(most, position(tile, t));
+            least = std::min(least, positions[t]);
+            most = std::max(most, positions[t]);
+            if (t == 0 || h.layout->listed) continue;
+            CHECK(positions[t] > positions[t - 1]);
+            num_far += positions[t] - positions[t - 1] > MAX_GAP;
         }
+        CHECK(num_far <= 1);
         CHECK(least == h.min_position && most == h.max_position);
     }
 

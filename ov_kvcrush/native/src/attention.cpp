@@ -244,9 +244,14 @@ private:
         for (size_t i = 0; i < view_.num_tiles; ++i, s += TILE) {
             const TileHeader& h = header(view_.tiles[i]);
             if (h.count == TILE && h.max_position <= row_position && h.min_position > low) continue;
+            if (h.min_position > row_position || h.max_position <= low) {
+                std::fill_n(s, TILE, NONE);
+                continue;
+            }
+            int32_t at[TILE];
+            read_positions(view_.tiles[i], at);
             for (int t = 0; t < TILE; ++t) {
-                const int32_t at = t < h.count ? position(view_.tiles[i], t) : 0;
-                if (t >= h.count || at > row_position || at <= low) s[t] = NONE;
+                if (t >= h.count || at[t] > row_position || at[t] <= low) s[t] = NONE;
             }
         }
     }

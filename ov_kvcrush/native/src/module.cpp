@@ -48,7 +48,7 @@ NB_MODULE(_crush, m) {
     nb::exception<StoreFull>(m, "StoreFull", PyExc_MemoryError);
 
     m.def("info", &info);
-    m.def("tile_bytes", &tile_bytes, "key"_a, "value"_a, "head_size"_a, "group_size"_a, "scattered"_a = false);
+    m.def("tile_bytes", &tile_bytes, "key"_a, "value"_a, "head_size"_a, "group_size"_a, "listed"_a = false);
     m.def("encode_decode", &encode_decode, "key"_a, "value"_a, "group_size"_a, "k"_a, "v"_a, "isa"_a = "");
 
     using S = PyStore;

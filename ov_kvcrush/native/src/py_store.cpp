@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <climits>
+#include <numeric>
 
 #include "attention.hpp"
 #include "require.hpp"
@@ -393,9 +394,9 @@ size_t PyStore::bytes_for(int64_t num_tokens) const { return store()->bytes_for(
 // -- codecs -----------------------------------------------------------------------------------------------------------
 
 size_t tile_bytes(const std::string& key, const std::string& value, int64_t head_size, int64_t group_size,
-                  bool scattered) {
+                  bool listed) {
     return make_layout(codec_of("key", key), codec_of("value", value), narrow("head_size", head_size),
-                       narrow("group_size", group_size), scattered)
+                       narrow("group_size", group_size), listed)
         .bytes;
 }
 
@@ -414,7 +415,7 @@ std::pair<Output<float>, Output<float>> encode_decode(const std::string& key, co
     const auto buffer = std::make_unique<TokenBuffer>();
     std::copy(keys, keys + size, buffer->k);
     std::copy(values, values + size, buffer->v);
-    std::fill_n(buffer->positions, TILE, 0);
+    std::iota(buffer->positions, buffer->positions + TILE, 0);
     buffer->count = static_cast<int>(n);
     std::vector<uint8_t> memory(layout.bytes + ALIGNMENT);
     uint8_t* tile = memory.data() + (ALIGNMENT - reinterpret_cast<uintptr_t>(memory.data()) % ALIGNMENT) % ALIGNMENT;

@@ -69,8 +69,7 @@ private:
     std::vector<std::pair<Input, Input>> staging_;  // [layers]: keeps the arrays alive
 };
 
-size_t tile_bytes(const std::string& key, const std::string& value, int64_t head_size, int64_t group_size,
-                  bool scattered);
+size_t tile_bytes(const std::string& key, const std::string& value, int64_t head_size, int64_t group_size, bool listed);
 std::pair<Output<float>, Output<float>> encode_decode(const std::string& key, const std::string& value,
                                                       int64_t group_size, const Input& k, const Input& v,
                                                       const std::string& isa);

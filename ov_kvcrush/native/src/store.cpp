@@ -43,9 +43,9 @@ Store::Store(StoreConfig config, ParallelFor parallel)
         check_layer(shape);
         const int group = std::gcd(c.group_size, shape.head_size);
         Layouts l{};
-        for (const bool scattered : {false, true}) {
-            l.target[scattered] = make_layout(c.key, c.value, shape.head_size, group, scattered);
-            l.recent[scattered] = make_layout(c.recent, c.recent, shape.head_size, group, scattered);
+        for (const bool listed : {false, true}) {
+            l.target[listed] = make_layout(c.key, c.value, shape.head_size, group, listed);
+            l.recent[listed] = make_layout(c.recent, c.recent, shape.head_size, group, listed);
         }
         layer_of_.insert(layer_of_.end(), static_cast<size_t>(shape.num_kv_heads), layouts_.size());
         first_head_.push_back(layer_of_.size());
@@ -154,10 +154,10 @@ size_t Store::bytes_for(int64_t num_tokens) const {
     return bytes;
 }
 
-const TileLayout& Store::new_layout(size_t head, bool target, bool scattered) const {
+const TileLayout& Store::new_layout(size_t head, bool target, bool listed) const {
     const Layouts& l = layouts_[layer_of_[head]];
     // One layout where both are alike: the kernels take tiles of one layout together, whoever made them.
-    return target && !same_codecs_ ? l.target[scattered] : l.recent[scattered];
+    return target && !same_codecs_ ? l.target[listed] : l.recent[listed];
 }
 
 size_t Store::check_head(size_t layer, size_t head) const {
@@ -175,10 +175,8 @@ int64_t Store::num_tokens(int32_t id, size_t layer, size_t head) const {
 std::vector<int32_t> Store::positions(int32_t id, size_t layer, size_t head) const {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Head& h = sequence_locked(id).heads[check_head(layer, head)];
-    std::vector<int32_t> positions;
-    for (int64_t i = 0; i < h.num_tokens; ++i) {
-        positions.push_back(position(h.tiles[static_cast<size_t>(i / TILE)], static_cast<int>(i % TILE)));
-    }
+    std::vector<int32_t> positions(static_cast<size_t>(h.num_tokens));
+    for (size_t i = 0; i < positions.size(); i += TILE) read_positions(h.tiles[i / TILE], &positions[i]);
     return positions;
 }
 

@@ -115,8 +115,8 @@ public:
     int32_t fork(int32_t id, std::optional<int64_t> num_tokens = std::nullopt);
 
     // Room for num_tokens more tokens in every head: new tiles, and a copy of the last one where it is shared and
-    // partly filled, or where the next position needs a scattered one. All or nothing; false if nbytes would pass
-    // max_bytes - keep_free.
+    // partly filled, or where it must list its positions to take the next one. All or nothing; false if nbytes would
+    // pass max_bytes - keep_free.
     bool reserve(int32_t id, int64_t num_tokens, size_t keep_free = 0);
     // Tokens that can be appended at the next position to every head without a reserve.
     int64_t free_slots(int32_t id) const;
@@ -161,8 +161,8 @@ public:
     Sequence& sequence_locked(int32_t id);  // throws std::invalid_argument "sequence must be ..., got ..."
     const Sequence& sequence_locked(int32_t id) const;
     // Append rows k, v [n, K * D] at positions first_position.. to a layer. Throws std::logic_error without a reserve
-    // before; StoreFull where the rows do not go on at the sequence's next position and scattered tiles for them do not
-    // fit.
+    // before; StoreFull where the rows do not go on at the sequence's next position, must have tiles that list their
+    // positions, and those do not fit.
     void append_locked(Sequence&, size_t layer, const float* k, const float* v, int64_t n, int32_t first_position);
     void capture_locked(Sequence&, size_t layer, const float* q, int64_t n, int32_t first_position);
     // How many query rows are captured from now on. Those there are stay only where the number does.
@@ -182,7 +182,7 @@ public:
 
 private:
     struct Layouts {
-        TileLayout target[2], recent[2];  // [scattered]; tiles point to them
+        TileLayout target[2], recent[2];  // [listed]; tiles point to them
         TileLayout staged;                // keys only, as staged
         Staging staging;
     };
@@ -201,7 +201,7 @@ private:
     size_t check_head(size_t layer, size_t head) const;       // its number
     void check_selection(const Selection&, const std::function<int64_t(size_t)>& num_tokens) const;
     int64_t num_target_tiles(int64_t num_tokens) const;
-    const TileLayout& new_layout(size_t head, bool target, bool scattered) const;
+    const TileLayout& new_layout(size_t head, bool target, bool listed) const;
     size_t unref(uint8_t* tile) noexcept;  // bytes that are free now; they stay claimed
     bool reserve_heads(Sequence&, size_t begin, size_t end, int64_t num_tokens, int64_t position, size_t keep_free);
     void append_head(Head&, const float* k, const float* v, size_t stride, int64_t n, int32_t first_position) const;

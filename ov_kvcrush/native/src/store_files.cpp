@@ -26,13 +26,11 @@ static_assert(sizeof(RecordHead) == 8);
 
 // How a tile stores positions decides its bytes, and what can be appended to it without another one. Numbers of the
 // file.
-enum Kind : uint8_t { CONSECUTIVE = 0, SCATTERED = 1, NUM_KINDS = 2 };
+enum Kind : uint8_t { ASCENDING = 0, LISTED = 1, NUM_KINDS = 2 };
 
-Kind kind_of(const TileLayout& l) { return l.scattered ? SCATTERED : CONSECUTIVE; }
+Kind kind_of(const TileLayout& l) { return l.listed ? LISTED : ASCENDING; }
 
-bool can_hold(Kind kind, const int32_t* positions, int count) {
-    return kind == SCATTERED || consecutive(positions, count);
-}
+bool can_hold(Kind kind, const int32_t* positions, int count) { return kind == LISTED || !must_list(positions, count); }
 
 int position_bytes_for(const int32_t* positions, int count) {
     int64_t least = 1, most = 1;  // distances
@@ -81,14 +79,10 @@ size_t num_filled(const Head& head) { return static_cast<size_t>((head.num_token
 
 // -- writing ----------------------------------------------------------------------------------------------------------
 
-void decode_positions(const uint8_t* tile, int32_t* to) {
-    for (int i = 0; i < header(tile).count; ++i) to[i] = position(tile, i);
-}
-
 size_t record_bytes(const uint8_t* tile) {
     const int count = header(tile).count;
     int32_t positions[TILE];
-    decode_positions(tile, positions);
+    read_positions(tile, positions);
     return sizeof(RecordHead) + static_cast<size_t>(position_bytes_for(positions, count) * (count - 1)) +
            payload_bytes(layout(tile), count);
 }
@@ -98,7 +92,7 @@ uint8_t* write_record(const uint8_t* tile, uint8_t* to) {
     const TileLayout& l = layout(tile);
     const int count = header(tile).count;
     int32_t positions[TILE];
-    decode_positions(tile, positions);
+    read_positions(tile, positions);
     const int each = position_bytes_for(positions, count);
     const RecordHead head{static_cast<uint8_t>(l.key), static_cast<uint8_t>(l.value), kind_of(l),
                           static_cast<uint8_t>(each), positions[0]};
@@ -238,7 +232,7 @@ void Store::read_records(size_t h, const DumpedHead& row, const uint8_t* tiles, 
         require(head.kind < NUM_KINDS, "kind of a tile must be 0 or 1", head.kind);
         const auto kind = static_cast<Kind>(head.kind);
         Record record;
-        record.layout = &new_layout(h, begin / TILE < row.num_settled, kind == SCATTERED);
+        record.layout = &new_layout(h, begin / TILE < row.num_settled, kind == LISTED);
         check_codec("key", head.key, record.layout->key);
         check_codec("value", head.value, record.layout->value);
         record.count = static_cast<int>(std::min<int64_t>(TILE, row.num_tokens - begin));

@@ -18,10 +18,10 @@ int filled(const Head& head) { return static_cast<int>(head.num_tokens % TILE); 
 
 bool shared(const uint8_t* tile) { return header(tile).refs.load() > 1; }
 
-// Whether `position` cannot follow in the partly filled last tile of a head, which stores no positions one by one.
-bool leaves_gap(const Head& head, int64_t position) {
+// Whether the partly filled last tile of a head must become one that lists its positions to take this one.
+bool needs_list(const Head& head, int64_t position) {
     const uint8_t* tile = head.tiles[static_cast<size_t>(head.num_tokens / TILE)];
-    return !layout(tile).scattered && header(tile).base_position + static_cast<int64_t>(filled(head)) != position;
+    return !layout(tile).listed && !can_follow(tile, position);
 }
 
 void make_room(std::vector<uint8_t*>& tiles, size_t size) {
@@ -39,7 +39,7 @@ int64_t Store::free_slots(int32_t id) const {
         if (slots == 0) return 0;
         if (filled(head) == 0) continue;
         if (shared(head.tiles[static_cast<size_t>(head.num_tokens / TILE)])) return 0;
-        if (leaves_gap(head, sequence.next_position)) return 0;
+        if (needs_list(head, sequence.next_position)) return 0;
     }
     return slots;
 }
@@ -61,9 +61,9 @@ bool Store::reserve_heads(Sequence& sequence, size_t begin, size_t end, int64_t 
         const auto last = static_cast<size_t>(head.num_tokens / TILE);
         if (filled(head)) {
             const uint8_t* tile = head.tiles[last];
-            const bool gap = leaves_gap(head, position);
-            if (gap || shared(tile)) {
-                const TileLayout& to = new_layout(h, false, gap || layout(tile).scattered);
+            const bool list = needs_list(head, position);
+            if (list || shared(tile)) {
+                const TileLayout& to = new_layout(h, false, list || layout(tile).listed);
                 wanted.push_back({&head, last, &to, nullptr});
                 add += to.bytes;
                 if (!shared(tile)) remove += layout(tile).bytes;
@@ -119,18 +119,18 @@ void Store::append_locked(Sequence& sequence, size_t layer, const float* k, cons
             sequence.staged_tokens);
     require(first_position >= 0 && first_position <= INT_MAX - n, "first_position must be at least 0", first_position);
     const size_t begin = first_head_[layer], end = first_head_[layer + 1];
-    bool gaps = false;
+    bool list = false;
     for (size_t h = begin; h < end; ++h) {
         const Head& head = sequence.heads[h];
         const bool room = static_cast<int64_t>(head.tiles.size()) * TILE - head.num_tokens >= n;
         if (!room || (filled(head) && shared(head.tiles[static_cast<size_t>(head.num_tokens / TILE)]))) {
             throw std::logic_error("append must follow a reserve of as many tokens, got " + std::to_string(n));
         }
-        gaps = gaps || (filled(head) && leaves_gap(head, first_position));
+        list = list || (filled(head) && needs_list(head, first_position));
     }
-    if (gaps && !reserve_heads(sequence, begin, end, n, first_position, 0)) {
-        throw StoreFull("max_bytes must leave room for scattered tiles, got " + std::to_string(config_.max_bytes) +
-                        " with " + std::to_string(arena_.used()) + " in use");
+    if (list && !reserve_heads(sequence, begin, end, n, first_position, 0)) {
+        throw StoreFull("max_bytes must leave room for tiles that list their positions, got " +
+                        std::to_string(config_.max_bytes) + " with " + std::to_string(arena_.used()) + " in use");
     }
     const auto width = static_cast<size_t>(config_.layers[layer].head_size);
     const size_t stride = width * (end - begin);
@@ -195,7 +195,7 @@ void Store::settle_head(size_t h, Head& head, int64_t num_tiles) {
         uint8_t*& tile = head.tiles[static_cast<size_t>(head.num_settled)];
         buffer->count = 0;
         for (int t = 0; t < TILE; ++t) reader->read(head.num_settled * TILE + t, *buffer);
-        const TileLayout& to = new_layout(h, true, !consecutive(buffer->positions, TILE));
+        const TileLayout& to = new_layout(h, true, must_list(buffer->positions, TILE));
         const size_t remove = shared(tile) ? 0 : layout(tile).bytes;
         if (!arena_.claim(to.bytes, remove)) return;
         try {

@@ -78,6 +78,7 @@ Store::CompactPlan Store::plan_compact(size_t h, const Head& head, const int32_t
     plan.num_settled = std::max(static_cast<int64_t>(plan.tiles.size()), num_target_tiles(num_kept));
     plan.order.insert(plan.order.end(), loose.begin(), loose.end());
 
+    PositionReader reader(head.tiles);
     const int32_t* const last = loose.data() + loose.size();
     for (const int32_t* i = loose.data(); i < last;) {
         const bool target = static_cast<int64_t>(plan.tiles.size()) < plan.num_settled;
@@ -87,12 +88,9 @@ Store::CompactPlan Store::plan_compact(size_t h, const Head& head, const int32_t
             plan.tiles.push_back(tile);
         } else {
             int32_t positions[TILE];
-            for (int64_t t = 0; t < count; ++t) {
-                positions[t] = position(head.tiles[static_cast<size_t>(i[t] / TILE)], static_cast<int>(i[t] % TILE));
-            }
-            const bool scattered = !consecutive(positions, static_cast<int>(count));
+            for (int64_t t = 0; t < count; ++t) positions[t] = reader.read(i[t]);
             plan.tiles.push_back(-1);
-            plan.new_layouts.push_back(&new_layout(h, target, scattered));
+            plan.new_layouts.push_back(&new_layout(h, target, must_list(positions, static_cast<int>(count))));
             plan.add += plan.new_layouts.back()->bytes;
             plan.moved.insert(plan.moved.end(), i, i + count);
         }
@@ -170,14 +168,13 @@ void Store::check_prefix(const Sequence& sequence, int64_t num_tokens) const {
     for (const Head& head : sequence.heads) {
         require(num_tokens >= 0 && num_tokens <= head.num_tokens,
                 "num_tokens must be in 0.." + std::to_string(head.num_tokens), num_tokens);
+        PositionReader reader(head.tiles);
         for (int64_t i = 0; i < head.num_tokens; ++i) {
-            const uint8_t* tile = head.tiles[static_cast<size_t>(i / TILE)];
-            const int32_t p = position(tile, static_cast<int>(i % TILE));
+            const int32_t p = reader.read(i);
             require(
                 p == i,
                 "num_tokens must be left out for a sequence with tokens dropped: a head must hold positions 0, 1, ...",
                 p);
-            if (!layout(tile).scattered) i += header(tile).count - 1;  // the others follow from the first
         }
     }
 }

@@ -98,9 +98,9 @@ std::vector<HeadView> Store::staged_views_locked(const Sequence& sequence, size_
         uint8_t* to = storage.data() + shift + i * keys.bytes;
         auto* h = new (to) TileHeader{};
         h->layout = &keys;
-        h->base_position = h->min_position = static_cast<int32_t>(tile * TILE);
-        h->count = static_cast<int32_t>(std::min<int64_t>(TILE, sequence.staged_tokens - h->base_position));
-        h->max_position = h->base_position + h->count - 1;
+        h->min_position = static_cast<int32_t>(tile * TILE);
+        h->count = static_cast<int32_t>(std::min<int64_t>(TILE, sequence.staged_tokens - h->min_position));
+        h->max_position = h->min_position + h->count - 1;
         const auto block = static_cast<size_t>(sequence.staged_blocks[tile]);
         const uint8_t* from = staging.keys + (block * num_heads + head) * block_bytes;
         if (staging.codec == Codec::f32) {
@@ -196,10 +196,7 @@ struct Chunks {
 
     int64_t size() const { return (num_tokens + TILE - 1) / TILE; }
     int count(int64_t chunk) const { return static_cast<int>(std::min<int64_t>(TILE, num_tokens - chunk * TILE)); }
-    // Ascending without repeats, so first and last tell whether something is missing between.
-    bool scattered(int64_t chunk) const {
-        return indices && indices[chunk * TILE + count(chunk) - 1] - indices[chunk * TILE] != count(chunk) - 1;
-    }
+    bool must_list(int64_t chunk) const { return indices && crush::must_list(indices + chunk * TILE, count(chunk)); }
     void copy(int64_t chunk, int32_t* to) const {
         for (int i = 0; i < count(chunk); ++i) {
             to[i] = indices ? indices[chunk * TILE + i] : static_cast<int32_t>(chunk * TILE + i);
@@ -230,7 +227,7 @@ void Store::adopt_head(const Sequence& sequence, size_t h, const Selection* sele
         chunks.copy(c, tokens);
         read_staged(sequence, layer, h - first_head_[layer], tokens, chunks.count(c), *buffer);
         const bool target = c < num_target_tiles(chunks.num_tokens);
-        tiles.push_back(write_new(new_layout(h, target, chunks.scattered(c)), *buffer));
+        tiles.push_back(write_new(new_layout(h, target, chunks.must_list(c)), *buffer));
     }
 }
 
@@ -248,7 +245,7 @@ void Store::adopt(int32_t id, const Selection* selection, size_t keep_free) {
     for (size_t h = 0; h < sequence.heads.size(); ++h) {
         const Chunks chunks = chunks_of(selection, h, sequence.staged_tokens);
         const int64_t num_target = num_target_tiles(chunks.num_tokens);
-        for (int64_t c = 0; c < chunks.size(); ++c) bytes += new_layout(h, c < num_target, chunks.scattered(c)).bytes;
+        for (int64_t c = 0; c < chunks.size(); ++c) bytes += new_layout(h, c < num_target, chunks.must_list(c)).bytes;
         for (const uint8_t* tile : sequence.heads[h].tiles) spare += layout(tile).bytes;
     }
     if (!arena_.claim(bytes, spare, keep_free)) {

@@ -20,7 +20,7 @@ uint32_t place(uint32_t& end, int bytes) {
 
 }  // namespace
 
-TileLayout make_layout(Codec key, Codec value, int head_size, int group_size, bool scattered) {
+TileLayout make_layout(Codec key, Codec value, int head_size, int group_size, bool listed) {
     require(head_size >= 16 && head_size <= 256 && head_size % 16 == 0, "head_size", "a multiple of 16 in 16..256",
             head_size);
     if (is_quantised(value))
@@ -29,7 +29,7 @@ TileLayout make_layout(Codec key, Codec value, int head_size, int group_size, bo
     TileLayout l{};
     l.key = key;
     l.value = value;
-    l.scattered = scattered;
+    l.listed = listed;
     l.head_size = head_size;
     l.group_size = group_size;
     const int key_params = is_quantised(key) ? 2 * head_size : 0;
@@ -41,7 +41,7 @@ TileLayout make_layout(Codec key, Codec value, int head_size, int group_size, bo
     l.value_codes = place(end, TILE * head_size * code_bits(value) / 8);
     l.value_scale = place(end, value_params);
     l.value_min = place(end, value_params);
-    l.positions = place(end, scattered ? TILE * static_cast<int>(sizeof(int32_t)) : 0);
+    l.positions = place(end, listed ? TILE * static_cast<int>(sizeof(int32_t)) : 0);
     l.bytes = end;
     return l;
 }

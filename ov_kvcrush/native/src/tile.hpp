@@ -7,7 +7,8 @@
 
 namespace crush {
 
-constexpr int TILE = 32;  // tokens of a tile
+constexpr int TILE = 32;       // tokens of a tile
+constexpr int MAX_GAP = 1023;  // positions from a token of a tile to the next; a longer gap is a far one
 constexpr size_t ALIGNMENT = 64;
 
 enum class Codec : uint8_t { f32 = 0, bf16 = 1, f16 = 2, u8 = 3, u4 = 4, u2 = 5 };
@@ -25,7 +26,7 @@ static constexpr int code_shift(Codec codec, int i) { return 8 * (i % 4) + code_
 //   key scale/min f16 [D] each, quantised keys only: per channel within the tile, as KIVI. key = min + code * scale
 //   value codes   tokens by channels, see below
 //   value scale/min f16 [D / group_size][32] each, quantised values only: per token and group of channels
-//   positions     int32 [32], scattered tiles only; else token t has position base_position + t
+//   positions     int32 [32], listed tiles only; those of other tiles ascend and are in the header
 // Float codes are matrices: keys [D][32], values [32][D]. So neither q * k nor p * v needs a sum across the lanes of a
 // register. Quantised codes are matrices of dwords, keys [D / n][32] and values [32 / n][D], with n = 32 / bits codes
 // in a dword: of n neighbouring channels of a key, of n neighbouring tokens of a value. Code 4 * j + i of them lies at
@@ -33,7 +34,7 @@ static constexpr int code_shift(Codec codec, int i) { return 8 * (i % 4) + code_
 // AVX-512 VNNI and AMX want them.
 struct TileLayout {
     Codec key, value;
-    bool scattered;
+    bool listed;     // positions are stored one by one: they do not ascend, or more than one gap is far
     int head_size;   // D: a multiple of 16, 16..256
     int group_size;  // channels that share a scale of the values: a multiple of 16 that divides D (unused by float
                      // values)
@@ -42,14 +43,17 @@ struct TileLayout {
 };
 
 // Throws std::invalid_argument for a head size or group size out of the rules above.
-TileLayout make_layout(Codec key, Codec value, int head_size, int group_size, bool scattered);
+TileLayout make_layout(Codec key, Codec value, int head_size, int group_size, bool listed);
 
 struct alignas(ALIGNMENT) TileHeader {
     std::atomic<uint32_t> refs;  // owners; only an exclusive owner writes
     int32_t count;               // tokens in it, from slot 0 on; codes of the others are zero
-    int32_t base_position;       // of slot 0, for tiles that are not scattered
     int32_t min_position, max_position;
     const TileLayout* layout;
+    // Tiles that are not listed: gap t is the position of slot t less that of slot t - 1, and 0 if it is the far one,
+    // which is what the others leave of max_position - min_position. (Not read where every gap is 1.)
+    uint64_t gap_high;      // bits 8 and 9 of gap t at bit 2 * t
+    uint8_t gap_low[TILE];  // bits 0 to 7; [0]: slot of the far gap, 0 = none
 };
 static_assert(sizeof(TileHeader) == ALIGNMENT);
 
@@ -57,9 +61,25 @@ static_assert(sizeof(TileHeader) == ALIGNMENT);
 static inline TileHeader& header(uint8_t* tile) { return *reinterpret_cast<TileHeader*>(tile); }
 static inline const TileHeader& header(const uint8_t* tile) { return *reinterpret_cast<const TileHeader*>(tile); }
 static inline const TileLayout& layout(const uint8_t* tile) { return *header(tile).layout; }
-static inline int32_t position(const uint8_t* tile, int slot) {
-    const TileLayout& l = layout(tile);
-    return l.scattered ? reinterpret_cast<const int32_t*>(tile + l.positions)[slot] : header(tile).base_position + slot;
+// Positions of the tokens of a tile: as many numbers as it holds, 32 at most, are written to `to`.
+static inline void read_positions(const uint8_t* tile, int32_t* to) {
+    const TileHeader& h = header(tile);
+    const int32_t count = h.count, first = h.min_position;
+    if (h.layout->listed) {
+        const auto* from = reinterpret_cast<const int32_t*>(tile + h.layout->positions);
+        for (int t = 0; t < count; ++t) to[t] = from[t];
+    } else if (h.max_position - first == count - 1) {  // ascending, so nothing is missing between
+        for (int t = 0; t < count; ++t) to[t] = first + t;
+    } else {
+        const uint64_t high = h.gap_high;
+        int32_t at = first;
+        for (int t = 0; t < count; ++t) {
+            if (t > 0) at += h.gap_low[t] + (static_cast<int32_t>(high >> 2 * t & 3) << 8);
+            to[t] = at;
+        }
+        const int32_t far = h.max_position - at;
+        for (int t = h.gap_low[0]; t > 0 && t < count; ++t) to[t] += far;
+    }
 }
 
 }  // namespace crush

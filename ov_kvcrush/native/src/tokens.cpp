@@ -1,13 +1,14 @@
 #include "tokens.hpp"
 
 #include <algorithm>
+#include <cassert>
 #include <cstring>
 #include <new>
 
 namespace crush {
 namespace {
 
-int32_t* stored_positions(uint8_t* tile) { return reinterpret_cast<int32_t*>(tile + layout(tile).positions); }
+int32_t* listed_positions(uint8_t* tile) { return reinterpret_cast<int32_t*>(tile + layout(tile).positions); }
 
 TileHeader& make_header(uint8_t* tile, const TileLayout& layout) {
     auto* h = new (tile) TileHeader{};
@@ -20,11 +21,19 @@ TileHeader& make_header(uint8_t* tile, const TileLayout& layout) {
 
 }  // namespace
 
-bool consecutive(const int32_t* positions, int count) {
+bool must_list(const int32_t* positions, int count) {
+    int num_far = 0;
     for (int i = 1; i < count; ++i) {
-        if (positions[i] != positions[0] + i) return false;
+        if (positions[i] <= positions[i - 1]) return true;
+        if (positions[i] - positions[i - 1] > MAX_GAP) ++num_far;
     }
-    return true;
+    return num_far > 1;
+}
+
+bool can_follow(const uint8_t* tile, int64_t position) {
+    const TileHeader& h = header(tile);
+    const int64_t gap = position - h.max_position;
+    return gap > 0 && (gap <= MAX_GAP || h.gap_low[0] == 0);
 }
 
 void make_empty(uint8_t* tile, const TileLayout& layout) {
@@ -34,10 +43,17 @@ void make_empty(uint8_t* tile, const TileLayout& layout) {
 
 void set_position(uint8_t* tile, int slot, int32_t position) {
     TileHeader& h = header(tile);
-    if (h.layout->scattered) {
-        stored_positions(tile)[slot] = position;
-    } else if (slot == 0) {
-        h.base_position = position;
+    if (h.layout->listed) {
+        listed_positions(tile)[slot] = position;
+    } else if (slot > 0) {
+        assert(can_follow(tile, position));  // so they ascend: the smallest is the first, the largest the last
+        auto gap = static_cast<uint32_t>(position - h.max_position);
+        if (gap > MAX_GAP) {
+            h.gap_low[0] = static_cast<uint8_t>(slot);
+            gap = 0;
+        }
+        h.gap_low[slot] = static_cast<uint8_t>(gap & 255);
+        h.gap_high = (h.gap_high & ~(uint64_t{3} << 2 * slot)) | uint64_t{gap >> 8} << 2 * slot;
     }
     h.min_position = std::min(h.min_position, position);
     h.max_position = std::max(h.max_position, position);
@@ -46,7 +62,7 @@ void set_position(uint8_t* tile, int slot, int32_t position) {
 void write_tile(const Kernels& kernels, uint8_t* tile, const TileLayout& layout, const TokenBuffer& from) {
     TileHeader& h = make_header(tile, layout);
     h.count = from.count;
-    if (layout.scattered) std::fill_n(stored_positions(tile), TILE, 0);
+    if (layout.listed) std::fill_n(listed_positions(tile), TILE, 0);
     for (int i = 0; i < from.count; ++i) set_position(tile, i, from.positions[i]);
     const auto stride = static_cast<size_t>(layout.head_size);
     kernels.encode(tile, from.k, stride, from.v, stride, from.count);
@@ -56,14 +72,17 @@ void copy_tile(uint8_t* tile, const TileLayout& to, const uint8_t* source) {
     const TileHeader& from = header(source);
     TileHeader& h = make_header(tile, to);
     h.count = from.count;
-    h.base_position = from.base_position;
     h.min_position = from.min_position;
     h.max_position = from.max_position;
+    h.gap_high = from.gap_high;
+    std::copy_n(from.gap_low, TILE, h.gap_low);
     // Positions come last, so the codes of both layouts lie at the same places.
     const size_t bytes = std::min(to.bytes, from.layout->bytes);
     std::memcpy(tile + sizeof(TileHeader), source + sizeof(TileHeader), bytes - sizeof(TileHeader));
-    if (!to.scattered) return;
-    for (int i = 0; i < TILE; ++i) stored_positions(tile)[i] = i < from.count ? position(source, i) : 0;
+    assert(to.listed || !from.layout->listed);
+    if (!to.listed) return;
+    std::fill_n(listed_positions(tile), TILE, 0);
+    read_positions(source, listed_positions(tile));
 }
 
 void TokenReader::read(int64_t index, TokenBuffer& to) {
@@ -76,7 +95,7 @@ void TokenReader::read(int64_t index, TokenBuffer& to) {
     const auto width = static_cast<size_t>(layout(tile).head_size);
     std::memcpy(to.k + to.count * width, k_ + slot * width, width * sizeof(float));
     std::memcpy(to.v + to.count * width, v_ + slot * width, width * sizeof(float));
-    to.positions[to.count++] = position(tile, slot);
+    to.positions[to.count++] = positions_.read(index);
 }
 
 }  // namespace crush

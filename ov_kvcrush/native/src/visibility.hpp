@@ -96,8 +96,8 @@ int peek(const AttendArgs& a, Visible* out) {
 template <class I>
 void mask(const Visible& v, const Rows& rows, int num_rows, float* s) {
     int32_t at[TILE];
-    const int32_t count = header(v.tile).count;
-    for (int t = 0; t < TILE; ++t) at[t] = t < count ? position(v.tile, t) : INT32_MAX;
+    read_positions(v.tile, at);
+    for (int t = header(v.tile).count; t < TILE; ++t) at[t] = INT32_MAX;
     for (int r = 0; r < num_rows; ++r, s += STRIDE)
         for (int t = 0; t < TILE; t += 16)
             I::store(s + t, I::keep_between(I::load(s + t), at + t, rows.low[r], rows.high[r]));

@@ -1,0 +1,148 @@
+"""`ov_kvcrush-eval SUITE [MODEL]` and `ov_kvcrush-eval results FOLDER...`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from ov_kvcrush.bench.console import out
+from ov_kvcrush.bench.environment import describe_environment
+from ov_kvcrush.bench.report import check_writable, write_json
+from ov_kvcrush.default_model import default_model_path
+from ov_kvcrush.errors import CrushError
+from ov_kvcrush.eval.plan import Planned, make_plan
+from ov_kvcrush.eval.prompts import ItemEncoder, ItemPrompts, encode_items
+from ov_kvcrush.eval.results_doc import write_results
+from ov_kvcrush.eval.run_config import RunConfig
+from ov_kvcrush.eval.run_folder import Run, RunFolder, default_folder, report_of
+from ov_kvcrush.eval.runner import run_suite
+from ov_kvcrush.eval.suite_help import HELP, RESULTS
+from ov_kvcrush.eval.suite_options import Asked, command_of
+from ov_kvcrush.eval.suites import SUITES, Suite, load_suite
+from ov_kvcrush.eval.tables import by_task, summary, tasks_of
+from ov_kvcrush.fingerprints import model_fingerprint
+from ov_kvcrush.model_folder import check_model_folder
+from ov_kvcrush.model_info import read_model_info
+from ov_kvcrush.pipeline_base import load_tokenizer
+
+
+def add_suites(app: typer.Typer) -> None:
+    """Add a command for every suite, and `results`."""
+    for suite in SUITES:
+        app.command(name=suite, help=HELP[suite])(command_of(suite, _run_command))
+    app.command(name="results", help=RESULTS)(_results_command)
+
+
+def _run_command(suite: str, given: dict[str, Any]) -> None:
+    console = Console(stderr=True)
+    with _errors(console):
+        run = evaluate(suite, Asked.of(given), console)
+        show(run)
+        if given["json_path"] is not None:
+            write_json(given["json_path"], report_of(run))
+            console.print(Text(f"written to {given['json_path']}"))
+
+
+def _results_command(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs, in the order of the page.")],
+    target: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page; its pictures lie beside it.")],
+) -> None:
+    console = Console(stderr=True)
+    with _errors(console):
+        for path in write_results(folders, target, _command()):
+            console.print(Text(f"written to {path}"))
+
+
+def evaluate(name: str, asked: Asked, console: Console) -> Run:
+    """Run a suite, or go on with it, into its folder. Raises CrushError before a model is loaded for what cannot be."""
+    plan = make_plan(asked.plan)
+    if asked.json_path is not None:
+        check_writable(asked.json_path)
+    model = asked.model if asked.model is not None else default_model_path()
+    check_model_folder(model, tokenizer=True)
+    suite, prompts = _items(name, asked, model)
+    config = _config(suite, asked, model, plan)
+    path = asked.out or default_folder(name, model, datetime.now())
+    total = len(plan) * sum(len(p.asked) for p in prompts)
+    with RunFolder(path, config) as folder:
+        console.print(Text(f"{len(prompts)} items, {len(plan)} settings, {total} answers; run folder {path}"))
+        with _progress(console, name, total) as advance:
+            return run_suite(folder, prompts, suite.tasks, plan, model, asked.properties, advance)
+
+
+def show(run: Run) -> None:
+    """Print the tables of a run."""
+    console = out()
+    console.print(summary(run.rows).rich(f"{run.config.suite}: {Path(run.config.model).name}"))
+    if len(tasks_of(run.rows)) > 1:
+        console.print(by_task(run.rows).rich("scores by task"))
+
+
+def _items(name: str, asked: Asked, model: Path) -> tuple[Suite, list[ItemPrompts]]:
+    info = read_model_info(model)
+    context_length = info.context_length if info else None
+    encoder = ItemEncoder(load_tokenizer(model, {}))
+    suite = load_suite(name, asked.suite, encoder.count, context_length)
+    return suite, encode_items(suite.items, encoder, context_length, suite.max_tokens)
+
+
+def _config(suite: Suite, asked: Asked, model: Path, plan: list[Planned]) -> RunConfig:
+    return RunConfig(
+        command=_command(),
+        suite=suite.name,
+        model=str(model),
+        fingerprint=model_fingerprint(model),
+        settings=tuple(planned.setting for planned in plan),
+        num_items=len(suite.items),
+        seed=asked.suite.seed,
+        environment=describe_environment(),
+        options={**asked.suite.json, **({"properties": asked.properties} if asked.properties else {})},
+    )
+
+
+@contextmanager
+def _progress(console: Console, name: str, total: int) -> Iterator[Any]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, refresh_per_second=1, speed_estimate_period=600) as bars:
+        task = bars.add_task(name, total=total)
+        started = False
+
+        def advance(number: int) -> None:
+            nonlocal started
+            if started:
+                bars.advance(task, number)
+            else:  # what an earlier run left says nothing about the speed of this one
+                bars.reset(task, completed=number)
+                started = True
+
+        yield advance
+
+
+@contextmanager
+def _errors(console: Console) -> Iterator[None]:
+    """Say what was wrong in a line, and end with 2; with 130 if the user interrupts."""
+    try:
+        yield
+    except CrushError as error:
+        console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command with --out and the folder of this run goes on")
+        raise typer.Exit(130) from None
+
+
+def _command() -> str:
+    return shlex.join(["ov_kvcrush-eval", *sys.argv[1:]])

@@ -1,0 +1,152 @@
+"""What a run compares: every policy at every budget and precision, on every engine, beside the full cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from ov_kvcrush.checks import check_choice, check_fraction
+from ov_kvcrush.cli.policy_options import PolicyOptions
+from ov_kvcrush.config import ENGINES, PRECISIONS
+from ov_kvcrush.errors import CrushError
+from ov_kvcrush.eval.rows import FULL, QUERIES, Setting
+from ov_kvcrush.genai_eviction import nearest
+from ov_kvcrush.policies.base import Policy
+from ov_kvcrush.policies.registry import Settings, build, names
+from ov_kvcrush.precision import paged_precisions
+
+# What openvino_genai has a method of the same name for.
+GENAI_POLICIES = ("kvcrush", "snapkv", "h2o")
+_MANY_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A setting of the results, and the policy that makes it."""
+
+    setting: Setting
+    policy: Policy
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Lists of what is compared; all with all, but for precisions, which are pairs.
+
+    policies: NAME or NAME:KEY=VALUE;KEY=VALUE. kept: fractions; kept_tokens: numbers of tokens instead or beside.
+    policy_options: KEY=VALUE for all policies. precisions: keys and values.
+    """
+
+    policies: tuple[str, ...] = ()
+    kept: tuple[float, ...] = ()
+    kept_tokens: tuple[int, ...] = ()
+    policy_options: tuple[str, ...] = ()
+    precisions: tuple[tuple[str, str], ...] = (("u8", "u8"),)
+    queries: tuple[str, ...] = ("aware",)
+    engines: tuple[str, ...] = field(default=ENGINES[:1])
+
+    def __post_init__(self) -> None:
+        for precisions in self.precisions:
+            for name, value in zip(("--key-precision", "--value-precision"), precisions, strict=True):
+                check_choice(name, value, PRECISIONS)
+        for query in self.queries:
+            check_choice("--query", query, QUERIES)
+        for engine in self.engines:
+            check_choice("--engine", engine, ENGINES)
+        for kept in self.kept:
+            check_fraction("--kept", kept)
+
+
+def make_plan(options: PlanOptions) -> list[Planned]:
+    """Every setting once, the full cache of each engine, precision and query before its policies.
+
+    openvino_genai, which sees the question by its nature, gets the policies that it has and the precisions that it can
+    hold. Raises CrushError for a policy, setting or precision that there is not.
+    """
+    found: dict[str, Planned] = {}
+    specs = [_parse(spec, options.policy_options) for spec in options.policies]
+    evicting = [policy for name, own in specs for policy in _with_budgets(name, own, options)]
+    full = Planned(_setting("crush", FULL, {}, ("u8", "u8"), "aware"), build(FULL))
+    for precisions in options.precisions:
+        if "crush" in options.engines:
+            for query in options.queries:
+                for planned in (full, *evicting):
+                    _add(found, planned, "crush", precisions, query)
+    if "genai" in options.engines:
+        able = [p for p in options.precisions if paged_precisions(*p, {})]
+        if not able:
+            raise CrushError(
+                "--key-precision and --value-precision must be u8 or u4 for openvino_genai, got "
+                f"{', '.join('/'.join(p) for p in options.precisions)}"
+            )
+        for precisions in able:
+            for planned in (full, *_distinct_for_genai(evicting)):
+                _add(found, planned, "genai", precisions, "aware")
+    return list(found.values())
+
+
+def pairs(key: Sequence[str], value: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Keys' and values' precisions beside each other; a single one goes with all. CrushError for other counts."""
+    if len(key) != len(value) and 1 not in (len(key), len(value)):
+        raise CrushError(
+            f"--key-precision and --value-precision must be equally many, or one of either, got {len(key)} and "
+            f"{len(value)}"
+        )
+    count = max(len(key), len(value))
+    return tuple(zip(tuple(key) * (count // len(key)), tuple(value) * (count // len(value)), strict=True))
+
+
+def _parse(spec: str, others: tuple[str, ...]) -> tuple[str, Settings]:
+    """Name and settings; those of --policy-option where the policy does not say otherwise."""
+    name, _, text = spec.strip().partition(":")
+    check_choice("--policy", name, names())
+    own = PolicyOptions(others=tuple(part for part in text.split(";") if part.strip())).settings()
+    shared = {} if name == FULL else PolicyOptions(others=others).settings()
+    return name, {**shared, **own}
+
+
+def _with_budgets(name: str, own: Settings, options: PlanOptions) -> Iterator[Planned]:
+    if name == FULL:  # it is there anyway; settings of it are refused here
+        build(name, **own)
+        return
+    budgets: list[Settings] = [{"kept": kept} for kept in options.kept]
+    budgets += [{"kept_tokens": tokens, "min_tokens": tokens} for tokens in options.kept_tokens]
+    for budget in budgets or [{"kept": 0.25}]:
+        asked = {key: value for key, value in budget.items() if key != "min_tokens"}
+        setting = _setting("crush", name, {**own, **asked}, ("u8", "u8"), "aware")
+        yield Planned(setting, build(name, **{**budget, **own}))
+
+
+def _setting(engine: str, name: str, settings: Settings, precisions: tuple[str, str], query: str) -> Setting:
+    own = dict(settings)
+    kept, kept_tokens = own.pop("kept", None), own.pop("kept_tokens", None)
+    assert kept is None or isinstance(kept, (int, float))
+    assert kept_tokens is None or isinstance(kept_tokens, int)
+    key, value = precisions
+    return Setting(
+        engine=engine,
+        policy=name,
+        key_precision=key,
+        value_precision=value,
+        query=query,
+        kept=kept,
+        kept_tokens=kept_tokens,
+        policy_settings=own,
+    )
+
+
+def _add(found: dict[str, Planned], planned: Planned, engine: str, precisions: tuple[str, str], query: str) -> None:
+    s = planned.setting
+    settings: Settings = {**s.policy_settings, "kept": s.kept, "kept_tokens": s.kept_tokens}
+    setting = _setting(engine, s.policy, settings, precisions, query)
+    found.setdefault(setting.key, Planned(setting, planned.policy))
+
+
+def _distinct_for_genai(evicting: Sequence[Planned]) -> list[Planned]:
+    """Policies of names that it has; of those that come to the same there, the first."""
+    found: dict[str, Planned] = {}
+    for planned in evicting:
+        s = planned.setting
+        if s.policy in GENAI_POLICIES:
+            same = f"{nearest(planned.policy, _MANY_TOKENS)} {s.kept} {s.kept_tokens}"
+            found.setdefault(same, planned)
+    return list(found.values())
