@@ -96,7 +96,7 @@ def _share_of_blocks(num_tokens: int, eviction: GenaiEviction | None) -> float:
     return min(1.0, (eviction.kept_tokens // eviction.block + 1) / blocks)
 
 
-class _BytesAtFirstToken(ov_genai.StreamerBase):
+class _BytesAtFirstToken(ov_genai.StreamerBase):  # type: ignore[misc]  # it has no types
     """Bytes of the blocks that a prompt takes before it is evicted from, which is a step or two after its first token.
 
     An answer may be shorter than that. The pool itself only grows, so what it takes says nothing.

@@ -85,7 +85,8 @@ class ItemEncoder:
                 f"--length must be more than the {max_tokens - room + len(longest.ids)} tokens around the context of "
                 f"item {item.id!r}, got {max_tokens}"
             )
-        return replace(whole, ids=np.concatenate([ids[:head], truncate_middle(ids[head:], room, len(longest.ids))]))
+        cut = truncate_middle(ids[head:].tolist(), room, len(longest.ids))
+        return replace(whole, ids=np.concatenate([ids[:head], np.array(cut, np.int64)]))
 
     def _pre_cut(self, text: str, max_tokens: int) -> str:
         """A text of not many more tokens than that, which the tokenizer takes as a whole."""

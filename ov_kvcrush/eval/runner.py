@@ -20,6 +20,7 @@ from ov_kvcrush.eval.replies import Reply, generation_config
 from ov_kvcrush.eval.rows import Prediction, Setting, rows_of
 from ov_kvcrush.eval.run_folder import Run, RunFolder
 from ov_kvcrush.llm_pipeline import LLMPipeline
+from ov_kvcrush.policies.base import Replay
 
 BATCH = 96  # sequences that are answered together
 Advance = Callable[[int], None]  # answers that are there now
@@ -109,7 +110,7 @@ class CrushRuns:
     def _compress(self, ids: np.ndarray, head: int, planned: Sequence[Planned]) -> list[Context]:
         """A context for each setting. One reading has one second reading at most."""
         replays = [p.policy.needs.replay if p.policy.evicts else None for p in planned]
-        second = list(dict.fromkeys(replay for replay in replays if replay is not None)) or [None]
+        second: list[Replay | None] = [*dict.fromkeys(replay for replay in replays if replay is not None)] or [None]
         made: dict[int, Context] = {}
         for replay in second:
             places = [i for i, own in enumerate(replays) if (second[0] if own is None else own) == replay]
