@@ -79,6 +79,9 @@ class CacheConfig:
     staging_bytes: full-precision blocks that prompts are read on, given back when a prompt is complete. Longer prompts
         are read chunk by chunk through the store, which is slower. 0 = enough for 65536 tokens, or for the model's
         context if that is longer, and at most a quarter of the free memory.
+    prefix_bytes: what the KV of ended requests may hold, where it is kept for prompts that begin alike
+        (`enable_prefix_caching`) or for a chat's next turn; the least recently used goes first. 0 = what is free, until
+        a request needs it. Contexts do not count: they are their holder's.
     policy: which tokens stay: a Policy of `ov_kvcrush.policies`, a name, or a dict with "name" and settings; None =
         all. A request may ask for another.
     attention: "crush" = the store; "paged" = OpenVINO's own PagedAttention, with none of the above; "auto" = "crush"
@@ -91,6 +94,7 @@ class CacheConfig:
     group_size: int = 32
     max_bytes: int = 0
     staging_bytes: int = 0
+    prefix_bytes: int = 0
     policy: PolicyLike = None
     attention: str = "auto"
 
@@ -99,7 +103,8 @@ class CacheConfig:
         for name in ("key_precision", "value_precision"):
             check_choice(name, getattr(self, name), PRECISIONS)
         check_choice("attention", self.attention, ATTENTIONS)
-        for name, minimum in (("recent_tokens", 0), ("group_size", 16), ("max_bytes", 0), ("staging_bytes", 0)):
+        minima = {"recent_tokens": 0, "group_size": 16, "max_bytes": 0, "staging_bytes": 0, "prefix_bytes": 0}
+        for name, minimum in minima.items():
             check_integer(name, getattr(self, name), minimum)
         if self.group_size % 16:
             raise CrushError(f"group_size must be a multiple of 16, got {self.group_size}")

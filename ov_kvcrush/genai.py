@@ -37,7 +37,7 @@ def genai_cache_properties(config: CacheConfig, properties: dict[str, Any]) -> d
     Raises CrushError naming what it cannot express.
     """
     default = CacheConfig()
-    for name in ("recent_tokens", "group_size", "max_bytes", "staging_bytes"):
+    for name in ("recent_tokens", "group_size", "max_bytes", "staging_bytes", "prefix_bytes"):
         value = getattr(config, name)
         if value != getattr(default, name):
             hint = "; use cache_size of scheduler_config" if name == "max_bytes" else ""

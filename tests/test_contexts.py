@@ -628,3 +628,18 @@ def test_real_model_answers_together_as_one_by_one(smollm2: Path) -> None:
     assert context.nbytes < 0.6 * whole.nbytes
     del context, whole
     assert_nothing_left(pipe)
+
+
+def test_kept_prefixes_stay_within_their_limit(tiny_ir: Callable[[str], Path]) -> None:
+    free = make_pipe(tiny_ir("llama"), enable_prefix_caching=True)
+    texts = [f"{i} {TEXT}" for i in range(4)]
+    for text in texts:
+        free.generate(text, **ASK)
+    one = nbytes(free) // len(texts)
+    limited = make_pipe(tiny_ir("llama"), {"prefix_bytes": 2 * one + one // 2}, enable_prefix_caching=True)
+    for text in texts:
+        limited.generate(text, **ASK)
+        assert nbytes(limited) <= 2 * one + one // 2
+    reused = [limited.generate([text], **ASK).perf_metrics.num_reused_tokens > 0 for text in reversed(texts)]
+    assert reused[:2] == [True, True]  # the newest ones stayed
+    assert not any(reused[2:])

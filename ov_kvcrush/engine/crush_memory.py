@@ -42,13 +42,20 @@ class CrushMemory:
     store adopts it and the blocks are given back. Every other row attends through the store: decode rows, prompts that
     go on from kept KV, and prompts that are longer than the staging pool. Where a request has a policy, it chooses what
     a complete prompt leaves, and again whenever the cache has grown over its budget.
-    chunk: rows of one step, at most.
+    chunk: rows of one step, at most. prefix_bytes: the most that kept prefixes hold; 0 = what is free.
     """
 
     def __init__(
-        self, store: Store, heads: list[tuple[int, int]], staging: KVCache, max_prefixes: int | None, chunk: int
+        self,
+        store: Store,
+        heads: list[tuple[int, int]],
+        staging: KVCache,
+        max_prefixes: int | None,
+        chunk: int,
+        prefix_bytes: int = 0,
     ) -> None:
         self.store = store
+        self._prefix_bytes = prefix_bytes
         self._heads = heads  # of each layer: query heads, KV heads
         self.pool = BlockPool(staging.num_blocks - 1)  # the last one is for the rows that are not of a prompt
         self.prefixes: PrefixCache[KeptKV] = PrefixCache(lambda kv: store.release(kv.stored), max_prefixes)
@@ -219,6 +226,8 @@ class CrushMemory:
         kv = self._share(sequence)
         if kv is not None:
             self.prefixes.put(sequence.ids[: sequence.num_cached], kv)
+            if self._prefix_bytes:
+                self.prefixes.shrink(self._prefix_bytes, self.bytes_held)
 
     def hold(self, sequence: Sequence) -> KeptKV | None:
         """Its stored KV for the caller, without captured queries: what goes on from it is the same after a file."""

@@ -40,7 +40,8 @@ def make_memory(model: LoadedModel, scheduler: SchedulerConfig, cache: CacheConf
         raise OutOfMemory(f"max_bytes must be at least {bytes_per_block}, as a short request takes, got {max_bytes}")
     staging = KVCache(model.compiled, lambda size: _staging_blocks(cache, model.context_length, size) + 1)
     heads = [(x.num_heads, x.num_kv_heads) for x in model.layers]
-    return CrushMemory(make_store(max_bytes), heads, staging, max_prefixes, scheduler.max_num_batched_tokens)
+    store, chunk = make_store(max_bytes), scheduler.max_num_batched_tokens
+    return CrushMemory(store, heads, staging, max_prefixes, chunk, cache.prefix_bytes)
 
 
 def _paged_blocks(config: SchedulerConfig, bytes_per_block: int) -> int:

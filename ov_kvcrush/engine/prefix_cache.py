@@ -69,6 +69,11 @@ class PrefixCache(Generic[KV]):
             return True
         return False
 
+    def shrink(self, limit: int, size: Callable[[KV], int]) -> None:
+        """Drop the least recently used until the sizes of the others sum to `limit` at most."""
+        while self._prefixes and sum(size(prefix.kv) for prefix in self._prefixes) > limit:
+            self.drop_oldest()
+
     def clear(self) -> None:
         """Drop everything."""
         while self.drop_oldest():
