@@ -61,6 +61,7 @@ class Engine:
         self._runner = Runner(model, self.memory)
         self._inbox: deque[GenerationHandle] = deque()
         self._dropped: deque[KeptKV] = deque()
+        self._is_stepping = False
         self._gone: weakref.WeakSet[KeptKV] = weakref.WeakSet()
         self._handles: dict[int, GenerationHandle] = {}
         self._lock = threading.RLock()
@@ -205,9 +206,11 @@ class Engine:
             self._drop()
             self._take_in()
             self._end_wanted()
+            self._is_stepping = True
             try:
                 plan = self.scheduler.plan()
             except BaseException:  # whose fault it is cannot be told
+                self._is_stepping = False
                 self._abort({s.request for s in (*self.scheduler.running, *self.scheduler.waiting)})
                 raise
             try:
@@ -215,6 +218,8 @@ class Engine:
             except BaseException:
                 self._abort({row.sequence.request for row in plan.rows})
                 raise
+            finally:
+                self._is_stepping = False
             self._drop()
 
     def drop_kept_kv(self) -> None:
@@ -228,7 +233,8 @@ class Engine:
         It may be called by the garbage collector in any thread, so it waits for nothing.
         """
         self._dropped.append(kv)
-        if self._lock.acquire(blocking=False):
+        # The collector may run inside a step of this very thread, whose lock it would get.
+        if not self._is_stepping and self._lock.acquire(blocking=False):
             try:
                 self._drop()
             finally:
