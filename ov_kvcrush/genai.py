@@ -18,6 +18,7 @@ from ov_kvcrush.engine.sampling_params import SamplingParams
 from ov_kvcrush.errors import ContextFileError, CrushError, ModelError, RequestError, nearest, reason_of
 from ov_kvcrush.genai_eviction import scheduler_fields, translate
 from ov_kvcrush.graph.load import check_device
+from ov_kvcrush.openvino_core import open_core
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.precision import paged_precisions
 from ov_kvcrush.results import GenerationOutput, PipelineMetrics, RequestStats, StepSeconds
@@ -163,7 +164,7 @@ class GenaiBackend:
         defaults: ov_genai.GenerationConfig,
         policy: Policy | None = None,
     ) -> None:
-        check_device(ov.Core(), device)
+        check_device(open_core(), device)
         self._eviction = translate(policy, device)
         scheduler = to_genai_scheduler_config(scheduler_config)
         if self._eviction:

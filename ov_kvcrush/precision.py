@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import openvino as ov
 import openvino.opset15 as ops
 
+from ov_kvcrush.openvino_core import open_core
+
 _QUANTISED = ("u8", "u4")
 _NAMES = {"dynamic": "f32"}  # each operation in the model's own type
 
@@ -24,7 +26,7 @@ def plugin_precisions(properties: Mapping[str, Any]) -> PluginPrecisions:
     """What the CPU plugin makes of `properties`, defaults included. Raises RuntimeError if it does not take them."""
     # Only a compiled model tells what was chosen: one operation is enough.
     node = ops.parameter(ov.PartialShape([1]), ov.Type.f32)
-    compiled = ov.Core().compile_model(ov.Model([ops.relu(node)], [node]), "CPU", dict(properties))
+    compiled = open_core().compile_model(ov.Model([ops.relu(node)], [node]), "CPU", dict(properties))
     names = ("KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION", "INFERENCE_PRECISION_HINT")
     types = [compiled.get_property(name).to_string() for name in names]
     return PluginPrecisions(*(_NAMES.get(name, name) for name in types))

@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import openvino as ov
 import openvino_genai
 
 from model_export import export_model
@@ -20,6 +19,7 @@ from ov_kvcrush import CrushError
 from ov_kvcrush.default_model import default_gguf
 from ov_kvcrush.graph.score_outputs import read_scores_model
 from ov_kvcrush.model_info import ModelInfo
+from ov_kvcrush.openvino_core import open_core
 from ov_kvcrush.policies.base import CacheState, HeadState, Policy
 from ov_kvcrush.policies.registry import build, describe
 
@@ -97,7 +97,7 @@ def policy_of(name: str, kept: float, window: int) -> Policy:
 
 def attention_of(folder: Path, ids: np.ndarray, window: int) -> list[np.ndarray]:
     """Of each layer float32 (query heads, tokens): what the last `window` tokens look at, mean over them."""
-    core = ov.Core()
+    core = open_core()
     compiled = core.compile_model(read_scores_model(folder, core), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     request = compiled.create_infer_request()
     # The last step has the window's rows and no others, so that its outputs are about just these.

@@ -15,6 +15,7 @@ from ov_kvcrush import native
 from ov_kvcrush.engine.crush_plan import STORED, PlanEntry, write_plan
 from ov_kvcrush.engine.request import REDUCTIONS
 from ov_kvcrush.native import Store
+from ov_kvcrush.openvino_core import open_core
 
 HEADS, KV_HEADS, SIZE = 4, 2, 32
 SHAPE = (HEADS, KV_HEADS, SIZE, 0, SIZE**-0.5)
@@ -23,7 +24,7 @@ Run = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    core = ov.Core()
+    core = open_core()
     core.add_extension(native.info()["path"])
     factory = NodeFactory("opset1")
     factory.add_extension(native.info()["path"])

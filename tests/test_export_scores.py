@@ -27,6 +27,7 @@ from ov_kvcrush.errors import CrushError, ExportError, ModelError
 from ov_kvcrush.graph.score_outputs import add_score_outputs, read_scores_model
 from ov_kvcrush.model_folder import check_model_folder
 from ov_kvcrush.model_info import ModelInfo
+from ov_kvcrush.openvino_core import open_core
 
 Build = Callable[[str], Path]
 Outputs = dict[str, np.ndarray]
@@ -65,7 +66,7 @@ def tokens(batch: int = 1) -> np.ndarray:
 
 
 def request_of(model: ov.Model) -> ov.InferRequest:
-    return ov.Core().compile_model(model, "CPU", F32).create_infer_request()
+    return open_core().compile_model(model, "CPU", F32).create_infer_request()
 
 
 def plain(folder: Path) -> ov.InferRequest:
@@ -229,7 +230,7 @@ def test_scores_of_one_operation_are_masked_softmax(mask_type: ov.Type) -> None:
     seen = rng.random((5, 9)) < 0.6
     seen[:, 0] = True
     mask = seen if mask_type == ov.Type.boolean else np.where(seen, 0, -np.inf).astype(np.float32)
-    scores = ov.Core().compile_model(model, "CPU", F32)([q, k, v, mask])["attention_scores.0"]
+    scores = open_core().compile_model(model, "CPU", F32)([q, k, v, mask])["attention_scores.0"]
     logits = np.where(seen, q @ k.transpose(0, 1, 3, 2) / 4, -np.inf)
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     expected = (weights / weights.sum(axis=-1, keepdims=True))[:, :, -3:].mean(axis=2)

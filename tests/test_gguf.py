@@ -21,6 +21,7 @@ from ov_kvcrush.errors import ModelError
 from ov_kvcrush.gguf_model import check_convertible, convert_gguf, gguf_model_info
 from ov_kvcrush.gguf_reader import TENSOR_TYPES, read_gguf_header
 from ov_kvcrush.model_info import ModelInfo
+from ov_kvcrush.openvino_core import open_core
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +33,9 @@ def q8_gguf(tiny_hf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 
 def ir_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
     """Logits float32 (T, vocabulary) of one prompt, everything in float32."""
-    import openvino as ov
 
     exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-    request = ov.Core().compile_model(folder / "openvino_model.xml", "CPU", exact).create_infer_request()
+    request = open_core().compile_model(folder / "openvino_model.xml", "CPU", exact).create_infer_request()
     length = len(ids)
     feed = {
         "input_ids": ids[None],

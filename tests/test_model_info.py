@@ -24,6 +24,7 @@ from tiny_models import (
 from ov_kvcrush.errors import ModelError
 from ov_kvcrush.model_info import FILE_NAME, ModelInfo, read_model_info
 from ov_kvcrush.model_support import unsupported_reason
+from ov_kvcrush.openvino_core import open_core
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -247,7 +248,7 @@ def test_windows_and_shape_agree_with_the_graph(tiny_ir: Callable[[str], Path], 
 
     found = ModelInfo.read(tiny_ir(kind))
     assert found is not None
-    core = ov.Core()
+    core = open_core()
     model = core.read_model(tiny_ir(kind) / "openvino_model.xml")
     paged_attention_transformation(model, True, False, False, False, False, False)
     nodes = [node for node in model.get_ordered_ops() if node.get_type_name() == "PagedAttentionExtension"]

@@ -16,6 +16,7 @@ from ov_kvcrush.engine.kv_cache import KVCache
 from ov_kvcrush.engine.paged_memory import paged_inputs, with_lone_rows
 from ov_kvcrush.graph.attention import AttentionLayer, attention_ops
 from ov_kvcrush.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, PAGED_ROWS, use_crush_attention
+from ov_kvcrush.openvino_core import open_core
 
 
 class StockAttention:
@@ -180,7 +181,7 @@ class CrushAttention:
 def _compile(
     model: ov.Model, threads: Sequence[int], properties: dict[str, Any], library: str | None = None
 ) -> dict[int, ov.CompiledModel]:
-    core = ov.Core()
+    core = open_core()
     if library:
         core.add_extension(library)
     return {n: core.compile_model(model, "CPU", {**properties, "INFERENCE_NUM_THREADS": n}) for n in threads}

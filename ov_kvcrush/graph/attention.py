@@ -8,6 +8,7 @@ import numpy as np
 import openvino as ov
 
 from ov_kvcrush.errors import ModelError
+from ov_kvcrush.openvino_core import open_core
 
 # Inputs of PagedAttentionExtension.
 Q, K, V, SCALE, SLIDING_WINDOW, ALIBI_SLOPES, SINKS = 0, 1, 2, 9, 10, 11, 20
@@ -91,7 +92,7 @@ def _constant(op: ov.Node, index: int, name: str) -> float:
     if value.get_node().get_type_name() == "Constant":
         return float(np.asarray(value.get_node().data).reshape(-1)[0])
     try:
-        result = ov.Core().compile_model(ov.Model([value], []), "CPU")([])[0]
+        result = open_core().compile_model(ov.Model([value], []), "CPU")([])[0]
     except RuntimeError:
         raise ModelError(f"scale and sliding window of layer {name!r} must be constants") from None
     return float(np.asarray(result).reshape(-1)[0])

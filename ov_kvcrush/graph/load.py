@@ -15,6 +15,7 @@ from ov_kvcrush.graph.rewrite import gather_sampled_rows, use_crush_attention, u
 from ov_kvcrush.model_folder import MODEL_NAME, check_model_folder
 from ov_kvcrush.model_info import read_json_object, read_model_info
 from ov_kvcrush.model_support import attention_reason
+from ov_kvcrush.openvino_core import open_core
 from ov_kvcrush.precision import plugin_precisions
 
 _PIPELINE_OPTIONS = ("engine", "scheduler_config", "cache_config", "tokenizer", "device", "properties")
@@ -77,7 +78,7 @@ def load_model(
     """
     folder = Path(models_path)
     check_model_folder(folder, tokenizer=False)
-    core = ov.Core()
+    core = open_core()
     check_device(core, device)
     check_properties(core, device, properties)
     info = read_model_info(folder)
