@@ -35,6 +35,16 @@ class ReplayWords:
 NO_WORDS = ReplayWords()
 
 
+@dataclass(frozen=True, eq=False)
+class Other:
+    """A policy that chooses from the prompt of somebody else's request. home: the engine that holds what it chose, the
+    one that reads or one beside it; None = the one that reads.
+    """
+
+    policy: Policy
+    home: Backend | None = None
+
+
 @dataclass(frozen=True)
 class CacheUse:
     """What one request wants of the KV cache.
@@ -44,7 +54,8 @@ class CacheUse:
     too; it need not fit the policy's budget. words: for policies that read the prompt twice.
     context: KV that the prompt's first tokens have already; a policy chooses from what follows. hold: hand the
     KV out at the end, as `Handle.held`. reads_only: end when the prompt is read, without a token. others: policies that
-    choose from the same reading of the prompt, each for KV of its own, `Handle.held_others`; with reads_only.
+    choose from the same reading of the prompt, each for KV of its own, `Handle.held_others`; with reads_only, and
+    nothing is held of the request itself then.
     """
 
     keep_kv: bool = False
@@ -55,7 +66,7 @@ class CacheUse:
     context: KeptKV | None = None
     hold: bool = False
     reads_only: bool = False
-    others: tuple[Policy, ...] = ()
+    others: tuple[Other, ...] = ()
 
 
 AS_CONFIGURED = CacheUse()

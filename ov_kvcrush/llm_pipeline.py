@@ -10,7 +10,7 @@ import numpy as np
 import openvino as ov
 import openvino_genai as ov_genai
 
-from ov_kvcrush.backend import Handle
+from ov_kvcrush.backend import Backend, Handle
 from ov_kvcrush.chat import ConversationTokens
 from ov_kvcrush.context import Context, require_context
 from ov_kvcrush.context_text import ContextText
@@ -56,6 +56,9 @@ class LLMPipeline(PipelineBase):
         super().__init__(
             models_path, device, scheduler_config, engine, properties, tokenizer, cache_config=cache_config
         )
+
+    def _begin(self, backend: Backend) -> None:
+        super()._begin(backend)
         self._tokens = ConversationTokens(self._encoder)
         self._history: ov_genai.ChatHistory | None = None  # of start_chat; None outside
         self._chat_context: Context | None = None  # what the chat goes on from, if it began with one

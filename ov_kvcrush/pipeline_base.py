@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import openvino_genai as ov_genai
 
-from ov_kvcrush.backend import NO_WORDS, Backend, CacheUse, Handle, ReplayWords
+from ov_kvcrush.backend import NO_WORDS, Backend, CacheUse, Handle, Other, ReplayWords
+from ov_kvcrush.beside import backend_beside, others_for
 from ov_kvcrush.config import CacheConfig, SchedulerConfig, check_engine
 from ov_kvcrush.context import Context, context_policy
 from ov_kvcrush.context_text import ContextEncoder, ContextText
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from ov_kvcrush.engine.kept_kv import KeptKV
 
 Progress = Callable[[int, int], None]  # tokens that were read, and all
+AnyPipeline = TypeVar("AnyPipeline", bound="PipelineBase")
 
 
 class PipelineBase:
@@ -58,14 +61,33 @@ class PipelineBase:
         self._config = load_generation_config(folder, self._tokenizer)
         self._encoder = PromptEncoder(self._tokenizer)
         self._contexts = ContextEncoder(self._encoder, self._tokenizer)
-        self._compressed: weakref.WeakValueDictionary[tuple[Any, ...], Context] = weakref.WeakValueDictionary()
         self._words: ReplayWords | None = None
-        self._backend = make_backend(
+        backend = make_backend(
             self._engine_name, folder, device, scheduler_config, cache_config, properties, self._tokenizer, self._config
         )
         self._load_s = time.perf_counter() - start
+        self._begin(backend)
+
+    def _begin(self, backend: Backend) -> None:
+        """All that belongs to one engine, and not to the model and its tokenizer."""
+        self._backend = backend
+        self._compressed: weakref.WeakValueDictionary[tuple[Any, ...], Context] = weakref.WeakValueDictionary()
         self._ids = itertools.count(1 << 62)  # of requests made here; callers of add_request choose theirs below
         self._active: list[Handle] = []  # of all `generate` calls that run, each in its own thread
+
+    def beside(self: AnyPipeline, cache_config: Any = None) -> AnyPipeline:
+        """A second pipeline on the same loaded model, with a store of its own, in other precisions perhaps.
+
+        cache_config: CacheConfig, or a dict with its fields, as for a pipeline alone; nothing of it is taken over from
+        this one. Model, tokenizer, scheduler config and staging blocks are shared: `staging_bytes` must be left out,
+        and the steps of the two take turns, whichever threads run them. Each store has a limit of its own: with the
+        defaults of both they may grow to more than there is, so give `max_bytes` where both will be filled.
+        `compress_ids` of either puts what it reads into the store of either.
+        Raises CrushError with engine="genai" or attention="paged", which have no store.
+        """
+        made = copy.copy(self)
+        made._begin(backend_beside(self._backend, cache_config))
+        return made
 
     @property
     def engine(self) -> str:
@@ -122,26 +144,36 @@ class PipelineBase:
         return context
 
     def compress_ids(
-        self, ids: np.ndarray, policies: Sequence[Policy], *, head: int = 0, progress: Progress | None = None
+        self,
+        ids: np.ndarray,
+        policies: Sequence[Policy],
+        *,
+        pipelines: Sequence[PipelineBase] | None = None,
+        head: int = 0,
+        progress: Progress | None = None,
     ) -> list[Context]:
         """Contexts of the same tokens int64 (S,), read once: one of each policy. Questions are token ids, too.
 
         For comparing policies: the prompt's full cache is computed once, and read a second time once if a policy wants
-        that. head: tokens at the front that stay in any case. Raises as `compress`, and RequestError where policies
-        want different second readings.
+        that. pipelines: for each policy the one whose context it makes, this one or one `beside` it; None = this one
+        for all. Every context is what its pipeline would have made alone; policies that are equal choose once for all
+        precisions. head: tokens at the front that stay in any case.
+        Raises as `compress`, and RequestError where policies want different second readings, for a text longer than the
+        staging blocks, and for a pipeline that is not beside this one. OutOfMemory where one store has no room: then
+        nothing is left in any.
         """
         if not policies:
             raise RequestError("policies must have at least one, got none")
+        homes = [self] * len(policies) if pipelines is None else list(pipelines)
+        others = others_for(policies, homes)
         words = next((w for w in map(self._words_for, policies) if w is not NO_WORDS), NO_WORDS)
         system = (0, head) if head else None
-        use = CacheUse(policy=KeepAll(), system=system, words=words, reads_only=True, others=tuple(policies))
+        use = CacheUse(policy=KeepAll(), system=system, words=words, reads_only=True, others=others)
         handle = self._read_handle(ids, use, progress)
-        assert handle.held is not None
-        self._backend.drop_held(handle.held)
         state = ContextText(self._tokenizer.decode(ids.tolist()))
         return [
-            Context(self, ids, state, kv.as_base(), policy if policy.evicts else None)
-            for kv, policy in zip(handle.held_others, policies, strict=True)
+            Context(home, ids, state, kv.as_base(), policy if policy.evicts else None)
+            for home, kv, policy in zip(homes, handle.held_others, policies, strict=True)
         ]
 
     def answer_each(
@@ -182,28 +214,29 @@ class PipelineBase:
                 if progress:
                     progress(num_read, handle.progress[1])
         except BaseException:
-            self._give_up([handle])
+            self._give_up([handle], use.others)
             raise
         finally:
             self._active.remove(handle)
-        if handle.held is not None and len(handle.held_others) == len(use.others):
+        if len(handle.held_others) == len(use.others) if use.others else handle.held is not None:
             return handle
-        self._give_up([handle])
+        self._give_up([handle], use.others)
         if handle.get_status() != ov_genai.GenerationStatus.FINISHED:
             raise RequestError(f"context must be read to its end, got a stop after {num_read} tokens")
         raise OutOfMemory(
             f"context must fit into the KV store beside what is there, got {len(ids)} tokens; raise max_bytes"
         )
 
-    def _give_up(self, handles: list[Handle]) -> None:
-        """End requests that nobody waits for any more, and give back what they hand out."""
+    def _give_up(self, handles: list[Handle], others: Sequence[Other] = ()) -> None:
+        """End requests that nobody waits for any more, and give back what they hand out. others: of each of them."""
         for handle in handles:
             handle.cancel()
         self._backend.end_wanted()
         for handle in handles:
-            for kv in (handle.held, *handle.held_others):
-                if kv is not None:
-                    self._backend.drop_held(kv)
+            if handle.held is not None:
+                self._backend.drop_held(handle.held)
+            for kv, other in zip(handle.held_others, others, strict=False):  # one that had no room ended it
+                (other.home or self._backend).drop_held(kv)
 
     def _words_for(self, policy: Policy | None) -> ReplayWords:
         if policy is None or not policy.needs.replay:

@@ -193,7 +193,7 @@ class Tracer:
                     self._origins[line] = self._kept[(line.request.context or matches[-1][0]).stored]
                 return is_admitted
 
-            def hold(line: Line, then: Any = memory.hold) -> Any:
+            def _share(line: Line, then: Any = memory._share) -> Any:
                 kv = then(line)
                 if kv is not None and line in self._traces:
                     self._kept[kv.stored] = self._traces[line]
@@ -204,7 +204,7 @@ class Tracer:
                 (runner, infer),
                 (prefixes, match),
                 (memory, admit),
-                (memory, hold),
+                (memory, _share),
             ):
                 patch.setattr(owner, function.__name__, function)
             yield

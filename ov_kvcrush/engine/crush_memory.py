@@ -23,6 +23,7 @@ from ov_kvcrush.engine.prefix_cache import PrefixCache
 from ov_kvcrush.engine.replay import ROWS, Reader, ReplayState, replay_blocks
 from ov_kvcrush.engine.request import AttentionScores, Sequence
 from ov_kvcrush.engine.scheduler import RowPlan
+from ov_kvcrush.engine.takers import let_take
 from ov_kvcrush.errors import ContextFileError
 from ov_kvcrush.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, PAGED_ROWS, SAMPLED_ROWS
 from ov_kvcrush.native import Store, StoreFull
@@ -42,7 +43,8 @@ class CrushMemory:
     store adopts it and the blocks are given back. Every other row attends through the store: decode rows, prompts that
     go on from kept KV, and prompts that are longer than the staging pool. Where a request has a policy, it chooses what
     a complete prompt leaves, and again whenever the cache has grown over its budget.
-    chunk: rows of one step, at most. prefix_bytes: the most that kept prefixes hold; 0 = what is free.
+    chunk: rows of one step, at most. prefix_bytes: the most that kept prefixes hold; 0 = what is free. pool: owners of
+    the staging blocks, where other memories have prompts on them too.
     """
 
     def __init__(
@@ -53,16 +55,17 @@ class CrushMemory:
         max_prefixes: int | None,
         chunk: int,
         prefix_bytes: int = 0,
+        pool: BlockPool | None = None,
     ) -> None:
         self.store = store
         self._prefix_bytes = prefix_bytes
         self._heads = heads  # of each layer: query heads, KV heads
-        self.pool = BlockPool(staging.num_blocks - 1)  # the last one is for the rows that are not of a prompt
+        self.pool = pool or BlockPool(staging.num_blocks - 1)  # the last one is for the rows that are not of a prompt
         self.prefixes: PrefixCache[KeptKV] = PrefixCache(lambda kv: store.release(kv.stored), max_prefixes)
         self._view = CacheView(store, heads)
         self._chunk = chunk
         self.policy_seconds = 0.0
-        self._staging = staging
+        self.staging = staging
         self._reading: set[Sequence] = set()  # prompts that have not taken all the bytes promised to them
         self._resident_blocks = _RESIDENT_BYTES // staging.bytes_per_block
         self._last_paged_rows = 0  # that PagedAttention was run with
@@ -108,8 +111,8 @@ class CrushMemory:
             if num_blocks > self.pool.num_blocks:
                 return (
                     f"prompt must fit into the staging blocks to be read twice, as policy {name_of(eviction.policy)!r} "
-                    f"wants: it takes {num_blocks * self._staging.bytes_per_block} bytes, "
-                    f"got staging of {self.pool.num_blocks * self._staging.bytes_per_block}; raise staging_bytes"
+                    f"wants: it takes {num_blocks * self.staging.bytes_per_block} bytes, "
+                    f"got staging of {self.pool.num_blocks * self.staging.bytes_per_block}; raise staging_bytes"
                 )
         if needed <= self.store.max_bytes:
             return None
@@ -117,6 +120,17 @@ class CrushMemory:
             f"prompt must fit into the KV store of {self.store.max_bytes} bytes, got {num_tokens} tokens, "
             f"which take {needed} bytes; raise max_bytes or lower the precision"
         )
+
+    @property
+    def staged_tokens(self) -> int:
+        """Tokens of all staging blocks."""
+        return self.pool.num_blocks * BLOCK_SIZE
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether other memories have prompts on the staging blocks."""
+        own = sum(len(s.blocks) + (len(s.replay.own_blocks) if s.replay else 0) for s in self._reading)
+        return self.pool.num_used > own
 
     def _promised(self, without: Sequence | None = None) -> int:
         """Bytes that prompts being read will still take."""
@@ -218,7 +232,7 @@ class CrushMemory:
                 sequence.replay = None
             blocks = np.sort(blocks)
             self.pool.release(blocks[::-1])  # the lowest are handed out first
-            self._staging.discard(blocks[blocks >= self._resident_blocks])
+            self.staging.discard(blocks[blocks >= self._resident_blocks])
             sequence.blocks.clear()
 
     def keep(self, sequence: Sequence) -> None:
@@ -280,7 +294,7 @@ class CrushMemory:
 
     def bind(self, request: ov.InferRequest) -> None:
         """Make the staging blocks the cache inputs of `request`."""
-        self._staging.bind(request)
+        self.staging.bind(request)
 
     def step_inputs(self, rows: Items[RowPlan]) -> dict[str, np.ndarray]:
         """Rows of staged prompts first, for PagedAttention; the others follow."""
@@ -360,33 +374,48 @@ class CrushMemory:
         self._reading.discard(sequence)
         start = time.perf_counter()
         try:
-            self._adopt_others(sequence)
-            choice = self._choose(sequence, sequence.request.eviction, is_read=True)
-            if choice:
-                self.store.adopt(sequence.stored, choice.offsets, choice.indices, keep_free=self._promised())
-                sequence.kept = choice.kept
+            if sequence.request.takers:
+                let_take(sequence, lambda eviction: self._choose(sequence, eviction, is_read=True))
+                self.store.release(sequence.stored)  # nothing is left of the reading itself
+                sequence.stored = None
                 self.policy_seconds += time.perf_counter() - start
             else:
-                self.store.adopt(sequence.stored, keep_free=self._promised())
+                choice = self._choose(sequence, sequence.request.eviction, is_read=True)
+                self._fill(sequence.stored, choice)
+                if choice:
+                    sequence.kept = choice.kept
+                    self.policy_seconds += time.perf_counter() - start
         except StoreFull as error:
             _log.warning("request %d ends: %s", sequence.request.request_id, error)
             return False
         self._unstage(sequence)
         return True
 
-    def _adopt_others(self, sequence: Sequence) -> None:
-        """Let each of the request's other policies take what it wants of a staged prompt."""
-        request, length = sequence.request, sequence.num_cached
-        for eviction in request.others[len(request.held_others) :]:
-            choice = self._choose(sequence, eviction, is_read=True)
-            stored = self.store.create(0)
-            self.store.stage(stored, sequence.blocks.ids, length)
-            policy = eviction.policy if eviction else None
-            request.held_others.append(KeptKV(stored, choice.kept if choice else Kept(), policy, length, 0))
-            if choice:
-                self.store.adopt(stored, choice.offsets, choice.indices, keep_free=self._promised())
-            else:
-                self.store.adopt(stored, keep_free=self._promised())
+    def take(self, staged: Sequence, policy: Policy | None, choice: Choice | None) -> KeptKV:
+        """What is chosen (None = all) of a prompt on the staging blocks, this memory's or another's on them.
+
+        It may take what kept prefixes have, but nothing that prompts were promised here. Raises StoreFull.
+        """
+        stored = self.store.create(0)
+        try:
+            self.store.stage(stored, staged.blocks.ids, staged.num_cached)
+            self._fill(stored, choice)
+        except BaseException:
+            self.store.release(stored)
+            raise
+        return KeptKV(stored, choice.kept if choice else Kept(), policy, staged.num_cached, 0)
+
+    def _fill(self, stored: int, choice: Choice | None) -> None:
+        while True:
+            try:
+                if choice:
+                    self.store.adopt(stored, choice.offsets, choice.indices, keep_free=self._promised())
+                else:
+                    self.store.adopt(stored, keep_free=self._promised())
+                return
+            except StoreFull:
+                if not self.prefixes.drop_oldest():
+                    raise
 
     def _evict(self, sequence: Sequence, *, is_read: bool) -> None:
         """Let the policy choose again if the stored cache has grown over its budget."""
@@ -419,7 +448,7 @@ class CrushMemory:
             sequence.stored,
             length,
             kept,
-            (lambda layer: self._staging.read(layer, blocks, length)) if is_staged else None,
+            (lambda layer: self.staging.read(layer, blocks, length)) if is_staged else None,
             sequence.replay.scores if sequence.replay else None,
         )
 
@@ -450,6 +479,6 @@ class CrushMemory:
     def use(self) -> MemoryUse:
         """The store's bytes; blocks are those that as many bytes of long prompts would take."""
         used = self.store.nbytes
-        staging = self.pool.num_used * self._staging.bytes_per_block
+        staging = self.pool.num_used * self.staging.bytes_per_block
         blocks = -int(-used // self._bytes_per_block) + self.pool.num_used
         return MemoryUse(used, self.store.max_bytes, blocks, staging)

@@ -13,17 +13,20 @@ from dataclasses import replace
 import numpy as np
 import openvino_genai as ov_genai
 
-from ov_kvcrush.backend import AS_CONFIGURED, CacheUse, HeldArrays
+from ov_kvcrush.backend import AS_CONFIGURED, CacheUse, HeldArrays, Other
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.engine.answer import finish_reason, settle_answer
 from ov_kvcrush.engine.eviction import Eviction, check_spans
 from ov_kvcrush.engine.kept_kv import KeptKV
 from ov_kvcrush.engine.make_memory import make_memory
+from ov_kvcrush.engine.memory import Memory
 from ov_kvcrush.engine.request import FinishReason, GenerationHandle, Request, ScoreWindow, Sequence, Status
 from ov_kvcrush.engine.runner import Runner
 from ov_kvcrush.engine.sampler import sample
 from ov_kvcrush.engine.sampling_params import SamplingParams, refuse_unsupported
 from ov_kvcrush.engine.scheduler import Scheduler, StepPlan
+from ov_kvcrush.engine.takers import Taker, takers_of
+from ov_kvcrush.engine.turns import Turns
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.graph.load import LoadedModel
 from ov_kvcrush.policies.base import Policy
@@ -39,6 +42,8 @@ class Engine:
     """Continuous batching over one compiled model.
 
     `add` may be called from any thread and while a step runs; `step` from one thread at a time (a lock sees to it).
+    beside: an engine on the same model, whose staging blocks this one shares; each has its own store and requests, and
+    may put what it reads into the other's store. Their steps take turns.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class Engine:
         defaults: ov_genai.GenerationConfig,
         decode: Decode,
         cache_config: CacheConfig | None = None,
+        beside: Engine | None = None,
     ) -> None:
         self._model = model
         self._config = config
@@ -56,21 +62,26 @@ class Engine:
         cache_config = cache_config or CacheConfig()
         self._cache_config = cache_config
         self._policy = cache_config.eviction_policy
-        self.memory = make_memory(model, config, cache_config)
+        self._turns: Turns = beside._turns if beside else Turns()
+        self.memory: Memory = make_memory(model, config, cache_config, beside.memory if beside else None)
         self.scheduler = Scheduler(config, self.memory)
         self._runner = Runner(model, self.memory)
         self._inbox: deque[GenerationHandle] = deque()
         self._dropped: deque[KeptKV] = deque()
-        self._is_stepping = False
         self._gone: weakref.WeakSet[KeptKV] = weakref.WeakSet()
         self._handles: dict[int, GenerationHandle] = {}
-        self._lock = threading.RLock()
+        self._lock = self._turns.lock
         self._add_lock = threading.Lock()
         self._num_steps = 0
         self._usage_sum = 0.0
         self._max_usage = 0.0
         self._policy_s = 0.0  # of all steps
         self._last_step = StepSeconds(0.0, 0.0, 0.0)
+        self._turns.join(self)
+
+    def make_beside(self, cache_config: CacheConfig) -> Engine:
+        """Another engine on the same model and staging blocks. Raises as `make_memory` does."""
+        return Engine(self._model, self._config, self._defaults, self._decode, cache_config, beside=self)
 
     def max_tokens(self, eviction: Eviction | None, num_evicted: int = 0) -> int:
         """Tokens that prompt and answer of one sequence may have, by the model's context and by the cache's memory."""
@@ -82,7 +93,7 @@ class Engine:
         with self._lock:
             self._take_in()
             self._end_wanted()
-            self._drop()
+            self._drop_all()
 
     def has_unfinished(self) -> bool:
         """Whether `step` has something to do."""
@@ -170,9 +181,9 @@ class Engine:
         if score_window and not self._model.has_scores:
             raise RequestError("score_window must be None with attention='paged', which has no scores per head")
         # What goes on from a context is not what its own policy would have left of the prompt.
-        keep_kv = (cache.keep_kv or self._config.enable_prefix_caching) and cache.context is None
-        others = self._others(cache, ids)
-        request = Request(request_id, ids, params, self._decode, keep_kv, score_window, eviction, cache, others)
+        keep_kv = (cache.keep_kv or self._config.enable_prefix_caching) and cache.context is None and not cache.others
+        takers = takers_of(cache, len(ids), self.memory, lambda other: self._taker(other, cache, ids))
+        request = Request(request_id, ids, params, self._decode, keep_kv, score_window, eviction, cache, takers)
         handle = GenerationHandle(request)
         with self._add_lock:
             if request_id in self._handles:
@@ -199,6 +210,7 @@ class Engine:
     def step(self) -> None:
         """Run one inference for as many rows as the plan holds; hand their tokens to the handles.
 
+        Where they wait for staging blocks that an engine beside this one holds, that one's requests move on instead.
         If anything breaks, the requests of the step end and give their memory back before the error goes on.
         """
         with self._lock:
@@ -206,11 +218,11 @@ class Engine:
             self._drop()
             self._take_in()
             self._end_wanted()
-            self._is_stepping = True
+            self._turns.is_stepping = True
             try:
                 plan = self.scheduler.plan()
             except BaseException:  # whose fault it is cannot be told
-                self._is_stepping = False
+                self._turns.is_stepping = False
                 self._abort({s.request for s in (*self.scheduler.running, *self.scheduler.waiting)})
                 raise
             try:
@@ -219,8 +231,16 @@ class Engine:
                 self._abort({row.sequence.request for row in plan.rows})
                 raise
             finally:
-                self._is_stepping = False
-            self._drop()
+                self._turns.is_stepping = False
+            self._drop_all()
+            if self.scheduler.waiting and not plan.rows and not plan.out_of_memory:
+                self._step_others()
+
+    def _step_others(self) -> None:
+        """Move on those that hold staging blocks: they have running sequences, so they do not come back here."""
+        for engine in self._turns.engines():
+            if engine is not self and engine.scheduler.running:
+                engine.step()
 
     def drop_kept_kv(self) -> None:
         """Give back the KV that ended requests left for reuse."""
@@ -234,11 +254,16 @@ class Engine:
         """
         self._dropped.append(kv)
         # The collector may run inside a step of this very thread, whose lock it would get.
-        if not self._is_stepping and self._lock.acquire(blocking=False):
+        if not self._turns.is_stepping and self._lock.acquire(blocking=False):
             try:
                 self._drop()
             finally:
                 self._lock.release()
+
+    def _drop_all(self) -> None:
+        """What could not be given back while the lock was held."""
+        for engine in self._turns.engines():
+            engine._drop()
 
     def _drop(self) -> None:
         if not self._add_lock.acquire(blocking=False):  # perhaps held by this very thread; the next step tries again
@@ -353,21 +378,15 @@ class Engine:
             self._end_if_complete(request)
         return sampling_s
 
-    def _others(self, cache: CacheUse, ids: np.ndarray) -> tuple[Eviction | None, ...]:
-        """What other policies want that choose from the same reading of a prompt."""
-        if cache.others and not (cache.reads_only and cache.context is None):
-            raise RequestError("others must choose from a prompt that is only read, got a request for an answer")
-        found = []
-        for policy in cache.others:
-            eviction = self._eviction(replace(cache, policy=policy), len(ids))
-            if eviction:
-                eviction.check(len(ids))
-            self.check_prompt(ids, eviction)
-            found.append(_with_system(eviction, cache))
-        replays = {x.policy.needs.replay for x in found if x and x.policy.needs.replay}
-        if len(replays) > 1:
-            raise RequestError(f"policies must agree on how a text is read again, got {', '.join(map(str, replays))}")
-        return tuple(found)
+    def _taker(self, other: Other, cache: CacheUse, ids: np.ndarray) -> Taker:
+        home = self if other.home is None else other.home
+        if not isinstance(home, Engine) or home._turns is not self._turns:
+            raise RequestError("pipelines must be the one that reads or made by its beside(), got another")
+        eviction = self._eviction(replace(cache, policy=other.policy), len(ids))
+        if eviction:
+            eviction.check(len(ids))
+        home.check_prompt(ids, eviction)
+        return Taker(_with_system(eviction, cache), home.memory)
 
     def _end_read(self, plan: StepPlan) -> None:
         """End the requests that wanted nothing but their prompt read."""
@@ -432,7 +451,7 @@ class Engine:
         if all(s.is_finished for s in request.sequences):
             self._end(request, Status.FINISHED)
 
-    def _end(self, request: Request, status: Status) -> None:
+    def _end(self, request: Request, status: ov_genai.GenerationStatus) -> None:
         request.status = status
         with self._add_lock:
             self._handles.pop(request.request_id, None)

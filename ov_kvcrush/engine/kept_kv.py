@@ -36,6 +36,8 @@ class KeptKV:
 
     def serves(self, sequence: Sequence, length: int) -> bool:
         """Whether the first `length` tokens are as they would be if `sequence` had computed them itself."""
+        if sequence.request.takers:  # they take from staging blocks, where kept KV is not
+            return False
         eviction, captured_rows = sequence.request.eviction, sequence.request.captured_rows
         rest = len(sequence.ids) - length
         # Rows behind kept KV attend through the store, several times slower than PagedAttention reads a prompt.

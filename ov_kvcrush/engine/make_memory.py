@@ -16,8 +16,16 @@ _STAGING_SHARE = 0.25  # of the free memory, at most, taken by staging blocks wi
 _STAGED_TOKENS = 65536  # of prompts read at the same time, where staging has no given size
 
 
-def make_memory(model: LoadedModel, scheduler: SchedulerConfig, cache: CacheConfig) -> Memory:
-    """Raises CrushError or OutOfMemory if the configs ask for what cannot be."""
+def make_memory(
+    model: LoadedModel, scheduler: SchedulerConfig, cache: CacheConfig, beside: Memory | None = None
+) -> Memory:
+    """The memory of an engine. Raises CrushError or OutOfMemory if the configs ask for what cannot be.
+
+    beside: one over a store on the same model, whose staging blocks are shared; `cache.staging_bytes` does not hold
+    then. Each store has a limit of its own, `cache.max_bytes`, else by `scheduler`: num_kv_blocks are the bytes of so
+    many tokens in its precisions; cache_size, or half of the memory that is free now, is the same for each, so stores
+    that are filled together need limits that fit together.
+    """
     # Without prefix caching only the conversation that runs keeps its KV between turns.
     max_prefixes = None if scheduler.enable_prefix_caching else 1
     if model.attention == "paged":
@@ -38,10 +46,15 @@ def make_memory(model: LoadedModel, scheduler: SchedulerConfig, cache: CacheConf
     measure.close()
     if max_bytes < bytes_per_block:
         raise OutOfMemory(f"max_bytes must be at least {bytes_per_block}, as a short request takes, got {max_bytes}")
-    staging = KVCache(model.compiled, lambda size: _staging_blocks(cache, model.context_length, size) + 1)
+    if beside is None:
+        staging = KVCache(model.compiled, lambda size: _staging_blocks(cache, model.context_length, size) + 1)
+        pool = None
+    else:
+        assert isinstance(beside, CrushMemory), "beside a memory without staging blocks"
+        staging, pool = beside.staging, beside.pool
     heads = [(x.num_heads, x.num_kv_heads) for x in model.layers]
     store, chunk = make_store(max_bytes), scheduler.max_num_batched_tokens
-    return CrushMemory(store, heads, staging, max_prefixes, chunk, cache.prefix_bytes)
+    return CrushMemory(store, heads, staging, max_prefixes, chunk, cache.prefix_bytes, pool)
 
 
 def _paged_blocks(config: SchedulerConfig, bytes_per_block: int) -> int:

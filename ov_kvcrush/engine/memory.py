@@ -11,7 +11,7 @@ import openvino as ov
 
 if TYPE_CHECKING:
     from ov_kvcrush.backend import HeldArrays
-    from ov_kvcrush.engine.eviction import Eviction
+    from ov_kvcrush.engine.eviction import Choice, Eviction
     from ov_kvcrush.engine.kept_kv import KeptKV
     from ov_kvcrush.engine.request import AttentionScores, Sequence
     from ov_kvcrush.engine.scheduler import RowPlan
@@ -59,6 +59,16 @@ class Memory(Protocol):
         """
         ...
 
+    @property
+    def staged_tokens(self) -> int:
+        """Tokens of the longest prompt that others can take KV of while it is read."""
+        ...
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether other memories hold some of what this one shares with them: who finds no place there may wait."""
+        ...
+
     def admit(self, sequence: Sequence) -> bool:
         """Promise memory for all tokens that a waiting sequence has; sets `num_cached` to what is reused."""
         ...
@@ -83,8 +93,12 @@ class Memory(Protocol):
         """The KV of an ending sequence, for the caller to keep; None if there is none."""
         ...
 
+    def take(self, staged: Sequence, policy: Policy | None, choice: Choice | None) -> KeptKV:
+        """What a policy chose of a prompt that was read, here or by another on the same staging blocks; None = all."""
+        ...
+
     def drop_held(self, kv: KeptKV) -> None:
-        """Give back what `hold` gave."""
+        """Give back what `hold` or `take` gave."""
         ...
 
     def share_held(self, kv: KeptKV) -> KeptKV:

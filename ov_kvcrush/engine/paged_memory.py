@@ -10,7 +10,7 @@ import openvino as ov
 
 from ov_kvcrush.backend import HeldArrays
 from ov_kvcrush.engine.block_pool import BLOCK_SIZE, BlockPool, blocks_for
-from ov_kvcrush.engine.eviction import Eviction
+from ov_kvcrush.engine.eviction import Choice, Eviction
 from ov_kvcrush.engine.kept_kv import KeptKV
 from ov_kvcrush.engine.kv_cache import KVCache
 from ov_kvcrush.engine.memory import MemoryUse
@@ -55,6 +55,16 @@ class PagedMemory:
             f"prompt must fit into the KV cache of {self.capacity_tokens(None)} tokens, got {num_tokens} tokens; "
             "raise num_kv_blocks or cache_size"
         )
+
+    @property
+    def staged_tokens(self) -> int:
+        """Zero: nothing is staged."""
+        return 0
+
+    @property
+    def is_crowded(self) -> bool:
+        """False: nothing is shared."""
+        return False
 
     def admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence the blocks of all its tokens, those of a kept prefix among them."""
@@ -125,6 +135,10 @@ class PagedMemory:
     def hold(self, sequence: Sequence) -> KeptKV | None:
         """None: contexts live in the store."""
         return None
+
+    def take(self, staged: Sequence, policy: Policy | None, choice: Choice | None) -> KeptKV:
+        """Contexts live in the store."""
+        raise AssertionError("take() into paged memory")
 
     def drop_held(self, kv: KeptKV) -> None:
         """Nothing was given."""

@@ -23,6 +23,7 @@ from ov_kvcrush.results import GenerationOutput, RequestStats
 if TYPE_CHECKING:
     from ov_kvcrush.engine.kept_kv import KeptKV
     from ov_kvcrush.engine.replay import ReplayState
+    from ov_kvcrush.engine.takers import Taker
 
 FinishReason = ov_genai.GenerationFinishReason
 Status = ov_genai.GenerationStatus
@@ -176,7 +177,7 @@ class Request:
         score_window: ScoreWindow | None = None,
         eviction: Eviction | None = None,
         cache: CacheUse = AS_CONFIGURED,
-        others: tuple[Eviction | None, ...] = (),
+        takers: tuple[Taker, ...] = (),
     ) -> None:
         self.request_id = request_id
         self.params = params
@@ -188,10 +189,10 @@ class Request:
         self.score_window = score_window
         self.eviction = eviction
         self.context = cache.context
-        self.holds = cache.hold or cache.reads_only
+        self.holds = (cache.hold or cache.reads_only) and not takers
         self.reads_only = cache.reads_only
         self.held: KeptKV | None = None
-        self.others = others  # None: that one keeps all
+        self.takers = takers  # of its prompt, when it is read; nothing is left of it then
         self.held_others: list[KeptKV] = []
         self.attention_scores: AttentionScores | None = None  # when the prompt is complete, if a window was asked for
         self.status = Status.RUNNING
@@ -202,17 +203,22 @@ class Request:
         self.wanted_end: tuple[ov_genai.GenerationStatus, ov_genai.GenerationFinishReason] | None = None
 
     @property
+    def evictions(self) -> list[Eviction]:
+        """What it and the takers of its prompt want, as far as that is not all tokens."""
+        return [x for x in (self.eviction, *(taker.eviction for taker in self.takers)) if x]
+
+    @property
     def captured_rows(self) -> int:
         """Query rows to be captured while the request runs. A wider window sees fewer, as in a shorter text."""
         asked = self.score_window.rows if self.score_window else 0
-        windows = [eviction.window for eviction in (self.eviction, *self.others) if eviction]
+        windows = [eviction.window for eviction in self.evictions]
         return min(max([asked, *windows]), _MAX_CAPTURED_ROWS)
 
     @property
     def replayer(self) -> Eviction | None:
-        """Of what the request and others want, the first that has the prompt read twice."""
+        """Of what the request and its takers want, the first that has the prompt read twice."""
         num_tokens = self.num_prompt_tokens
-        wanting = [x for x in (self.eviction, *self.others) if x and x.num_read_again(num_tokens)]
+        wanting = [x for x in self.evictions if x.num_read_again(num_tokens)]
         return wanting[0] if wanting else None
 
     def reduction_of(self, samples: bool) -> int:

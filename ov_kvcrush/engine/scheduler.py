@@ -102,7 +102,7 @@ class Scheduler:
             if not self._config.dynamic_split_fuse and rows and sequence.num_pending > budget:
                 return
             if not self._memory.admit(sequence):
-                if not self.running:
+                if not self.running and not self._memory.is_crowded:
                     stuck.append(sequence)
                 return
             if not sequence.num_generated:

@@ -1,9 +1,12 @@
-"""Runs a suite: each context is read once for all policies, and all that is asked of it is answered in one batch."""
+"""Runs a suite: each context is read once for all policies and precisions, and what is asked of it is answered in
+batches, one for each precision.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +30,7 @@ Advance = Callable[[int], None]  # answers that are there now
 
 
 class Runs(Protocol):
-    """An engine with one precision, and what it answers."""
+    """An engine, and what it answers."""
 
     def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Reply]: ...
 
@@ -53,14 +56,15 @@ def run_suite(
 ) -> Run:
     """Answer what the folder does not have yet, and finish it.
 
-    One pipeline at a time: of each engine and precision. advance: called with the number of answers that were added,
-    first with those that were there. Answers to an item under one pipeline and query are made together or, after a
-    stop, together again, so that a run that was stopped has the same answers as one that was not.
+    One model at a time: ours for all its settings, openvino_genai for each. advance: called with the number of answers
+    that were added, first with those that were there. Answers to an item under one model, precision and query are made
+    together or, after a stop, together again, so that a run that was stopped has the same answers as one that was not,
+    and other precisions in the run change none.
     """
     advance(len(folder.predictions))
-    for planned in _by_pipeline(plan):
+    for planned in _by_model(plan):
         todo = [p for p in prompts if _missing(folder, p, planned)]
-        runs = _runs(model, planned[0].setting, properties) if todo else None
+        runs = _runs(model, planned, properties) if todo else None
         for one in todo:
             assert runs is not None
             task = tasks[one.item.task]
@@ -73,10 +77,16 @@ def run_suite(
 
 
 class CrushRuns:
-    """Our own engine with one precision."""
+    """Our own engine on one model, with a store for each of the precisions.
 
-    def __init__(self, pipeline: LLMPipeline) -> None:
-        self._pipeline = pipeline
+    precisions: of keys and values. Each store is as large as if it were alone: half of the memory that is free now.
+    """
+
+    def __init__(self, model: Path, precisions: Sequence[tuple[str, str]], properties: Mapping[str, Any]) -> None:
+        caches = [CacheConfig(key_precision=key, value_precision=value, attention="crush") for key, value in precisions]
+        self._reader = LLMPipeline(model, "CPU", dict(properties), cache_config=caches[0])
+        pipelines = [self._reader, *(self._reader.beside(cache) for cache in caches[1:])]
+        self._pipelines = dict(zip(precisions, pipelines, strict=True))
 
     def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Reply]:
         """Answers to all questions of an item under settings of one query."""
@@ -95,60 +105,68 @@ class CrushRuns:
         questions: Sequence[tuple[Asked, np.ndarray]],
         planned: Sequence[Planned],
     ) -> Iterator[Reply]:
-        contexts = self._compress(context, head, planned)
-        batch = [_Question(p, a, c, ids) for p, c in zip(planned, contexts, strict=True) for a, ids in questions]
         replies: dict[tuple[str, int], Reply] = {}
-        for length in dict.fromkeys(q.asked.question.max_new_tokens for q in batch):
-            same = [q for q in batch if q.asked.question.max_new_tokens == length]
-            for begin in range(0, len(same), BATCH):
-                for reply in self._answer_batch(task, length, same[begin : begin + BATCH]):
+        with ExitStack() as stack:
+            contexts = self._compress(context, head, planned, stack)
+            for same in _grouped(planned, _precisions):
+                batch = [_Question(p, a, contexts[p.setting.key], ids) for p in same for a, ids in questions]
+                for reply in self._answer(task, self._pipelines[_precisions(same[0].setting)], batch):
                     replies[reply.planned.setting.key, reply.asked.index] = reply
-        for used in contexts:
-            used.close()
         yield from (replies[p.setting.key, a.index] for p in planned for a, _ in questions)
 
-    def _compress(self, ids: np.ndarray, head: int, planned: Sequence[Planned]) -> list[Context]:
-        """A context for each setting. One reading has one second reading at most."""
+    def _compress(self, ids: np.ndarray, head: int, planned: Sequence[Planned], stack: ExitStack) -> dict[str, Context]:
+        """A context for the key of each setting, closed with `stack`. One reading has one second reading at most."""
         replays = [p.policy.needs.replay if p.policy.evicts else None for p in planned]
         second: list[Replay | None] = [*dict.fromkeys(replay for replay in replays if replay is not None)] or [None]
-        made: dict[int, Context] = {}
+        made: dict[str, Context] = {}
         for replay in second:
-            places = [i for i, own in enumerate(replays) if (second[0] if own is None else own) == replay]
-            contexts = self._pipeline.compress_ids(ids, [planned[i].policy for i in places], head=head)
-            made.update(zip(places, contexts, strict=True))
-        return [made[i] for i in range(len(planned))]
+            now = [p for p, own in zip(planned, replays, strict=True) if (second[0] if own is None else own) == replay]
+            homes = [self._pipelines[_precisions(p.setting)] for p in now]
+            contexts = self._reader.compress_ids(ids, [p.policy for p in now], pipelines=homes, head=head)
+            made.update((p.setting.key, stack.enter_context(c)) for p, c in zip(now, contexts, strict=True))
+        return made
 
-    def _answer_batch(self, task: Task, max_new_tokens: int, batch: Sequence[_Question]) -> list[Reply]:
-        config = generation_config(self._pipeline, task, max_new_tokens)
-        start = time.perf_counter()
-        texts = self._pipeline.answer_each([(q.context, q.ids) for q in batch], config)
-        seconds = (time.perf_counter() - start) / len(batch)
-        return [
-            Reply(
-                planned=q.planned,
-                asked=q.asked,
-                text=text,
-                kept_tokens=float(q.context.kept_tokens),
-                prompt_tokens=q.context.num_tokens + len(q.ids),
-                num_bytes=q.context.nbytes,
-                seconds=seconds,
-            )
-            for q, text in zip(batch, texts, strict=True)
-        ]
+    def _answer(self, task: Task, pipeline: LLMPipeline, questions: Sequence[_Question]) -> Iterator[Reply]:
+        for length in dict.fromkeys(q.asked.question.max_new_tokens for q in questions):
+            same = [q for q in questions if q.asked.question.max_new_tokens == length]
+            for begin in range(0, len(same), BATCH):
+                yield from _answer_batch(task, pipeline, length, same[begin : begin + BATCH])
 
 
-def _runs(model: Path, setting: Setting, properties: Mapping[str, Any]) -> Runs:
-    """The engine and precision of a setting, with the model loaded."""
-    key, value = setting.key_precision, setting.value_precision
-    if setting.engine == "genai":
-        return GenaiRuns(model, key, value, properties)
-    cache = CacheConfig(key_precision=key, value_precision=value, attention="crush")
-    return CrushRuns(LLMPipeline(model, "CPU", dict(properties), cache_config=cache))
+def _answer_batch(task: Task, pipeline: LLMPipeline, max_new_tokens: int, batch: Sequence[_Question]) -> list[Reply]:
+    config = generation_config(pipeline, task, max_new_tokens)
+    start = time.perf_counter()
+    texts = pipeline.answer_each([(q.context, q.ids) for q in batch], config)
+    seconds = (time.perf_counter() - start) / len(batch)
+    return [
+        Reply(
+            planned=q.planned,
+            asked=q.asked,
+            text=text,
+            kept_tokens=float(q.context.kept_tokens),
+            prompt_tokens=q.context.num_tokens + len(q.ids),
+            num_bytes=q.context.nbytes,
+            seconds=seconds,
+        )
+        for q, text in zip(batch, texts, strict=True)
+    ]
 
 
-def _by_pipeline(plan: Sequence[Planned]) -> list[list[Planned]]:
-    """Settings that one pipeline answers: of ours all with its precision, of openvino_genai one."""
-    return _grouped(plan, lambda s: (s.engine, s.precisions, s.key if s.engine == "genai" else ""))
+def _runs(model: Path, planned: Sequence[Planned], properties: Mapping[str, Any]) -> Runs:
+    """What answers these settings, with the model loaded."""
+    precisions = [*dict.fromkeys(_precisions(p.setting) for p in planned)]
+    if planned[0].setting.engine == "genai":
+        return GenaiRuns(model, *precisions[0], properties)
+    return CrushRuns(model, precisions, properties)
+
+
+def _by_model(plan: Sequence[Planned]) -> list[list[Planned]]:
+    """Settings that one loaded model answers: of ours all, of openvino_genai one."""
+    return _grouped(plan, lambda s: (s.engine, s.key if s.engine == "genai" else ""))
+
+
+def _precisions(setting: Setting) -> tuple[str, str]:
+    return setting.key_precision, setting.value_precision
 
 
 def _grouped(plan: Sequence[Planned], key: Callable[[Setting], Any]) -> list[list[Planned]]:
