@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.bootstrap import bootstrap_means, generator, interval
-from ov_kvcrush.eval.rows import AVERAGE, Prediction, Row, Setting, by_turn, full_cache_of, rows_of
+from ov_kvcrush.eval.rows import AVERAGE, Prediction, Row, Setting, full_cache_of, rows_of
 from ov_kvcrush.eval.tables import by_task, kept_label, policy_label, row_label, sorted_rows, summary
 
 KVCRUSH = SETTINGS[2]
@@ -142,14 +142,6 @@ def test_rows_have_the_fields_that_were_promised() -> None:
     fields = (*ISSUE_FIELDS, "bytes_per_prompt_token", "difference", "low", "high", "precisions", "settings")
     assert sorted(asdict(row)) == sorted(fields)
     assert (row.kept, row.settings, row.precisions) == (None, {"kept_tokens": 64}, "u8/u8")
-
-
-def test_turns_are_told_apart() -> None:
-    rows = rows_of(by_turn(answers()), SETTINGS, "scbench", resamples=10)
-    assert [row.task for row in rows[:: len(SETTINGS)]] == [
-        *("qa turn 1", "qa turn 2", "qa turn 3", "code turn 1", "code turn 2", "code turn 3"), AVERAGE
-    ]  # fmt: skip
-    assert [row.n for row in rows[:: len(SETTINGS)]] == [6, 4, 2, 6, 4, 2, 24]
 
 
 def test_full_cache_is_the_most_precise_of_the_engine_rather_of_the_query() -> None:

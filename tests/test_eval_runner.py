@@ -55,7 +55,7 @@ def prompts(smollm2: Path) -> list[ItemPrompts]:
 
 @pytest.fixture(scope="module")
 def plan() -> list[Planned]:
-    return make_plan(PlanOptions(policies=POLICIES, kept=(KEPT,), queries=("aware", "agnostic")))
+    return make_plan(PlanOptions(policies=POLICIES, kept=(KEPT,), queries=("aware", "agnostic"), floors=False))
 
 
 Answer = Callable[..., tuple[Prediction, ...]]
@@ -186,6 +186,7 @@ def test_plan_has_everything_once_and_a_full_cache_of_each_kind() -> None:
             precisions=(("u8", "u8"), ("u4", "u2")),
             queries=("agnostic",),
             engines=("crush", "genai"),
+            floors=False,
         )
     )
     settings = [planned.setting for planned in made]
@@ -270,7 +271,7 @@ def test_a_command_writes_a_run_and_a_page(smollm2: Path, tmp_path: Path) -> Non
     assert done.exit_code == 0, done.output
     rows = json.loads(report.read_text())["rows"]
     assert {(row["task"], row["policy"]) for row in rows} == {
-        (task, policy) for task in ("passkey", "average") for policy in ("none", "knorm", "random")
+        (task, policy) for task in ("passkey", "average") for policy in ("none", "knorm", "random", "streaming_llm")
     }
     again = CliRunner().invoke(app, line)
     assert again.exit_code == 2

@@ -1,4 +1,4 @@
-"""`ov_kvcrush-eval SUITE [MODEL]` and `ov_kvcrush-eval results FOLDER...`."""
+"""`ov_kvcrush-eval SUITE [MODEL]`, `ov_kvcrush-eval halves FOLDER` and `ov_kvcrush-eval results FOLDER...`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ from ov_kvcrush.bench.environment import describe_environment
 from ov_kvcrush.bench.report import check_writable, write_json
 from ov_kvcrush.default_model import default_model_path
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.plan import Planned, make_plan
+from ov_kvcrush.eval.halves import chosen_grid, halves_of, judged_grid, write_page
+from ov_kvcrush.eval.long_runs import check_long
+from ov_kvcrush.eval.longgen import SUITE as LONGGEN
+from ov_kvcrush.eval.longgen import losses
+from ov_kvcrush.eval.places import by_place
+from ov_kvcrush.eval.plan import Planned, left_out, make_plan
 from ov_kvcrush.eval.prompts import ItemEncoder, ItemPrompts, encode_items
 from ov_kvcrush.eval.results_doc import write_results
 from ov_kvcrush.eval.run_config import RunConfig
-from ov_kvcrush.eval.run_folder import Run, RunFolder, default_folder, report_of
+from ov_kvcrush.eval.run_folder import Run, RunFolder, default_folder, read_run, report_of
 from ov_kvcrush.eval.runner import run_suite
-from ov_kvcrush.eval.suite_help import HELP, RESULTS
+from ov_kvcrush.eval.suite_help import HALVES, HELP, RESULTS
 from ov_kvcrush.eval.suite_options import Asked, command_of
 from ov_kvcrush.eval.suites import SUITES, Suite, load_suite
 from ov_kvcrush.eval.tables import by_task, summary, tasks_of
@@ -37,9 +42,10 @@ from ov_kvcrush.pipeline_base import load_tokenizer
 
 
 def add_suites(app: typer.Typer) -> None:
-    """Add a command for every suite, and `results`."""
+    """Add a command for every suite, `halves` and `results`."""
     for suite in SUITES:
         app.command(name=suite, help=HELP[suite])(command_of(suite, _run_command))
+    app.command(name="halves", help=HALVES)(_halves_command)
     app.command(name="results", help=RESULTS)(_results_command)
 
 
@@ -51,6 +57,32 @@ def _run_command(suite: str, given: dict[str, Any]) -> None:
         if given["json_path"] is not None:
             write_json(given["json_path"], report_of(run))
             console.print(Text(f"written to {given['json_path']}"))
+
+
+def _halves_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    engine: Annotated[str | None, typer.Option(metavar="crush|genai", help="Only this engine's settings.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write both halves' rows.")
+    ] = None,
+    page: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Also write the tables.")] = None,
+) -> None:
+    console = Console(stderr=True)
+    with _errors(console):
+        for option, path in (("json", json_path), ("markdown", page)):
+            if path is not None:
+                check_writable(path, option)
+        run = read_run(folder)
+        halves = halves_of(run, engine)
+        out().print(judged_grid(halves).rich("differences to the full cache on both halves of the items"))
+        if halves.chosen:
+            out().print(chosen_grid(halves).rich("chosen on the first half, shown on the second"))
+        if json_path is not None:
+            write_json(json_path, {"command": _command(), "suite": run.config.suite, **halves.json})
+            console.print(Text(f"written to {json_path}"))
+        if page is not None:
+            write_page(halves, page)
+            console.print(Text(f"written to {page}"))
 
 
 def _results_command(
@@ -66,11 +98,15 @@ def _results_command(
 def evaluate(name: str, asked: Asked, console: Console) -> Run:
     """Run a suite, or go on with it, into its folder. Raises CrushError before a model is loaded for what cannot be."""
     plan = make_plan(asked.plan)
+    for line in left_out(asked.plan):
+        console.print(Text(line), soft_wrap=True)
     if asked.json_path is not None:
         check_writable(asked.json_path)
     model = asked.model if asked.model is not None else default_model_path()
     check_model_folder(model, tokenizer=True)
     suite, prompts = _items(name, asked, model)
+    if name == LONGGEN:
+        check_long(plan, [item.task for item in suite.items])
     config = _config(suite, asked, model, plan)
     path = asked.out or default_folder(name, model, datetime.now())
     total = len(plan) * sum(len(p.asked) for p in prompts)
@@ -86,6 +122,11 @@ def show(run: Run) -> None:
     console.print(summary(run.rows).rich(f"{run.config.suite}: {Path(run.config.model).name}"))
     if len(tasks_of(run.rows)) > 1:
         console.print(by_task(run.rows).rich("scores by task"))
+    if losses(run):
+        console.print(summary(losses(run)).rich("next-token loss of continue, nats"))
+    places = by_place(run)
+    if places:
+        console.print(by_task(places.rows).rich(f"scores by {places.name}"))
 
 
 def _items(name: str, asked: Asked, model: Path) -> tuple[Suite, list[ItemPrompts]]:

@@ -16,7 +16,7 @@ from ov_kvcrush.eval.items import Task
 from ov_kvcrush.eval.plan import Planned
 from ov_kvcrush.eval.prompts import Asked, ItemPrompts
 from ov_kvcrush.eval.replies import Reply, generation_config
-from ov_kvcrush.genai_eviction import GenaiEviction, nearest
+from ov_kvcrush.genai_eviction import GenaiEviction, block_size, nearest
 from ov_kvcrush.llm_pipeline import LLMPipeline
 
 
@@ -54,15 +54,20 @@ class GenaiRuns:
         text = pipeline.get_tokenizer().decode(tokens) if tokens else ""
         for stop in task.stop:  # it may be at the end of the ids
             text = text.split(stop)[0]
+        num_tokens = self._num_tokens(ids, tokens)
         return Reply(
             planned=planned,
             asked=asked,
             text=text,
-            kept_tokens=float(min(len(ids), eviction.kept_tokens) if eviction else len(ids)),
-            prompt_tokens=len(ids),
-            num_bytes=int(usage.num_bytes * _share_of_blocks(len(ids), eviction)),
+            kept_tokens=float(min(num_tokens, eviction.kept_tokens) if eviction else num_tokens),
+            prompt_tokens=num_tokens,
+            num_bytes=int(usage.num_bytes * _blocks(num_tokens, eviction) / _blocks(len(ids), None)),
             seconds=seconds,
         )
+
+    def _num_tokens(self, prompt: np.ndarray, answer: Sequence[int]) -> int:
+        """When the cache is looked at: those of the prompt."""
+        return len(prompt)
 
     def _eviction(self, planned: Planned, num_tokens: int) -> GenaiEviction | None:
         policy = planned.policy
@@ -88,12 +93,11 @@ class GenaiRuns:
         return made
 
 
-def _share_of_blocks(num_tokens: int, eviction: GenaiEviction | None) -> float:
-    """Of a prompt's blocks, those that stay: the last one, which is not full, is beside the kept tokens."""
-    if eviction is None:
-        return 1.0
-    blocks = -(-num_tokens // eviction.block)
-    return min(1.0, (eviction.kept_tokens // eviction.block + 1) / blocks)
+def _blocks(num_tokens: int, eviction: GenaiEviction | None) -> int:
+    """Blocks that hold a text: the last one, which is not full, is beside the kept tokens."""
+    block = block_size("CPU")
+    blocks = -(-num_tokens // block)
+    return blocks if eviction is None else min(blocks, eviction.kept_tokens // block + 1)
 
 
 class _BytesAtFirstToken(ov_genai.StreamerBase):  # type: ignore[misc]  # it has no types

@@ -60,7 +60,8 @@ class Task:
     """How answers are generated and scored.
 
     first_line: only the first line of the prediction counts. stop: strings at which generation ends.
-    min_new_tokens: before it the model may neither end nor stop.
+    min_new_tokens: before it the model may neither end nor stop. is_forced: the reference is read token by token in
+    place of an answer, and the prediction tells how likely it was.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Task:
     first_line: bool = False
     stop: tuple[str, ...] = ()
     min_new_tokens: int = 0
+    is_forced: bool = False
 
     def __post_init__(self) -> None:
         check_integer("min_new_tokens", self.min_new_tokens, 0)

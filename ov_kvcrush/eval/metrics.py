@@ -1,4 +1,4 @@
-"""Scores of an answer, 0 to 1: those of LongBench, RULER and SCBench, with their numbers and their quirks.
+"""Scores of an answer, 0 to 1: those of LongBench, RULER and SCBench, with their numbers and their quirks; and lines.
 
 Each takes the prediction and its question. Where the original scores one reference, the best of all counts, which is
 LongBench's rule.
@@ -121,12 +121,29 @@ def variable_fraction(prediction: str, question: Question) -> float:
     return round(sum(answer.lower() in text for answer in question.answers) / len(question.answers), 2)
 
 
+def lines_in_order(prediction: str, question: Question) -> float:
+    """Share of the references that are lines of the prediction, in their order: the longest common subsequence.
+
+    Blank lines, and space around a line, do not count.
+    """
+    lines = [line.strip() for line in prediction.splitlines() if line.strip()]
+    lengths = [0] * (len(lines) + 1)  # of the longest one with the first lines, for the references so far
+    for answer in question.answers:
+        before = 0
+        for place, line in enumerate(lines, 1):
+            before, lengths[place] = (
+                lengths[place],
+                before + 1 if line == answer.strip() else max(lengths[place], lengths[place - 1]),
+            )
+    return lengths[-1] / len(question.answers)
+
+
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
         metric.__name__: metric
         for metric in (
             qa_f1, rouge_l, class_match, retrieval, counting, edit_similarity, string_match_all, string_match_any,
-            substring, choice_letter, first_number, variable_fraction,
+            substring, choice_letter, first_number, variable_fraction, lines_in_order,
         )
     }
 )  # fmt: skip

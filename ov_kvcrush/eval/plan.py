@@ -12,11 +12,13 @@ from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.rows import FULL, QUERIES, Setting
 from ov_kvcrush.genai_eviction import nearest
 from ov_kvcrush.policies.base import Policy
-from ov_kvcrush.policies.registry import Settings, build, names
+from ov_kvcrush.policies.registry import Settings, build, describe, names
 from ov_kvcrush.precision import paged_precisions
 
 # What openvino_genai has a method of the same name for.
 GENAI_POLICIES = ("kvcrush", "snapkv", "h2o")
+# What a policy has to beat to be worth anything; run beside all others.
+FLOORS = ("random", "streaming_llm")
 _MANY_TOKENS = 1 << 20
 
 
@@ -33,7 +35,8 @@ class PlanOptions:
     """Lists of what is compared; all with all, but for precisions, which are pairs.
 
     policies: NAME or NAME:KEY=VALUE;KEY=VALUE. kept: fractions; kept_tokens: numbers of tokens instead or beside.
-    policy_options: KEY=VALUE for all policies. precisions: keys and values.
+    policy_options: KEY=VALUE for all policies. precisions: keys and values. floors: FLOORS as well, with our engine, at
+    the first precisions, where any policy evicts and unless they are among the policies.
     """
 
     policies: tuple[str, ...] = ()
@@ -43,6 +46,7 @@ class PlanOptions:
     precisions: tuple[tuple[str, str], ...] = (("u8", "u8"),)
     queries: tuple[str, ...] = ("aware",)
     engines: tuple[str, ...] = field(default=ENGINES[:1])
+    floors: bool = True
 
     def __post_init__(self) -> None:
         for precisions in self.precisions:
@@ -57,7 +61,7 @@ class PlanOptions:
 
 
 def make_plan(options: PlanOptions) -> list[Planned]:
-    """Every setting once, the full cache of each engine, precision and query before its policies.
+    """Every setting once, the full cache of each engine, precision and query before its policies, floors behind them.
 
     openvino_genai, which sees the question by its nature, gets the policies that it has and the precisions that it can
     hold. Raises CrushError for a policy, setting or precision that there is not.
@@ -66,13 +70,14 @@ def make_plan(options: PlanOptions) -> list[Planned]:
     specs = [_parse(spec, options.policy_options) for spec in options.policies]
     evicting = [policy for name, own in specs for policy in _with_budgets(name, own, options)]
     full = Planned(_setting("crush", FULL, {}, ("u8", "u8"), "aware"), build(FULL))
+    floors = _floors(specs, evicting, options)
     for precisions in options.precisions:
         if "crush" in options.engines:
             for query in options.queries:
-                for planned in (full, *evicting):
+                for planned in (full, *evicting, *(floors if precisions == options.precisions[0] else ())):
                     _add(found, planned, "crush", precisions, query)
     if "genai" in options.engines:
-        able = [p for p in options.precisions if paged_precisions(*p, {})]
+        able = _genai_precisions(options)
         if not able:
             raise CrushError(
                 "--key-precision and --value-precision must be u8 or u4 for openvino_genai, got "
@@ -84,6 +89,18 @@ def make_plan(options: PlanOptions) -> list[Planned]:
     return list(found.values())
 
 
+def left_out(options: PlanOptions) -> list[str]:
+    """What openvino_genai is not asked though the user asked for it: a line each, none if it is not in the plan."""
+    if "genai" not in options.engines:
+        return []
+    asked = dict.fromkeys(_parse(spec, options.policy_options)[0] for spec in options.policies)
+    policies = [name for name in asked if name not in (FULL, *GENAI_POLICIES)]
+    able = _genai_precisions(options)
+    precisions = dict.fromkeys("/".join(p) for p in options.precisions if p not in able)
+    what = "their rows are of ov_kvcrush only" if "crush" in options.engines else "they are left out"
+    return [f"openvino_genai has no {', '.join(missing)}: {what}" for missing in (policies, precisions) if missing]
+
+
 def pairs(key: Sequence[str], value: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Keys' and values' precisions beside each other; a single one goes with all. CrushError for other counts."""
     if len(key) != len(value) and 1 not in (len(key), len(value)):
@@ -93,6 +110,21 @@ def pairs(key: Sequence[str], value: Sequence[str]) -> tuple[tuple[str, str], ..
         )
     count = max(len(key), len(value))
     return tuple(zip(tuple(key) * (count // len(key)), tuple(value) * (count // len(value)), strict=True))
+
+
+def _genai_precisions(options: PlanOptions) -> list[tuple[str, str]]:
+    """Those that openvino_genai can hold."""
+    return [p for p in options.precisions if paged_precisions(*p, {})]
+
+
+def _floors(specs: Sequence[tuple[str, Settings]], evicting: Sequence[Planned], options: PlanOptions) -> list[Planned]:
+    """FLOORS that the user did not name, at every budget that evicts, with the options for all that they have."""
+    if not options.floors or not any(planned.policy.evicts for planned in evicting):
+        return []
+    shared = PolicyOptions(others=options.policy_options).settings()
+    missing = [name for name in FLOORS if name not in dict(specs)]
+    own = {name: {key: value for key, value in shared.items() if key in describe(name).settings} for name in missing}
+    return [p for name in missing for p in _with_budgets(name, own[name], options) if p.policy.evicts]
 
 
 def _parse(spec: str, others: tuple[str, ...]) -> tuple[str, Settings]:

@@ -14,7 +14,10 @@ from ov_kvcrush.llm_pipeline import LLMPipeline
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer to a question under a setting, and what the cache was when it was asked."""
+    """An answer to a question under a setting, and what the cache was when it was asked.
+
+    Of long answers: what it was when they ended, and prompt_tokens with those of the answer.
+    """
 
     planned: Planned
     asked: Asked
@@ -27,8 +30,12 @@ class Reply:
 
 def generation_config(pipeline: LLMPipeline, task: Task, max_new_tokens: int) -> ov_genai.GenerationConfig:
     """Greedy, whatever the model's own config says, with its end-of-sequence tokens."""
+    return greedy(pipeline.get_generation_config(), task, max_new_tokens)
+
+
+def greedy(own: ov_genai.GenerationConfig, task: Task, max_new_tokens: int) -> ov_genai.GenerationConfig:
+    """The same from the model's own config."""
     config = ov_genai.GenerationConfig()
-    own = pipeline.get_generation_config()
     config.stop_token_ids = own.stop_token_ids
     if own.eos_token_id >= 0:
         config.set_eos_token_id(own.eos_token_id)

@@ -11,6 +11,10 @@ from ov_kvcrush.bench.report import write_whole
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.bootstrap import RESAMPLES
 from ov_kvcrush.eval.figures import check_figures, write_figures
+from ov_kvcrush.eval.halves import halves_of, markdown, worth_showing
+from ov_kvcrush.eval.longgen import SUITE as LONGGEN
+from ov_kvcrush.eval.longgen import losses
+from ov_kvcrush.eval.places import by_place
 from ov_kvcrush.eval.run_folder import Run, read_run
 from ov_kvcrush.eval.tables import by_task, in_percent, summary, tasks_of
 
@@ -66,6 +70,8 @@ def section(run: Run, pictures: Sequence[Path]) -> str:
     config = run.config
     tasks = tasks_of(run.rows)
     unit = "Scores are in percent." if in_percent(config.suite) else "Scores are nats per token: less is better."
+    if config.suite == LONGGEN:
+        unit += "\nKept tokens and bytes are those at the end of the answers; prompt tokens are all, with the answers'."
     parts = [f"## {config.suite}: {Path(config.model).name}\n"]
     notes = _notes(run.folder)
     if notes:
@@ -73,6 +79,13 @@ def section(run: Run, pictures: Sequence[Path]) -> str:
     parts += [_shell(config.command), f"{_machine(run)}\n", f"{unit}\n", summary(run.rows).markdown()]
     if 1 < len(tasks) <= _MAX_TASK_COLUMNS:
         parts += [f"{len(tasks)} tasks:\n", by_task(run.rows).markdown()]
+    if losses(run):
+        parts += ["Next-token loss of `continue`, nats per token, less is better:\n", summary(losses(run)).markdown()]
+    places = by_place(run)
+    if places:
+        parts += [f"By {places.name}, averages of the tasks:\n", by_task(places.rows).markdown()]
+    if worth_showing(run):
+        parts.append(markdown(halves_of(run)))
     parts += [f"![{picture.stem}]({picture.as_posix()})\n" for picture in pictures]
     return "\n".join(parts)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -197,11 +197,6 @@ def rows_of(
         rows += _rows(suite, task, settings, means.score.shape[1], numbers[-1], full, interval(draws[-1]))
     average, spread = np.mean(numbers, axis=0), interval(np.mean(draws, axis=0))
     return rows + _rows(suite, AVERAGE, settings, num_items, average, full, spread)
-
-
-def by_turn(predictions: Iterable[Prediction]) -> list[Prediction]:
-    """The same with a task for every turn: `rows_of` then tells turns apart."""
-    return [replace(p, task=f"{p.task} turn {p.turn + 1}") for p in predictions]
 
 
 def full_cache_of(setting: Setting, settings: Sequence[Setting]) -> Setting:

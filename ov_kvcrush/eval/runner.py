@@ -17,6 +17,8 @@ from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.context import Context
 from ov_kvcrush.eval.genai_runs import GenaiRuns
 from ov_kvcrush.eval.items import Task, score
+from ov_kvcrush.eval.long_runs import long_runs
+from ov_kvcrush.eval.longgen import SUITE as LONGGEN
 from ov_kvcrush.eval.plan import Planned
 from ov_kvcrush.eval.prompts import Asked, ItemPrompts
 from ov_kvcrush.eval.replies import Reply, generation_config
@@ -64,7 +66,7 @@ def run_suite(
     advance(len(folder.predictions))
     for planned in _by_model(plan):
         todo = [p for p in prompts if _missing(folder, p, planned)]
-        runs = _runs(model, planned, properties) if todo else None
+        runs = _runs(model, planned, properties, folder.config.suite) if todo else None
         for one in todo:
             assert runs is not None
             task = tasks[one.item.task]
@@ -152,8 +154,10 @@ def _answer_batch(task: Task, pipeline: LLMPipeline, max_new_tokens: int, batch:
     ]
 
 
-def _runs(model: Path, planned: Sequence[Planned], properties: Mapping[str, Any]) -> Runs:
+def _runs(model: Path, planned: Sequence[Planned], properties: Mapping[str, Any], suite: str) -> Runs:
     """What answers these settings, with the model loaded."""
+    if suite == LONGGEN:
+        return long_runs(model, planned, properties)
     precisions = [*dict.fromkeys(_precisions(p.setting) for p in planned)]
     if planned[0].setting.engine == "genai":
         return GenaiRuns(model, *precisions[0], properties)

@@ -26,10 +26,15 @@ _SHARE_HELD = 0.5  # of the cache, at most, that contexts of one batch take with
 
 @dataclass(frozen=True)
 class Score:
-    """logprob: of all tokens of a continuation, in nats. is_greedy: each of them was the most likely one."""
+    """logprob: of all tokens of a continuation, in nats. is_greedy: each of them was the most likely one.
+
+    kept_tokens: that a head held at the end, on average. kv_bytes: of the whole cache of this request then.
+    """
 
     logprob: float
     is_greedy: bool
+    kept_tokens: int = 0
+    kv_bytes: int = 0
 
 
 @dataclass
@@ -78,13 +83,22 @@ class ForcedEngine(Engine):
         ]
         forced = [_Forced(answer) for _, answer, _ in prompts]
         try:
-            self._run_all(items, forced)
+            stats = [handle.get_stats() for handle in self._run_all(items, forced)]
         finally:
             self._forced.clear()
         for (ids, answer, _), done in zip(prompts, forced, strict=True):
             if len(done.logprobs) < len(answer):
                 raise OutOfMemory(f"KV cache must hold {len(ids)} tokens and {len(answer)} more; raise max_bytes")
-        return [Score(float(np.sum(done.logprobs)), done.is_greedy) for done in forced]
+        return [
+            Score(float(np.sum(done.logprobs)), done.is_greedy, used.kept_tokens or 0, used.kv_bytes)
+            for done, used in zip(forced, stats, strict=True)
+        ]
+
+    def write(
+        self, prompts: Iterable[tuple[np.ndarray, ov_genai.GenerationConfig, CacheUse]]
+    ) -> list[requests.GenerationHandle]:
+        """Answers of its own to prompts int64 (P,), all in one batch: handles of requests that have ended."""
+        return self._run_all(list(prompts))
 
     def _run_all(
         self, items: list[tuple[np.ndarray, ov_genai.GenerationConfig, CacheUse]], forced: Sequence[_Forced] = ()

@@ -57,6 +57,14 @@ class ScoringPipeline(ContinuousBatchingPipeline):
             self._forced_engine = ForcedEngine.beside(self._backend, self._cache_config)
         return self._forced_engine
 
+    def make_engine(self, cache: CacheConfig, purpose: str) -> ForcedEngine:
+        """One for given and for own answers, on the model of this pipeline, with a cache of its own. Raises as
+        `forced_engine` does.
+        """
+        if not isinstance(self._backend, Engine):
+            raise RequestError(f"engine must be 'crush' for {purpose}, got 'genai'")
+        return ForcedEngine.beside(self._backend, cache)
+
     def encode(self, text: str, add_special_tokens: bool) -> np.ndarray:
         """Token ids int64 (S,). Raises RequestError for a text that the tokenizer would cut."""
         return self._encoder.encode(text, self._new_metrics(), add_special_tokens)

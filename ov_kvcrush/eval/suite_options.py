@@ -24,7 +24,9 @@ def shared_options(
     ] = None,
     length: Annotated[
         str | None,
-        typer.Option(metavar="N", help="Most tokens of prompt and answer; 4096, or the model's context for longbench."),
+        typer.Option(
+            metavar="N", help="Most tokens of prompt and answer; 4096, longgen: 2048, longbench: the model's context."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Items: of each task, or of each grid point.")] = None,
     policy: Annotated[
@@ -46,6 +48,10 @@ def shared_options(
         str, typer.Option(metavar="T[,T...]", help="Cached values; as many as there are for keys, or one.")
     ] = "u8",
     engine: Annotated[str, typer.Option(metavar="crush|genai", help="Engines; both with a comma.")] = "crush",
+    floors: Annotated[
+        bool,
+        typer.Option("--floors/--no-floors", help="Run random and streaming_llm at every budget beside the others."),
+    ] = True,
     seed: Annotated[int, typer.Option(metavar="N", help="Of generated items, and of the intervals.")] = DEFAULT_SEED,
     properties: Annotated[
         list[str] | None, typer.Option("--property", metavar="KEY=VALUE", help="Any OpenVINO property; repeatable.")
@@ -68,6 +74,14 @@ def _task(
 def _haystack(
     haystack: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text, or folder of .txt files, to hide needles in.")
+    ] = None,
+) -> None: ...
+
+
+def _text(
+    haystack: Annotated[
+        Path | None,
+        typer.Option("--text", "--haystack", metavar="FILE", help="Text, or folder of .txt files, to go on with."),
     ] = None,
 ) -> None: ...
 
@@ -95,6 +109,7 @@ _OWN: dict[str, tuple[Callable[..., None], ...]] = {
     "longbench": (_task, _data),
     "scbench": (_task, _multi_turn),
     "needle": (_haystack, _depth),
+    "longgen": (_task, _text),
 }
 
 
@@ -130,6 +145,7 @@ class Asked:
             precisions=pairs(_listed("key-precision", given), _listed("value-precision", given)),
             queries=_listed("query", given),
             engines=_listed("engine", given),
+            floors=given["floors"],
         )
         properties = parse_properties(given["properties"] or ())
         return cls(given["model"], suite, plan, dict(properties), given["out"], given["json_path"])

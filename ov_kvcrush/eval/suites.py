@@ -10,13 +10,14 @@ from typing import Any
 
 from ov_kvcrush.checks import check_choice, check_integer
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval import longbench, needle, ruler, scbench
+from ov_kvcrush.eval import longbench, longgen, needle, ruler, scbench
 from ov_kvcrush.eval.haystack import Haystack, load_haystack
 from ov_kvcrush.eval.items import Item, Task
 from ov_kvcrush.eval.niah import NEEDLES, needles
 from ov_kvcrush.eval.sizing import DEFAULT_SEED, CountTokens
 
 DEFAULT_LENGTH = 4096
+LONG_LENGTH = 2048  # of longgen, half of which are written one by one
 DEFAULT_DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
 
 
@@ -25,8 +26,8 @@ class SuiteOptions:
     """What a suite is asked for; None and () are its own defaults.
 
     lengths: most tokens of prompt and answer; only `needle` takes several. limit: items of each task or grid point.
-    tasks: names. data: folder of longbench. haystack: text or folder to hide needles in. depths: percent, of `needle`.
-    multi_turn: scbench as conversations.
+    tasks: names. data: folder of longbench. haystack: text or folder to hide needles in, or to be continued. depths:
+    percent, of `needle`. multi_turn: scbench as conversations.
     """
 
     lengths: tuple[int, ...] = ()
@@ -121,9 +122,28 @@ def _needle(options: SuiteOptions, count_tokens: CountTokens, context_length: in
     return _suite("needle", items, {needle.TASK.name: needle.TASK})
 
 
+def _longgen(options: SuiteOptions, count_tokens: CountTokens, context_length: int | None) -> Suite:
+    for task in options.tasks:
+        check_choice("task", task, longgen.TASKS)
+    length = _one_length(options, context_length, LONG_LENGTH)
+    tasks, text = options.tasks or tuple(longgen.TASKS), None
+    if longgen.CONTINUE in tasks:
+        text = load_haystack(options.haystack) if options.tasks else _essays_if_any(options.haystack)
+        tasks = tuple(task for task in tasks if text or task != longgen.CONTINUE)
+    items = longgen.longgen_items(tasks, _or(options.limit, 5), length, count_tokens, text, options.seed)
+    return _suite(longgen.SUITE, items, longgen.TASKS)
+
+
 _Load = Callable[[SuiteOptions, CountTokens, "int | None"], Suite]
 SUITES: Mapping[str, _Load] = MappingProxyType(
-    {"needles": _needles, "ruler": _ruler, "longbench": _longbench, "scbench": _scbench, "needle": _needle}
+    {
+        "needles": _needles,
+        "ruler": _ruler,
+        "longbench": _longbench,
+        "scbench": _scbench,
+        "needle": _needle,
+        longgen.SUITE: _longgen,
+    }
 )
 
 
@@ -131,14 +151,14 @@ def _suite(name: str, items: Iterable[Item], tasks: Mapping[str, Task], max_toke
     return Suite(name, tuple(items), tasks, max_tokens)
 
 
-def _one_length(options: SuiteOptions, context_length: int | None) -> int:
+def _one_length(options: SuiteOptions, context_length: int | None, default: int = DEFAULT_LENGTH) -> int:
     if len(options.lengths) > 1:
         raise CrushError(f"--length must be one number but for the suite needle, got {len(options.lengths)}")
     if options.lengths:
         return options.lengths[0]
-    if context_length is not None and context_length < DEFAULT_LENGTH:
+    if context_length is not None and context_length < default:
         raise CrushError(f"--length must be given for a model with a context of {context_length} tokens, got none")
-    return DEFAULT_LENGTH
+    return default
 
 
 def _or(limit: int | None, default: int) -> int:

@@ -56,7 +56,9 @@ def summary(rows: Sequence[Row], task: str = AVERAGE) -> Grid:
     lines = []
     for row in chosen:
         names = (policy_label(row), kept_label(row), row.precisions, *((row.query,) if queries else ()))
-        lines.append((*names, str(row.n), *_scores(row), f"{row.kept_tokens:.0f}", f"{row.bytes_per_prompt_token:.0f}"))
+        lines.append(
+            (*names, str(row.n), *score_cells(row), f"{row.kept_tokens:.0f}", f"{row.bytes_per_prompt_token:.0f}")
+        )
     return Grid((*header, *numbers), tuple(lines), len(header))
 
 
@@ -113,6 +115,21 @@ def row_label(row: Labelled) -> str:
     return f"{policy_label(row)}{kept} {row.precisions}{'' if row.query == 'aware' else f' {row.query}'}"
 
 
+def score_cells(row: Row) -> tuple[str, str, str, str]:
+    """Score, full score, difference and its interval."""
+    scale, digits = _scale(row)
+    return _score(row), f"{scale * row.full_score:.{digits}f}", *difference_cells(row)
+
+
+def difference_cells(row: Row) -> tuple[str, str]:
+    """Difference and its interval; a full cache that is its own measure has none."""
+    if row.policy == FULL and row.difference == row.low == row.high == 0:
+        return "", ""
+    scale, digits = _scale(row)
+    difference, low, high = (f"{scale * value:+.{digits}f}" for value in (row.difference, row.low, row.high))
+    return difference, f"{low} to {high}"
+
+
 def in_percent(suite: str) -> bool:
     """Whether its scores go from 0 to 1."""
     return suite not in _NATS
@@ -121,16 +138,6 @@ def in_percent(suite: str) -> bool:
 def _options(row: Labelled) -> str:
     own = ", ".join(f"{name}={value}" for name, value in sorted(row.settings.items()) if name != "kept_tokens")
     return f" ({own})" if own else ""
-
-
-def _scores(row: Row) -> tuple[str, ...]:
-    """Score, full score, difference, interval; a full cache that is its own measure has no difference."""
-    scale, digits = _scale(row)
-    full = f"{scale * row.full_score:.{digits}f}"
-    if row.policy == FULL and row.difference == row.low == row.high == 0:
-        return _score(row), full, "", ""
-    low, high = (f"{scale * value:+.{digits}f}" for value in (row.low, row.high))
-    return _score(row), full, f"{scale * row.difference:+.{digits}f}", f"{low} to {high}"
 
 
 def _score(row: Row) -> str:
