@@ -15,10 +15,11 @@ namespace {
 class AmxAttend {
     using I = SimdAvx512;
     using V = I::V;
-    static constexpr int MAX_HEAD = 256, BLOCKS = MAX_HEAD / TILE, RING = 3;
+    static constexpr int MAX_HEAD = 256, BLOCKS = MAX_HEAD / DEPTH, RING = 2;
     // |q * scale| as an integer is below 2^22 (stored plus 2^22), p * scale below 2^23.
     static constexpr float KEY_MAGIC = 12582912.f, KEY_RANGE = 4.19e6f, VALUE_MAGIC = 8388608.f, VALUE_RANGE = 8.38e6f;
     static constexpr float FLOOR = -1e30f;
+    static constexpr float MAX_INVERSE = 1e25f;  // of a step: in such units q . min is finite
 
 public:
     static bool takes(const TileLayout& l) {
@@ -26,26 +27,31 @@ public:
     }
 
     AmxAttend(const AttendArgs& a, int head_size)
-        : a_(a), rows_(a.rows), size_(head_size), setup_(digits_config(a.rows)) {
+        : a_(a),
+          rows_(a.rows),
+          size_(head_size),
+          blocks_((head_size + DEPTH - 1) / DEPTH),
+          setup_(digits_config(a.rows)) {
         for (int r = 0; r < rows_; ++r)
-            for (int c = 0; c < size_; c += 16)
-                I::store(q_[r] + c, I::mul(I::load(a.q + r * size_ + c), I::set1(LOG2E)));
-        for (int r = 0; r < rows_; ++r)  // may be used beyond the head size
-            for (int c = size_; c < size_ + 16; c += 16) {
-                I::store(q_[r] + c, I::set1(0));
-                I::store(scaled_q_[r] + c, I::set1(0));
-            }
+            for (int c = 0; c < blocks_ * DEPTH; c += 16)
+                I::store(q_[r] + c, c < size_ ? I::mul(I::load(a.q + r * size_ + c), I::set1(LOG2E)) : I::set1(0));
     }
 
     // Tiles of one layout.
     void run(const Visible* tiles, int n, const Rows& rows, Ahead<I>& ahead) {
         scale_queries(tiles, n);
-        // Three tiles are on their way at a time: the tile unit and the vector units work side by side, and a tile load
-        // comes long after the stores of what it loads (it cannot take it from the store buffer).
+        // Three tiles are on their way at a time: the products of one lie between the vector instructions for the next.
+        // A block of tile instructions would keep these waiting.
         for (int i = 0; i < n + 2; ++i) {
-            if (i < n) split_queries(tiles[i], i % RING, ahead);
-            if (i > 1) combine_scores(s_[0] + (i - 2) * TILE, (i - 2) % RING);
-            if (i > 0 && i <= n) multiply_keys((i - 1) % RING);
+            if (i > 1) combine_scores(s_[0] + (i - 2) * TILE, bias_[i - 2]);
+            if (i > 0 && i <= n) {
+                products_.start(key_digits_[(i - 1) % RING], key_codes_[i - 1], 4 * TILE, true, true, blocks_);
+            }
+            if (i < n) split_queries(tiles[i], i, ahead);
+            if (i > 0 && i <= n) {
+                products_.finish();
+                DigitProducts::store(sums_, true);
+            }
         }
         for (int i = 0; i < n; ++i)
             if (tiles[i].masked) mask<I>(tiles[i], rows, rows_, s_[0] + i * TILE);
@@ -68,71 +74,54 @@ private:
             for (int r = 0; r < rows_; ++r)
                 bound[r] = I::max(I::mul(_mm512_abs_ps(I::load(q_[r] + c)), scale), bound[r]);
         }
-        const __m256 most = reduce8(bound, Max()), range = _mm256_set1_ps(KEY_RANGE);
-        const __mmask8 positive = _mm256_cmp_ps_mask(most, _mm256_setzero_ps(), _CMP_GT_OQ);
+        const __m256 range = _mm256_set1_ps(KEY_RANGE), most = reduce8(bound, Max());
+        const __m256 inverse8 = _mm256_min_ps(_mm256_div_ps(range, most), _mm256_set1_ps(MAX_INVERSE));
         alignas(ALIGNMENT) float inverses[MAX_ROWS];
-        _mm256_store_ps(inverses, _mm256_maskz_div_ps(positive, range, most));
-        _mm256_store_ps(step_, _mm256_div_ps(most, range));
+        _mm256_store_ps(inverses, inverse8);
+        _mm256_store_ps(step_, _mm256_div_ps(_mm256_set1_ps(1), inverse8));
         for (int r = 0; r < rows_; ++r) {
             const V inverse = I::set1(inverses[r]);
-            for (int c = 0; c < size_; c += 16) I::store(scaled_q_[r] + c, I::mul(I::load(q_[r] + c), inverse));
+            for (int c = 0; c < blocks_ * DEPTH; c += 16)
+                I::store(scaled_q_[r] + c, I::mul(I::load(q_[r] + c), inverse));
         }
     }
 
-    // key_digits_[side]: q * scale; bias_[side]: q . min; key_codes_[side]: where the codes are as bytes
-    void split_queries(const Visible& v, int side, Ahead<I>& ahead) {
+    // key_digits_[i % RING]: q * scale; bias_[i]: q . min; key_codes_[i]: where the codes are as bytes
+    void split_queries(const Visible& v, int i, Ahead<I>& ahead) {
         const TileLayout& l = *v.layout;
         const Cutter cutter;
         const V magic = I::set1(KEY_MAGIC), none = I::set1(0);
         const __m256i offset = _mm256_set1_epi8(0x40);  // 2^22 of KEY_MAGIC
         V dot[MAX_ROWS];
         for (int r = 0; r < MAX_ROWS; ++r) dot[r] = none;
-        for (int c = 0; c < size_; c += TILE) {
-            const uint8_t *scale_at = v.tile + l.key_scale + 2 * c, *min_at = v.tile + l.key_min + 2 * c;
-            const bool both = c + 16 < size_;
-            const V scale0 = f16_at(scale_at), scale1 = both ? f16_at(scale_at + 32) : none;
-            const V min0 = f16_at(min_at), min1 = both ? f16_at(min_at + 32) : none;
-            Digits& digits = key_digits_[side][c / TILE];
+        for (int block = 0; block < blocks_; ++block) {
+            const int first = block * DEPTH;
+            V scale[4], min[4];
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; ++k) {
+                const int c = first + 16 * k;
+                scale[k] = c < size_ ? f16_at(v.tile + l.key_scale + 2 * c) : none;
+                min[k] = c < size_ ? f16_at(v.tile + l.key_min + 2 * c) : none;
+            }
+            Digits& digits = key_digits_[i % RING][block];
 #pragma GCC unroll 1
             for (int r = 0; r < rows_; ++r) {
-                const float *q = q_[r] + c, *scaled = scaled_q_[r] + c;
-                dot[r] = I::fma(I::load(q), min0, I::fma(I::load(q + 16), min1, dot[r]));
-                cutter.cut(I::fma(I::load(scaled), scale0, magic), I::fma(I::load(scaled + 16), scale1, magic),
-                           digits.low[2 * r], digits.high[r], offset);
-                if (r % 2 == 0) ahead.step();
+                const float* q = scaled_q_[r] + first;
+                V sum[2] = {dot[r], none};
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; ++half) {
+                    const int k = 2 * half;
+                    const V x = I::load(q + 16 * k), y = I::load(q + 16 * k + 16);
+                    sum[half] = I::fma(x, min[k], I::fma(y, min[k + 1], sum[half]));
+                    cutter.cut(I::fma(x, scale[k], magic), I::fma(y, scale[k + 1], magic), digits, r, half, offset);
+                }
+                dot[r] = I::add(sum[0], sum[1]);
+                ahead.step();
+                products_.step();
             }
         }
-        _mm256_store_ps(bias_[side], reduce8(dot, Add()));
-        key_codes_[side] = key_bytes(v, side);
-    }
-
-    // sums_[side]: key_digits_[side] times key_codes_[side]
-    void multiply_keys(int side) {
-        const uint8_t* codes = key_codes_[side];
-        tile_zero<LOW_SUMS>();
-        tile_zero<HIGH_SUMS>();
-        tile_zero<LOW_SUMS_2>();
-        tile_zero<HIGH_SUMS_2>();
-        for (int c = 0; c < size_; c += TILE, codes += TILE * TILE) {
-            const Digits& digits = key_digits_[side][c / TILE];
-            tile_load<LOW>(digits.low, TILE);
-            tile_load<HIGH>(digits.high, TILE);
-            tile_load<CODES>(codes, 4 * TILE);
-            multiply_unsigned<LOW_SUMS, LOW, CODES>();
-            multiply_signed<HIGH_SUMS, HIGH, CODES>();
-            tile_load<CODES_2>(codes + 64, 4 * TILE);
-            multiply_unsigned<LOW_SUMS_2, LOW, CODES_2>();
-            multiply_signed<HIGH_SUMS_2, HIGH, CODES_2>();
-        }
-        store_sums(sums_[side], true);
-    }
-
-    static void store_sums(Sums* sums, bool both) {
-        tile_store<LOW_SUMS>(sums[0].low);
-        tile_store<HIGH_SUMS>(sums[0].high);
-        if (!both) return;
-        tile_store<LOW_SUMS_2>(sums[1].low);
-        tile_store<HIGH_SUMS_2>(sums[1].high);
+        _mm256_store_ps(bias_[i], _mm256_mul_ps(reduce8(dot, Add()), _mm256_load_ps(step_)));
+        key_codes_[i] = key_bytes(v, i % RING);
     }
 
     static V combined(const Sums& sums, int r) {
@@ -142,11 +131,11 @@ private:
         return I::fma(byte2, I::set1(65536.f), I::fma(byte1, I::set1(256.f), byte0));
     }
 
-    void combine_scores(float* s, int side) {
+    void combine_scores(float* s, const float* biases) const {
         for (int r = 0; r < rows_; ++r) {
-            const V step = I::set1(step_[r]), bias = I::set1(bias_[side][r]);
+            const V step = I::set1(step_[r]), bias = I::set1(biases[r]);
             for (int unit = 0; unit < 2; ++unit)
-                I::store(s + r * STRIDE + 16 * unit, I::fma(combined(sums_[side][unit], r), step, bias));
+                I::store(s + r * STRIDE + 16 * unit, I::fma(combined(sums_[unit], r), step, bias));
         }
     }
 
@@ -196,8 +185,6 @@ private:
 
     void add_values(const Visible* tiles, int n, Ahead<I>& ahead) {
         const TileLayout& l = *tiles[0].layout;
-        const uint8_t* codes[CHUNK];
-        for (int i = 0; i < n; ++i) codes[i] = value_bytes(tiles[i], i);
         for (int first = 0; first < size_; first += l.group_size) {
             const size_t group = static_cast<size_t>(first / l.group_size) * TILE * 2;
             const float step = weight_step(tiles, n, group);
@@ -205,20 +192,21 @@ private:
             for (int r = 0; r < MAX_ROWS; ++r) dot[r] = I::set1(0);
             for (int c = first; c < first + l.group_size; c += 32) {
                 const bool both = c + 16 < first + l.group_size;
-                tile_zero<LOW_SUMS>();
-                tile_zero<HIGH_SUMS>();
-                tile_zero<LOW_SUMS_2>();
-                tile_zero<HIGH_SUMS_2>();
-                for (int i = 0; i <= n; ++i) {
-                    if (i < n && c == first) split_weights(tiles[i], i, group, 1 / step, dot, ahead);
-                    if (i > 0) multiply_values(value_digits_[i - 1], codes[i - 1] + 4 * c, both);
+                for (int i = 0; i < n + 2; i += 2) {  // pairs of tiles: DEPTH tokens
+                    if (i > 0) products_.start(value_digits_ + i / 2 - 1, value_bytes_[i - 2], 4 * TILE, both, i == 2);
+                    for (int k = i; k < i + 2 && k < n; ++k) {
+                        if (c == first) split_weights(tiles[k], k, group, 1 / step, dot, ahead);
+                        value_bytes(tiles[k], c, both, value_bytes_[k]);
+                    }
+                    if (i + 1 == n && c == first) clear_weights(n);
+                    products_.finish();
                 }
-                store_sums(sums_[0], both);
+                DigitProducts::store(sums_, both);
                 if (c == first) _mm256_store_ps(min_sum_, reduce8(dot, Add()));
                 for (int r = 0; r < rows_; ++r)
                     for (int unit = 0; unit <= both; ++unit) {
                         float* acc = a_.acc + r * size_ + c + 16 * unit;
-                        const V sum = I::fma(combined(sums_[0][unit], r), I::set1(step), I::set1(min_sum_[r]));
+                        const V sum = I::fma(combined(sums_[unit], r), I::set1(step), I::set1(min_sum_[r]));
                         I::store(acc, I::fma(sum, I::set1(weight_[r]), I::mul(I::load(acc), I::set1(keep_[r]))));
                     }
             }
@@ -234,7 +222,7 @@ private:
         return I::reduce_max(most) / VALUE_RANGE;
     }
 
-    // value_digits_[i]: p * scale; dot += p * min
+    // Half of value_digits_[i / 2]: p * scale; dot += p * min
     void split_weights(const Visible& v, int i, size_t group, float inverse_step, V* dot, Ahead<I>& ahead) {
         const TileLayout& l = *v.layout;
         const Cutter cutter;
@@ -242,77 +230,73 @@ private:
         const uint8_t *scale_at = v.tile + l.value_scale + group, *min_at = v.tile + l.value_min + group;
         const V scale0 = I::mul(f16_at(scale_at), inverse), scale1 = I::mul(f16_at(scale_at + 32), inverse);
         const V min0 = f16_at(min_at), min1 = f16_at(min_at + 32);
-        Digits& digits = value_digits_[i];
+        Digits& digits = value_digits_[i / 2];
 #pragma GCC unroll 1
         for (int r = 0; r < rows_; ++r) {
             const V p0 = I::load(s_[r] + i * TILE), p1 = I::load(s_[r] + i * TILE + 16);
             dot[r] = I::fma(p0, min0, I::fma(p1, min1, dot[r]));
-            cutter.cut(I::fma(p0, scale0, magic), I::fma(p1, scale1, magic), digits.low[2 * r], digits.high[r],
-                       _mm256_setzero_si256());
-            if (r % 2 == 0) ahead.step();
+            cutter.cut(I::fma(p0, scale0, magic), I::fma(p1, scale1, magic), digits, r, i % 2, _mm256_setzero_si256());
+            if (r % 2 == 0) {
+                ahead.step();
+                products_.step();
+            }
         }
     }
-
-    void multiply_values(const Digits& digits, const uint8_t* codes, bool both) const {
-        tile_load<LOW>(digits.low, TILE);
-        tile_load<HIGH>(digits.high, TILE);
-        tile_load<CODES>(codes, 4 * size_);
-        multiply_unsigned<LOW_SUMS, LOW, CODES>();
-        multiply_signed<HIGH_SUMS, HIGH, CODES>();
-        if (!both) return;
-        tile_load<CODES_2>(codes + 64, 4 * size_);
-        multiply_unsigned<LOW_SUMS_2, LOW, CODES_2>();
-        multiply_signed<HIGH_SUMS_2, HIGH, CODES_2>();
+    // As split_weights for a tile that is not there.
+    void clear_weights(int i) {
+        for (int r = 0; r < 2 * rows_; ++r) std::memset(value_digits_[i / 2].low[r] + TILE, 0, TILE);
+        for (int r = 0; r < rows_; ++r) std::memset(value_digits_[i / 2].high[r] + TILE, 0, TILE);
     }
 
-    // The codes as bytes, a dword per 4 channels (tokens): where they lie, or unpacked. The last product may read 16
-    // channels beyond (times zero), so keys are copied if that would be beyond the tile.
+    // The codes as bytes, a dword per 4 channels: where they lie, or unpacked. The last product may read up to 48
+    // channels beyond (times zero), so they are copied if that would be beyond the tile.
     const uint8_t* key_bytes(const Visible& v, int side) {
         const TileLayout& l = *v.layout;
         const uint8_t* codes = v.tile + l.key_codes;
-        if (l.key == Codec::u8 && l.key_codes + static_cast<uint32_t>((size_ + 16) * TILE) <= l.bytes) return codes;
-        unpack(l.key, codes, TILE, size_, key_bytes_[side]);
+        if (l.key == Codec::u8 && l.key_codes + static_cast<uint32_t>(blocks_ * DEPTH * TILE) <= l.bytes) return codes;
+        unpack(l.key, codes, 4 * TILE, size_, true, key_bytes_[side]);
         return key_bytes_[side];
     }
-    const uint8_t* value_bytes(const Visible& v, int i) {
+    // Codes of 16 or 32 channels as bytes, a dword per 4 tokens.
+    static void value_bytes(const Visible& v, int channel, bool both, uint8_t* to) {
         const TileLayout& l = *v.layout;
-        if (l.value == Codec::u8) return v.tile + l.value_codes;
-        unpack(l.value, v.tile + l.value_codes, size_, TILE, value_bytes_ + i * TILE * size_);
-        return value_bytes_ + i * TILE * size_;
+        unpack(l.value, v.tile + l.value_codes + 4 * channel, 4 * l.head_size, TILE, both, to);
     }
-    // A code matrix of `rows` rows and `columns` columns.
-    static void unpack(Codec codec, const uint8_t* codes, int columns, int rows, uint8_t* to) {
-        if (codec == Codec::u8) std::memcpy(to, codes, static_cast<size_t>(columns * rows));
-        if (codec == Codec::u4) unpack_bits<4>(codes, columns, rows, to);
-        if (codec == Codec::u2) unpack_bits<2>(codes, columns, rows, to);
+    // 16 or 32 columns of a code matrix of `rows` rows, whose rows of dwords are `stride` bytes apart.
+    static void unpack(Codec codec, const uint8_t* codes, int stride, int rows, bool both, uint8_t* to) {
+        if (codec == Codec::u8) unpack_bits<8>(codes, stride, rows, both, to);
+        if (codec == Codec::u4) unpack_bits<4>(codes, stride, rows, both, to);
+        if (codec == Codec::u2) unpack_bits<2>(codes, stride, rows, both, to);
     }
+    static constexpr int UNPACKED = 4 * TILE;  // bytes of a row of 32 columns
     template <int BITS>
-    static void unpack_bits(const uint8_t* codes, int columns, int rows, uint8_t* to) {
+    static void unpack_bits(const uint8_t* codes, int stride, int rows, bool both, uint8_t* to) {
         constexpr int QUADS = 8 / BITS;
-        const __m512i mask = _mm512_set1_epi8((1 << BITS) - 1);
-        for (int row = 0; row < rows; row += 4 * QUADS, to += QUADS * columns * 4)
-            for (int c = 0; c < columns; c += 16, codes += 64) {
-                const __m512i x = _mm512_loadu_si512(codes);
+        const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << BITS) - 1));
+        for (int row = 0; row < rows; row += 4 * QUADS, to += QUADS * UNPACKED, codes += stride)
+            for (int unit = 0; unit <= both; ++unit) {
+                const __m512i x = _mm512_loadu_si512(codes + 64 * unit);
 #pragma GCC unroll 4
                 for (int j = 0; j < QUADS; ++j)
-                    _mm512_store_si512(to + (j * columns + c) * 4,
-                                       _mm512_and_si512(_mm512_srli_epi32(x, BITS * j), mask));
+                    _mm512_store_si512(to + j * UNPACKED + 64 * unit,
+                                       QUADS == 1 ? x : _mm512_and_si512(_mm512_srli_epi32(x, BITS * j), mask));
             }
     }
 
     const AttendArgs& a_;
-    const int rows_, size_;
+    const int rows_, size_, blocks_;
     TileSetup setup_;
-    alignas(ALIGNMENT) float step_[MAX_ROWS], keep_[MAX_ROWS], weight_[MAX_ROWS], bias_[RING][MAX_ROWS],
+    DigitProducts products_;
+    alignas(ALIGNMENT) float step_[MAX_ROWS], keep_[MAX_ROWS], weight_[MAX_ROWS], bias_[CHUNK][MAX_ROWS],
         min_sum_[MAX_ROWS];
     alignas(ALIGNMENT) float q_[MAX_ROWS][STRIDE];
     alignas(ALIGNMENT) float scaled_q_[MAX_ROWS][STRIDE];
     alignas(ALIGNMENT) float s_[MAX_ROWS][STRIDE];
-    const uint8_t* key_codes_[RING];
-    Sums sums_[RING][2];
-    Digits key_digits_[RING][BLOCKS], value_digits_[CHUNK];
-    alignas(ALIGNMENT) uint8_t key_bytes_[RING][(MAX_HEAD + 16) * TILE];
-    alignas(ALIGNMENT) uint8_t value_bytes_[CHUNK * MAX_HEAD * TILE];
+    const uint8_t* key_codes_[CHUNK];
+    Sums sums_[2];
+    Digits key_digits_[RING][BLOCKS], value_digits_[CHUNK / 2];
+    alignas(ALIGNMENT) uint8_t key_bytes_[RING][MAX_HEAD * TILE];
+    alignas(ALIGNMENT) uint8_t value_bytes_[CHUNK][TILE * TILE];  // of 32 channels
 };
 
 void attend_float(const AttendArgs& a, const Visible* chunk, int n, const Visible* after, int num_after) {
