@@ -40,6 +40,8 @@ from ov_kvcrush.model_folder import check_model_folder
 from ov_kvcrush.model_info import read_model_info
 from ov_kvcrush.pipeline_base import load_tokenizer
 
+_TASK_COLUMNS = 8  # of one table, so that names of settings stay readable
+
 
 def add_suites(app: typer.Typer) -> None:
     """Add a command for every suite, `halves` and `results`."""
@@ -120,8 +122,9 @@ def show(run: Run) -> None:
     """Print the tables of a run."""
     console = out()
     console.print(summary(run.rows).rich(f"{run.config.suite}: {Path(run.config.model).name}"))
-    if len(tasks_of(run.rows)) > 1:
-        console.print(by_task(run.rows).rich("scores by task"))
+    tasks = tasks_of(run.rows)
+    for begin in range(0, len(tasks) if len(tasks) > 1 else 0, _TASK_COLUMNS):
+        console.print(by_task(run.rows, tasks[begin : begin + _TASK_COLUMNS]).rich("scores by task"))
     if losses(run):
         console.print(summary(losses(run)).rich("next-token loss of continue, nats"))
     places = by_place(run)

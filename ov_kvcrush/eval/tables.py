@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rich import box
 from rich.table import Table
@@ -30,7 +31,11 @@ class Grid:
         """For the terminal."""
         table = Table(box=box.SIMPLE_HEAD, title=Text(title))
         for number, name in enumerate(self.header):
-            table.add_column(name.replace(" ", "\n"), justify="left" if number < self.num_names else "right")
+            is_name = number < self.num_names
+            justify: Literal["left", "right"] = "left" if is_name else "right"
+            table.add_column(
+                name.replace(" ", "\n"), justify=justify, no_wrap=not is_name, min_width=24 if number == 0 else None
+            )
         for line in self.lines:
             table.add_row(*map(Text, line))
         return table
@@ -62,12 +67,12 @@ def summary(rows: Sequence[Row], task: str = AVERAGE) -> Grid:
     return Grid((*header, *numbers), tuple(lines), len(header))
 
 
-def by_task(rows: Sequence[Row]) -> Grid:
-    """A line per setting, a column per task: scores, the average first."""
+def by_task(rows: Sequence[Row], tasks: Sequence[str] = ()) -> Grid:
+    """A line per setting, a column per task, of all if none are named: scores, the average first."""
     settings: dict[str, dict[str, Row]] = {}
     for row in sorted_rows(rows):
         settings.setdefault(row_label(row), {})[row.task] = row
-    tasks = tasks_of(rows)
+    tasks = tasks or tasks_of(rows)
     lines = [(label, *(_score(own[task]) for task in (AVERAGE, *tasks))) for label, own in settings.items()]
     return Grid(("setting", AVERAGE, *tasks), tuple(lines), 1)
 
