@@ -49,6 +49,21 @@ def png_size(content: bytes) -> tuple[int, int]:
     return width, height
 
 
+def test_many_settings_are_ranked_with_their_intervals() -> None:
+    average = [row for row in ROWS if row.task == AVERAGE]
+    (axes,) = figures.ranking_figure(ROWS).axes
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    assert labels == [row_label(row) for row in sorted(average, key=lambda row: row.score)]
+    points = axes.containers[0].lines[0].get_xdata()
+    assert points == pytest.approx([100 * row.difference for row in sorted(average, key=lambda row: row.score)])
+
+
+def test_more_settings_than_colours_have_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "_MAX_SETTINGS", len(SETTINGS) - 1)
+    found = write_figures(tmp_path / "a", ROWS, ANSWERS, SETTINGS)
+    assert [path.name for path in found] == ["a-ranking.png", "a-needles.png"]
+
+
 def legend(figure: Any) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 

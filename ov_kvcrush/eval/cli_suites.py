@@ -40,7 +40,7 @@ from ov_kvcrush.model_folder import check_model_folder
 from ov_kvcrush.model_info import read_model_info
 from ov_kvcrush.pipeline_base import load_tokenizer
 
-_TASK_COLUMNS = 8  # of one table, so that names of settings stay readable
+_TASK_COLUMNS = 6  # of one table, so that names of settings stay readable
 
 
 def add_suites(app: typer.Typer) -> None:

@@ -24,6 +24,7 @@ from ov_kvcrush.eval.rows import AVERAGE, FULL, Prediction, Row, Setting, bits
 from ov_kvcrush.eval.tables import in_percent, policy_label, row_label, sorted_rows, tasks_of
 
 _MARKERS = "osD^vP*X<>phd8"
+_MAX_SETTINGS = 16  # of colours that can be told apart
 _MAX_SHARE = 150  # percent: beyond it one task with a tiny full score would hide all others
 
 
@@ -38,13 +39,18 @@ def write_figures(
 ) -> list[Path]:
     """Draw what there is to show into STEM-accuracy.png, STEM-tasks.png and STEM-needles.png; return those written.
 
+    Of more settings than colours can tell apart, STEM-ranking.png instead of the first two.
+
     Raises CrushError if there is nothing to draw with, or if a file cannot be written.
     """
     check_figures()
     with _plain_style():
-        figures = {"accuracy": accuracy_figure(rows)}
-        if len(tasks_of(rows)) > 1 and in_percent(rows[0].suite) and _compared(rows):
-            figures["tasks"] = task_figure(rows)
+        if len({row_label(row) for row in rows}) > _MAX_SETTINGS:
+            figures = {"ranking": ranking_figure(rows)}
+        else:
+            figures = {"accuracy": accuracy_figure(rows)}
+            if len(tasks_of(rows)) > 1 and in_percent(rows[0].suite) and _compared(rows):
+                figures["tasks"] = task_figure(rows)
         if any(prediction.task == NEEDLE.name for prediction in predictions):
             figures["needles"] = needle_figure(predictions, settings)
         return [save(figure, stem.with_name(f"{stem.name}-{name}.png")) for name, figure in figures.items()]
@@ -82,6 +88,24 @@ def accuracy_figure(rows: Sequence[Row]) -> Any:
     keys = [_key(marker) for marker in markers.values()]
     labels = [f"{name} keys/values" for name in markers]
     figure.legend([*lines.values(), *keys], [*lines, *labels], loc="outside right upper", fontsize=8)
+    return figure
+
+
+def ranking_figure(rows: Sequence[Row]) -> Any:
+    """Difference to the full cache with its interval on the average of all tasks, a line per setting, best first."""
+    average = [row for row in rows if row.task == AVERAGE]
+    ranked = sorted(average, key=lambda row: row.score)
+    scale = 100 if in_percent(average[0].suite) else 1
+    figure = _figure(9, 1.2 + 0.22 * len(ranked))
+    axes = figure.subplots()
+    values = scale * np.array([(row.difference, row.low, row.high) for row in ranked])
+    errors = np.maximum(np.abs(values[:, 1:] - values[:, :1]).T, 0)
+    axes.errorbar(values[:, 0], np.arange(len(ranked)), xerr=errors, fmt="o", markersize=4, elinewidth=1)
+    axes.axvline(0, color="0.3", linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(ranked)), [row_label(row) for row in ranked], fontsize=7)
+    axes.set_xlabel("difference to the full cache" + (" (points)" if scale == 100 else " (nats)"))
+    axes.set_title(average[0].suite, fontsize=10)
+    axes.grid(True, axis="x", alpha=0.3)
     return figure
 
 

@@ -34,8 +34,9 @@ class Grid:
             is_name = number < self.num_names
             justify: Literal["left", "right"] = "left" if is_name else "right"
             table.add_column(
-                name.replace(" ", "\n"), justify=justify, no_wrap=not is_name, min_width=24 if number == 0 else None
-            )
+                name.replace(" ", "\n").replace("_", "_\n"),
+                justify=justify, no_wrap=not is_name, min_width=24 if number == 0 else None,
+            )  # fmt: skip
         for line in self.lines:
             table.add_row(*map(Text, line))
         return table
