@@ -41,9 +41,8 @@ from ov_kvcrush.fingerprints import FINGERPRINT_FIELDS
 from ov_kvcrush.safe_file import write_whole
 
 _FORMAT = "ov_kvcrush.context"
-_MAGIC = re.compile(
-    rb'\{"__metadata__":\{"format":"ov_kvcrush\.context","layout_version":"(\d{1,9})","sha256":"([0-9a-f]{64})"[,}]'
-)
+BEGINNING = b'{"__metadata__":{"format":"%b",' % _FORMAT.encode()  # behind 8 bytes of the header's length
+_MAGIC = re.compile(re.escape(BEGINNING) + rb'"layout_version":"(\d{1,9})","sha256":"([0-9a-f]{64})"[,}]')
 _NO_DIGEST = "0" * 64
 _MAX_HEADER = 16 << 20  # bytes
 

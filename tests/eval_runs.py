@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ov_kvcrush.eval.rows import Prediction, Setting
 from ov_kvcrush.eval.run_config import RunConfig
+from ov_kvcrush.eval.run_folder import RunFolder
 
 FULL = Setting(engine="crush", policy="none", key_precision="bf16", value_precision="bf16")
 U8 = {"key_precision": "u8", "value_precision": "u8"}
@@ -83,3 +84,15 @@ def config(settings: Sequence[Setting] = SETTINGS, **changes: object) -> RunConf
         "options": {"length": 4096, "tasks": ["qa", "code"]},
     }
     return RunConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def stop_at(folder: RunFolder, count: int | None) -> None:
+    """Let Ctrl-C come in place of the answer behind `count` others; None: never."""
+    add = folder.add
+
+    def add_or_stop(prediction: Prediction) -> None:
+        if len(folder.predictions) == count:
+            raise KeyboardInterrupt
+        add(prediction)
+
+    folder.add = add_or_stop  # type: ignore[method-assign]

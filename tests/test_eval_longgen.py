@@ -25,7 +25,7 @@ from ov_kvcrush.eval.items import Item, Question, score
 from ov_kvcrush.eval.long_runs import LongRuns, check_long, long_runs
 from ov_kvcrush.eval.longgen import CONTINUE, TASKS, likelihood, longgen_items, loss_text, losses
 from ov_kvcrush.eval.metrics import lines_in_order
-from ov_kvcrush.eval.plan import Planned, PlanOptions, make_plan
+from ov_kvcrush.eval.plan import Planned, PlanOptions, caches_of, make_plan
 from ov_kvcrush.eval.prompts import ItemEncoder, ItemPrompts, encode_items
 from ov_kvcrush.eval.replies import Reply
 from ov_kvcrush.eval.run_folder import read_run
@@ -235,7 +235,7 @@ class TestRuns:
         plan = make_plan(
             PlanOptions(policies=("snapkv",), kept_tokens=(4000,), precisions=(("f32", "f32"),), floors=False)
         )
-        runs = LongRuns(folder, [("f32", "f32")], EXACT)
+        runs = LongRuns(folder, caches_of(plan), EXACT)
         for task in ("list", CONTINUE):
             full, snapkv = runs.answer(prompts[task], TASKS[task], plan)
             assert (full.text, full.kept_tokens, full.num_bytes) == (snapkv.text, snapkv.kept_tokens, snapkv.num_bytes)

@@ -81,19 +81,20 @@ def test_no_floors_where_there_is_nothing_above_them(options: PlanOptions) -> No
 
 def test_what_openvino_genai_has_not_is_said_in_a_line() -> None:
     options = replace(MIXED, policies=("kvzip", "snapkv", "keydiff:stride=5", "none"), engines=("crush", "genai"))
-    assert left_out(options) == [
+    plan = make_plan(options)
+    lines = left_out(options, plan)
+    assert lines == [
         "openvino_genai has no kvzip, keydiff: their rows are of ov_kvcrush only",
         "openvino_genai has no u4/u2: their rows are of ov_kvcrush only",
     ]
-    named = {name for name in ("kvzip", "keydiff", "u4/u2") if name in " ".join(left_out(options))}
-    theirs = [p.setting for p in make_plan(options) if p.setting.engine == "genai"]
+    named = {name for name in ("kvzip", "keydiff", "u4/u2") if name in " ".join(lines)}
+    theirs = [p.setting for p in plan if p.setting.engine == "genai"]
     assert not named & ({s.policy for s in theirs} | {s.precisions for s in theirs})
 
 
 def test_nothing_is_said_where_nothing_is_left_out() -> None:
     asked = PlanOptions(policies=("kvcrush", "snapkv", "h2o"), engines=("crush", "genai"))
-    assert left_out(asked) == []
-    assert left_out(replace(MIXED, engines=("crush",))) == []
-    assert left_out(PlanOptions(policies=("kvzip",), engines=("genai",))) == [
-        "openvino_genai has no kvzip: they are left out"
-    ]
+    ours, theirs = replace(MIXED, engines=("crush",)), PlanOptions(policies=("kvzip",), engines=("genai",))
+    assert left_out(asked, make_plan(asked)) == []
+    assert left_out(ours, make_plan(ours)) == []
+    assert left_out(theirs, make_plan(theirs)) == ["openvino_genai has no kvzip: they are left out"]

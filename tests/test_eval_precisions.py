@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from eval_runs import config
+from eval_runs import config, stop_at
 
 from ov_kvcrush import LLMPipeline
 from ov_kvcrush.eval.items import Item, Question, Task
@@ -54,16 +54,9 @@ Answer = Callable[..., Run]
 
 @pytest.fixture(scope="module")
 def answer(model: Path, prompts: list[ItemPrompts]) -> Answer:
-    def run(path: Path, plan: list[Planned], stop_at: int | None = None) -> Run:
+    def run(path: Path, plan: list[Planned], stop: int | None = None) -> Run:
         with RunFolder(path, config([planned.setting for planned in plan], num_items=len(prompts))) as folder:
-            add = folder.add
-
-            def add_or_stop(prediction: Prediction) -> None:
-                if len(folder.predictions) == stop_at:
-                    raise KeyboardInterrupt
-                add(prediction)
-
-            folder.add = add_or_stop  # type: ignore[method-assign]
+            stop_at(folder, stop)
             return run_suite(folder, prompts, {TASK.name: TASK}, plan, model, {})
 
     return run
@@ -110,9 +103,9 @@ def test_rows_and_answers_are_in_the_order_of_the_plan(together: Run) -> None:
 
 def test_stopped_run_of_precisions_ends_as_one_that_was_not(answer: Answer, together: Run, tmp_path: Path) -> None:
     plan = plan_of(*PRECISIONS)
-    for stop_at in (7, 35):  # within the answers to an item, of one precision and of another
+    for stop in (7, 35):  # within the answers to an item, of one precision and of another
         with pytest.raises(KeyboardInterrupt):
-            answer(tmp_path, plan, stop_at)
+            answer(tmp_path, plan, stop)
     assert timeless(answer(tmp_path, plan)) == timeless(together)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
-from eval_runs import config
+from eval_runs import config, stop_at
 from typer.testing import CliRunner
 
 from ov_kvcrush import LLMPipeline
@@ -63,18 +63,10 @@ Answer = Callable[..., tuple[Prediction, ...]]
 
 @pytest.fixture(scope="module")
 def answer(smollm2: Path, prompts: list[ItemPrompts], plan: list[Planned]) -> Answer:
-    def run(path: Path, stop_at: int | None = None) -> tuple[Prediction, ...]:
+    def run(path: Path, stop: int | None = None) -> tuple[Prediction, ...]:
         settings = [planned.setting for planned in plan]
         with RunFolder(path, config(settings, num_items=len(prompts))) as folder:
-            if stop_at is not None:
-                add = folder.add
-
-                def add_or_stop(prediction: Prediction) -> None:
-                    if len(folder.predictions) == stop_at:
-                        raise KeyboardInterrupt
-                    add(prediction)
-
-                folder.add = add_or_stop  # type: ignore[method-assign]
+            stop_at(folder, stop)
             return run_suite(folder, prompts, {TASK.name: TASK}, plan, smollm2, {}).predictions
 
     return run

@@ -17,13 +17,13 @@ from ov_kvcrush.cli.policy_options import PolicyOptions
 from ov_kvcrush.cli.prompt import MAX_STDIN_BYTES
 from ov_kvcrush.config import check_engine
 from ov_kvcrush.context import DEFAULT_POLICY, Context
+from ov_kvcrush.context_file import BEGINNING
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.llm_pipeline import LLMPipeline
 from ov_kvcrush.policies.base import Policy
 
 SUFFIX = ".kvc"
 MAX_TEXT_BYTES = MAX_STDIN_BYTES
-_BEGINNING = b'{"__metadata__":{"format":"ov_kvcrush.context",'  # of a saved context, behind 8 bytes of its length
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def read_context_file(path: Path) -> str | None:
     """The text of a file; None for a saved context, known by its content or its name. Raises RequestError."""
     try:
         with path.open("rb") as file:
-            data = file.read(8 + len(_BEGINNING))
+            data = file.read(8 + len(BEGINNING))
             if path.suffix.lower() == SUFFIX or _is_saved(data):
                 return None
             data += file.read(MAX_TEXT_BYTES + 1 - len(data))
@@ -134,7 +134,7 @@ def check_target(name: str, path: Path) -> Path:
             if not path.is_file():
                 raise RequestError(f"{name} must be a file, got {path}, which is something else")
             with path.open("rb") as file:
-                data = file.read(8 + len(_BEGINNING))
+                data = file.read(8 + len(BEGINNING))
             if data and not _is_saved(data):
                 raise RequestError(f"{name} must be a new file or a saved context, got {path}, which is another file")
         with tempfile.TemporaryFile(dir=path.resolve().parent):
@@ -145,7 +145,7 @@ def check_target(name: str, path: Path) -> Path:
 
 
 def _is_saved(data: bytes) -> bool:
-    return data[8:].startswith(_BEGINNING)
+    return data[8:].startswith(BEGINNING)
 
 
 # -- contexts ----------------------------------------------------------------------------------------------------------

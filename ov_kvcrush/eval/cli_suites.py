@@ -100,7 +100,7 @@ def _results_command(
 def evaluate(name: str, asked: Asked, console: Console) -> Run:
     """Run a suite, or go on with it, into its folder. Raises CrushError before a model is loaded for what cannot be."""
     plan = make_plan(asked.plan)
-    for line in left_out(asked.plan):
+    for line in left_out(asked.plan, plan):
         console.print(Text(line), soft_wrap=True)
     if asked.json_path is not None:
         check_writable(asked.json_path)
@@ -125,8 +125,9 @@ def show(run: Run) -> None:
     tasks = tasks_of(run.rows)
     for begin in range(0, len(tasks) if len(tasks) > 1 else 0, _TASK_COLUMNS):
         console.print(by_task(run.rows, tasks[begin : begin + _TASK_COLUMNS]).rich("scores by task"))
-    if losses(run):
-        console.print(summary(losses(run)).rich("next-token loss of continue, nats"))
+    nats = losses(run)
+    if nats:
+        console.print(summary(nats).rich("next-token loss of continue, nats"))
     places = by_place(run)
     if places:
         console.print(by_task(places.rows).rich(f"scores by {places.name}"))

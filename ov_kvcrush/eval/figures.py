@@ -99,7 +99,7 @@ def ranking_figure(rows: Sequence[Row]) -> Any:
     figure = _figure(9, 1.2 + 0.22 * len(ranked))
     axes = figure.subplots()
     values = scale * np.array([(row.difference, row.low, row.high) for row in ranked])
-    errors = np.maximum(np.abs(values[:, 1:] - values[:, :1]).T, 0)
+    errors = np.abs(values[:, 1:] - values[:, :1]).T
     axes.errorbar(values[:, 0], np.arange(len(ranked)), xerr=errors, fmt="o", markersize=4, elinewidth=1)
     axes.axvline(0, color="0.3", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(ranked)), [row_label(row) for row in ranked], fontsize=7)

@@ -15,7 +15,7 @@ from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.genai_runs import GenaiRuns
 from ov_kvcrush.eval.items import Task
 from ov_kvcrush.eval.longgen import SUITE, TASKS, loss_text
-from ov_kvcrush.eval.plan import Planned
+from ov_kvcrush.eval.plan import Planned, caches_of, grouped, precisions_of
 from ov_kvcrush.eval.prompts import Asked, ItemPrompts
 from ov_kvcrush.eval.replies import Reply, greedy
 from ov_kvcrush.eval.scoring import ForcedEngine
@@ -26,21 +26,18 @@ from ov_kvcrush.genai_eviction import GenaiEviction, nearest
 class LongRuns:
     """Our own engine on one model. All settings of a question and a precision run in one batch."""
 
-    def __init__(self, model: Path, precisions: Sequence[tuple[str, str]], properties: Mapping[str, Any]) -> None:
-        caches = [CacheConfig(key_precision=key, value_precision=value, attention="crush") for key, value in precisions]
-        self._pipeline = ScoringPipeline(model, "CPU", "crush", caches[0], None, dict(properties))
-        engines = [self._pipeline.make_engine(cache, SUITE) for cache in caches]
-        self._engines = dict(zip(precisions, engines, strict=True))
+    def __init__(
+        self, model: Path, caches: Mapping[tuple[str, str], CacheConfig], properties: Mapping[str, Any]
+    ) -> None:
+        self._pipeline = ScoringPipeline(model, "CPU", "crush", next(iter(caches.values())), None, dict(properties))
+        self._engines = {name: self._pipeline.make_engine(cache, SUITE) for name, cache in caches.items()}
 
     def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Reply]:
         """Answers to all questions of an item. Policies see the prompt with the question, whatever the query."""
-        by_precisions: dict[tuple[str, str], list[Planned]] = {}
-        for one in planned:
-            by_precisions.setdefault((one.setting.key_precision, one.setting.value_precision), []).append(one)
         for asked in prompts.asked:
             ids = np.concatenate([prompts.ids, asked.ids])
-            for precisions, same in by_precisions.items():
-                yield from self._batch(task, asked, ids, self._engines[precisions], same)
+            for same in grouped(planned, precisions_of):
+                yield from self._batch(task, asked, ids, self._engines[precisions_of(same[0].setting)], same)
 
     def _batch(
         self, task: Task, asked: Asked, ids: np.ndarray, engine: ForcedEngine, planned: Sequence[Planned]
@@ -103,11 +100,10 @@ class GenaiLongRuns(GenaiRuns):
 
 def long_runs(model: Path, planned: Sequence[Planned], properties: Mapping[str, Any]) -> LongRuns | GenaiLongRuns:
     """What answers these settings of one engine, of openvino_genai with one precision, with the model loaded."""
-    settings = [one.setting for one in planned]
-    precisions = [*dict.fromkeys((s.key_precision, s.value_precision) for s in settings)]
-    if settings[0].engine == "genai":
-        return GenaiLongRuns(model, *precisions[0], properties)
-    return LongRuns(model, precisions, properties)
+    first = planned[0].setting
+    if first.engine == "genai":
+        return GenaiLongRuns(model, *precisions_of(first), properties)
+    return LongRuns(model, caches_of(planned), properties)
 
 
 def check_long(plan: Sequence[Planned], tasks: Sequence[str]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ov_kvcrush.checks import check_choice, check_fraction
 from ov_kvcrush.cli.policy_options import PolicyOptions
-from ov_kvcrush.config import ENGINES, PRECISIONS
+from ov_kvcrush.config import ENGINES, PRECISIONS, CacheConfig
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.rows import FULL, QUERIES, Setting
 from ov_kvcrush.genai_eviction import nearest
@@ -69,7 +70,7 @@ def make_plan(options: PlanOptions) -> list[Planned]:
     found: dict[str, Planned] = {}
     specs = [_parse(spec, options.policy_options) for spec in options.policies]
     evicting = [policy for name, own in specs for policy in _with_budgets(name, own, options)]
-    full = Planned(_setting("crush", FULL, {}, ("u8", "u8"), "aware"), build(FULL))
+    full = Planned(_setting(FULL, {}), build(FULL))
     floors = _floors(specs, evicting, options)
     for precisions in options.precisions:
         if "crush" in options.engines:
@@ -77,7 +78,7 @@ def make_plan(options: PlanOptions) -> list[Planned]:
                 for planned in (full, *evicting, *(floors if precisions == options.precisions[0] else ())):
                     _add(found, planned, "crush", precisions, query)
     if "genai" in options.engines:
-        able = _genai_precisions(options)
+        able = [p for p in options.precisions if paged_precisions(*p, {})]
         if not able:
             raise CrushError(
                 "--key-precision and --value-precision must be u8 or u4 for openvino_genai, got "
@@ -89,13 +90,13 @@ def make_plan(options: PlanOptions) -> list[Planned]:
     return list(found.values())
 
 
-def left_out(options: PlanOptions) -> list[str]:
+def left_out(options: PlanOptions, plan: Sequence[Planned]) -> list[str]:
     """What openvino_genai is not asked though the user asked for it: a line each, none if it is not in the plan."""
     if "genai" not in options.engines:
         return []
     asked = dict.fromkeys(_parse(spec, options.policy_options)[0] for spec in options.policies)
     policies = [name for name in asked if name not in (FULL, *GENAI_POLICIES)]
-    able = _genai_precisions(options)
+    able = {precisions_of(planned.setting) for planned in plan if planned.setting.engine == "genai"}
     precisions = dict.fromkeys("/".join(p) for p in options.precisions if p not in able)
     what = "their rows are of ov_kvcrush only" if "crush" in options.engines else "they are left out"
     return [f"openvino_genai has no {', '.join(missing)}: {what}" for missing in (policies, precisions) if missing]
@@ -112,9 +113,25 @@ def pairs(key: Sequence[str], value: Sequence[str]) -> tuple[tuple[str, str], ..
     return tuple(zip(tuple(key) * (count // len(key)), tuple(value) * (count // len(value)), strict=True))
 
 
-def _genai_precisions(options: PlanOptions) -> list[tuple[str, str]]:
-    """Those that openvino_genai can hold."""
-    return [p for p in options.precisions if paged_precisions(*p, {})]
+def grouped(plan: Sequence[Planned], key: Callable[[Setting], Any]) -> list[list[Planned]]:
+    """The plan in parts of equal keys, both in the order in which they first appear."""
+    found: dict[Any, list[Planned]] = {}
+    for planned in plan:
+        found.setdefault(key(planned.setting), []).append(planned)
+    return list(found.values())
+
+
+def precisions_of(setting: Setting) -> tuple[str, str]:
+    """Of keys and values."""
+    return setting.key_precision, setting.value_precision
+
+
+def caches_of(plan: Sequence[Planned]) -> dict[tuple[str, str], CacheConfig]:
+    """Our engine's cache for each of the precisions in the plan, in the order in which they first appear."""
+    return {
+        (key, value): CacheConfig(key_precision=key, value_precision=value, attention="crush")
+        for key, value in dict.fromkeys(precisions_of(planned.setting) for planned in plan)
+    }
 
 
 def _floors(specs: Sequence[tuple[str, Settings]], evicting: Sequence[Planned], options: PlanOptions) -> list[Planned]:
@@ -144,22 +161,20 @@ def _with_budgets(name: str, own: Settings, options: PlanOptions) -> Iterator[Pl
     budgets += [{"kept_tokens": tokens, "min_tokens": tokens} for tokens in options.kept_tokens]
     for budget in budgets or [{"kept": 0.25}]:
         asked = {key: value for key, value in budget.items() if key != "min_tokens"}
-        setting = _setting("crush", name, {**own, **asked}, ("u8", "u8"), "aware")
-        yield Planned(setting, build(name, **{**budget, **own}))
+        yield Planned(_setting(name, {**own, **asked}), build(name, **{**budget, **own}))
 
 
-def _setting(engine: str, name: str, settings: Settings, precisions: tuple[str, str], query: str) -> Setting:
+def _setting(name: str, settings: Settings) -> Setting:
+    """Of our engine in u8, aware of the question: `_add` puts its own in place of these."""
     own = dict(settings)
     kept, kept_tokens = own.pop("kept", None), own.pop("kept_tokens", None)
     assert kept is None or isinstance(kept, (int, float))
     assert kept_tokens is None or isinstance(kept_tokens, int)
-    key, value = precisions
     return Setting(
-        engine=engine,
+        engine="crush",
         policy=name,
-        key_precision=key,
-        value_precision=value,
-        query=query,
+        key_precision="u8",
+        value_precision="u8",
         kept=kept,
         kept_tokens=kept_tokens,
         policy_settings=own,
@@ -167,9 +182,8 @@ def _setting(engine: str, name: str, settings: Settings, precisions: tuple[str, 
 
 
 def _add(found: dict[str, Planned], planned: Planned, engine: str, precisions: tuple[str, str], query: str) -> None:
-    s = planned.setting
-    settings: Settings = {**s.policy_settings, "kept": s.kept, "kept_tokens": s.kept_tokens}
-    setting = _setting(engine, s.policy, settings, precisions, query)
+    key, value = precisions
+    setting = replace(planned.setting, engine=engine, key_precision=key, value_precision=value, query=query)
     found.setdefault(setting.key, Planned(setting, planned.policy))
 
 

@@ -79,8 +79,9 @@ def section(run: Run, pictures: Sequence[Path]) -> str:
     parts += [_shell(config.command), f"{_machine(run)}\n", f"{unit}\n", summary(run.rows).markdown()]
     if 1 < len(tasks) <= _MAX_TASK_COLUMNS:
         parts += [f"{len(tasks)} tasks:\n", by_task(run.rows).markdown()]
-    if losses(run):
-        parts += ["Next-token loss of `continue`, nats per token, less is better:\n", summary(losses(run)).markdown()]
+    nats = losses(run)
+    if nats:
+        parts += ["Next-token loss of `continue`, nats per token, less is better:\n", summary(nats).markdown()]
     places = by_place(run)
     if places:
         parts += [f"By {places.name}, averages of the tasks:\n", by_task(places.rows).markdown()]

@@ -19,10 +19,10 @@ from ov_kvcrush.eval.genai_runs import GenaiRuns
 from ov_kvcrush.eval.items import Task, score
 from ov_kvcrush.eval.long_runs import long_runs
 from ov_kvcrush.eval.longgen import SUITE as LONGGEN
-from ov_kvcrush.eval.plan import Planned
+from ov_kvcrush.eval.plan import Planned, caches_of, grouped, precisions_of
 from ov_kvcrush.eval.prompts import Asked, ItemPrompts
 from ov_kvcrush.eval.replies import Reply, generation_config
-from ov_kvcrush.eval.rows import Prediction, Setting, rows_of
+from ov_kvcrush.eval.rows import Prediction, rows_of
 from ov_kvcrush.eval.run_folder import Run, RunFolder
 from ov_kvcrush.llm_pipeline import LLMPipeline
 from ov_kvcrush.policies.base import Replay
@@ -70,7 +70,7 @@ def run_suite(
         for one in todo:
             assert runs is not None
             task = tasks[one.item.task]
-            for same_query in _grouped(planned, lambda setting: setting.query):
+            for same_query in grouped(planned, lambda setting: setting.query):
                 if _missing(folder, one, same_query):
                     advance(_add(folder, one, task, runs.answer(one, task, same_query)))
         del runs  # before the next model is loaded
@@ -81,14 +81,15 @@ def run_suite(
 class CrushRuns:
     """Our own engine on one model, with a store for each of the precisions.
 
-    precisions: of keys and values. Each store is as large as if it were alone: half of the memory that is free now.
+    caches: by precisions. Each store is as large as if it were alone: half of the memory that is free now.
     """
 
-    def __init__(self, model: Path, precisions: Sequence[tuple[str, str]], properties: Mapping[str, Any]) -> None:
-        caches = [CacheConfig(key_precision=key, value_precision=value, attention="crush") for key, value in precisions]
-        self._reader = LLMPipeline(model, "CPU", dict(properties), cache_config=caches[0])
-        pipelines = [self._reader, *(self._reader.beside(cache) for cache in caches[1:])]
-        self._pipelines = dict(zip(precisions, pipelines, strict=True))
+    def __init__(
+        self, model: Path, caches: Mapping[tuple[str, str], CacheConfig], properties: Mapping[str, Any]
+    ) -> None:
+        first, *others = caches
+        self._reader = LLMPipeline(model, "CPU", dict(properties), cache_config=caches[first])
+        self._pipelines = {first: self._reader, **{name: self._reader.beside(caches[name]) for name in others}}
 
     def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Reply]:
         """Answers to all questions of an item under settings of one query."""
@@ -110,9 +111,9 @@ class CrushRuns:
         replies: dict[tuple[str, int], Reply] = {}
         with ExitStack() as stack:
             contexts = self._compress(context, head, planned, stack)
-            for same in _grouped(planned, _precisions):
+            for same in grouped(planned, precisions_of):
                 batch = [_Question(p, a, contexts[p.setting.key], ids) for p in same for a, ids in questions]
-                for reply in self._answer(task, self._pipelines[_precisions(same[0].setting)], batch):
+                for reply in self._answer(task, self._pipelines[precisions_of(same[0].setting)], batch):
                     replies[reply.planned.setting.key, reply.asked.index] = reply
         yield from (replies[p.setting.key, a.index] for p in planned for a, _ in questions)
 
@@ -123,7 +124,7 @@ class CrushRuns:
         made: dict[str, Context] = {}
         for replay in second:
             now = [p for p, own in zip(planned, replays, strict=True) if (second[0] if own is None else own) == replay]
-            homes = [self._pipelines[_precisions(p.setting)] for p in now]
+            homes = [self._pipelines[precisions_of(p.setting)] for p in now]
             contexts = self._reader.compress_ids(ids, [p.policy for p in now], pipelines=homes, head=head)
             made.update((p.setting.key, stack.enter_context(c)) for p, c in zip(now, contexts, strict=True))
         return made
@@ -158,27 +159,15 @@ def _runs(model: Path, planned: Sequence[Planned], properties: Mapping[str, Any]
     """What answers these settings, with the model loaded."""
     if suite == LONGGEN:
         return long_runs(model, planned, properties)
-    precisions = [*dict.fromkeys(_precisions(p.setting) for p in planned)]
-    if planned[0].setting.engine == "genai":
-        return GenaiRuns(model, *precisions[0], properties)
-    return CrushRuns(model, precisions, properties)
+    first = planned[0].setting
+    if first.engine == "genai":
+        return GenaiRuns(model, *precisions_of(first), properties)
+    return CrushRuns(model, caches_of(planned), properties)
 
 
 def _by_model(plan: Sequence[Planned]) -> list[list[Planned]]:
     """Settings that one loaded model answers: of ours all, of openvino_genai one."""
-    return _grouped(plan, lambda s: (s.engine, s.key if s.engine == "genai" else ""))
-
-
-def _precisions(setting: Setting) -> tuple[str, str]:
-    return setting.key_precision, setting.value_precision
-
-
-def _grouped(plan: Sequence[Planned], key: Callable[[Setting], Any]) -> list[list[Planned]]:
-    """The plan in parts of equal keys, both in the order in which they first appear."""
-    found: dict[Any, list[Planned]] = {}
-    for planned in plan:
-        found.setdefault(key(planned.setting), []).append(planned)
-    return list(found.values())
+    return grouped(plan, lambda s: (s.engine, s.key if s.engine == "genai" else ""))
 
 
 def _missing(folder: RunFolder, prompts: ItemPrompts, planned: Sequence[Planned]) -> bool:
