@@ -119,7 +119,7 @@ BAD_PLANS: dict[str, tuple[list[int], str]] = {
     "cut": ([1, 3, 0, 1, 0, 0, 3], "6 numbers per entry"),
     "entries": ([1, 3, 0, 1000000000, 0, 0, 3, 0, 0, 0], "6 numbers per entry"),
     "negative entries": ([1, 3, 0, -1], "6 numbers per entry"),
-    "kind": ([1, 3, 0, 1, 0, 0, 3, 0, 7, 0], "kind 0 or 1, got 7"),
+    "kind": ([1, 3, 0, 1, 0, 0, 3, 0, 7, 0], "kind 0..2, got 7"),
     "no rows": ([1, 3, 0, 1, 0, 0, 0, 0, 0, 0], "at least one row per entry, got 0"),
     "position": ([1, 3, 0, 1, 0, 0, 3, -5, 0, 0], "positions of at least 0, got -5"),
     "position too large": ([1, 3, 0, 1, 0, 0, 3, 2**31 - 2, 0, 0], "positions of at least 0"),

@@ -11,6 +11,7 @@ import numpy as np
 import openvino as ov
 import openvino_genai as ov_genai
 import pytest
+from eviction_runs import F32
 
 from ov_kvcrush import LLMPipeline
 
@@ -46,8 +47,9 @@ def test_short_prompts_near_the_budget(num_tokens: int, pipe_of: Callable[[bool]
     assert len(answers(pipe_of(False), num_tokens)[0]) == 12
 
 
-def test_two_sequences_of_a_real_model(pipe_of: Callable[[bool], LLMPipeline]) -> None:
-    pipe = pipe_of(False)
+def test_two_sequences_of_a_real_model(smollm2: Path) -> None:
+    """In float32: in bf16 OpenVINO multiplies two rows by other kernels than one, and near ties fall either way."""
+    pipe = LLMPipeline(smollm2, "CPU", F32, cache_config={"policy": TIGHT})
     assert answers(pipe, 100, **GREEDY_TWICE) == 2 * answers(pipe, 100)
 
 

@@ -13,7 +13,7 @@ import openvino as ov
 from ov_kvcrush.backend import HeldArrays
 from ov_kvcrush.engine import held_arrays
 from ov_kvcrush.engine.block_pool import BLOCK_SIZE, BlockPool, blocks_for
-from ov_kvcrush.engine.crush_plan import STAGED, STORED, PlanEntry, write_plan
+from ov_kvcrush.engine.crush_plan import PREFILL, STAGED, STORED, PlanEntry, write_plan
 from ov_kvcrush.engine.eviction import CacheView, Choice, Eviction, Kept, split_heads
 from ov_kvcrush.engine.kept_kv import KeptKV
 from ov_kvcrush.engine.kv_cache import KVCache
@@ -39,10 +39,11 @@ _RESIDENT_BYTES = 16 << 20  # staging that stays in memory: giving a page back a
 class CrushMemory:
     """A staging pool of full-precision blocks, and the store.
 
-    A fresh prompt gets staging blocks for all its tokens and attends through PagedAttention; when it is complete the
-    store adopts it and the blocks are given back. Every other row attends through the store: decode rows, prompts that
-    go on from kept KV, and prompts that are longer than the staging pool. Where a request has a policy, it chooses what
-    a complete prompt leaves, and again whenever the cache has grown over its budget.
+    A fresh prompt gets staging blocks for all its tokens and attends to them, by the store's own kernel or through
+    PagedAttention; when it is complete the store adopts it and the blocks are given back. Every other row attends
+    through the store: decode rows, prompts that go on from kept KV, and prompts that are longer than the staging pool.
+    Where a request has a policy, it chooses what a complete prompt leaves, and again whenever the cache has grown over
+    its budget.
     chunk: rows of one step, at most. prefix_bytes: the most that kept prefixes hold; 0 = what is free. pool: owners of
     the staging blocks, where other memories have prompts on them too.
     """
@@ -71,6 +72,8 @@ class CrushMemory:
         self._last_paged_rows = 0  # that PagedAttention was run with
         self._store_id = np.array([store.id], np.int32)
         staging.register(store)
+        # PagedAttention takes the prompts that the store has no kernel for.
+        self._staged_kind = PREFILL if store.can_prefill() else STAGED
         self._bytes_per_block = store.bytes_for(BLOCK_SIZE * 1024) / 1024
 
     # -- how much fits -------------------------------------------------------------------------------------------------
@@ -297,16 +300,16 @@ class CrushMemory:
         self.staging.bind(request)
 
     def step_inputs(self, rows: Items[RowPlan]) -> dict[str, np.ndarray]:
-        """Rows of staged prompts first, for PagedAttention; the others follow."""
+        """Rows of staged prompts first; the others follow."""
         staged = [row for row in rows if len(row.sequence.blocks)]
         order = staged + [row for row in rows if not len(row.sequence.blocks)]
-        num_prompt_rows = sum(row.num_tokens for row in staged)
+        num_staged_rows = sum(row.num_tokens for row in staged)
         ends: dict[Sequence, int] = {}
         entries = []
         begin = 0
         for row in order:
             s = row.sequence
-            kind = STAGED if begin < num_prompt_rows else STORED
+            kind = self._staged_kind if begin < num_staged_rows else STORED
             assert s.stored is not None, "a planned row of a sequence that was not admitted"
             reduction = s.reduction_of(row.samples)
             if isinstance(s, Reader):  # scores are over what is there when this step's rows are
@@ -314,13 +317,16 @@ class CrushMemory:
             entries.append(PlanEntry(s.stored, begin, row.num_tokens, s.num_cached, kind, reduction))
             begin += row.num_tokens
             ends[s] = begin
+        prompts = staged if self._staged_kind == STAGED else []  # that PagedAttention is for
+        num_prompt_rows = num_staged_rows if prompts else 0
         # Where PagedAttention is skipped its last output stays, and is converted again in every step: so it also gets
-        # the rows of the first step after a prompt, which leaves a small one.
-        paged_rows = begin if staged or self._last_paged_rows != begin else 0
+        # the rows of the first step after many rows, which leaves a small one.
+        is_idle = not prompts and 0 < self._last_paged_rows <= begin
+        paged_rows = 0 if is_idle else begin
         self._last_paged_rows = paged_rows or self._last_paged_rows
         paged = {}  # what it was given last may stay where it is skipped
         if paged_rows:
-            paged = with_lone_rows(paged_inputs(staged), begin - num_prompt_rows, self.pool.num_blocks)
+            paged = with_lone_rows(paged_inputs(prompts), begin - num_prompt_rows, self.pool.num_blocks)
         return {
             **paged,
             PAGED_ROWS: np.array([paged_rows], np.int64),

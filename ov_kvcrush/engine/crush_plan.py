@@ -11,13 +11,15 @@ import numpy as np
 VERSION = 1
 STORED = 0  # rows that are appended to the store and attend to it
 STAGED = 1  # rows of a fresh prompt, for PagedAttention: only their queries are captured
+PREFILL = 2  # rows of a fresh prompt without PagedAttention: written to the staging blocks, and attending to them
 NO_SCORES = 0  # instead of the code of a reduction
 
 
 class PlanEntry(NamedTuple):
     """`num_rows` rows of one sequence of the store: the step's from `first_row` on, the text's from `first_position`.
 
-    kind: STORED or STAGED. reduce: how attention scores are reduced over captured rows; NO_SCORES = none are wanted.
+    kind: STORED, STAGED or PREFILL. reduce: how attention scores are reduced over captured rows; NO_SCORES: none are
+    wanted.
     """
 
     sequence: int
@@ -29,7 +31,7 @@ class PlanEntry(NamedTuple):
 
 
 def write_plan(num_rows: int, num_prompt_rows: int, entries: Sequence[PlanEntry]) -> np.ndarray:
-    """int32 (4 + 6 * entries,). Of the step's rows those of fresh prompts come first; the others follow as entries do.
+    """int32 (4 + 6 * entries,). Rows for PagedAttention, the prompt rows, come first; the others follow as entries do.
 
     Nothing is checked here: the native library believes no plan.
     """

@@ -83,6 +83,13 @@ class Store:
         may be read-only and mapped. Raises StoreFull."""
     def attend(self, layer: int, spans: list[tuple[int, int, int, int]], q: Float32) -> Float32:
         """q (T, H * D) to (T, H * D). Spans: (seq, first row, rows, position of the first row); other rows are 0."""
+    def can_prefill(self) -> bool:
+        """Whether prompts can do without PagedAttention: what is staged is bf16, and there is a kernel (AMX)."""
+    def prefill(
+        self, layer: int, spans: list[tuple[int, int, int, int]], q: Float32, k: Float32, v: Float32
+    ) -> Float32:
+        """Rows of staged prompts, spans as for attend: k, v (T, K * D) are written to the staging blocks, and q
+        (T, H * D) attends to all of its prompt up to the row itself, giving (T, H * D)."""
     def scores(self, seq: int, layer: int, q: Float32, positions: Int32, reduce: str) -> Float32:
         """q (W, H * D) at positions (W,): softmax of each query head over all tokens, reduced over the rows by "mean",
         "max" or "sum_squares". Flat: for each KV head (H / K, S). Of a staged sequence: over the staged tokens."""

@@ -205,7 +205,8 @@ def _recipes() -> dict[str, Recipe]:
         "expected_attention": _scored(ExpectedAttention),
         "random": _scored(Random),
         "rkv": _scored(RKV),
-        "kvzip": _scored(KVzip, Global),
+        # Without a floor, heads that a repetition hardly uses starve: needles keep their numbers and lose their names.
+        "kvzip": _scored(KVzip, Global, floor=0.06),
     }
 
 

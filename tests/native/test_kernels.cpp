@@ -368,6 +368,51 @@ void check_staged_scores(const Kernels& kernels, int D, unsigned seed) {
     }
 }
 
+// Rows of a prompt over blocks of bf16, which lie in any order; beyond the last token they are NaN.
+void check_prefill(const Kernels& kernels, int D, unsigned seed) {
+    Rng rng(seed);
+    const int G = 1 + static_cast<int>(seed % 8), rows = 1 + static_cast<int>(seed * 7 % 31);
+    const int window = seed % 3 == 0 ? 40 : 0, first = seed % 4 ? static_cast<int>(seed * 37 % 300) : 0;
+    const size_t n = static_cast<size_t>(first + rows), size = static_cast<size_t>(D),
+                 stride = static_cast<size_t>(G * D) + 3;
+    const float scale = seed % 5 ? 0.2f : 5.f;
+    std::vector<float> of_tokens[2], scratch(prefill_scratch(D, G * rows));
+    std::vector<std::vector<uint16_t>> blocks(2 * ((n + TILE - 1) / TILE), std::vector<uint16_t>(TILE * size, 0x7fc0));
+    std::vector<const uint8_t*> at[2];
+    for (size_t kind = 0; kind < 2; ++kind)
+        for (size_t t = 0; t < n; ++t) {
+            auto& block = blocks[2 * (t / TILE) + kind];
+            if (t % TILE == 0) at[kind].push_back(reinterpret_cast<const uint8_t*>(block.data()));
+            for (size_t c = 0; c < size; ++c) {
+                const auto bits = static_cast<uint16_t>(bits_of_float(normal(rng)) >> 16);
+                block[t % TILE * size + c] = bits;
+                of_tokens[kind].push_back(float_of_bits(uint32_t{bits} << 16));
+            }
+        }
+    std::vector<float> q(static_cast<size_t>(rows) * stride), out(q.size(), 77.f);
+    for (float& f : q) f = float_of_bits(bits_of_float(normal(rng)) & 0xffff0000u);
+    kernels.prefill({at[0].data(), at[1].data(), n, D, G, rows, q.data(), stride, first, window, scale, scratch.data(),
+                     out.data()});
+    std::vector<int32_t> tokens(n);
+    std::iota(tokens.begin(), tokens.end(), 0);
+    double error = 0;
+    for (int r = 0; r < rows; ++r)
+        for (int g = 0; g < G; ++g) {
+            const size_t from = static_cast<size_t>(r) * stride + static_cast<size_t>(g * D);
+            const auto p = probabilities(of_tokens[0], tokens, &q[from], LayerShape{G, 1, D, window, scale}, first + r);
+            for (size_t c = 0; c < size; ++c) {
+                double expected = 0;
+                for (size_t t = 0; t < n; ++t) expected += p[t] * of_tokens[1][t * size + c];
+                error = std::isfinite(out[from + c]) ? std::max(error, std::abs(out[from + c] - expected)) : INF;
+            }
+        }
+    for (size_t i = 0; i < out.size(); ++i)  // between the rows
+        if (i % stride >= static_cast<size_t>(G * D) && !(out[i] == 77.f)) error = INF;
+    // Powers are rounded to 2^-9 of each, values are below 5.
+    expect(error <= 5. / 256, "%s: prefill, D %d G %d rows %d from %d window %d scale %g, error %g", kernels.isa, D, G,
+           rows, first, window, static_cast<double>(scale), error);
+}
+
 // Encoded values stay within half a step; every instruction set writes the same bytes; decode reads what tile.hpp says.
 void check_codec(const Kernels& kernels, const Case& c, unsigned seed) {
     Rng rng(seed);
@@ -539,6 +584,7 @@ int main() {
                     check_scores(kernels, c, seed);
                     for (unsigned i = 0; i < 2; ++i) check_codec(kernels, c, seed * 2 + i);
                     if (kernels.staged_scores && size >= MIN_STAGED_HEAD) check_staged_scores(kernels, size, seed);
+                    if (kernels.prefill && size % 32 == 0) check_prefill(kernels, size, seed);
                 }
         std::printf("%s: %u cases, %d failures so far\n", isa.c_str(), seed, failures);
     }

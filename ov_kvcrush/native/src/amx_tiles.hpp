@@ -22,8 +22,9 @@ inline void tile_load(const void* from, int stride) {
                      : "memory");
 }
 template <int REGISTER>
-inline void tile_store(void* to) {
-    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(64l), "i"(REGISTER) : "memory");
+inline void tile_store(void* to, int stride = 64) {
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(static_cast<long>(stride)), "i"(REGISTER)
+                     : "memory");
 }
 template <int REGISTER>
 inline void tile_zero() {

@@ -50,6 +50,28 @@ static inline size_t staged_scratch(size_t num_tokens) {
     return ((num_tokens + TILE - 1) / TILE * (TILE + 1) + 1) * STAGED_LANES;
 }
 
+// Rows of a prompt, and the query heads of one KV head, over what is staged of it: row r sees the tokens of index
+//   <= first_position + r, and > first_position + r - window if window > 0.
+struct Prefill {
+    const uint8_t *const *keys, *const *values;  // where 32 tokens lie, bf16 [32, D] each, the last block whole too
+    size_t num_tokens;                           // that are there, at least first_position + num_rows
+    int head_size;                               // D, a multiple of 32
+    int group, num_rows;                         // query heads; rows: together at most PREFILL_MAX_COLUMNS
+    const float* q;                              // head g of row r is at q + r * stride + g * D
+    size_t stride;
+    int32_t first_position;
+    int32_t window;  // 0 = none
+    float scale;     // of q . k, above 0
+    float* scratch;  // prefill_scratch(head_size, group * num_rows) floats
+    float* out;      // as q
+};
+constexpr int PREFILL_COLUMNS = 32, PREFILL_STEP = 128, PREFILL_MAX_COLUMNS = 256;
+static inline size_t prefill_scratch(int head_size, int columns) {
+    const int each = 3 * head_size * PREFILL_COLUMNS / 2 + 2 * PREFILL_COLUMNS;
+    const int once = 3 * PREFILL_STEP * PREFILL_COLUMNS + head_size * PREFILL_STEP / 2;
+    return static_cast<size_t>((columns + PREFILL_COLUMNS - 1) / PREFILL_COLUMNS * each + once) + ALIGNMENT;
+}
+
 struct Kernels {
     const char* isa;
     // Online softmax over the tiles; updates max, sum and acc. May be called again for more tiles.
@@ -67,6 +89,8 @@ struct Kernels {
     void (*put)(uint8_t* tile, int slot, const float* k, const float* v);
     // Null where there is none: then staged keys are scored as tiles.
     void (*staged_scores)(const StagedScores&);
+    // Null where there is none: then prompts go through PagedAttention.
+    void (*prefill)(const Prefill&);
 };
 
 // The best kernels of this machine, or those named ("scalar", "avx2", "avx512", ...). Throws std::invalid_argument

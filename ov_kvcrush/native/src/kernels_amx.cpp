@@ -9,6 +9,7 @@ namespace crush {
 
 extern const Kernels KERNELS_AVX512, KERNELS_AMX;
 void staged_scores_amx(const StagedScores&);  // scores_amx.cpp
+void prefill_amx(const Prefill&);             // prefill_amx.cpp
 
 namespace {
 
@@ -350,6 +351,7 @@ void put(uint8_t* tile, int slot, const float* k, const float* v) { KERNELS_AVX5
 
 }  // namespace
 
-const Kernels KERNELS_AMX = {"amx", &attend, &scores, &softmax, &encode, &decode, &put, &staged_scores_amx};
+const Kernels KERNELS_AMX = {"amx",       &attend, &scores, &softmax, &encode, &decode, &put, &staged_scores_amx,
+                             &prefill_amx};
 
 }  // namespace crush

@@ -16,6 +16,7 @@ constexpr Kernels make_kernels() {
             &CodecImpl<I>::encode,
             &CodecImpl<I>::decode,
             &CodecImpl<I>::put,
+            nullptr,
             nullptr};
 }
 

@@ -78,6 +78,8 @@ NB_MODULE(_crush, m) {
         .def("dump", &S::dump, "seq"_a)
         .def("load", &S::load, "heads"_a, "tiles"_a, "capture_rows"_a = 0, "keep_free"_a = 0)
         .def("attend", &S::attend, "layer"_a, "spans"_a, "q"_a)
+        .def("can_prefill", &S::can_prefill)
+        .def("prefill", &S::prefill, "layer"_a, "spans"_a, "q"_a, "k"_a, "v"_a)
         .def("scores", &S::scores, "seq"_a, "layer"_a, "q"_a, "positions"_a, "reduce"_a)
         .def("set_capture", &S::set_capture, "seq"_a, "capture_rows"_a)
         .def("captured", &S::captured, "seq"_a, "layer"_a)

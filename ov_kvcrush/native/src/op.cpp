@@ -43,7 +43,8 @@ public:
         outputs_[0].set_shape(inputs_[0].get_shape());
         copy_prompt_rows();
         const std::lock_guard<std::mutex> lock(store_.mutex());
-        if (plan_.num_rows > plan_.num_prompt_rows) stored_rows();
+        prefill_rows();
+        stored_rows();
         capture();
     }
 
@@ -68,7 +69,19 @@ private:
         return inputs_[input].data<const float>() + static_cast<size_t>(row) * (input == 0 ? width_ : kv_width_);
     }
 
-    // All rows behind the prompt rows: append, then attend.
+    // Rows of fresh prompts that PagedAttention did not get.
+    void prefill_rows() {
+        std::vector<PrefillSpan> spans;
+        for (const PlanEntry& e : plan_.entries) {
+            if (e.kind != PlanEntry::prefill) continue;
+            spans.push_back({&store_.sequence_locked(e.sequence), static_cast<size_t>(e.row_begin),
+                             static_cast<size_t>(e.num_rows), e.first_position});
+        }
+        if (spans.empty()) return;
+        store_.prefill_locked(layer_, spans, at(0, 0), at(1, 0), at(2, 0), outputs_[0].data<float>(), num_threads());
+    }
+
+    // Rows that attend to the store: append, then attend.
     void stored_rows() {
         std::vector<std::vector<HeadView>> views;
         std::vector<AttendSpan> spans;
@@ -81,6 +94,7 @@ private:
             spans.push_back({views.back().data(), static_cast<size_t>(e.row_begin), static_cast<size_t>(e.num_rows),
                              e.first_position});
         }
+        if (spans.empty()) return;
         attend(store_.kernels(), shape_, spans, at(0, 0), outputs_[0].data<float>(), num_threads(), parallel_for());
     }
 

@@ -11,12 +11,13 @@ namespace crush {
 
 // The tensor: version, rows, prompt rows, entries; then 6 numbers for each entry:
 //   sequence, first row, rows, position of the first row, kind, reduce
-// Rows of fresh prompts come first: they attend through PagedAttention. All other rows follow in the order of the
-// entries.
+// Rows of fresh prompts that attend through PagedAttention, the prompt rows, come first. All other rows follow in the
+// order of the entries.
 struct PlanEntry {
     enum Kind : int32_t {
-        stored = 0,  // append to the store, attend to it
-        staged = 1,  // rows of a fresh prompt, whose keys and values PagedAttention wrote: only queries are captured
+        stored = 0,   // append to the store, attend to it
+        staged = 1,   // rows of a fresh prompt, whose keys and values PagedAttention wrote: only queries are captured
+        prefill = 2,  // rows of a fresh prompt without PagedAttention: write to the staging blocks, attend to them
     };
     int32_t sequence;
     int32_t row_begin;

@@ -308,6 +308,33 @@ Output<float> PyStore::attend(int64_t layer, const std::vector<Span>& spans, con
     return to_numpy(std::move(out), {num_rows, static_cast<size_t>(query_width(shape))});
 }
 
+bool PyStore::can_prefill() const {
+    const auto s = store();
+    const Release release;
+    return s->can_prefill();
+}
+
+Output<float> PyStore::prefill(int64_t layer, const std::vector<Span>& spans, const Input& q, const Input& k,
+                               const Input& v) {
+    const auto s = store();
+    const LayerShape& shape = layer_shape(*s, layer);
+    const float* queries = data_of<float>(q, "q", {ANY, query_width(shape)});
+    const auto num_rows = static_cast<int64_t>(q.shape(0)), width = int64_t{shape.num_kv_heads} * shape.head_size;
+    const float *keys = data_of<float>(k, "k", {num_rows, width}), *values = data_of<float>(v, "v", {num_rows, width});
+    check_spans(spans, num_rows);
+    std::vector<float> out(static_cast<size_t>(num_rows * query_width(shape)), 0.f);
+    {
+        const Release release;
+        const std::lock_guard<std::mutex> lock(s->mutex());
+        std::vector<PrefillSpan> located;
+        for (const auto& [seq, begin, count, first_position] : spans)
+            located.push_back({&s->sequence_locked(id_of(seq)), static_cast<size_t>(begin), static_cast<size_t>(count),
+                               static_cast<int32_t>(first_position)});
+        s->prefill_locked(static_cast<size_t>(layer), located, queries, keys, values, out.data(), num_threads());
+    }
+    return to_numpy(std::move(out), {static_cast<size_t>(num_rows), static_cast<size_t>(query_width(shape))});
+}
+
 Output<float> PyStore::scores(int64_t seq, int64_t layer, const Input& q, const Input& positions,
                               const std::string& reduce) const {
     const auto s = store();

@@ -50,6 +50,9 @@ public:
     std::pair<Output<int64_t>, Output<uint8_t>> dump(int64_t seq) const;
     int32_t load(const Input& heads, const Input& tiles, int64_t capture_rows, int64_t keep_free);
     Output<float> attend(int64_t layer, const std::vector<Span>& spans, const Input& q) const;
+    bool can_prefill() const;
+    Output<float> prefill(int64_t layer, const std::vector<Span>& spans, const Input& q, const Input& k,
+                          const Input& v);
     Output<float> scores(int64_t seq, int64_t layer, const Input& q, const Input& positions,
                          const std::string& reduce) const;
     void set_capture(int64_t seq, int64_t capture_rows);

@@ -93,6 +93,13 @@ struct Dump {
     std::vector<uint8_t> tiles;  // of all heads, one after the other; see store_files.cpp
 };
 
+// Rows of a staged prompt in one step: num_rows rows from row_begin on, at positions first_position, ...
+struct PrefillSpan {
+    const Sequence* sequence;
+    size_t row_begin, num_rows;
+    int32_t first_position;
+};
+
 struct TokenBuffer;
 
 // Every public function takes the lock; the *_locked ones are for the op, which holds it for a whole layer.
@@ -129,6 +136,8 @@ public:
     void set_staging(size_t layer, Staging staging);
     // The prompt of an empty sequence lies in these blocks. No tokens: it is not staged any more.
     void stage(int32_t id, std::vector<int32_t> blocks, int64_t num_tokens);
+    // Whether prefill_locked works for all layers: what is staged is bf16, and there is a kernel.
+    bool can_prefill() const;
     // Take the staged tokens (all, or the selection by token index) into the empty sequence, which is not staged then.
     // Throws StoreFull, leaving it as it was.
     void adopt(int32_t id, const Selection* selection = nullptr, size_t keep_free = 0);
@@ -170,6 +179,10 @@ public:
     // The captured queries of a layer, oldest first: rows [n, H * D] and their positions are appended to the vectors.
     void captured_locked(const Sequence&, size_t layer, std::vector<float>& rows,
                          std::vector<int32_t>& positions) const;
+    // Write rows k, v [rows, K * D] of staged prompts to their blocks, and attend to all of each prompt up to the row
+    // itself: out [rows, H * D] of q.
+    void prefill_locked(size_t layer, const std::vector<PrefillSpan>&, const float* q, const float* k, const float* v,
+                        float* out, int num_threads) const;
     // Filled tiles only; the storage belongs to `views` and lives as long as the tiles are not changed.
     std::vector<HeadView> views_locked(const Sequence&, size_t layer) const;
     // For a staged prompt: tiles with its keys alone, made of its staging blocks, for scores only.
