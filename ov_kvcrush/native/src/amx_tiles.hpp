@@ -73,6 +73,16 @@ private:
     TileConfig before_;
 };
 
+// All registers of 16 rows of 64 bytes, as products of bf16 have them.
+inline TileConfig whole_tiles() {
+    TileConfig config;
+    for (int i = 0; i < 8; ++i) {
+        config.rows[i] = 16;
+        config.row_bytes[i] = 64;
+    }
+    return config;
+}
+
 // For products of `rows` rows of integers with codes.
 inline TileConfig digits_config(int rows) {
     TileConfig config;

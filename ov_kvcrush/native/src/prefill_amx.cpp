@@ -30,15 +30,6 @@ constexpr float POLY[4] = {0.9999251962f, 0.6958335042f, 0.2260671705f, 0.078024
 // Tile registers: sums of two times two tiles, and the factors.
 enum { SUM_00, SUM_01, SUM_10, SUM_11, LEFT, LEFT_2, RIGHT, RIGHT_2 };
 
-inline TileConfig whole_tiles() {
-    TileConfig config;
-    for (int i = SUM_00; i <= RIGHT_2; ++i) {
-        config.rows[i] = 16;
-        config.row_bytes[i] = 64;
-    }
-    return config;
-}
-
 // Of 16 rows of 16 dwords.
 inline void transpose(__m512i* r) {
     __m512i t[16];

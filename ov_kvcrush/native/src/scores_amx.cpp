@@ -29,15 +29,6 @@ constexpr float FLOOR = -1e30f;              // the maximum of a row that saw no
 // Tile registers: the products of 16 tokens, and of the next 16; their factors.
 enum { PRODUCTS, PRODUCTS_2, KEYS, KEYS_2, QUERIES };
 
-inline TileConfig whole_tiles() {
-    TileConfig config;
-    for (int i = PRODUCTS; i <= QUERIES; ++i) {
-        config.rows[i] = 16;
-        config.row_bytes[i] = 64;
-    }
-    return config;
-}
-
 // 16 query rows as factors of products.
 class Queries {
 public:
