@@ -1,4 +1,4 @@
-// float16 in software, every rounding exact. (static: see tile.hpp)
+// float16 and bf16 in software, every rounding exact. (static: see tile.hpp)
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,12 @@ static inline uint32_t bits_of_float(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof(bits));
     return bits;
+}
+
+// The nearest one, half to even.
+static inline uint16_t bf16_of_float(float x) {
+    const uint32_t bits = bits_of_float(x);
+    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
 static inline float float_of_half(uint16_t h) {

@@ -1,8 +1,8 @@
 // Attention of a prompt's rows over the blocks that they were staged in, with AMX bf16 products. Query rows are
 // columns, so maxima, sums and factors of rows are vectors, and nothing is reduced across lanes:
-//   logits [tokens, rows] = keys [tokens, D] . queries [D, rows]; powers of them; out [D, rows] += values [D, tokens] .
-//   powers
-// Keys are a factor as they lie in their blocks; values are turned once for all rows of a call, 2 % of its time.
+//   logits [tokens, rows] = keys [tokens, D] . queries [D, rows]
+//   out [D, rows] += values [D, tokens] . powers of the logits [tokens, rows]
+// Keys are a factor as they lie in their blocks; values are turned once for all rows of a call.
 // Cost for 128 tokens and 32 rows: 64 products of 16 cycles, and 256 registers of powers, some 11 instructions each.
 // The products for the rows before and the rows after are made between the powers.
 #include "amx_tiles.hpp"
@@ -58,15 +58,9 @@ inline void transpose(__m512i* r) {
     for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 
-// The upper halves are the nearest bf16 numbers, half to even.
-inline __m512i rounded(V x) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-}
 inline __m512i to_bf16(V low, V high) {
-    const __m256i first = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(low), 16));
-    const __m256i second = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(high), 16));
+    const __m256i first = _mm512_cvtepi32_epi16(I::nearest_bf16(low));
+    const __m256i second = _mm512_cvtepi32_epi16(I::nearest_bf16(high));
     return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 // 2^t of t <= 80, 0 for -inf

@@ -62,10 +62,7 @@ public:
 private:
     // The nearest bf16 numbers, which are taken away from x.
     static __m256i take_bf16(V& x) {
-        const __m512i bits = _mm512_castps_si512(x);
-        const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-        const __m512i taken = _mm512_srli_epi32(sum, 16);
+        const __m512i taken = I::nearest_bf16(x);
         x = I::sub(x, _mm512_castsi512_ps(_mm512_slli_epi32(taken, 16)));
         return _mm512_cvtepi32_epi16(taken);
     }

@@ -78,12 +78,14 @@ struct SimdAvx512 {
                                                            : _MM_FROUND_TO_POS_INF;
         store_256(p, _mm512_cvtps_ph(x, mode));
     }
-    static void store_bf16(uint16_t* p, V x) {
+    // The nearest bf16 numbers, half to even, as dwords.
+    static Dwords nearest_bf16(V x) {
         const __m512i bits = _mm512_castps_si512(x);
         const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
         const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-        store_256(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16)));
+        return _mm512_srli_epi32(sum, 16);
     }
+    static void store_bf16(uint16_t* p, V x) { store_256(p, _mm512_cvtepi32_epi16(nearest_bf16(x))); }
     // The nearest integers (half to even) of 0 <= a <= 255
     static Dwords to_dwords(V x) { return _mm512_cvtps_epi32(x); }
     static void store_bytes(uint8_t* p, Dwords d) {

@@ -110,10 +110,7 @@ struct SimdScalar {
         for (int i = 0; i < 16; ++i) p[i] = half_of_float(a.x[i], ROUNDING);
     }
     static void store_bf16(uint16_t* p, const V& a) {
-        for (int i = 0; i < 16; ++i) {
-            const uint32_t bits = bits_of_float(a.x[i]);
-            p[i] = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-        }
+        for (int i = 0; i < 16; ++i) p[i] = bf16_of_float(a.x[i]);
     }
     // The nearest integers (half to even) of 0 <= a <= 255
     static Dwords to_dwords(const V& a) {

@@ -220,6 +220,7 @@ private:
     void append_head(Head&, const float* k, const float* v, size_t stride, int64_t n, int32_t first_position) const;
     void settle_head(size_t head, Head&, int64_t num_tiles);
     void check_staged(const Sequence&, size_t layer) const;
+    bool can_prefill_locked(size_t layer) const;
     void read_staged(const Sequence&, size_t layer, size_t head, const int32_t* tokens, int count, TokenBuffer&) const;
     // Appends the scores of a staged prompt without making tiles of it. False if the kernels cannot.
     bool score_blocks(const Sequence&, size_t layer, StagedScores, std::vector<float>& out) const;

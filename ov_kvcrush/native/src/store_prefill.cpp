@@ -1,7 +1,6 @@
 // Rows of fresh prompts that do not go through PagedAttention: written to their staging blocks, and attended to there.
 #include <algorithm>
 #include <atomic>
-#include <climits>
 
 #include "half.hpp"
 #include "require.hpp"
@@ -14,10 +13,7 @@ namespace {
 void write_rows(const float* from, size_t stride, size_t count, size_t size, uint8_t* to) {
     auto* out = reinterpret_cast<uint16_t*>(to);
     for (size_t i = 0; i < count; ++i, from += stride, out += size)
-        for (size_t c = 0; c < size; ++c) {
-            const uint32_t bits = bits_of_float(from[c]);
-            out[c] = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-        }
+        for (size_t c = 0; c < size; ++c) out[c] = bf16_of_float(from[c]);
 }
 
 // The rows of one KV head that are computed together.
@@ -31,27 +27,27 @@ struct Task {
 
 bool Store::can_prefill() const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!kernels_->prefill) return false;
-    for (size_t layer = 0; layer < layouts_.size(); ++layer) {
-        const LayerShape& shape = config_.layers[layer];
-        if (layouts_[layer].staging.codec != Codec::bf16 || shape.head_size % 32 || !(shape.scale > 0) ||
-            shape.num_heads / shape.num_kv_heads > PREFILL_MAX_COLUMNS)
-            return false;
-    }
+    for (size_t layer = 0; layer < layouts_.size(); ++layer)
+        if (!can_prefill_locked(layer)) return false;
     return true;
+}
+
+bool Store::can_prefill_locked(size_t layer) const {
+    const LayerShape& shape = config_.layers[layer];
+    return kernels_->prefill && layouts_[layer].staging.codec == Codec::bf16 && shape.head_size % 32 == 0 &&
+           shape.scale > 0 && shape.num_heads / shape.num_kv_heads <= PREFILL_MAX_COLUMNS;
 }
 
 void Store::prefill_locked(size_t layer, const std::vector<PrefillSpan>& spans, const float* q, const float* k,
                            const float* v, float* out, int num_threads) const {
     const LayerShape& shape = config_.layers[layer];
     const Staging& staging = layouts_[layer].staging;
-    if (!kernels_->prefill || staging.codec != Codec::bf16 || shape.head_size % 32)
+    if (!can_prefill_locked(layer))
         throw std::invalid_argument("prompts must go through PagedAttention with kernels " +
                                     std::string(kernels_->isa));
     const auto num_kv_heads = static_cast<size_t>(shape.num_kv_heads), size = static_cast<size_t>(shape.head_size);
     const size_t group = static_cast<size_t>(shape.num_heads) / num_kv_heads, kv_width = num_kv_heads * size;
-    const size_t block_bytes = TILE * size * sizeof(uint16_t),
-                 most_rows = std::max<size_t>(PREFILL_MAX_COLUMNS / group, 1);
+    const size_t block_bytes = TILE * size * sizeof(uint16_t), most_rows = PREFILL_MAX_COLUMNS / group;
 
     std::vector<std::vector<const uint8_t*>> blocks;  // for each span: keys of each head, then values of each head
     std::vector<Task> tasks;
@@ -97,7 +93,7 @@ void Store::prefill_locked(size_t layer, const std::vector<PrefillSpan>& spans, 
     std::atomic<size_t> next{0};
     run(std::min(static_cast<size_t>(std::max(num_threads, 1)), tasks.size()), [&](size_t) {
         const std::unique_ptr<float[]> scratch(
-            new float[prefill_scratch(shape.head_size, static_cast<int>(std::max<size_t>(most_rows, 1) * group))]);
+            new float[prefill_scratch(shape.head_size, static_cast<int>(most_rows * group))]);
         for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks.size();) {
             const Task& task = tasks[i];
             const size_t row = task.span->row_begin + task.first;
