@@ -17,6 +17,7 @@ LayerTuple = tuple[int, int, int, int, float]
 
 PRECISIONS = ["f32", "bf16", "f16", "u8", "u4", "u2"]
 DEFAULTS: dict[str, Any] = {"key": "u8", "value": "u8", "recent": "bf16", "recent_tokens": 32, "group_size": 32}
+DIGITS_ERROR = 2.6e-5  # 5 standard deviations of a logit, by its largest |q_c| range_c and the square root of D
 ISAS: list[str] = list(native.info()["isas"]) if native.available() else ["not built"]
 
 
@@ -56,7 +57,9 @@ class Cache:
 
     def __init__(self, *layers: LayerTuple, **options: Any) -> None:
         require_native()
-        self.store = native.Store(layers=list(layers), **{**DEFAULTS, **options})
+        options = {**DEFAULTS, **options}
+        self.key, self.value = options["key"], options["value"]
+        self.store = native.Store(layers=list(layers), **options)
         self.layers = [reference.Layer(*shape) for shape in layers]
 
     def new(self, rng: np.random.Generator, num_tokens: int, settle: bool = True) -> int:
@@ -98,6 +101,22 @@ class Cache:
                 p = reference.probabilities(rows[span, h], k, positions, at, shape.scale, shape.window)
                 out[span, h] = p @ v.astype(np.float64)
         return out.reshape(q.shape).astype(np.float32)
+
+    def rounding(self, index: int, spans: Sequence[Span], q: Array) -> float:
+        """How far `attend` may be off because scaled queries are 16-bit integers, as docs/kv_store.md says; AMX only.
+
+        Five standard deviations of a logit's error, at the largest value.
+        """
+        shape = self.layers[index]
+        rows = np.abs(q.reshape(len(q), shape.num_heads, shape.head_size))
+        most = 0.0
+        for seq, begin, num_rows, _ in spans:
+            for h in range(shape.num_heads):
+                k, v, _ = self.tokens(seq, index, h * shape.num_kv_heads // shape.num_heads)
+                if len(k):
+                    span = float((rows[begin : begin + num_rows, h] * np.ptp(k, axis=0)).max()) * shape.scale
+                    most = max(most, span * float(np.abs(v).max()))
+        return DIGITS_ERROR * float(np.sqrt(shape.head_size)) * most
 
     def scores(self, seq: int, index: int, q: Array, at: Array, how: str) -> Array:
         """What `scores` must give, from the tokens of the store: float32, flat."""

@@ -194,6 +194,25 @@ std::vector<double> probabilities(const TestHead& head, const float* q, const La
     return probabilities(head.k, head.positions, q, shape, row_position);
 }
 
+// How far the attention of a row over quantised tiles may be off because scaled queries are 16-bit integers, with AMX:
+// five standard deviations of a logit's error, at the largest value. See DIGITS_ERROR in native_stores.py.
+double rounding(const Kernels& kernels, Codec key, Codec value, const TestHead& head, const float* q,
+                const LayerShape& shape) {
+    if (std::string(kernels.isa) != "amx" || !is_quantised(key) || !is_quantised(value)) return 0;
+    const size_t size = static_cast<size_t>(shape.head_size);
+    double most = 0, largest = 0;
+    for (size_t c = 0; c < size; ++c) {
+        double low = INF, high = -INF;
+        for (size_t i = c; i < head.k.size(); i += size) {
+            low = std::min(low, double{head.k[i]});
+            high = std::max(high, double{head.k[i]});
+            largest = std::max(largest, std::abs(double{head.v[i]}));
+        }
+        if (high > low) most = std::max(most, std::abs(q[c]) * shape.scale * (high - low));
+    }
+    return 2.6e-5 * std::sqrt(static_cast<double>(size)) * most * largest;
+}
+
 // Sum of p * v: [D].
 std::vector<double> weighted(const TestHead& head, const std::vector<double>& p, size_t size) {
     std::vector<double> out(size, 0);
@@ -258,7 +277,7 @@ void check_attend(const Kernels& kernels, const Case& c, unsigned seed) {
     const std::string name = name_of(kernels.isa, c);
     expect(out == again, "%s: threads change the result", name.c_str());
     expect(out == alone, "%s: the batch changes the result", name.c_str());
-    double error = 0, scale = 0;
+    double error = 0, scale = 0, slack = 0;
     for (const Request& r : requests)
         for (size_t row = 0; row < r.span.num_rows; ++row)
             for (int h = 0; h < H; ++h) {
@@ -266,13 +285,14 @@ void check_attend(const Kernels& kernels, const Case& c, unsigned seed) {
                 const size_t at = (r.span.row_begin + row) * static_cast<size_t>(H * D) + static_cast<size_t>(h * D);
                 const auto p = probabilities(head, &q[at], shape, r.span.first_position + static_cast<int32_t>(row));
                 const auto expected = weighted(head, p, static_cast<size_t>(D));
+                slack = std::max(slack, rounding(kernels, c.key, c.value, head, &q[at], shape));
                 for (size_t d = 0; d < expected.size(); ++d) {
                     const double got = out[at + d];
                     error = std::isfinite(got) ? std::max(error, std::abs(got - expected[d])) : INF;
                     scale = std::max(scale, std::abs(expected[d]));
                 }
             }
-    expect(error <= 1e-4 * scale, "%s: attend error %g of %g", name.c_str(), error, scale);
+    expect(error <= 1e-4 * scale + slack, "%s: attend error %g of %g", name.c_str(), error, scale);
 }
 
 void check_scores(const Kernels& kernels, const Case& c, unsigned seed) {
@@ -545,16 +565,18 @@ void check_many_rows(const Kernels& kernels, Codec codec, int window) {
     std::vector<float> q(rows * width), out(q.size());
     for (float& f : q) f = normal(rng);
     attend(kernels, shape, {{views.data(), 0, rows, 1300 - 211}}, q.data(), out.data(), 4, threads4);
-    double error = 0;
+    double error = 0, slack = 0;
     for (size_t row = 0; row < rows; row += 7)
         for (size_t h = 0; h < 6; ++h) {
             const TestHead& head = heads[h / 3];
-            const auto p = probabilities(head, &q[row * width + h * 64], shape, 1300 - 211 + static_cast<int32_t>(row));
+            const float* from = &q[row * width + h * 64];
+            const auto p = probabilities(head, from, shape, 1300 - 211 + static_cast<int32_t>(row));
             const auto expected = weighted(head, p, 64);
+            slack = std::max(slack, rounding(kernels, codec, codec, head, from, shape));
             for (size_t d = 0; d < 64; ++d)
                 error = std::max(error, std::abs(out[row * width + h * 64 + d] - expected[d]));
         }
-    expect(error < 1e-4, "%s codec %d window %d: 211 rows, error %g", kernels.isa, int(codec), window, error);
+    expect(error < 1e-4 + slack, "%s codec %d window %d: 211 rows, error %g", kernels.isa, int(codec), window, error);
 }
 
 }  // namespace

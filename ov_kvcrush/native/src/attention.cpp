@@ -15,8 +15,8 @@ namespace {
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 constexpr size_t UNIT_ROWS = 64;  // query rows of a head that one task takes over its tiles, chunk by chunk
 constexpr size_t CHUNK_TILES =
-    8;  // a unit of several row blocks walks through its tiles in such steps, so that they stay cached
-constexpr size_t MIN_PART = 16, MAX_PARTS = 32;  // a decoding head is cut into up to 32 parts of at least 16 tiles
+    16;  // a unit of several row blocks walks through its tiles in such steps, so that they stay cached
+constexpr size_t MIN_PART = 32, MAX_PARTS = 32;  // a decoding head is cut into up to 32 parts of at least 32 tiles
 
 size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 

@@ -1,8 +1,7 @@
 // Attention over quantised tiles with AMX int8 products. The codes are multiplied as they lie in memory; the other
-// factor (q * key scale, p * value scale) becomes a 24-bit integer, three bytes of which are three rows of the product.
-// So the sums are exact and the result is as precise as with float32, at a fraction of the arithmetic: decoding runs at
-// memory speed. Float tiles and tiny heads go to the AVX-512 kernels.
-#include "amx_tiles.hpp"
+// factor (q * key scale, p * value scale) becomes an integer of 16 bits, two bytes of which are two rows of the
+// product.
+#include "amx_digits.hpp"
 #include "visibility.hpp"
 
 namespace crush {
@@ -17,9 +16,11 @@ class AmxAttend {
     using I = SimdAvx512;
     using V = I::V;
     static constexpr int MAX_HEAD = 256, BLOCKS = MAX_HEAD / DEPTH, RING = 2;
-    // |q * scale| as an integer is below 2^22 (stored plus 2^22), p * scale below 2^23.
-    static constexpr float KEY_MAGIC = 12582912.f, KEY_RANGE = 4.19e6f, VALUE_MAGIC = 8388608.f, VALUE_RANGE = 8.38e6f;
+    // Added, they leave the nearest integer at the end of the mantissa: q * scale + 128 with a sign, p * scale without.
+    static constexpr float KEY_MAGIC = 0xc00080p0f, KEY_RANGE = 32639.f, VALUE_MAGIC = 0x800000p0f,
+                           VALUE_RANGE = 65534.f;
     static constexpr float FLOOR = -1e30f;
+    static constexpr int UNPACKED = 4 * TILE;    // bytes of a row of 32 columns
     static constexpr float MAX_INVERSE = 1e25f;  // of a step: in such units q . min is finite
 
 public:
@@ -46,12 +47,13 @@ public:
         for (int i = 0; i < n + 2; ++i) {
             if (i > 1) combine_scores(s_[0] + (i - 2) * TILE, bias_[i - 2]);
             if (i > 0 && i <= n) {
-                products_.start(key_digits_[(i - 1) % RING], key_codes_[i - 1], 4 * TILE, true, true, blocks_);
+                key_products_.start(key_digits_[(i - 1) % RING], key_codes_[i - 1], 4 * TILE, blocks_);
+                clear_sums(true);
             }
             if (i < n) split_queries(tiles[i], i, ahead);
             if (i > 0 && i <= n) {
-                products_.finish();
-                DigitProducts::store(sums_, true);
+                key_products_.finish();
+                store_sums(sums_, true);
             }
         }
         for (int i = 0; i < n; ++i)
@@ -92,7 +94,6 @@ private:
         const TileLayout& l = *v.layout;
         const Cutter cutter;
         const V magic = I::set1(KEY_MAGIC), none = I::set1(0);
-        const __m256i offset = _mm256_set1_epi8(0x40);  // 2^22 of KEY_MAGIC
         V dot[MAX_ROWS];
         for (int r = 0; r < MAX_ROWS; ++r) dot[r] = none;
         for (int block = 0; block < blocks_; ++block) {
@@ -104,39 +105,28 @@ private:
                 scale[k] = c < size_ ? f16_at(v.tile + l.key_scale + 2 * c) : none;
                 min[k] = c < size_ ? f16_at(v.tile + l.key_min + 2 * c) : none;
             }
-            Digits& digits = key_digits_[i % RING][block];
+            KeyDigits& digits = key_digits_[i % RING][block];
 #pragma GCC unroll 1
             for (int r = 0; r < rows_; ++r) {
                 const float* q = scaled_q_[r] + first;
-                V sum[2] = {dot[r], none};
-#pragma GCC unroll 2
-                for (int half = 0; half < 2; ++half) {
-                    const int k = 2 * half;
-                    const V x = I::load(q + 16 * k), y = I::load(q + 16 * k + 16);
-                    sum[half] = I::fma(x, min[k], I::fma(y, min[k + 1], sum[half]));
-                    cutter.cut(I::fma(x, scale[k], magic), I::fma(y, scale[k + 1], magic), digits, r, half, offset);
-                }
-                dot[r] = I::add(sum[0], sum[1]);
+                const V x0 = I::load(q), x1 = I::load(q + 16), x2 = I::load(q + 32), x3 = I::load(q + 48);
+                cutter.cut(I::fma(x0, scale[0], magic), I::fma(x1, scale[1], magic), I::fma(x2, scale[2], magic),
+                           I::fma(x3, scale[3], magic), digits, r);
+                const V sum = I::fma(x0, min[0], I::fma(x1, min[1], dot[r]));
+                dot[r] = I::add(I::fma(x2, min[2], I::mul(x3, min[3])), sum);
                 ahead.step();
-                products_.step();
+                key_products_.step();
             }
         }
         _mm256_store_ps(bias_[i], _mm256_mul_ps(reduce8(dot, Add()), _mm256_load_ps(step_)));
         key_codes_[i] = key_bytes(v, i % RING);
     }
 
-    static V combined(const Sums& sums, int r) {
-        const V byte1 = _mm512_cvtepi32_ps(_mm512_load_si512(sums.low[2 * r]));
-        const V byte0 = _mm512_cvtepi32_ps(_mm512_load_si512(sums.low[2 * r + 1]));
-        const V byte2 = _mm512_cvtepi32_ps(_mm512_load_si512(sums.high[r]));
-        return I::fma(byte2, I::set1(65536.f), I::fma(byte1, I::set1(256.f), byte0));
-    }
-
     void combine_scores(float* s, const float* biases) const {
         for (int r = 0; r < rows_; ++r) {
             const V step = I::set1(step_[r]), bias = I::set1(biases[r]);
             for (int unit = 0; unit < 2; ++unit)
-                I::store(s + r * STRIDE + 16 * unit, I::fma(combined(sums_[unit], r), step, bias));
+                I::store(s + r * STRIDE + 16 * unit, I::fma(sums_[unit].row(r), step, bias));
         }
     }
 
@@ -193,21 +183,18 @@ private:
             for (int r = 0; r < MAX_ROWS; ++r) dot[r] = I::set1(0);
             for (int c = first; c < first + l.group_size; c += 32) {
                 const bool both = c + 16 < first + l.group_size;
-                for (int i = 0; i < n + 2; i += 2) {  // pairs of tiles: DEPTH tokens
-                    if (i > 0) products_.start(value_digits_ + i / 2 - 1, value_bytes_[i - 2], 4 * TILE, both, i == 2);
-                    for (int k = i; k < i + 2 && k < n; ++k) {
-                        if (c == first) split_weights(tiles[k], k, group, 1 / step, dot, ahead);
-                        value_bytes(tiles[k], c, both, value_bytes_[k]);
-                    }
-                    if (i + 1 == n && c == first) clear_weights(n);
-                    products_.finish();
+                clear_sums(both);
+                for (int i = 0; i <= n; ++i) {
+                    if (i > 0) start_values(tiles[i - 1], i - 1, c, both);
+                    if (i < n && c == first) split_weights(tiles[i], i, group, 1 / step, dot, ahead);
+                    value_products_.finish();
                 }
-                DigitProducts::store(sums_, both);
+                store_sums(sums_, both);
                 if (c == first) _mm256_store_ps(min_sum_, reduce8(dot, Add()));
                 for (int r = 0; r < rows_; ++r)
                     for (int unit = 0; unit <= both; ++unit) {
                         float* acc = a_.acc + r * size_ + c + 16 * unit;
-                        const V sum = I::fma(combined(sums_[unit], r), I::set1(step), I::set1(min_sum_[r]));
+                        const V sum = I::fma(sums_[unit].row(r), I::set1(step), I::set1(min_sum_[r]));
                         I::store(acc, I::fma(sum, I::set1(weight_[r]), I::mul(I::load(acc), I::set1(keep_[r]))));
                     }
             }
@@ -223,7 +210,7 @@ private:
         return I::reduce_max(most) / VALUE_RANGE;
     }
 
-    // Half of value_digits_[i / 2]: p * scale; dot += p * min
+    // value_digits_[i]: p * scale; dot += p * min
     void split_weights(const Visible& v, int i, size_t group, float inverse_step, V* dot, Ahead<I>& ahead) {
         const TileLayout& l = *v.layout;
         const Cutter cutter;
@@ -231,22 +218,16 @@ private:
         const uint8_t *scale_at = v.tile + l.value_scale + group, *min_at = v.tile + l.value_min + group;
         const V scale0 = I::mul(f16_at(scale_at), inverse), scale1 = I::mul(f16_at(scale_at + 32), inverse);
         const V min0 = f16_at(min_at), min1 = f16_at(min_at + 32);
-        Digits& digits = value_digits_[i / 2];
 #pragma GCC unroll 1
         for (int r = 0; r < rows_; ++r) {
             const V p0 = I::load(s_[r] + i * TILE), p1 = I::load(s_[r] + i * TILE + 16);
             dot[r] = I::fma(p0, min0, I::fma(p1, min1, dot[r]));
-            cutter.cut(I::fma(p0, scale0, magic), I::fma(p1, scale1, magic), digits, r, i % 2, _mm256_setzero_si256());
+            cutter.cut(I::fma(p0, scale0, magic), I::fma(p1, scale1, magic), value_digits_[i], r);
             if (r % 2 == 0) {
                 ahead.step();
-                products_.step();
+                value_products_.step();
             }
         }
-    }
-    // As split_weights for a tile that is not there.
-    void clear_weights(int i) {
-        for (int r = 0; r < 2 * rows_; ++r) std::memset(value_digits_[i / 2].low[r] + TILE, 0, TILE);
-        for (int r = 0; r < rows_; ++r) std::memset(value_digits_[i / 2].high[r] + TILE, 0, TILE);
     }
 
     // The codes as bytes, a dword per 4 channels: where they lie, or unpacked. The last product may read up to 48
@@ -258,10 +239,13 @@ private:
         unpack(l.key, codes, 4 * TILE, size_, true, key_bytes_[side]);
         return key_bytes_[side];
     }
-    // Codes of 16 or 32 channels as bytes, a dword per 4 tokens.
-    static void value_bytes(const Visible& v, int channel, bool both, uint8_t* to) {
+    // Of 16 or 32 channels: where their codes lie, or are unpacked to.
+    void start_values(const Visible& v, int i, int channel, bool both) {
         const TileLayout& l = *v.layout;
-        unpack(l.value, v.tile + l.value_codes + 4 * channel, 4 * l.head_size, TILE, both, to);
+        const uint8_t* codes = v.tile + l.value_codes + 4 * channel;
+        if (l.value == Codec::u8) return value_products_.start(value_digits_[i], codes, 4 * size_, both);
+        unpack(l.value, codes, 4 * size_, TILE, both, value_bytes_);
+        value_products_.start(value_digits_[i], value_bytes_, UNPACKED, both);
     }
     // 16 or 32 columns of a code matrix of `rows` rows, whose rows of dwords are `stride` bytes apart.
     static void unpack(Codec codec, const uint8_t* codes, int stride, int rows, bool both, uint8_t* to) {
@@ -269,7 +253,6 @@ private:
         if (codec == Codec::u4) unpack_bits<4>(codes, stride, rows, both, to);
         if (codec == Codec::u2) unpack_bits<2>(codes, stride, rows, both, to);
     }
-    static constexpr int UNPACKED = 4 * TILE;  // bytes of a row of 32 columns
     template <int BITS>
     static void unpack_bits(const uint8_t* codes, int stride, int rows, bool both, uint8_t* to) {
         constexpr int QUADS = 8 / BITS;
@@ -287,7 +270,8 @@ private:
     const AttendArgs& a_;
     const int rows_, size_, blocks_;
     TileSetup setup_;
-    DigitProducts products_;
+    KeyProducts key_products_;
+    ValueProducts value_products_;
     alignas(ALIGNMENT) float step_[MAX_ROWS], keep_[MAX_ROWS], weight_[MAX_ROWS], bias_[CHUNK][MAX_ROWS],
         min_sum_[MAX_ROWS];
     alignas(ALIGNMENT) float q_[MAX_ROWS][STRIDE];
@@ -295,9 +279,10 @@ private:
     alignas(ALIGNMENT) float s_[MAX_ROWS][STRIDE];
     const uint8_t* key_codes_[CHUNK];
     Sums sums_[2];
-    Digits key_digits_[RING][BLOCKS], value_digits_[CHUNK / 2];
+    KeyDigits key_digits_[RING][BLOCKS];
+    ValueDigits value_digits_[CHUNK];
     alignas(ALIGNMENT) uint8_t key_bytes_[RING][MAX_HEAD * TILE];
-    alignas(ALIGNMENT) uint8_t value_bytes_[CHUNK][TILE * TILE];  // of 32 channels
+    alignas(ALIGNMENT) uint8_t value_bytes_[TILE * TILE];  // of 32 channels
 };
 
 void attend_float(const AttendArgs& a, const Visible* chunk, int n, const Visible* after, int num_after) {
