@@ -100,7 +100,7 @@ def test_both_engines_take_the_same_steps(report: dict[str, Any]) -> None:
 
 def test_rows_say_what_is_stored_and_in_how_many_bytes(report: dict[str, Any]) -> None:
     """The bytes are those of a store of the same shape: tiles of what is cached, and nothing of staged prompts."""
-    layers = [(x.num_heads, x.num_kv_heads, x.head_size, x.window, x.scale) for x in layers_of(default_model_path())]
+    layers = [layer.shape for layer in layers_of(default_model_path())]
     recent = plugin_precisions({}).inference
     store = native.Store(layers=layers, key="u4", value="u2", recent=recent, recent_tokens=32, group_size=32)
     for ours, theirs in zip(report["rows"][::2], report["rows"][1::2], strict=True):

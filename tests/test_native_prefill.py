@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_stores import ISAS, Array, Cache, LayerTuple, Span, gaussian, keys_values, layer, require_native
 
+from ov_kvcrush import native
 from ov_kvcrush.native import reference
 
 pytestmark = pytest.mark.skipif("amx" not in ISAS, reason="the kernel is for AMX: without it nothing is prefilled here")
@@ -142,22 +143,34 @@ def test_only_what_is_staged_as_bf16_does_without_paged_attention(precision: str
     seq = cache.store.create()
     rows = keys_values(np.random.default_rng(0), 9, 64)
     cache.stage(seq, [rows], precision)
-    assert not cache.store.can_prefill()
+    assert not native.can_prefill([layer()], precision)
     with pytest.raises(ValueError, match="prompts must go through PagedAttention"):
         cache.store.prefill(0, [(seq, 0, 9, 0)], gaussian(np.random.default_rng(1), 9, 128), *rows)
 
 
-@pytest.mark.parametrize("isa", [name for name in ISAS if name != "amx"])
-def test_only_amx_has_the_kernel(isa: str) -> None:
-    cache = Cache(layer(), isa=isa)
-    cache.stage(cache.store.create(), [keys_values(np.random.default_rng(0), 9, 64)], "bf16")
-    assert not cache.store.can_prefill()
+def test_only_amx_has_the_kernel() -> None:
+    can = {isa: native.can_prefill([layer()], "bf16", isa) for isa in ISAS}
+    assert can == {isa: isa == "amx" for isa in ISAS}
+    assert native.can_prefill([layer()], "bf16") == ("amx" in ISAS)
 
 
-def test_head_sizes_that_tiles_do_not_fit_go_through_paged_attention() -> None:
-    cache = Cache(layer(head_size=48), group_size=16)
-    cache.stage(cache.store.create(), [keys_values(np.random.default_rng(0), 9, 96)], "bf16")
-    assert not cache.store.can_prefill()
+def test_one_layer_that_tiles_do_not_fit_lets_all_go_through_paged_attention() -> None:
+    assert not native.can_prefill([layer(), layer(head_size=48)], "bf16")
+    assert not native.can_prefill([(*layer()[:4], -1.0)], "bf16")
+
+
+@pytest.mark.parametrize(
+    ("shape", "staging", "isa", "message"),
+    [
+        (layer(), "u8", "", "staging must be"),
+        (layer(), "bf16", "fast", "isa must be"),
+        (layer(5, 2), "bf16", "", "num_heads must be"),
+        (layer(4, 0), "bf16", "", "num_heads must be"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(shape: LayerTuple, staging: str, isa: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        native.can_prefill([shape], staging, isa)
 
 
 @pytest.mark.parametrize(

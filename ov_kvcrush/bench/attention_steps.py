@@ -12,7 +12,7 @@ from ov_kvcrush import native
 from ov_kvcrush.bench.attention_graph import CHUNK, Inputs, Shape, Tokens, attention_model, index_of, widths_of
 from ov_kvcrush.engine.block_pool import BLOCK_SIZE
 from ov_kvcrush.engine.crush_plan import PlanEntry, write_plan
-from ov_kvcrush.engine.kv_cache import KVCache
+from ov_kvcrush.engine.kv_cache import KVCache, cache_inputs
 from ov_kvcrush.engine.paged_memory import paged_inputs, with_lone_rows
 from ov_kvcrush.graph.attention import AttentionLayer, attention_ops
 from ov_kvcrush.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, PAGED_ROWS, use_crush_attention
@@ -29,7 +29,8 @@ class StockAttention:
         self._layers = layers
         self._compiled = _compile(attention_model(layers), threads, properties)
         self._requests = {n: compiled.create_infer_request() for n, compiled in self._compiled.items()}
-        self.bytes_per_block = KVCache(next(iter(self._compiled.values())), lambda _: 1).bytes_per_block
+        self._tensors = cache_inputs(next(iter(self._compiled.values())))
+        self.bytes_per_block = sum(x.block_bytes for x in self._tensors)
 
     @property
     def precisions(self) -> tuple[str, str]:
@@ -43,8 +44,7 @@ class StockAttention:
 
     def fill(self, tokens: Tokens, shape: Shape) -> None:
         """Cache these tokens and get ready for the next one of each sequence."""
-        compiled = next(iter(self._compiled.values()))
-        self._cache = KVCache(compiled, lambda _: shape.batch * shape.blocks_each)
+        self._cache = KVCache(self._tensors, lambda _: shape.batch * shape.blocks_each)
         for request in self._requests.values():
             self._cache.bind(request)
         filler = next(iter(self._requests.values()))
@@ -96,11 +96,12 @@ class CrushAttention:
         order = [index_of(op) for op in attention_ops(model)]
         self._layers = [layers[index] for index in order]
         self._options = {**store, "recent": compute}
-        use_crush_attention(model, library)
+        self._pages_prompts = not native.can_prefill([layer.shape for layer in layers], compute)
+        use_crush_attention(model, library, pages_prompts=self._pages_prompts)
         properties = {**properties, "KV_CACHE_PRECISION": compute}
         self._compiled = _compile(model, threads, properties, library)
-        # The one block that all rows outside of prompts are given.
-        self._blocks = KVCache(next(iter(self._compiled.values())), lambda _: 1)
+        # The one block that all rows outside of prompts are given, if there is PagedAttention.
+        self._blocks = KVCache(cache_inputs(next(iter(self._compiled.values()))), lambda _: 1)
         self._requests = {n: compiled.create_infer_request() for n, compiled in self._compiled.items()}
         self._store = self._new_store(self._layers)
         self._twins: list[int] = []
@@ -109,8 +110,7 @@ class CrushAttention:
             self._blocks.bind(request)
 
     def _new_store(self, layers: Sequence[AttentionLayer]) -> native.Store:
-        shapes = [(x.num_heads, x.num_kv_heads, x.head_size, x.window, x.scale) for x in layers]
-        return native.Store(layers=shapes, **self._options)
+        return native.Store(layers=[layer.shape for layer in layers], **self._options)
 
     def nbytes(self, shape: Shape) -> int:
         """Bytes that a step over `shape` reads: tiles in use, of layers with a sliding window only those in it."""
@@ -144,7 +144,7 @@ class CrushAttention:
                     self._store.append(sequence, index, k, v, start)
                 self._store.settle(sequence)
         rows = np.arange(shape.batch) % CHUNK
-        tables = with_lone_rows(paged_inputs([]), shape.batch, 0)
+        tables = with_lone_rows(paged_inputs([]), shape.batch, 0) if self._pages_prompts else {}
         for request in self._requests.values():
             store_id = np.array([self._store.id], np.int32)
             _set(request, {**tokens.inputs(self._layers, rows), **tables, CRUSH_STORE: store_id})
@@ -162,10 +162,12 @@ class CrushAttention:
         entries = [PlanEntry(twin, row, 1, self._shape.context) for row, twin in enumerate(self._twins)]
         plan = write_plan(len(entries), 0, entries)
         request = self._requests[threads]
-        # As in the engine: PagedAttention runs once, so that its output has a shape, and is skipped from then on.
-        paged_rows = 0 if threads in self._has_run else len(self._twins)
-        self._has_run.add(threads)
-        _set(request, {CRUSH_PLAN: plan, PAGED_ROWS: np.array([paged_rows], np.int64)})
+        _set(request, {CRUSH_PLAN: plan})
+        if self._pages_prompts:
+            # As in the engine: PagedAttention runs once, so that its output has a shape, and is skipped from then on.
+            paged_rows = 0 if threads in self._has_run else len(self._twins)
+            self._has_run.add(threads)
+            _set(request, {PAGED_ROWS: np.array([paged_rows], np.int64)})
         return request
 
     def _release(self) -> None:

@@ -44,6 +44,7 @@ class CrushMemory:
     through the store: decode rows, prompts that go on from kept KV, and prompts that are longer than the staging pool.
     Where a request has a policy, it chooses what a complete prompt leaves, and again whenever the cache has grown over
     its budget.
+    pages_prompts: whether the model has PagedAttention, for prompts that the store has no kernel for.
     chunk: rows of one step, at most. prefix_bytes: the most that kept prefixes hold; 0 = what is free. pool: owners of
     the staging blocks, where other memories have prompts on them too.
     """
@@ -57,6 +58,8 @@ class CrushMemory:
         chunk: int,
         prefix_bytes: int = 0,
         pool: BlockPool | None = None,
+        *,
+        pages_prompts: bool = True,
     ) -> None:
         self.store = store
         self._prefix_bytes = prefix_bytes
@@ -72,8 +75,7 @@ class CrushMemory:
         self._last_paged_rows = 0  # that PagedAttention was run with
         self._store_id = np.array([store.id], np.int32)
         staging.register(store)
-        # PagedAttention takes the prompts that the store has no kernel for.
-        self._staged_kind = PREFILL if store.can_prefill() else STAGED
+        self._pages_prompts = pages_prompts
         self._bytes_per_block = store.bytes_for(BLOCK_SIZE * 1024) / 1024
 
     # -- how much fits -------------------------------------------------------------------------------------------------
@@ -296,20 +298,22 @@ class CrushMemory:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def bind(self, request: ov.InferRequest) -> None:
-        """Make the staging blocks the cache inputs of `request`."""
-        self.staging.bind(request)
+        """Make the staging blocks the cache inputs of `request`, if it has some."""
+        if self._pages_prompts:
+            self.staging.bind(request)
 
     def step_inputs(self, rows: Items[RowPlan]) -> dict[str, np.ndarray]:
         """Rows of staged prompts first; the others follow."""
         staged = [row for row in rows if len(row.sequence.blocks)]
         order = staged + [row for row in rows if not len(row.sequence.blocks)]
         num_staged_rows = sum(row.num_tokens for row in staged)
+        staged_kind = STAGED if self._pages_prompts else PREFILL
         ends: dict[Sequence, int] = {}
         entries = []
         begin = 0
         for row in order:
             s = row.sequence
-            kind = self._staged_kind if begin < num_staged_rows else STORED
+            kind = staged_kind if begin < num_staged_rows else STORED
             assert s.stored is not None, "a planned row of a sequence that was not admitted"
             reduction = s.reduction_of(row.samples)
             if isinstance(s, Reader):  # scores are over what is there when this step's rows are
@@ -317,24 +321,25 @@ class CrushMemory:
             entries.append(PlanEntry(s.stored, begin, row.num_tokens, s.num_cached, kind, reduction))
             begin += row.num_tokens
             ends[s] = begin
-        prompts = staged if self._staged_kind == STAGED else []  # that PagedAttention is for
-        num_prompt_rows = num_staged_rows if prompts else 0
-        # Where PagedAttention is skipped its last output stays, and is converted again in every step: so it also gets
-        # the rows of the first step after many rows, which leaves a small one.
-        is_idle = not prompts and 0 < self._last_paged_rows <= begin
-        paged_rows = 0 if is_idle else begin
-        self._last_paged_rows = paged_rows or self._last_paged_rows
-        paged = {}  # what it was given last may stay where it is skipped
-        if paged_rows:
-            paged = with_lone_rows(paged_inputs(prompts), begin - num_prompt_rows, self.pool.num_blocks)
         return {
-            **paged,
-            PAGED_ROWS: np.array([paged_rows], np.int64),
+            **(self._paged_inputs(staged, num_staged_rows, begin) if self._pages_prompts else {}),
             **row_inputs(order),
             SAMPLED_ROWS: np.array([ends[row.sequence] - 1 for row in rows if row.samples], np.int64),
             CRUSH_STORE: self._store_id,
-            CRUSH_PLAN: write_plan(begin, num_prompt_rows, entries),
+            CRUSH_PLAN: write_plan(begin, num_staged_rows if self._pages_prompts else 0, entries),
         }
+
+    def _paged_inputs(self, staged: Items[RowPlan], num_staged_rows: int, num_rows: int) -> dict[str, np.ndarray]:
+        """What PagedAttention gets: all rows of a step with prompts, else none."""
+        # Where it is skipped its last output stays, and is converted again in every step: so it also gets the rows of
+        # the first step after many rows, which leaves a small one.
+        is_idle = not staged and 0 < self._last_paged_rows <= num_rows
+        paged_rows = 0 if is_idle else num_rows
+        self._last_paged_rows = paged_rows or self._last_paged_rows
+        paged = {}  # what it was given last may stay where it is skipped
+        if paged_rows:
+            paged = with_lone_rows(paged_inputs(staged), num_rows - num_staged_rows, self.pool.num_blocks)
+        return {**paged, PAGED_ROWS: np.array([paged_rows], np.int64)}
 
     def commit(self, rows: Items[RowPlan]) -> list[Sequence]:
         """Adopt prompts that are complete; move what left a recent window into tiles of the target precision."""

@@ -1,17 +1,21 @@
-"""Blocks of keys and values: one tensor of each per layer, bound to the inference request once."""
+"""Blocks of keys and values: one tensor of each per layer, which PagedAttention gets once, or the store."""
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino as ov
 
+from ov_kvcrush.engine.block_pool import BLOCK_SIZE
 from ov_kvcrush.errors import OutOfMemory
+from ov_kvcrush.graph.attention import AttentionLayer
 
 if TYPE_CHECKING:
     from ov_kvcrush.native import Store
@@ -35,8 +39,38 @@ def free_memory_bytes() -> int:
     return max(min(limits, default=_FALLBACK_FREE_BYTES), 0)
 
 
+@dataclass(frozen=True)
+class BlockTensor:
+    """Keys or values of one layer, "key_cache.<layer>" or "value_cache.<layer>"; block_shape: (K, rows, columns)."""
+
+    name: str
+    block_shape: tuple[int, int, int]
+    element_type: ov.Type
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        return math.prod(self.block_shape) * self.element_type.bitwidth // 8
+
+
+def cache_inputs(compiled: ov.CompiledModel) -> list[BlockTensor]:
+    """The tensors that PagedAttention reads and writes, as the compiled model wants them."""
+    ports = [p for p in compiled.inputs if p.any_name.startswith(("key_cache.", "value_cache."))]
+    shapes = [tuple(p.partial_shape[i].get_length() for i in (1, 2, 3)) for p in ports]
+    return [BlockTensor(p.any_name, shape, p.element_type) for p, shape in zip(ports, shapes, strict=True)]
+
+
+def staging_tensors(layers: Sequence[AttentionLayer], precision: str) -> list[BlockTensor]:
+    """The same tensors where there is no PagedAttention."""
+    return [
+        BlockTensor(f"{kind}_cache.{i}", (layer.num_kv_heads, BLOCK_SIZE, layer.head_size), getattr(ov.Type, precision))
+        for i, layer in enumerate(layers)
+        for kind in ("key", "value")
+    ]
+
+
 class KVCache:
-    """Key and value tensors `[num_blocks, K, rows, columns]` of every layer, as the compiled model wants them.
+    """Blocks of keys and values: for each of `tensors` one `[num_blocks, K, rows, columns]`.
 
     The whole capacity is reserved as address space; the operating system gives memory to a block when it is first
     written. Growing by reallocation instead would copy the cache and bind 2 x layers tensors again.
@@ -44,27 +78,22 @@ class KVCache:
     choose_blocks: from the bytes of one block over all layers to the number of blocks.
     """
 
-    def __init__(self, compiled: ov.CompiledModel, choose_blocks: Callable[[int], int]) -> None:
-        self._ports = [p for p in compiled.inputs if p.any_name.startswith(("key_cache.", "value_cache."))]
-        self._block_shapes = [[p.partial_shape[i].get_length() for i in (1, 2, 3)] for p in self._ports]
-        self._block_bytes = [
-            int(np.prod(shape)) * port.element_type.bitwidth // 8
-            for shape, port in zip(self._block_shapes, self._ports, strict=True)
-        ]
-        self.bytes_per_block = sum(self._block_bytes)
+    def __init__(self, tensors: Sequence[BlockTensor], choose_blocks: Callable[[int], int]) -> None:
+        self._of = list(tensors)
+        self.bytes_per_block = sum(x.block_bytes for x in tensors)
         self.num_blocks = choose_blocks(self.bytes_per_block)
         self._maps: list[mmap.mmap] = []
         self._buffers: list[np.ndarray] = []
         self._tensors: list[Any] = []
-        self._layers = _pairs([p.any_name for p in self._ports])
+        self._layers = _pairs([x.name for x in tensors])
         self._reserve()
 
     def _reserve(self) -> None:
         try:
-            for port, shape, size in zip(self._ports, self._block_shapes, self._block_bytes, strict=True):
-                data = self._reserve_bytes(self.num_blocks * size)
-                self._buffers.append(data.reshape(self.num_blocks, size))
-                self._tensors.append(ov.Tensor(data, ov.Shape([self.num_blocks, *shape]), port.element_type))
+            for x in self._of:
+                data = self._reserve_bytes(self.num_blocks * x.block_bytes)
+                self._buffers.append(data.reshape(self.num_blocks, x.block_bytes))
+                self._tensors.append(ov.Tensor(data, ov.Shape([self.num_blocks, *x.block_shape]), x.element_type))
         except (MemoryError, OSError):
             raise OutOfMemory(
                 f"num_kv_blocks must fit into memory, got {self.num_blocks} blocks of {self.bytes_per_block} bytes; "
@@ -82,8 +111,8 @@ class KVCache:
 
     def bind(self, request: ov.InferRequest) -> None:
         """Make the tensors the inputs of `request`."""
-        for port, tensor in zip(self._ports, self._tensors, strict=True):
-            request.set_tensor(port, tensor)
+        for x, tensor in zip(self._of, self._tensors, strict=True):
+            request.set_tensor(x.name, tensor)
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy every layer's keys and values of one block."""
@@ -91,9 +120,9 @@ class KVCache:
             buffer[target] = buffer[source]
 
     def register(self, store: Store) -> None:
-        """Let `store` read the keys and values that PagedAttention writes, layer by layer."""
+        """Let `store` read, and write where it has a kernel for prompts, the keys and values layer by layer."""
         for place, (key, value) in enumerate(self._layers):
-            precision = self._ports[key].element_type.get_type_name()
+            precision = self._of[key].element_type.get_type_name()
             store.set_staging(
                 place, self._buffers[key].reshape(-1), self._buffers[value].reshape(-1), self.num_blocks, precision
             )
@@ -104,9 +133,9 @@ class KVCache:
         return keys, values
 
     def _read(self, index: int, blocks: np.ndarray) -> np.ndarray:
-        heads, rows, columns = self._block_shapes[index]
+        heads, rows, columns = self._of[index].block_shape
         data = self._buffers[index][blocks]
-        precision = self._ports[index].element_type.get_type_name()
+        precision = self._of[index].element_type.get_type_name()
         if precision == "bf16":
             numbers = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         else:
@@ -119,7 +148,7 @@ class KVCache:
         if not self._maps:
             return
         for begin, end in _runs(np.sort(blocks)):
-            for data, size in zip(self._maps, self._block_bytes, strict=True):
+            for data, size in zip(self._maps, (x.block_bytes for x in self._of), strict=True):
                 start = -(-begin * size // mmap.PAGESIZE) * mmap.PAGESIZE
                 length = (end * size // mmap.PAGESIZE) * mmap.PAGESIZE - start
                 if length > 0:

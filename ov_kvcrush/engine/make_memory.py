@@ -5,7 +5,7 @@ from __future__ import annotations
 from ov_kvcrush import native
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.engine.block_pool import BLOCK_SIZE, blocks_for
-from ov_kvcrush.engine.kv_cache import KVCache, free_memory_bytes
+from ov_kvcrush.engine.kv_cache import KVCache, cache_inputs, free_memory_bytes, staging_tensors
 from ov_kvcrush.engine.memory import Memory
 from ov_kvcrush.engine.paged_memory import PagedCacheMemory
 from ov_kvcrush.errors import CrushError, OutOfMemory
@@ -29,10 +29,11 @@ def make_memory(
     # Without prefix caching only the conversation that runs keeps its KV between turns.
     max_prefixes = None if scheduler.enable_prefix_caching else 1
     if model.attention == "paged":
-        return PagedCacheMemory(KVCache(model.compiled, lambda size: _paged_blocks(scheduler, size)), max_prefixes)
+        blocks = cache_inputs(model.compiled)
+        return PagedCacheMemory(KVCache(blocks, lambda size: _paged_blocks(scheduler, size)), max_prefixes)
     from ov_kvcrush.engine.crush_memory import CrushMemory
 
-    shapes = [(x.num_heads, x.num_kv_heads, x.head_size, x.window, x.scale) for x in model.layers]
+    shapes = [layer.shape for layer in model.layers]
 
     def make_store(max_bytes: int) -> native.Store:
         return native.Store(
@@ -47,14 +48,21 @@ def make_memory(
     if max_bytes < bytes_per_block:
         raise OutOfMemory(f"max_bytes must be at least {bytes_per_block}, as a short request takes, got {max_bytes}")
     if beside is None:
-        staging = KVCache(model.compiled, lambda size: _staging_blocks(cache, model.context_length, size) + 1)
+        blocks = (
+            cache_inputs(model.compiled)
+            if model.pages_prompts
+            else staging_tensors(model.layers, model.recent_precision)
+        )
+        staging = KVCache(blocks, lambda size: _staging_blocks(cache, model.context_length, size) + 1)
         pool = None
     else:
         assert isinstance(beside, CrushMemory), "beside a memory without staging blocks"
         staging, pool = beside.staging, beside.pool
     heads = [(x.num_heads, x.num_kv_heads) for x in model.layers]
     store, chunk = make_store(max_bytes), scheduler.max_num_batched_tokens
-    return CrushMemory(store, heads, staging, max_prefixes, chunk, cache.prefix_bytes, pool)
+    return CrushMemory(
+        store, heads, staging, max_prefixes, chunk, cache.prefix_bytes, pool, pages_prompts=model.pages_prompts
+    )
 
 
 def _paged_blocks(config: SchedulerConfig, bytes_per_block: int) -> int:

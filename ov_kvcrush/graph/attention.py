@@ -28,6 +28,11 @@ class AttentionLayer:
     window: int
     scale: float
 
+    @property
+    def shape(self) -> tuple[int, int, int, int, float]:
+        """All but the name, as the native store takes it."""
+        return self.num_heads, self.num_kv_heads, self.head_size, self.window, self.scale
+
 
 def attention_ops(model: ov.Model) -> list[ov.Node]:
     """The PagedAttention operations, first layer first."""

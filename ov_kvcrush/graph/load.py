@@ -27,7 +27,8 @@ MODEL_XML = f"{MODEL_NAME}.xml"
 class LoadedModel:
     """A compiled model and what the engine must know of it.
 
-    context_length: None where nothing on disk says it. attention: "crush" or "paged".
+    context_length: None where nothing on disk says it. attention: "crush" or "paged". pages_prompts: whether there is
+    PagedAttention in it; else CrushAttention reads prompts too.
     layers: of the attention, with "crush" only. recent_precision: of keys and values that are not quantised yet.
     """
 
@@ -37,6 +38,7 @@ class LoadedModel:
     attention: str = "paged"
     layers: tuple[AttentionLayer, ...] = ()
     recent_precision: str = "f32"
+    pages_prompts: bool = True
 
     @property
     def has_scores(self) -> bool:
@@ -73,7 +75,7 @@ def load_model(
 ) -> LoadedModel:
     """Read, rewrite and compile the model in `models_path`. `properties` go to `compile_model`.
 
-    attention: "paged", or "crush" for CrushAttention over a store beside PagedAttention for prompts.
+    attention: "paged", or "crush" for CrushAttention over a store, beside PagedAttention if that must read the prompts.
     Raises ModelError if the folder or the model in it cannot be used, CrushError for a wrong device or property.
     """
     folder = Path(models_path)
@@ -92,7 +94,7 @@ def load_model(
     _check_is_llm(model, folder)
     use_paged_attention(model)
     layers: tuple[AttentionLayer, ...] = ()
-    precision = "f32"
+    precision, pages_prompts = "f32", True
     if attention == "crush":
         from ov_kvcrush import native
 
@@ -100,14 +102,15 @@ def load_model(
         library = native.info()["path"]
         core.add_extension(library)
         precision = plugin_precisions(properties).inference
-        use_crush_attention(model, library)
+        pages_prompts = not native.can_prefill([layer.shape for layer in layers], precision)
+        use_crush_attention(model, library, pages_prompts=pages_prompts)
         # Staging blocks hold prompts as they were computed: quantising is the store's.
         properties = {**properties, "KV_CACHE_PRECISION": precision}
     gather_sampled_rows(model)
     vocab_size = model.output("logits").partial_shape[-1].get_length()
     compiled = core.compile_model(model, device, properties)
     context_length = info.context_length if info else None
-    return LoadedModel(compiled, vocab_size, context_length, attention, layers, precision)
+    return LoadedModel(compiled, vocab_size, context_length, attention, layers, precision, pages_prompts)
 
 
 def _check_is_llm(model: ov.Model, folder: Path) -> None:

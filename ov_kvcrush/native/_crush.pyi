@@ -83,8 +83,6 @@ class Store:
         may be read-only and mapped. Raises StoreFull."""
     def attend(self, layer: int, spans: list[tuple[int, int, int, int]], q: Float32) -> Float32:
         """q (T, H * D) to (T, H * D). Spans: (seq, first row, rows, position of the first row); other rows are 0."""
-    def can_prefill(self) -> bool:
-        """Whether prompts can do without PagedAttention: what is staged is bf16, and there is a kernel (AMX)."""
     def prefill(
         self, layer: int, spans: list[tuple[int, int, int, int]], q: Float32, k: Float32, v: Float32
     ) -> Float32:
@@ -108,6 +106,10 @@ class Store:
         """Bytes of a sequence that adopts num_tokens whole."""
 
 def info() -> dict[str, Any]: ...
+def can_prefill(layers: list[tuple[int, int, int, int, float]], staging: str, isa: str = "") -> bool:
+    """Whether `Store.prefill` reads prompts of all these layers, so that they can do without PagedAttention: they are
+    staged as bf16, and there is a kernel (AMX; head sizes that are multiples of 32)."""
+
 def tile_bytes(key: str, value: str, head_size: int, group_size: int, listed: bool = False) -> int: ...
 def encode_decode(
     key: str, value: str, group_size: int, k: Float32, v: Float32, isa: str = ""

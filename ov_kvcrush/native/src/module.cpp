@@ -48,6 +48,9 @@ NB_MODULE(_crush, m) {
     nb::exception<StoreFull>(m, "StoreFull", PyExc_MemoryError);
 
     m.def("info", &info);
+    m.def("can_prefill",
+          nb::overload_cast<const std::vector<PyStore::Layer>&, const std::string&, const std::string&>(&can_prefill),
+          "layers"_a, "staging"_a, "isa"_a = "");
     m.def("tile_bytes", &tile_bytes, "key"_a, "value"_a, "head_size"_a, "group_size"_a, "listed"_a = false);
     m.def("encode_decode", &encode_decode, "key"_a, "value"_a, "group_size"_a, "k"_a, "v"_a, "isa"_a = "");
 
@@ -78,7 +81,6 @@ NB_MODULE(_crush, m) {
         .def("dump", &S::dump, "seq"_a)
         .def("load", &S::load, "heads"_a, "tiles"_a, "capture_rows"_a = 0, "keep_free"_a = 0)
         .def("attend", &S::attend, "layer"_a, "spans"_a, "q"_a)
-        .def("can_prefill", &S::can_prefill)
         .def("prefill", &S::prefill, "layer"_a, "spans"_a, "q"_a, "k"_a, "v"_a)
         .def("scores", &S::scores, "seq"_a, "layer"_a, "q"_a, "positions"_a, "reduce"_a)
         .def("set_capture", &S::set_capture, "seq"_a, "capture_rows"_a)

@@ -43,14 +43,17 @@ size_t size_of(const char* field, int64_t number) {
 // No sequence has a negative id.
 int32_t id_of(int64_t seq) { return seq >= 0 && seq <= INT32_MAX ? static_cast<int32_t>(seq) : -1; }
 
+LayerShape shape_of(const PyStore::Layer& layer) {
+    const auto& [num_heads, num_kv_heads, head_size, window, scale] = layer;
+    return {narrow("num_heads", num_heads), narrow("num_kv_heads", num_kv_heads), narrow("head_size", head_size),
+            narrow("window", window), static_cast<float>(scale)};
+}
+
 StoreConfig make_config(const std::vector<PyStore::Layer>& layers, const std::string& key, const std::string& value,
                         const std::string& recent, int64_t recent_tokens, int64_t group_size, int64_t max_bytes,
                         const std::string& isa) {
     StoreConfig c;
-    for (const auto& [num_heads, num_kv_heads, head_size, window, scale] : layers) {
-        c.layers.push_back({narrow("num_heads", num_heads), narrow("num_kv_heads", num_kv_heads),
-                            narrow("head_size", head_size), narrow("window", window), static_cast<float>(scale)});
-    }
+    for (const PyStore::Layer& layer : layers) c.layers.push_back(shape_of(layer));
     c.key = codec_of("key", key);
     c.value = codec_of("value", value);
     c.recent = codec_of("recent", recent, NUM_FLOAT_CODECS);
@@ -308,12 +311,6 @@ Output<float> PyStore::attend(int64_t layer, const std::vector<Span>& spans, con
     return to_numpy(std::move(out), {num_rows, static_cast<size_t>(query_width(shape))});
 }
 
-bool PyStore::can_prefill() const {
-    const auto s = store();
-    const Release release;
-    return s->can_prefill();
-}
-
 Output<float> PyStore::prefill(int64_t layer, const std::vector<Span>& spans, const Input& q, const Input& k,
                                const Input& v) {
     const auto s = store();
@@ -425,6 +422,17 @@ size_t tile_bytes(const std::string& key, const std::string& value, int64_t head
     return make_layout(codec_of("key", key), codec_of("value", value), narrow("head_size", head_size),
                        narrow("group_size", group_size), listed)
         .bytes;
+}
+
+bool can_prefill(const std::vector<PyStore::Layer>& layers, const std::string& staging, const std::string& isa) {
+    const Codec codec = codec_of("staging", staging, NUM_FLOAT_CODECS);
+    const Kernels& chosen = kernels(isa);
+    return std::all_of(layers.begin(), layers.end(), [&](const PyStore::Layer& layer) {
+        const LayerShape shape = shape_of(layer);
+        require(shape.num_kv_heads >= 1 && shape.num_heads % shape.num_kv_heads == 0,
+                "num_heads must be a multiple of num_kv_heads", shape.num_heads);
+        return can_prefill(chosen, shape, codec);
+    });
 }
 
 std::pair<Output<float>, Output<float>> encode_decode(const std::string& key, const std::string& value,

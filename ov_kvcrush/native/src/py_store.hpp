@@ -50,7 +50,6 @@ public:
     std::pair<Output<int64_t>, Output<uint8_t>> dump(int64_t seq) const;
     int32_t load(const Input& heads, const Input& tiles, int64_t capture_rows, int64_t keep_free);
     Output<float> attend(int64_t layer, const std::vector<Span>& spans, const Input& q) const;
-    bool can_prefill() const;
     Output<float> prefill(int64_t layer, const std::vector<Span>& spans, const Input& q, const Input& k,
                           const Input& v);
     Output<float> scores(int64_t seq, int64_t layer, const Input& q, const Input& positions,
@@ -72,6 +71,7 @@ private:
     std::vector<std::pair<Input, Input>> staging_;  // [layers]: keeps the arrays alive
 };
 
+bool can_prefill(const std::vector<PyStore::Layer>& layers, const std::string& staging, const std::string& isa);
 size_t tile_bytes(const std::string& key, const std::string& value, int64_t head_size, int64_t group_size, bool listed);
 std::pair<Output<float>, Output<float>> encode_decode(const std::string& key, const std::string& value,
                                                       int64_t group_size, const Input& k, const Input& v,

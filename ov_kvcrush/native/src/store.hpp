@@ -103,6 +103,9 @@ struct PrefillSpan {
 struct TokenBuffer;
 
 // Every public function takes the lock; the *_locked ones are for the op, which holds it for a whole layer.
+// Whether these kernels read prompts of such a layer that are staged as `staging`: see Store::prefill_locked.
+bool can_prefill(const Kernels& kernels, const LayerShape& shape, Codec staging);
+
 class Store {
 public:
     Store(StoreConfig config, ParallelFor parallel);  // throws std::invalid_argument naming the field
@@ -136,8 +139,6 @@ public:
     void set_staging(size_t layer, Staging staging);
     // The prompt of an empty sequence lies in these blocks. No tokens: it is not staged any more.
     void stage(int32_t id, std::vector<int32_t> blocks, int64_t num_tokens);
-    // Whether prefill_locked works for all layers: what is staged is bf16, and there is a kernel.
-    bool can_prefill() const;
     // Take the staged tokens (all, or the selection by token index) into the empty sequence, which is not staged then.
     // Throws StoreFull, leaving it as it was.
     void adopt(int32_t id, const Selection* selection = nullptr, size_t keep_free = 0);
@@ -220,7 +221,6 @@ private:
     void append_head(Head&, const float* k, const float* v, size_t stride, int64_t n, int32_t first_position) const;
     void settle_head(size_t head, Head&, int64_t num_tiles);
     void check_staged(const Sequence&, size_t layer) const;
-    bool can_prefill_locked(size_t layer) const;
     void read_staged(const Sequence&, size_t layer, size_t head, const int32_t* tokens, int count, TokenBuffer&) const;
     // Appends the scores of a staged prompt without making tiles of it. False if the kernels cannot.
     bool score_blocks(const Sequence&, size_t layer, StagedScores, std::vector<float>& out) const;

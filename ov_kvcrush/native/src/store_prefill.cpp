@@ -25,24 +25,16 @@ struct Task {
 
 }  // namespace
 
-bool Store::can_prefill() const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (size_t layer = 0; layer < layouts_.size(); ++layer)
-        if (!can_prefill_locked(layer)) return false;
-    return true;
-}
-
-bool Store::can_prefill_locked(size_t layer) const {
-    const LayerShape& shape = config_.layers[layer];
-    return kernels_->prefill && layouts_[layer].staging.codec == Codec::bf16 && shape.head_size % 32 == 0 &&
-           shape.scale > 0 && shape.num_heads / shape.num_kv_heads <= PREFILL_MAX_COLUMNS;
+bool can_prefill(const Kernels& kernels, const LayerShape& shape, Codec staging) {
+    return kernels.prefill && staging == Codec::bf16 && shape.head_size % 32 == 0 && shape.scale > 0 &&
+           shape.num_heads / shape.num_kv_heads <= PREFILL_MAX_COLUMNS;
 }
 
 void Store::prefill_locked(size_t layer, const std::vector<PrefillSpan>& spans, const float* q, const float* k,
                            const float* v, float* out, int num_threads) const {
     const LayerShape& shape = config_.layers[layer];
     const Staging& staging = layouts_[layer].staging;
-    if (!can_prefill_locked(layer))
+    if (!can_prefill(*kernels_, shape, staging.codec))
         throw std::invalid_argument("prompts must go through PagedAttention with kernels " +
                                     std::string(kernels_->isa));
     const auto num_kv_heads = static_cast<size_t>(shape.num_kv_heads), size = static_cast<size_t>(shape.head_size);
