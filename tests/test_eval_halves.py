@@ -103,6 +103,20 @@ class TestHalves:
             assert len(rivals) == c.num_settings
             assert best.difference == max(row.difference for row in rivals)
 
+    def test_a_policy_of_many_settings_has_a_choice_of_its_own(self) -> None:
+        evicting = [setting for setting in MANY if (setting.kept, setting.query) == (0.25, "aware")][:4]
+        shares = [replace(evicting[0], policy_settings={"share": x}) for x in (0.1, 0.3, 0.5)]
+        settings = (FULL, *evicting, *shares)
+        halves = halves_of(run_of(answers(settings), settings))
+        everything, own = sorted(halves.chosen, key=lambda c: c.policy is not None)
+        assert (everything.policy, everything.num_settings) == (None, 7)
+        assert (own.policy, own.num_settings) == (evicting[0].policy, 4)
+        its = [one for one in halves.judged if one.first.policy == own.policy]
+        assert own.best in its
+        assert own.best.first.difference == max(one.first.difference for one in its)
+        alone = (FULL, evicting[0], *shares)  # then it is the same choice
+        assert [c.policy for c in halves_of(run_of(answers(alone), alone)).chosen] == [None]
+
     def test_an_engine_alone_is_as_if_the_other_had_not_run(self) -> None:
         made = answers()
         ours = tuple(setting for setting in SETTINGS if setting.engine == "crush")

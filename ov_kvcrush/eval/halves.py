@@ -35,15 +35,22 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class Chosen:
-    """The best on the first half of the settings that evict with equal budget, precisions, query and engine."""
+    """The best on the first half of the settings that evict with equal budget, precisions, query and engine.
+
+    policy: they are settings of it alone; None: of all policies.
+    """
 
     best: Judged
     num_settings: int
+    policy: str | None = None
 
 
 @dataclass(frozen=True)
 class Halves:
-    """judged: every setting, as tables have them. chosen: one of each budget, precisions, query and engine."""
+    """judged: every setting, as tables have them.
+
+    chosen: one of each budget, precisions, query and engine, and one of each policy that has ENOUGH settings there.
+    """
 
     judged: tuple[Judged, ...]
     chosen: tuple[Chosen, ...]
@@ -53,7 +60,9 @@ class Halves:
         """For a file."""
         return {
             "settings": [_json(one) for one in self.judged],
-            "chosen": [{**_json(one.best), "num_settings": one.num_settings} for one in self.chosen],
+            "chosen": [
+                {**_json(one.best), "num_settings": one.num_settings, "policy": one.policy} for one in self.chosen
+            ],
         }
 
 
@@ -95,8 +104,8 @@ def halves_of(run: Run, engine: str | None = None) -> Halves:
             groups.setdefault(_group(one.first), []).append(one)
     places = {row_label(row): place for place, row in enumerate(sorted_rows(first))}
     judged.sort(key=lambda one: places[row_label(one.first)])
-    chosen = [Chosen(max(group, key=_gain), len(group)) for group in groups.values()]
-    chosen.sort(key=lambda one: places[row_label(one.best.first)])
+    chosen = [one for group in groups.values() for one in _choose(group)]
+    chosen.sort(key=lambda one: (places[row_label(one.best.first)], one.policy is not None))
     return Halves(tuple(judged), tuple(chosen))
 
 
@@ -110,12 +119,12 @@ def worth_showing(run: Run) -> bool:
 
 
 def chosen_grid(halves: Halves) -> Grid:
-    """A line for each budget: what was chosen on the first half, of how many, and what it shows on the second."""
+    """A line for each choice: what was chosen on the first half, of how many, and what it shows on the second."""
     rows = [one.best.second for one in halves.chosen]
     engine, query = _several(rows, "engine"), _several(rows, "query")
     header = (
         *("kept", "keys/values"), *(("query",) if query else ()), *(("engine",) if engine else ()),
-        "chosen",
+        "among", "chosen",
     )  # fmt: skip
     numbers = ("of settings", "difference there", "n", "score", "full score", "difference", "95 % interval")
     lines = []
@@ -123,7 +132,8 @@ def chosen_grid(halves: Halves) -> Grid:
         row = one.best.second
         names = [kept_label(row), row.precisions, *([row.query] if query else ()), *([row.engine] if engine else ())]
         there = difference_cells(one.best.first)[0]
-        lines.append((*names, policy_label(row), str(one.num_settings), there, str(row.n), *score_cells(row)))
+        chosen = (one.policy or "all policies", policy_label(row), str(one.num_settings))
+        lines.append((*names, *chosen, there, str(row.n), *score_cells(row)))
     return Grid((*header, *numbers), tuple(lines), len(header))
 
 
@@ -162,6 +172,16 @@ def write_page(halves: Halves, path: Path) -> None:
         file.write(markdown(halves).encode())
 
     write_whole(path, "markdown", write)
+
+
+def _choose(group: list[Judged]) -> Iterable[Chosen]:
+    yield Chosen(max(group, key=_gain), len(group))
+    by_policy: dict[str, list[Judged]] = {}
+    for one in group:
+        by_policy.setdefault(one.first.policy, []).append(one)
+    for policy, its in by_policy.items():
+        if ENOUGH <= len(its) < len(group):
+            yield Chosen(max(its, key=_gain), len(its), policy)
 
 
 def _group(row: Row) -> tuple[object, ...]:

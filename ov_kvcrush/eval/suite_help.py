@@ -86,7 +86,8 @@ Choose settings on one half of a finished run's items, and show them by the othe
 
 The items of each task, ordered by their ids, go in turn to the first and to the second half. Of the settings of one \
 engine with the same kept tokens, precisions and query, the one with the best average on the first half is chosen; \
-what it shows on the second is free of the luck that made it the best. A task of a single item is in neither half.
+what it shows on the second is free of the luck that made it the best. So is one of each policy that has four settings \
+or more there. A task of a single item is in neither half.
 
 [bold]Examples[/bold]
 
