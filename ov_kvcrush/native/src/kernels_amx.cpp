@@ -1,6 +1,11 @@
 // Attention over quantised tiles with AMX int8 products. The codes are multiplied as they lie in memory; the other
 // factor (q * key scale, p * value scale) becomes an integer of 16 bits, two bytes of which are two rows of the
-// product.
+// product: docs/kv_store.md has what that rounds. Float tiles and tiny heads go to the AVX-512 kernels.
+//
+// Cost of a tile for 7 rows of 64 channels: 6 products of 16 cycles, 10 loads of their factors, some 100 vector
+// instructions a row. From the L2 cache 700 to 740 cycles, 590 without the products. Three bytes, and values copied for
+// products over 64 tokens, took 1.3 times as long. Codes in the L1 cache would save 0.1 of it, but to prefetch them
+// there costs more: 16 lines can be on their way at a time, and they come from memory.
 #include "amx_digits.hpp"
 #include "visibility.hpp"
 
