@@ -248,6 +248,14 @@ def test_a_staged_sequence_takes_no_other_tokens(scene: Scene) -> None:
         store.append(scene.staged, 0, f32(1, 64), f32(1, 64), 0)
 
 
+def test_staging_arrays_are_written_to_so_read_only_ones_are_refused(scene: Scene) -> None:
+    keys, values = np.zeros((2, 8192), np.uint8)
+    values.flags.writeable = False
+    with pytest.raises(TypeError, match="set_staging"):
+        scene.store.set_staging(0, keys, values, 1, "f32")
+    scene.store.set_staging(0, keys, keys, 1, "f32")
+
+
 def test_nothing_captured_is_nothing(scene: Scene) -> None:
     seq = scene.store.create(capture_rows=4)
     for owner in (seq, scene.full):

@@ -64,7 +64,8 @@ class Store:
     def settle(self, seq: int) -> None:
         """Move what left the recent window into tiles of the target precisions."""
     def set_staging(self, layer: int, keys: Array, values: Array, num_blocks: int, precision: str) -> None:
-        """uint8 (bytes,): PagedAttention's cache [num_blocks, K, 32, D] of f32, bf16 or f16; held until replaced."""
+        """uint8 (bytes,), writable: blocks [num_blocks, K, 32, D] of f32, bf16 or f16, PagedAttention's cache where it
+        reads prompts; held until replaced."""
     def stage(self, seq: int, blocks: Int32, num_tokens: int) -> None:
         """The prompt of an empty sequence lies in these staging blocks (n,)."""
     def adopt(self, seq: int, offsets: Array | None = None, indices: Int32 | None = None, keep_free: int = 0) -> None:

@@ -136,8 +136,8 @@ private:
             staging_.push_back(std::move(k));
             staging_.push_back(std::move(v));
             Staging staging;
-            staging.keys = reinterpret_cast<const uint8_t*>(staging_[2 * layer].data());
-            staging.values = reinterpret_cast<const uint8_t*>(staging_[2 * layer + 1].data());
+            staging.keys = reinterpret_cast<uint8_t*>(staging_[2 * layer].data());
+            staging.values = reinterpret_cast<uint8_t*>(staging_[2 * layer + 1].data());
             staging.num_blocks = NUM_BLOCKS;
             staging.codec = Codec::f32;
             store_.set_staging(layer, staging);

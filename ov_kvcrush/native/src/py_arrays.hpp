@@ -14,6 +14,7 @@
 namespace crush {
 
 using Input = nanobind::ndarray<nanobind::ro>;  // of any kind: `data_of` says what is wrong with it
+using Writable = nanobind::ndarray<>;           // the same, but nanobind refuses read-only ones
 template <class Number>
 using Output = nanobind::ndarray<nanobind::numpy, Number>;
 
@@ -37,13 +38,15 @@ inline std::string shape_text(const std::vector<int64_t>& shape) {
     return text + (shape.size() == 1 ? ",)" : ")");
 }
 
-inline std::vector<int64_t> shape_of(const Input& array) {
+template <class Array>
+std::vector<int64_t> shape_of(const Array& array) {
     std::vector<int64_t> shape;
     for (size_t i = 0; i < array.ndim(); ++i) shape.push_back(static_cast<int64_t>(array.shape(i)));
     return shape;
 }
 
-inline bool is_contiguous(const Input& array) {
+template <class Array>
+bool is_contiguous(const Array& array) {
     for (size_t i = 0; i < array.ndim(); ++i) {
         if (array.shape(i) == 0) return true;  // numpy's strides of an empty array mean nothing
     }
@@ -55,11 +58,8 @@ inline bool is_contiguous(const Input& array) {
     return true;
 }
 
-}  // namespace detail
-
-// The numbers of an array of this type and shape (ANY = whatever). Throws std::invalid_argument naming `field`.
-template <class Number>
-const Number* data_of(const Input& array, const char* field, const std::vector<int64_t>& shape) {
+template <class Number, class Array>
+void check(const Array& array, const char* field, const std::vector<int64_t>& shape) {
     const std::string name = field;
     if (array.device_type() != nanobind::device::cpu::value || array.dtype() != nanobind::dtype<Number>()) {
         throw std::invalid_argument(name + " must be an array of " + detail::name_of<Number>() +
@@ -75,13 +75,24 @@ const Number* data_of(const Input& array, const char* field, const std::vector<i
     if (!detail::is_contiguous(array)) {
         throw std::invalid_argument(name + " must be contiguous, got strides; use numpy.ascontiguousarray");
     }
-    // Empty arrays may come without an address.
-    static const Number none{};
-    const auto* data = static_cast<const Number*>(array.data());
-    if (reinterpret_cast<uintptr_t>(data) % alignof(Number) != 0) {
+    if (reinterpret_cast<uintptr_t>(array.data()) % alignof(Number) != 0) {
         throw std::invalid_argument(name + " must be aligned, got an odd address; use numpy.array to copy it");
     }
-    return data ? data : &none;
+}
+
+}  // namespace detail
+
+// The numbers of an array of this type and shape (ANY = whatever). Throws std::invalid_argument naming `field`.
+template <class Number>
+const Number* data_of(const Input& array, const char* field, const std::vector<int64_t>& shape) {
+    detail::check<Number>(array, field, shape);
+    static const Number none{};  // empty arrays may come without an address
+    return array.data() ? static_cast<const Number*>(array.data()) : &none;
+}
+template <class Number>
+Number* data_of(const Writable& array, const char* field, const std::vector<int64_t>& shape) {
+    detail::check<Number>(array, field, shape);
+    return static_cast<Number*>(array.data());
 }
 
 // A numpy array that owns the vector's numbers.

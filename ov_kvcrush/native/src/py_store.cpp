@@ -194,7 +194,7 @@ void PyStore::settle(int64_t seq) {
     s->settle(id_of(seq));
 }
 
-void PyStore::set_staging(int64_t layer, const Input& keys, const Input& values, int64_t num_blocks,
+void PyStore::set_staging(int64_t layer, const Writable& keys, const Writable& values, int64_t num_blocks,
                           const std::string& precision) {
     const auto s = store();
     const LayerShape& shape = layer_shape(*s, layer);

@@ -40,7 +40,7 @@ public:
     bool reserve(int64_t seq, int64_t num_tokens, int64_t keep_free);
     int64_t free_slots(int64_t seq) const;
     void settle(int64_t seq);
-    void set_staging(int64_t layer, const Input& keys, const Input& values, int64_t num_blocks,
+    void set_staging(int64_t layer, const Writable& keys, const Writable& values, int64_t num_blocks,
                      const std::string& precision);
     void stage(int64_t seq, const Input& blocks, int64_t num_tokens);
     void adopt(int64_t seq, const std::optional<Input>& offsets, const std::optional<Input>& indices,
@@ -68,7 +68,7 @@ private:
 
     std::shared_ptr<Store> store_;  // changes only while the interpreter is held
     int32_t id_ = 0;
-    std::vector<std::pair<Input, Input>> staging_;  // [layers]: keeps the arrays alive
+    std::vector<std::pair<Writable, Writable>> staging_;  // [layers]: keeps the arrays alive
 };
 
 bool can_prefill(const std::vector<PyStore::Layer>& layers, const std::string& staging, const std::string& isa);

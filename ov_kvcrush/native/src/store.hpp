@@ -46,8 +46,8 @@ struct Selection {
 
 // A prompt's keys and values as PagedAttention wrote them: [block, K, 32, D] of f32, bf16 or f16, one pair per layer.
 struct Staging {
-    const uint8_t* keys = nullptr;
-    const uint8_t* values = nullptr;
+    uint8_t* keys = nullptr;
+    uint8_t* values = nullptr;
     size_t num_blocks = 0;
     Codec codec = Codec::bf16;
 };

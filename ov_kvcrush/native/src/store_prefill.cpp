@@ -19,7 +19,7 @@ void write_rows(const float* from, size_t stride, size_t count, size_t size, uin
 // The rows of one KV head that are computed together.
 struct Task {
     const PrefillSpan* span;
-    const uint8_t *const *keys, *const *values;  // blocks of the head
+    uint8_t *const *keys, *const *values;  // blocks of the head
     size_t head, first, count;
 };
 
@@ -41,7 +41,7 @@ void Store::prefill_locked(size_t layer, const std::vector<PrefillSpan>& spans, 
     const size_t group = static_cast<size_t>(shape.num_heads) / num_kv_heads, kv_width = num_kv_heads * size;
     const size_t block_bytes = TILE * size * sizeof(uint16_t), most_rows = PREFILL_MAX_COLUMNS / group;
 
-    std::vector<std::vector<const uint8_t*>> blocks;  // for each span: keys of each head, then values of each head
+    std::vector<std::vector<uint8_t*>> blocks;  // for each span: keys of each head, then values of each head
     std::vector<Task> tasks;
     for (const PrefillSpan& span : spans) {
         check_staged(*span.sequence, layer);
@@ -50,14 +50,14 @@ void Store::prefill_locked(size_t layer, const std::vector<PrefillSpan>& spans, 
                 "rows must end within the " + std::to_string(span.sequence->staged_tokens) + " staged tokens", end);
         const size_t num_blocks = static_cast<size_t>(end + TILE - 1) / TILE;
         blocks.emplace_back(2 * num_kv_heads * num_blocks);
-        const uint8_t** at = blocks.back().data();
-        for (const uint8_t* data : {staging.keys, staging.values})
+        uint8_t** at = blocks.back().data();
+        for (uint8_t* data : {staging.keys, staging.values})
             for (size_t head = 0; head < num_kv_heads; ++head)
                 for (size_t i = 0; i < num_blocks; ++i)
                     *at++ = data +
                             (static_cast<size_t>(span.sequence->staged_blocks[i]) * num_kv_heads + head) * block_bytes;
         for (size_t head = 0; head < num_kv_heads; ++head) {
-            const uint8_t* const* keys = blocks.back().data() + head * num_blocks;
+            uint8_t* const* keys = blocks.back().data() + head * num_blocks;
             for (size_t first = 0; first < span.num_rows; first += most_rows)
                 tasks.push_back({&span, keys, keys + num_kv_heads * num_blocks, head, first,
                                  std::min(most_rows, span.num_rows - first)});
@@ -71,8 +71,8 @@ void Store::prefill_locked(size_t layer, const std::vector<PrefillSpan>& spans, 
             const size_t count = std::min<size_t>(TILE - slot, end - row);
             const size_t from = (task.span->row_begin + row) * kv_width + task.head * size;
             const size_t to = slot * size * sizeof(uint16_t);
-            write_rows(k + from, kv_width, count, size, const_cast<uint8_t*>(task.keys[token / TILE]) + to);
-            write_rows(v + from, kv_width, count, size, const_cast<uint8_t*>(task.values[token / TILE]) + to);
+            write_rows(k + from, kv_width, count, size, task.keys[token / TILE] + to);
+            write_rows(v + from, kv_width, count, size, task.values[token / TILE] + to);
             row += count;
         }
     });
