@@ -44,9 +44,9 @@ class CrushMemory:
     through the store: decode rows, prompts that go on from kept KV, and prompts that are longer than the staging pool.
     Where a request has a policy, it chooses what a complete prompt leaves, and again whenever the cache has grown over
     its budget.
-    pages_prompts: whether the model has PagedAttention, for prompts that the store has no kernel for.
     chunk: rows of one step, at most. prefix_bytes: the most that kept prefixes hold; 0 = what is free. pool: owners of
-    the staging blocks, where other memories have prompts on them too.
+    the staging blocks, where other memories have prompts on them too. pages_prompts: whether the model has
+    PagedAttention, for prompts that the store has no kernel for.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class CrushMemory:
         prefix_bytes: int = 0,
         pool: BlockPool | None = None,
         *,
-        pages_prompts: bool = True,
+        pages_prompts: bool,
     ) -> None:
         self.store = store
         self._prefix_bytes = prefix_bytes

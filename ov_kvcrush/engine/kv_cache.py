@@ -79,7 +79,7 @@ class KVCache:
     """
 
     def __init__(self, tensors: Sequence[BlockTensor], choose_blocks: Callable[[int], int]) -> None:
-        self._of = list(tensors)
+        self._blocks = list(tensors)
         self.bytes_per_block = sum(x.block_bytes for x in tensors)
         self.num_blocks = choose_blocks(self.bytes_per_block)
         self._maps: list[mmap.mmap] = []
@@ -90,7 +90,7 @@ class KVCache:
 
     def _reserve(self) -> None:
         try:
-            for x in self._of:
+            for x in self._blocks:
                 data = self._reserve_bytes(self.num_blocks * x.block_bytes)
                 self._buffers.append(data.reshape(self.num_blocks, x.block_bytes))
                 self._tensors.append(ov.Tensor(data, ov.Shape([self.num_blocks, *x.block_shape]), x.element_type))
@@ -111,7 +111,7 @@ class KVCache:
 
     def bind(self, request: ov.InferRequest) -> None:
         """Make the tensors the inputs of `request`."""
-        for x, tensor in zip(self._of, self._tensors, strict=True):
+        for x, tensor in zip(self._blocks, self._tensors, strict=True):
             request.set_tensor(x.name, tensor)
 
     def copy_block(self, source: int, target: int) -> None:
@@ -122,7 +122,7 @@ class KVCache:
     def register(self, store: Store) -> None:
         """Let `store` read, and write where it has a kernel for prompts, the keys and values layer by layer."""
         for place, (key, value) in enumerate(self._layers):
-            precision = self._of[key].element_type.get_type_name()
+            precision = self._blocks[key].element_type.get_type_name()
             store.set_staging(
                 place, self._buffers[key].reshape(-1), self._buffers[value].reshape(-1), self.num_blocks, precision
             )
@@ -133,9 +133,9 @@ class KVCache:
         return keys, values
 
     def _read(self, index: int, blocks: np.ndarray) -> np.ndarray:
-        heads, rows, columns = self._of[index].block_shape
+        heads, rows, columns = self._blocks[index].block_shape
         data = self._buffers[index][blocks]
-        precision = self._of[index].element_type.get_type_name()
+        precision = self._blocks[index].element_type.get_type_name()
         if precision == "bf16":
             numbers = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         else:
@@ -148,7 +148,8 @@ class KVCache:
         if not self._maps:
             return
         for begin, end in _runs(np.sort(blocks)):
-            for data, size in zip(self._maps, (x.block_bytes for x in self._of), strict=True):
+            for data, buffer in zip(self._maps, self._buffers, strict=True):
+                size = buffer.shape[1]
                 start = -(-begin * size // mmap.PAGESIZE) * mmap.PAGESIZE
                 length = (end * size // mmap.PAGESIZE) * mmap.PAGESIZE - start
                 if length > 0:

@@ -29,12 +29,13 @@ inline TileConfig digits_config(int rows) {
     return config;
 }
 
-struct KeyDigits {
-    alignas(ALIGNMENT) uint8_t bytes[DIGIT_ROWS][DEPTH];
+// Integers of DEPTH channels of queries, or of TILE tokens' weights: WIDTH of each row.
+template <int WIDTH>
+struct Digits {
+    alignas(ALIGNMENT) uint8_t bytes[DIGIT_ROWS][WIDTH];
 };
-struct ValueDigits {
-    alignas(ALIGNMENT) uint8_t bytes[DIGIT_ROWS][TILE];
-};
+using KeyDigits = Digits<DEPTH>;
+using ValueDigits = Digits<TILE>;
 
 // Sums of products with 16 columns of codes, of the bytes apart.
 struct Sums {
@@ -57,27 +58,27 @@ inline void store_sums(Sums* sums, bool both) {
     if (both) tile_store<SUMS_2>(sums[1].of);
 }
 
-// Adds the products of queries with the codes of 32 keys, a few instructions at a time between other work.
-class KeyProducts {
+// Adds the products of digits with codes, a few instructions at a time between other work.
+template <int WIDTH, int DIGITS, int CODES, bool IS_SIGNED>
+class Products {
 public:
-    // Of `blocks` KeyDigits; dwords of 4 channels are `stride` bytes apart.
-    void start(const KeyDigits* digits, const uint8_t* codes, int stride, int blocks) {
+    // Of `blocks` Digits with 16 columns of codes, or 32 (both); dwords of 4 codes are `stride` bytes apart.
+    void start(const Digits<WIDTH>* digits, const uint8_t* codes, int stride, bool both, int blocks = 1) {
         digits_ = digits;
         codes_ = codes;
         stride_ = stride;
+        both_ = both;
         steps_ = 2 * blocks;
     }
     void step() {
         if (steps_ == 0) return;
         if (--steps_ % 2) {
-            tile_load<KEY_DIGITS>(digits_->bytes, DEPTH);
-            tile_load<KEY_CODES>(codes_, stride_);
-            multiply_signed<SUMS, KEY_DIGITS, KEY_CODES>();
+            tile_load<DIGITS>(digits_->bytes, WIDTH);
+            multiply<SUMS, CODES>(codes_);
         } else {
-            tile_load<KEY_CODES_2>(codes_ + 64, stride_);
-            multiply_signed<SUMS_2, KEY_DIGITS, KEY_CODES_2>();
+            if (both_) multiply<SUMS_2, CODES + 1>(codes_ + 64);
             ++digits_;
-            codes_ += DEPTH / 4 * stride_;
+            codes_ += WIDTH / 4 * stride_;
         }
     }
     void finish() {
@@ -85,42 +86,22 @@ public:
     }
 
 private:
-    const KeyDigits* digits_ = nullptr;
+    template <int TO, int FROM>
+    void multiply(const uint8_t* codes) const {
+        tile_load<FROM>(codes, stride_);
+        if constexpr (IS_SIGNED)
+            multiply_signed<TO, DIGITS, FROM>();
+        else
+            multiply_unsigned<TO, DIGITS, FROM>();
+    }
+
+    const Digits<WIDTH>* digits_ = nullptr;
     const uint8_t* codes_ = nullptr;
     int stride_ = 0, steps_ = 0;
+    bool both_ = false;
 };
-
-// Adds the products of the weights of 32 tokens with the codes of 16 channels, or 32 (both).
-class ValueProducts {
-public:
-    // Dwords of 4 tokens are `stride` bytes apart.
-    void start(const ValueDigits& digits, const uint8_t* codes, int stride, bool both) {
-        digits_ = &digits;
-        codes_ = codes;
-        stride_ = stride;
-        step_ = both ? 2 : 1;
-        last_ = both ? 1 : 0;
-    }
-    void step() {
-        if (step_ == 0) return;
-        if (step_-- > last_) {
-            tile_load<VALUE_DIGITS>(digits_->bytes, TILE);
-            tile_load<VALUE_CODES>(codes_, stride_);
-            multiply_unsigned<SUMS, VALUE_DIGITS, VALUE_CODES>();
-        } else {
-            tile_load<VALUE_CODES_2>(codes_ + 64, stride_);
-            multiply_unsigned<SUMS_2, VALUE_DIGITS, VALUE_CODES_2>();
-        }
-    }
-    void finish() {
-        while (step_ > 0) step();
-    }
-
-private:
-    const ValueDigits* digits_ = nullptr;
-    const uint8_t* codes_ = nullptr;
-    int stride_ = 0, step_ = 0, last_ = 0;
-};
+using KeyProducts = Products<DEPTH, KEY_DIGITS, KEY_CODES, true>;
+using ValueProducts = Products<TILE, VALUE_DIGITS, VALUE_CODES, false>;
 
 // Cuts floats whose mantissas end with 16-bit integers into their bytes.
 class Cutter {

@@ -14,8 +14,6 @@ namespace {
 
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 constexpr size_t UNIT_ROWS = 64;  // query rows of a head that one task takes over its tiles, chunk by chunk
-constexpr size_t CHUNK_TILES =
-    16;  // a unit of several row blocks walks through its tiles in such steps, so that they stay cached
 constexpr size_t MIN_PART = 32, MAX_PARTS = 32;  // a decoding head is cut into up to 32 parts of at least 32 tiles
 
 size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
@@ -117,7 +115,8 @@ private:
         std::fill_n(state.acc, unit.rows * size_, 0.f);
         load_rows(unit, q, positions);
         const size_t blocks = ceil_div(unit.rows, MAX_ROWS);
-        const size_t step = blocks > 1 ? CHUNK_TILES : std::max<size_t>(part.num_tiles, 1);
+        // Several row blocks walk through the tiles chunk by chunk, so that they stay cached.
+        const size_t step = blocks > 1 ? CHUNK : std::max<size_t>(part.num_tiles, 1);
         const HeadView& view = unit.span->heads[unit.head];
         for (size_t tile = 0; tile < part.num_tiles; tile += step)
             for (size_t b = 0; b < blocks; ++b) {

@@ -9,6 +9,7 @@
 namespace crush {
 
 constexpr int MAX_ROWS = 8;  // query rows that one kernel call takes: they share one pass over the tiles
+constexpr int CHUNK = 16;    // tiles of one softmax step: their scores stay in the L1 cache
 
 // Rows of queries of one KV head against tiles [0, num_tiles). Row r sees tokens with
 //   position <= row_position[r], and position > row_position[r] - window if window > 0.

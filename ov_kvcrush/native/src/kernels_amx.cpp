@@ -5,7 +5,7 @@
 // Cost of a tile for 7 rows of 64 channels: 6 products of 16 cycles, 10 loads of their factors, some 100 vector
 // instructions a row. From the L2 cache 700 to 740 cycles, 590 without the products. Three bytes, and values copied for
 // products over 64 tokens, took 1.3 times as long. Codes in the L1 cache would save 0.1 of it, but to prefetch them
-// there costs more: 16 lines can be on their way at a time, and they come from memory.
+// there costs more.
 #include "amx_digits.hpp"
 #include "visibility.hpp"
 
@@ -52,7 +52,7 @@ public:
         for (int i = 0; i < n + 2; ++i) {
             if (i > 1) combine_scores(s_[0] + (i - 2) * TILE, bias_[i - 2]);
             if (i > 0 && i <= n) {
-                key_products_.start(key_digits_[(i - 1) % RING], key_codes_[i - 1], 4 * TILE, blocks_);
+                key_products_.start(key_digits_[(i - 1) % RING], key_codes_[i - 1], 4 * TILE, true, blocks_);
                 clear_sums(true);
             }
             if (i < n) split_queries(tiles[i], i, ahead);
@@ -248,9 +248,9 @@ private:
     void start_values(const Visible& v, int i, int channel, bool both) {
         const TileLayout& l = *v.layout;
         const uint8_t* codes = v.tile + l.value_codes + 4 * channel;
-        if (l.value == Codec::u8) return value_products_.start(value_digits_[i], codes, 4 * size_, both);
+        if (l.value == Codec::u8) return value_products_.start(&value_digits_[i], codes, 4 * size_, both);
         unpack(l.value, codes, 4 * size_, TILE, both, value_bytes_);
-        value_products_.start(value_digits_[i], value_bytes_, UNPACKED, both);
+        value_products_.start(&value_digits_[i], value_bytes_, UNPACKED, both);
     }
     // 16 or 32 columns of a code matrix of `rows` rows, whose rows of dwords are `stride` bytes apart.
     static void unpack(Codec codec, const uint8_t* codes, int stride, int rows, bool both, uint8_t* to) {

@@ -12,7 +12,6 @@ constexpr float LOG2E = 1.44269504f;
 // 2^x on [0, 1), relative error 7.5e-8 (Remez)
 constexpr float EXP2_POLY[6] = {1.f, 0.6931530833f, 0.2401536107f, 0.05582631752f, 0.008989339694f, 0.001877576695f};
 
-constexpr int CHUNK = 16;                  // tiles of one softmax step: their scores stay in the L1 cache
 constexpr int STRIDE = CHUNK * TILE + 16;  // floats from row to row of a buffer; + 16: not in the same cache set
 
 struct Visible {
