@@ -13,9 +13,9 @@ from typing import Any
 
 from model_export.options import BYTES_PER_WEIGHT, WeightOptions
 from ov_kvcrush.errors import ExportError, ModelError
-from ov_kvcrush.gguf_reader import read_gguf_header
-from ov_kvcrush.model_info import ModelInfo, read_json_object
-from ov_kvcrush.model_support import unsupported_reason
+from ov_kvcrush.model.gguf.reader import read_gguf_header
+from ov_kvcrush.model.info import ModelInfo, read_json_object
+from ov_kvcrush.model.support import unsupported_reason
 
 EXPORT_PACKAGES = ("torch", "transformers", "optimum.intel", "nncf", "accelerate", "gguf")
 INSTALL_HINT = 'pip install "ov-kvcrush[export]"'

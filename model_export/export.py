@@ -20,11 +20,11 @@ from model_export.checks import (
 from model_export.options import WeightOptions
 from model_export.scores import check_attention_scores, write_scores_model
 from ov_kvcrush.errors import CrushError, ExportError
-from ov_kvcrush.gguf_model import check_convertible, convert_gguf
-from ov_kvcrush.gguf_reader import read_gguf_header
-from ov_kvcrush.model_folder import check_model_folder
-from ov_kvcrush.model_info import ModelInfo, read_json_object
-from ov_kvcrush.safe_folder import finished_folder
+from ov_kvcrush.model.folder import check_model_folder
+from ov_kvcrush.model.gguf.convert import check_convertible, convert_gguf
+from ov_kvcrush.model.gguf.reader import read_gguf_header
+from ov_kvcrush.model.info import ModelInfo, read_json_object
+from ov_kvcrush.utils.atomic import finished_folder
 
 Progress = Callable[[str], None]
 RECORDED_PACKAGES = (
@@ -59,7 +59,7 @@ def export_model(
     weight_format: fp32, fp16, int8, int4. None: int8; for a GGUF its own quantisation as it is (needs no torch).
     group_size, ratio, sym: see `WeightOptions`.
     attention_scores: also write `openvino_model_scores.xml`, over the same weights file, with outputs of the attention
-        of the last so many query rows (see `ov_kvcrush.graph.score_outputs`).
+        of the last so many query rows (see `ov_kvcrush.model.graph.score_outputs`).
     trust_remote_code: run Python code that comes with the model; only for sources you trust.
     progress: called with the name of each stage when it starts.
     Raises ExportError or ModelError before anything heavy if the source, the options or the target cannot work.

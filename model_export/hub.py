@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ov_kvcrush.errors import ExportError
-from ov_kvcrush.model_info import read_json_object
-from ov_kvcrush.model_support import unsupported_reason
+from ov_kvcrush.model.info import read_json_object
+from ov_kvcrush.model.support import unsupported_reason
 
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

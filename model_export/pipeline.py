@@ -13,9 +13,9 @@ from typing import Any
 
 from model_export.options import DEFAULT_GROUP_SIZE, WeightOptions
 from ov_kvcrush.errors import ExportError
-from ov_kvcrush.gguf_model import gguf_hf_config, gguf_model_info, run_genai_converter
-from ov_kvcrush.gguf_reader import read_gguf_header
-from ov_kvcrush.model_info import ModelInfo
+from ov_kvcrush.model.gguf.convert import gguf_hf_config, gguf_model_info, run_genai_converter
+from ov_kvcrush.model.gguf.reader import read_gguf_header
+from ov_kvcrush.model.info import ModelInfo
 
 Progress = Callable[[str], None]
 TASK = "text-generation-with-past"

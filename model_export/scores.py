@@ -9,10 +9,10 @@ import re
 import tempfile
 from pathlib import Path
 
-from ov_kvcrush.checks import check_integer
 from ov_kvcrush.errors import CrushError, ExportError
-from ov_kvcrush.graph.score_outputs import add_score_outputs
-from ov_kvcrush.model_folder import MODEL_NAME, SCORES_NAME
+from ov_kvcrush.model.folder import MODEL_NAME, SCORES_NAME
+from ov_kvcrush.model.graph.score_outputs import add_score_outputs
+from ov_kvcrush.utils.checks import check_integer
 
 _CONSTANT = re.compile(rb'offset="(\d+)"([^>]*?\bsize=)"(\d+)"')
 _ALIGNMENT = 64

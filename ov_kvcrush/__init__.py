@@ -14,12 +14,9 @@ from openvino_genai import (
     Tokenizer,
 )
 
-from ov_kvcrush.cb_pipeline import ContinuousBatchingPipeline
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
-from ov_kvcrush.context import Context
-from ov_kvcrush.errors import ContextFileError, CrushError, ExportError, ModelError, OutOfMemory, RequestError
-from ov_kvcrush.llm_pipeline import LLMPipeline
-from ov_kvcrush.results import (
+from ov_kvcrush.contexts.context import Context
+from ov_kvcrush.core.outputs import (
     DecodedResults,
     EncodedGenerationResult,
     EncodedResults,
@@ -28,6 +25,9 @@ from ov_kvcrush.results import (
     PerfMetrics,
     PipelineMetrics,
 )
+from ov_kvcrush.errors import ContextFileError, CrushError, ExportError, ModelError, OutOfMemory, RequestError
+from ov_kvcrush.pipelines.continuous_batching import ContinuousBatchingPipeline
+from ov_kvcrush.pipelines.llm import LLMPipeline
 
 __version__ = "0.1.0"
 

@@ -6,10 +6,10 @@ import warnings
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ov_kvcrush.checks import check_choice, check_integer, known_options
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import PolicyLike, as_policy, name_of
+from ov_kvcrush.utils.checks import check_choice, check_integer, known_options
 
 ENGINES = ("crush", "genai")
 PRECISIONS = ("f32", "bf16", "f16", "u8", "u4", "u2")

@@ -16,10 +16,10 @@ import openvino_genai
 
 from model_export import export_model
 from ov_kvcrush import CrushError
-from ov_kvcrush.default_model import default_gguf
-from ov_kvcrush.graph.score_outputs import read_scores_model
-from ov_kvcrush.model_info import ModelInfo
-from ov_kvcrush.openvino_core import open_core
+from ov_kvcrush.model.default import default_gguf
+from ov_kvcrush.model.graph.score_outputs import read_scores_model
+from ov_kvcrush.model.info import ModelInfo
+from ov_kvcrush.model.plugin import open_core
 from ov_kvcrush.policies.base import CacheState, HeadState, Policy
 from ov_kvcrush.policies.registry import build, describe
 

@@ -10,7 +10,7 @@ import pytest
 from tiny_models import tiny_model
 
 from model_export import export_model
-from ov_kvcrush.default_model import default_model_path
+from ov_kvcrush.model.default import default_model_path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test asks the hub for anything
 

@@ -14,12 +14,12 @@ import pytest
 from tiny_models import VOCAB_SIZE
 
 from ov_kvcrush import CacheConfig, SchedulerConfig
-from ov_kvcrush.backend import CacheUse
+from ov_kvcrush.core.request import GenerationHandle, ScoreWindow
+from ov_kvcrush.core.request import Sequence as Line
 from ov_kvcrush.engine.engine import Engine
-from ov_kvcrush.engine.request import GenerationHandle, ScoreWindow
-from ov_kvcrush.engine.request import Sequence as Line
 from ov_kvcrush.engine.scheduler import StepPlan
-from ov_kvcrush.graph.load import load_model
+from ov_kvcrush.model.load import load_model
+from ov_kvcrush.pipelines.backend import CacheUse
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import build, names
 

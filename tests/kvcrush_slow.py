@@ -8,7 +8,7 @@ from math import floor
 import numpy as np
 
 from ov_kvcrush.policies.base import CacheState, LayerState
-from ov_kvcrush.policies.kvcrush import KVCrush
+from ov_kvcrush.policies.kvcrush.policy import KVCrush
 
 Bits = list[int]
 Row = dict[int, float]  # by place in the text

@@ -11,13 +11,13 @@ import pytest
 from tiny_models import KINDS, VOCAB_SIZE
 
 from ov_kvcrush import CacheConfig, SchedulerConfig
-from ov_kvcrush.engine.make_memory import make_memory
-from ov_kvcrush.engine.request import Request
-from ov_kvcrush.engine.runner import Runner
-from ov_kvcrush.engine.sampling_params import SamplingParams
+from ov_kvcrush.core.request import Request
+from ov_kvcrush.core.sampling_params import SamplingParams
+from ov_kvcrush.engine.model_runner import Runner
 from ov_kvcrush.engine.scheduler import RowPlan, StepPlan
-from ov_kvcrush.graph.load import load_model
-from ov_kvcrush.graph.rewrite import SAMPLED_ROWS, gather_sampled_rows, use_paged_attention
+from ov_kvcrush.kvcache.factory import make_memory
+from ov_kvcrush.model.graph.rewrite import SAMPLED_ROWS, gather_sampled_rows, use_paged_attention
+from ov_kvcrush.model.load import load_model
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 CACHES = {

@@ -7,10 +7,10 @@ import openvino as ov
 import openvino.opset15 as ops
 import pytest
 
-from ov_kvcrush.default_model import default_model_path
 from ov_kvcrush.errors import ModelError
-from ov_kvcrush.graph.attention import ALIBI_SLOPES, SINKS, attention_ops, read_layer
-from ov_kvcrush.graph.rewrite import use_paged_attention
+from ov_kvcrush.model.default import default_model_path
+from ov_kvcrush.model.graph.attention import ALIBI_SLOPES, SINKS, attention_ops, read_layer
+from ov_kvcrush.model.graph.rewrite import use_paged_attention
 
 
 @pytest.fixture(scope="module")

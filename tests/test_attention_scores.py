@@ -13,10 +13,10 @@ from tiny_models import KINDS, VOCAB_SIZE, tiny_tokenizer
 
 from model_export import export_model
 from ov_kvcrush import CacheConfig, CrushError, RequestError, SchedulerConfig
-from ov_kvcrush.default_model import default_gguf
+from ov_kvcrush.core.request import AttentionScores, ScoreWindow
 from ov_kvcrush.engine.engine import Engine
-from ov_kvcrush.engine.request import AttentionScores, ScoreWindow
-from ov_kvcrush.graph.load import load_model
+from ov_kvcrush.model.default import default_gguf
+from ov_kvcrush.model.load import load_model
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 EXACT = CacheConfig(key_precision="f32", value_precision="f32")

@@ -21,7 +21,7 @@ from ov_kvcrush import (
     RequestError,
     SchedulerConfig,
 )
-from ov_kvcrush.prompts import PromptEncoder
+from ov_kvcrush.prompts.encoder import PromptEncoder
 
 
 @pytest.fixture(scope="module")

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from ov_kvcrush.bench.attention import AttentionRow, AttentionSettings, measure_attention
-from ov_kvcrush.bench.attention_graph import Shape, Tokens
-from ov_kvcrush.bench.attention_steps import CrushAttention, StockAttention
+from ov_kvcrush.bench.attention.graph import Shape, Tokens
+from ov_kvcrush.bench.attention.measure import AttentionRow, AttentionSettings, measure_attention
+from ov_kvcrush.bench.attention.memory_speed import MemoryReader, _bytes_of, reader_bytes
+from ov_kvcrush.bench.attention.steps import CrushAttention, StockAttention
 from ov_kvcrush.bench.cli import app
-from ov_kvcrush.bench.memory_speed import MemoryReader, _bytes_of, reader_bytes
 from ov_kvcrush.bench.plot import Point, panels_of, points_of, read_reports, write_plot
 from ov_kvcrush.config import PRECISIONS
-from ov_kvcrush.engine.kv_cache import free_memory_bytes
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.graph.attention import AttentionLayer
-from ov_kvcrush.precision import paged_precisions, plugin_precisions
+from ov_kvcrush.kvcache.block_tensors import free_memory_bytes
+from ov_kvcrush.model.graph.attention import AttentionLayer
+from ov_kvcrush.model.precision import paged_precisions, plugin_precisions
 
 # Of two widths, one with a sliding window.
 LAYERS = [AttentionLayer("a", 4, 2, 32, 0, 0.2), AttentionLayer("b", 6, 2, 48, 0, 0.1)]

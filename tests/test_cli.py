@@ -22,22 +22,22 @@ import pytest
 from rich.console import Console
 
 from ov_kvcrush import CacheConfig, LLMPipeline, RequestError, SchedulerConfig, native
-from ov_kvcrush.cli import prompt as prompt_module
-from ov_kvcrush.cli import reader as reader_module
-from ov_kvcrush.cli.chat import run
-from ov_kvcrush.cli.conversation import Conversation
-from ov_kvcrush.cli.kept import EVICTED, KEPT, KEPT_BY_FEW, STANDS, STANDS_FOR_FEW, fates, pieces, show_kept
-from ov_kvcrush.cli.options import ChatOptions
-from ov_kvcrush.cli.output import AnswerWriter, Messages, visible
+from ov_kvcrush.chat import prompt as prompt_module
+from ov_kvcrush.chat import reader as reader_module
+from ov_kvcrush.chat.app import run
+from ov_kvcrush.chat.conversation import Conversation
+from ov_kvcrush.chat.kept_view import EVICTED, KEPT, KEPT_BY_FEW, STANDS, STANDS_FOR_FEW, fates, pieces, show_kept
+from ov_kvcrush.chat.options import ChatOptions
+from ov_kvcrush.chat.output import AnswerWriter, Messages, visible
+from ov_kvcrush.chat.prompt import one_prompt
+from ov_kvcrush.chat.reader import Message, MessageReader
+from ov_kvcrush.chat.session import Session
 from ov_kvcrush.cli.policy_options import PolicyOptions
-from ov_kvcrush.cli.prompt import one_prompt
-from ov_kvcrush.cli.reader import Message, MessageReader
-from ov_kvcrush.cli.session import Session
+from ov_kvcrush.core.outputs import KeptTokens
 from ov_kvcrush.policies.registry import build, describe, names
-from ov_kvcrush.results import KeptTokens
 
 ROOT = Path(__file__).parents[1]
-CHAT = [sys.executable, "-m", "ov_kvcrush.cli.chat"]
+CHAT = [sys.executable, "-m", "ov_kvcrush.chat.app"]
 FRANCE = "What is the capital of France? Answer in one sentence."
 STORY = "Tell me a long story about the sea."
 HANG_S = 60  # a test that waits so long has failed

@@ -15,14 +15,14 @@ import pytest
 from rich.console import Console
 
 from ov_kvcrush import RequestError
-from ov_kvcrush.cli import chat as chat_module
-from ov_kvcrush.cli import context as context_module
-from ov_kvcrush.cli.chat import run
-from ov_kvcrush.cli.context import ContextWish, open_context, show_progress
-from ov_kvcrush.cli.conversation import ChatPipeline, ContextConversation, Conversation
-from ov_kvcrush.cli.output import Messages
-from ov_kvcrush.cli.reader import Message
-from ov_kvcrush.cli.session import Session
+from ov_kvcrush.chat import app as chat_module
+from ov_kvcrush.chat import context_option as context_module
+from ov_kvcrush.chat.app import run
+from ov_kvcrush.chat.context_option import ContextWish, open_context, show_progress
+from ov_kvcrush.chat.conversation import ChatPipeline, ContextConversation, Conversation
+from ov_kvcrush.chat.output import Messages
+from ov_kvcrush.chat.reader import Message
+from ov_kvcrush.chat.session import Session
 from ov_kvcrush.errors import ContextFileError
 from ov_kvcrush.policies.registry import build
 
@@ -294,7 +294,7 @@ def test_at_a_terminal_a_context_that_cannot_be_saved_is_still_asked(
 
     wish = ContextWish(Path("text.txt"), TEXT, build("kvzip"), tmp_path / "x.kvc")
     task = chat_module.Task(chat_module.ChatOptions(), None, False, False, context=wish)
-    monkeypatch.setattr("ov_kvcrush.context.Context.save", fail)
+    monkeypatch.setattr("ov_kvcrush.contexts.context.Context.save", fail)
     assert chat_module._begin(task, pipe, Messages(), at_terminal=True).ask(QUESTION).text
     assert "error: path must have room" in capfd.readouterr().err
     with pytest.raises(ContextFileError):

@@ -20,10 +20,10 @@ import pytest
 from native_stores import Cache, layer
 from safetensors.numpy import load_file
 
-from ov_kvcrush.context_file import load_context, save_context
-from ov_kvcrush.context_record import LAYOUT_VERSION, ContextRecord
+from ov_kvcrush.contexts.file import load_context, save_context
+from ov_kvcrush.contexts.record import LAYOUT_VERSION, ContextRecord
 from ov_kvcrush.errors import ContextFileError, ModelError
-from ov_kvcrush.fingerprints import (
+from ov_kvcrush.model.fingerprints import (
     FINGERPRINT_FIELDS,
     model_fingerprint,
     token_ids_fingerprint,

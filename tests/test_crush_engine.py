@@ -16,10 +16,10 @@ from tiny_models import VOCAB_SIZE, tiny_model
 
 from model_export import export_model
 from ov_kvcrush import CacheConfig, CrushError, LLMPipeline, ModelError, RequestError, SchedulerConfig, native
-from ov_kvcrush.bench.memory import rss_bytes
+from ov_kvcrush.core.request import GenerationHandle
 from ov_kvcrush.engine.engine import Engine
-from ov_kvcrush.engine.request import GenerationHandle
-from ov_kvcrush.graph.load import load_model
+from ov_kvcrush.model.load import load_model
+from ov_kvcrush.utils.process_memory import rss_bytes
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 EXACT = {"key_precision": "f32", "value_precision": "f32"}

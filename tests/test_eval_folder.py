@@ -12,9 +12,9 @@ import pytest
 from eval_runs import MACHINE, SETTINGS, answers, config
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.rows import Prediction, rows_of
-from ov_kvcrush.eval.run_config import RunConfig
-from ov_kvcrush.eval.run_folder import CONFIG, METRICS, PREDICTIONS, RunFolder, default_folder, read_run, report_of
+from ov_kvcrush.eval.runs.run_config import RunConfig
+from ov_kvcrush.eval.runs.run_folder import CONFIG, METRICS, PREDICTIONS, RunFolder, default_folder, read_run, report_of
+from ov_kvcrush.eval.statistics import Prediction, rows_of
 
 ANSWERS = answers(items=3)
 

@@ -12,13 +12,13 @@ from eval_runs import FULL, SETTINGS, U4, U8, answers, config
 from typer.testing import CliRunner
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.cli import app
-from ov_kvcrush.eval.halves import chosen_grid, halves_of, judged_grid, markdown, split, worth_showing
-from ov_kvcrush.eval.places import by_place
-from ov_kvcrush.eval.results_doc import section
-from ov_kvcrush.eval.rows import AVERAGE, Prediction, Setting, rows_of
-from ov_kvcrush.eval.run_folder import Run, RunFolder
-from ov_kvcrush.eval.tables import by_task, row_label
+from ov_kvcrush.eval.cli.app import app
+from ov_kvcrush.eval.report.by_turn import by_place
+from ov_kvcrush.eval.report.document import section
+from ov_kvcrush.eval.report.holdout import chosen_grid, halves_of, judged_grid, markdown, split, worth_showing
+from ov_kvcrush.eval.report.tables import by_task, row_label
+from ov_kvcrush.eval.runs.run_folder import Run, RunFolder
+from ov_kvcrush.eval.statistics import AVERAGE, Prediction, Setting, rows_of
 
 MANY = (
     FULL,

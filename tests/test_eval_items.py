@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval import longbench, scbench
-from ov_kvcrush.eval.items import Item, Question, Task, score, truncate_middle
-from ov_kvcrush.eval.longbench import load_longbench
-from ov_kvcrush.eval.scbench import TURNS, conversation_tokens, gold_text, scbench_items
+from ov_kvcrush.eval.benchmarks import longbench, scbench
+from ov_kvcrush.eval.benchmarks.items import Item, Question, Task, score, truncate_middle
+from ov_kvcrush.eval.benchmarks.longbench import load_longbench
+from ov_kvcrush.eval.benchmarks.scbench import TURNS, conversation_tokens, gold_text, scbench_items
 
 IDS = st.lists(st.integers(0, 9), max_size=60)
 

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 from ov_kvcrush import ContinuousBatchingPipeline, CrushError, RequestError
-from ov_kvcrush.eval.lm_eval_adapter import MODEL_NAME, model_class, register
-from ov_kvcrush.eval.lm_eval_arguments import generation_options, sort_arguments
-from ov_kvcrush.eval.scoring import Score, scores_of
+from ov_kvcrush.eval.likelihood.lm_eval import MODEL_NAME, model_class, register
+from ov_kvcrush.eval.likelihood.lm_eval_arguments import generation_options, sort_arguments
+from ov_kvcrush.eval.likelihood.scoring import Score, scores_of
 
 EXACT = {
     "key_precision": "f32", "value_precision": "f32", "INFERENCE_PRECISION_HINT": "f32",
@@ -277,7 +277,7 @@ def test_continuation_without_tokens_is_refused(load: Load) -> None:
 def test_importing_needs_no_lm_eval_and_running_without_says_so() -> None:
     code = (
         "import sys; sys.modules['lm_eval'] = None\n"
-        "import ov_kvcrush.eval.lm_eval_adapter as adapter\n"
+        "import ov_kvcrush.eval.likelihood.lm_eval as adapter\n"
         "assert not [m for m in sys.modules if m in ('torch', 'datasets', 'transformers')]\n"
         "adapter.main()"
     )

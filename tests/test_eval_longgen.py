@@ -18,21 +18,21 @@ from typer.testing import CliRunner
 from ov_kvcrush import LLMPipeline
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.cli import app
-from ov_kvcrush.eval.forcing import force
-from ov_kvcrush.eval.haystack import Haystack
-from ov_kvcrush.eval.items import Item, Question, score
-from ov_kvcrush.eval.long_runs import LongRuns, check_long, long_runs
-from ov_kvcrush.eval.longgen import CONTINUE, TASKS, likelihood, longgen_items, loss_text, losses
-from ov_kvcrush.eval.metrics import lines_in_order
-from ov_kvcrush.eval.plan import Planned, PlanOptions, caches_of, make_plan
-from ov_kvcrush.eval.prompts import ItemEncoder, ItemPrompts, encode_items
-from ov_kvcrush.eval.replies import Reply
-from ov_kvcrush.eval.run_folder import read_run
-from ov_kvcrush.eval.sizing import item_tokens
-from ov_kvcrush.eval.suites import SuiteOptions, load_suite
-from ov_kvcrush.graph.load import load_model
-from ov_kvcrush.pipeline_base import load_tokenizer
+from ov_kvcrush.eval.benchmarks.haystack import Haystack
+from ov_kvcrush.eval.benchmarks.items import Item, Question, score
+from ov_kvcrush.eval.benchmarks.longgen import CONTINUE, TASKS, likelihood, longgen_items, loss_text, losses
+from ov_kvcrush.eval.benchmarks.metrics import lines_in_order
+from ov_kvcrush.eval.benchmarks.sizing import item_tokens
+from ov_kvcrush.eval.benchmarks.suites import SuiteOptions, load_suite
+from ov_kvcrush.eval.cli.app import app
+from ov_kvcrush.eval.likelihood.forcing import force
+from ov_kvcrush.eval.runs.long_answers import LongRuns, check_long, long_runs
+from ov_kvcrush.eval.runs.plan import Planned, PlanOptions, caches_of, make_plan
+from ov_kvcrush.eval.runs.prompts import ItemEncoder, ItemPrompts, encode_items
+from ov_kvcrush.eval.runs.replies import Reply
+from ov_kvcrush.eval.runs.run_folder import read_run
+from ov_kvcrush.model.load import load_model
+from ov_kvcrush.pipelines.base import load_tokenizer
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 BUDGET, STRIDE = 96, 24
@@ -105,7 +105,7 @@ class TestItems:
             list(longgen_items(["copy"], 1, 20, words_of))
 
     def test_without_a_text_there_is_nothing_to_continue(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setattr("ov_kvcrush.eval.haystack.ESSAY_PACKAGE", "no-such-package")
+        monkeypatch.setattr("ov_kvcrush.eval.benchmarks.haystack.ESSAY_PACKAGE", "no-such-package")
         options = {"lengths": (400,), "limit": 1}
         suite = load_suite("longgen", SuiteOptions(**options), words_of, 1000)  # type: ignore[arg-type]
         assert [item.task for item in suite.items] == ["copy", "list"]

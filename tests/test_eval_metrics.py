@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.items import Metric, Question
-from ov_kvcrush.eval.metrics import (
+from ov_kvcrush.eval.benchmarks.items import Metric, Question
+from ov_kvcrush.eval.benchmarks.metrics import (
     METRICS,
     choice_letter,
     class_match,

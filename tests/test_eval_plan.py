@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ov_kvcrush.eval.plan import FLOORS, Planned, PlanOptions, left_out, make_plan
+from ov_kvcrush.eval.runs.plan import FLOORS, Planned, PlanOptions, left_out, make_plan
 
 MIXED = PlanOptions(
     policies=("snapkv", "kvzip"),

@@ -11,14 +11,14 @@ import pytest
 from eval_runs import config, stop_at
 
 from ov_kvcrush import LLMPipeline
-from ov_kvcrush.eval.items import Item, Question, Task
-from ov_kvcrush.eval.metrics import string_match_all
-from ov_kvcrush.eval.plan import Planned, PlanOptions, make_plan
-from ov_kvcrush.eval.prompts import ItemEncoder, ItemPrompts, encode_items
-from ov_kvcrush.eval.rows import Prediction
-from ov_kvcrush.eval.run_folder import Run, RunFolder
-from ov_kvcrush.eval.runner import run_suite
-from ov_kvcrush.pipeline_base import load_tokenizer
+from ov_kvcrush.eval.benchmarks.items import Item, Question, Task
+from ov_kvcrush.eval.benchmarks.metrics import string_match_all
+from ov_kvcrush.eval.runs.plan import Planned, PlanOptions, make_plan
+from ov_kvcrush.eval.runs.prompts import ItemEncoder, ItemPrompts, encode_items
+from ov_kvcrush.eval.runs.run_folder import Run, RunFolder
+from ov_kvcrush.eval.runs.runner import run_suite
+from ov_kvcrush.eval.statistics import Prediction
+from ov_kvcrush.pipelines.base import load_tokenizer
 
 TASK = Task("boats", string_match_all)
 PRECISIONS = (("u8", "u8"), ("u4", "u4"), ("bf16", "u2"))

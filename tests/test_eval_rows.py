@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.bootstrap import bootstrap_means, generator, interval
-from ov_kvcrush.eval.rows import AVERAGE, Prediction, Row, Setting, full_cache_of, rows_of
-from ov_kvcrush.eval.tables import by_task, kept_label, policy_label, row_label, sorted_rows, summary
+from ov_kvcrush.eval.report.tables import by_task, kept_label, policy_label, row_label, sorted_rows, summary
+from ov_kvcrush.eval.statistics import AVERAGE, Prediction, Row, Setting, full_cache_of, rows_of
 
 KVCRUSH = SETTINGS[2]
 ISSUE_FIELDS = ("suite", "task", "engine", "policy", "kept", "query", "n", "score", "full_score", "kept_tokens")

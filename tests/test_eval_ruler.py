@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.haystack import Haystack, load_haystack, split_sentences
-from ov_kvcrush.eval.items import Item, score
-from ov_kvcrush.eval.needle import length_and_depth, needle_items
-from ov_kvcrush.eval.niah import NIAH_TASKS, NOISE, NeedleTask, needles
-from ov_kvcrush.eval.ruler import ESSAY_TASKS, TASKS, WORD_TASKS, ruler_items
-from ov_kvcrush.eval.sizing import item_tokens, largest
+from ov_kvcrush.eval.benchmarks.haystack import Haystack, load_haystack, split_sentences
+from ov_kvcrush.eval.benchmarks.items import Item, score
+from ov_kvcrush.eval.benchmarks.needle_grid import length_and_depth, needle_items
+from ov_kvcrush.eval.benchmarks.niah import NIAH_TASKS, NOISE, NeedleTask, needles
+from ov_kvcrush.eval.benchmarks.ruler import ESSAY_TASKS, TASKS, WORD_TASKS, ruler_items
+from ov_kvcrush.eval.benchmarks.sizing import item_tokens, largest
 
 NEEDLE = re.compile(r"One of the special magic (numbers|uuids) for (\S+) is: (\S+)\.")
 WORDS_OF_SENTENCE = ("grey", "rivers", "carry", "small", "boats", "past", "silent", "mills", "while", "nobody", "looks")

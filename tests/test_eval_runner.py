@@ -15,17 +15,17 @@ from typer.testing import CliRunner
 
 from ov_kvcrush import LLMPipeline
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.cli import app
-from ov_kvcrush.eval.genai_runs import GenaiRuns
-from ov_kvcrush.eval.items import Item, Question, Task
-from ov_kvcrush.eval.metrics import string_match_all
-from ov_kvcrush.eval.plan import Planned, PlanOptions, make_plan, pairs
-from ov_kvcrush.eval.prompts import ItemEncoder, ItemPrompts, encode_items
-from ov_kvcrush.eval.rows import Prediction
-from ov_kvcrush.eval.run_folder import RunFolder, read_run
-from ov_kvcrush.eval.runner import run_suite
-from ov_kvcrush.eval.suites import SUITES, SuiteOptions, load_suite
-from ov_kvcrush.pipeline_base import load_tokenizer
+from ov_kvcrush.eval.benchmarks.items import Item, Question, Task
+from ov_kvcrush.eval.benchmarks.metrics import string_match_all
+from ov_kvcrush.eval.benchmarks.suites import SUITES, SuiteOptions, load_suite
+from ov_kvcrush.eval.cli.app import app
+from ov_kvcrush.eval.runs.genai import GenaiRuns
+from ov_kvcrush.eval.runs.plan import Planned, PlanOptions, make_plan, pairs
+from ov_kvcrush.eval.runs.prompts import ItemEncoder, ItemPrompts, encode_items
+from ov_kvcrush.eval.runs.run_folder import RunFolder, read_run
+from ov_kvcrush.eval.runs.runner import run_suite
+from ov_kvcrush.eval.statistics import Prediction
+from ov_kvcrush.pipelines.base import load_tokenizer
 
 TASK = Task("log", string_match_all)
 NEW_TOKENS = 6

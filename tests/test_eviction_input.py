@@ -13,7 +13,7 @@ import pytest
 from eviction_runs import EXACT, F32, add, as_lists, held, make_engine, prompt, read_prompt, run, small, tokens
 
 from ov_kvcrush import ContinuousBatchingPipeline, CrushError, LLMPipeline
-from ov_kvcrush.policies.kvcrush import KVCrush
+from ov_kvcrush.policies.kvcrush.policy import KVCrush
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ from eviction_runs import (
 from tiny_models import HEAD_SIZE
 
 from ov_kvcrush import native
+from ov_kvcrush.core.request import GenerationHandle, ScoreWindow
 from ov_kvcrush.engine.engine import Engine
-from ov_kvcrush.engine.request import GenerationHandle, ScoreWindow
 from ov_kvcrush.native.reference import must_list
 from ov_kvcrush.policies.base import CacheState, HeadState, Needs
 from ov_kvcrush.policies.registry import build

@@ -34,8 +34,8 @@ from eviction_runs import (
 )
 
 from ov_kvcrush import CrushError
-from ov_kvcrush.backend import CacheUse
 from ov_kvcrush.engine.engine import Engine
+from ov_kvcrush.pipelines.backend import CacheUse
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import build
 

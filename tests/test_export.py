@@ -19,9 +19,9 @@ from model_export import checks, export_model, pipeline
 from model_export.cli import app
 from model_export.options import WEIGHT_FORMATS, WeightOptions
 from ov_kvcrush.errors import ExportError
-from ov_kvcrush.model_folder import check_model_folder
-from ov_kvcrush.model_info import ModelInfo
-from ov_kvcrush.safe_folder import finished_folder
+from ov_kvcrush.model.folder import check_model_folder
+from ov_kvcrush.model.info import ModelInfo
+from ov_kvcrush.utils.atomic import finished_folder
 
 Build = Callable[[str], Path]
 REPOSITORY = Path(__file__).parent.parent

@@ -24,10 +24,10 @@ from model_export.cli import app
 from model_export.options import WeightOptions
 from model_export.scores import write_scores_model
 from ov_kvcrush.errors import CrushError, ExportError, ModelError
-from ov_kvcrush.graph.score_outputs import add_score_outputs, read_scores_model
-from ov_kvcrush.model_folder import check_model_folder
-from ov_kvcrush.model_info import ModelInfo
-from ov_kvcrush.openvino_core import open_core
+from ov_kvcrush.model.folder import check_model_folder
+from ov_kvcrush.model.graph.score_outputs import add_score_outputs, read_scores_model
+from ov_kvcrush.model.info import ModelInfo
+from ov_kvcrush.model.plugin import open_core
 
 Build = Callable[[str], Path]
 Outputs = dict[str, np.ndarray]

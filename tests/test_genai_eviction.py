@@ -11,7 +11,7 @@ import openvino_genai as ov_genai
 import pytest
 
 from ov_kvcrush import CacheConfig, ContinuousBatchingPipeline, CrushError, LLMPipeline, RequestError
-from ov_kvcrush.genai_eviction import GenaiEviction, nearest, scheduler_fields, translate
+from ov_kvcrush.genai.eviction import GenaiEviction, nearest, scheduler_fields, translate
 from ov_kvcrush.policies.registry import build, names
 
 Mode, Anchor = ov_genai.AggregationMode, ov_genai.KVCrushAnchorPointMode

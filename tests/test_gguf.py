@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from tiny_gguf import MERGED, ROPE_THETA, tiny_gguf
 from tiny_models import CONTEXT_LENGTH, HEAD_SIZE, HIDDEN_SIZE, NUM_HEADS, NUM_KV_HEADS, VOCAB_SIZE, tiny_model
 
-from ov_kvcrush import gguf_model
 from ov_kvcrush.errors import ModelError
-from ov_kvcrush.gguf_model import check_convertible, convert_gguf, gguf_model_info
-from ov_kvcrush.gguf_reader import TENSOR_TYPES, read_gguf_header
-from ov_kvcrush.model_info import ModelInfo
-from ov_kvcrush.openvino_core import open_core
+from ov_kvcrush.model.gguf import convert as gguf_model
+from ov_kvcrush.model.gguf.convert import check_convertible, convert_gguf, gguf_model_info
+from ov_kvcrush.model.gguf.reader import TENSOR_TYPES, read_gguf_header
+from ov_kvcrush.model.info import ModelInfo
+from ov_kvcrush.model.plugin import open_core
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,16 @@ from kvcrush_slow import SlowLayer, anchors_of, bits_of, distance, majority, ord
 from policy_states import KINDS, cache_state
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.policies import kvcrush_bits, kvcrush_buckets
 from ov_kvcrush.policies.base import Budget, CacheState, HeadState, LayerState, Needs, Scorer, Selection
-from ov_kvcrush.policies.h2o import H2O
-from ov_kvcrush.policies.knorm import Knorm
-from ov_kvcrush.policies.kvcrush import KVCrush
+from ov_kvcrush.policies.budgets.uniform import Uniform
+from ov_kvcrush.policies.kvcrush import bits as kvcrush_bits
+from ov_kvcrush.policies.kvcrush import buckets as kvcrush_buckets
+from ov_kvcrush.policies.kvcrush.policy import KVCrush
 from ov_kvcrush.policies.registry import SPLITTERS
-from ov_kvcrush.policies.scored import Scored
-from ov_kvcrush.policies.snapkv import SnapKV
-from ov_kvcrush.policies.uniform import Uniform
+from ov_kvcrush.policies.scorers.h2o import H2O
+from ov_kvcrush.policies.scorers.knorm import Knorm
+from ov_kvcrush.policies.scorers.snapkv import SnapKV
+from ov_kvcrush.policies.top_scores import Scored
 
 MANY = settings(max_examples=150, deadline=None, derandomize=True)
 ANCHORS = st.sampled_from(kvcrush_bits.ANCHORS)

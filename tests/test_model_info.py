@@ -22,9 +22,9 @@ from tiny_models import (
 )
 
 from ov_kvcrush.errors import ModelError
-from ov_kvcrush.model_info import FILE_NAME, ModelInfo, read_model_info
-from ov_kvcrush.model_support import unsupported_reason
-from ov_kvcrush.openvino_core import open_core
+from ov_kvcrush.model.info import FILE_NAME, ModelInfo, read_model_info
+from ov_kvcrush.model.plugin import open_core
+from ov_kvcrush.model.support import unsupported_reason
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ov_kvcrush.openvino_core import open_core
+from ov_kvcrush.model.plugin import open_core
 
 INTERRUPTED = """
 import signal, sys

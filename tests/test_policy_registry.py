@@ -11,15 +11,15 @@ import pytest
 
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies.base import Budget, Policy, Splitter
-from ov_kvcrush.policies.global_split import Global
-from ov_kvcrush.policies.kv_compress import Pages
-from ov_kvcrush.policies.kvcrush import KVCrush
-from ov_kvcrush.policies.none import KeepAll
-from ov_kvcrush.policies.pyramid import PyramidKV
-from ov_kvcrush.policies.random_scorer import Random
+from ov_kvcrush.policies.budgets.global_threshold import Global
+from ov_kvcrush.policies.budgets.kv_compress import Pages
+from ov_kvcrush.policies.budgets.pyramid_kv import PyramidKV
+from ov_kvcrush.policies.keep_all import KeepAll
+from ov_kvcrush.policies.kvcrush.policy import KVCrush
 from ov_kvcrush.policies.registry import CHOICES, SCORERS, as_policy, build, describe, names, settings_of
-from ov_kvcrush.policies.scored import Scored
-from ov_kvcrush.policies.snapkv import SnapKV
+from ov_kvcrush.policies.scorers.random_scores import Random
+from ov_kvcrush.policies.scorers.snapkv import SnapKV
+from ov_kvcrush.policies.top_scores import Scored
 
 EVERY_NAME = pytest.mark.parametrize("name", names())
 ASKED: list[dict[str, Any]] = [

@@ -10,7 +10,7 @@ import pytest
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies.base import HeadState
 from ov_kvcrush.policies.registry import build
-from ov_kvcrush.policies.rkv import RKV, newest_duplicate
+from ov_kvcrush.policies.scorers.rkv import RKV, newest_duplicate
 
 SETTINGS = [RKV(), RKV(lam=0.9, kernel=1), RKV(lam=0, duplicate=0.9), RKV(window=64, lam=1)]
 

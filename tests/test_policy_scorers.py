@@ -16,15 +16,15 @@ from hypothesis.extra import numpy as hnp
 
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies.base import HeadState, LayerState, Scorer
-from ov_kvcrush.policies.expected_attention import ExpectedAttention
-from ov_kvcrush.policies.h2o import H2O
-from ov_kvcrush.policies.keydiff import KeyDiff
-from ov_kvcrush.policies.knorm import Knorm
-from ov_kvcrush.policies.kvzip import KVzip
-from ov_kvcrush.policies.random_scorer import Random
-from ov_kvcrush.policies.snapkv import SnapKV, pool
-from ov_kvcrush.policies.streaming_llm import StreamingLLM
-from ov_kvcrush.policies.tova import TOVA
+from ov_kvcrush.policies.scorers.expected_attention import ExpectedAttention
+from ov_kvcrush.policies.scorers.h2o import H2O
+from ov_kvcrush.policies.scorers.keydiff import KeyDiff
+from ov_kvcrush.policies.scorers.knorm import Knorm
+from ov_kvcrush.policies.scorers.kvzip import KVzip
+from ov_kvcrush.policies.scorers.random_scores import Random
+from ov_kvcrush.policies.scorers.snapkv import SnapKV, pool
+from ov_kvcrush.policies.scorers.streaming_llm import StreamingLLM
+from ov_kvcrush.policies.scorers.tova import TOVA
 
 SCORERS = [SnapKV(), H2O(), TOVA(), StreamingLLM(), Knorm(), KeyDiff(), ExpectedAttention(), Random(), KVzip()]
 ALL = pytest.mark.parametrize("scorer", SCORERS, ids=lambda scorer: scorer.name)

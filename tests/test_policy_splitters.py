@@ -11,13 +11,13 @@ import pytest
 from policy_states import cache_state
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.policies.ada import AdaKV
 from ov_kvcrush.policies.base import CacheState, Needs, Scores, Splitter
-from ov_kvcrush.policies.global_split import Global
-from ov_kvcrush.policies.kv_compress import Pages
-from ov_kvcrush.policies.pyramid import PyramidKV
-from ov_kvcrush.policies.uniform import Uniform
-from ov_kvcrush.policies.whole_heads import WholeHeads
+from ov_kvcrush.policies.budgets.ada_kv import AdaKV
+from ov_kvcrush.policies.budgets.global_threshold import Global
+from ov_kvcrush.policies.budgets.kv_compress import Pages
+from ov_kvcrush.policies.budgets.pyramid_kv import PyramidKV
+from ov_kvcrush.policies.budgets.uniform import Uniform
+from ov_kvcrush.policies.budgets.whole_heads import WholeHeads
 
 Counts = list[int]  # of all heads, one after the other
 

@@ -36,12 +36,12 @@ from policy_states import KINDS, cache_state
 from tiny_models import SLIDING_WINDOW, SLIDING_WINDOWS
 
 from ov_kvcrush import CrushError
-from ov_kvcrush.backend import ReplayWords
+from ov_kvcrush.core.request import GenerationHandle, Status
 from ov_kvcrush.engine.engine import Engine
-from ov_kvcrush.engine.request import GenerationHandle, Status
+from ov_kvcrush.pipelines.backend import ReplayWords
 from ov_kvcrush.policies.base import Budget, CacheState, LayerState, Needs, Policy, Scorer
-from ov_kvcrush.policies.kvcrush import KVCrush
-from ov_kvcrush.policies.kvzip import KVzip
+from ov_kvcrush.policies.kvcrush.policy import KVCrush
+from ov_kvcrush.policies.scorers.kvzip import KVzip
 
 BLOCK = 32
 KVZIP = {"name": "kvzip", "chunk": 32}

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ov_kvcrush import CrushError, RequestError
-from ov_kvcrush.engine.request import Request, Sequence
+from ov_kvcrush.core.request import Request, Sequence
+from ov_kvcrush.core.sampling_params import SamplingParams, make_generation_config
 from ov_kvcrush.engine.sampler import apply_penalties, exponential_noise, nucleus, sample, softmax
-from ov_kvcrush.engine.sampling_params import SamplingParams, make_generation_config
 
 LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -3.0, 1.5, -0.5], np.float32)
 

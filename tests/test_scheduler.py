@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ov_kvcrush import SchedulerConfig
-from ov_kvcrush.engine.block_pool import BLOCK_SIZE, BlockPool, blocks_for
-from ov_kvcrush.engine.paged_memory import PagedMemory
-from ov_kvcrush.engine.prefix_cache import PrefixCache, common_length
-from ov_kvcrush.engine.request import FinishReason, Request, Sequence
-from ov_kvcrush.engine.sampling_params import SamplingParams
+from ov_kvcrush.core.request import FinishReason, Request, Sequence
+from ov_kvcrush.core.sampling_params import SamplingParams
 from ov_kvcrush.engine.scheduler import Scheduler, StepPlan
+from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, BlockPool, blocks_for
+from ov_kvcrush.kvcache.paged import PagedMemory
+from ov_kvcrush.kvcache.prefix_cache import PrefixCache, common_length
 
 
 class FakeCache:

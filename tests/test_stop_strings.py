@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ov_kvcrush.engine.stop_strings import StopStringTracker
+from ov_kvcrush.core.stop_strings import StopStringTracker
 
 
 class ByteTokenizer:

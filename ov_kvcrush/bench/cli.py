@@ -11,10 +11,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ov_kvcrush.bench.attention import AttentionRow, AttentionSettings, layers_of, measure_attention
+from ov_kvcrush.bench.attention.measure import AttentionRow, AttentionSettings, layers_of, measure_attention
 from ov_kvcrush.bench.compare import CellResult, measure, num_stages
-from ov_kvcrush.bench.console import out, progress
-from ov_kvcrush.bench.environment import describe_environment
 from ov_kvcrush.bench.help import HELP
 from ov_kvcrush.bench.plot import check_plot, read_reports, write_plot
 from ov_kvcrush.bench.process import WorkerError
@@ -29,10 +27,12 @@ from ov_kvcrush.bench.report import (
 )
 from ov_kvcrush.bench.settings import BenchSettings, check_at_least, parse_numbers, parse_properties
 from ov_kvcrush.bench.table import attention_table, ratios_table, rows_table
+from ov_kvcrush.cli.console import out, progress
+from ov_kvcrush.cli.environment import describe_environment
 from ov_kvcrush.cli.policy_options import NAME_OR_LIST, Kept, KeptTokens, Others, PolicyOptions, explain_if_asked
 from ov_kvcrush.config import PRECISIONS
-from ov_kvcrush.default_model import default_model_path
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.model.default import default_model_path
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 

@@ -14,9 +14,9 @@ from ov_kvcrush.bench.measure import MeasuredEngine, MeasuredHandle, Storage
 from ov_kvcrush.bench.settings import EVICTING, OURS
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError, reason_of
-from ov_kvcrush.genai_eviction import GenaiEviction, nearest
+from ov_kvcrush.genai.eviction import GenaiEviction, nearest
+from ov_kvcrush.model.precision import paged_precisions, plugin_precisions
 from ov_kvcrush.policies.registry import as_policy, name_of
-from ov_kvcrush.precision import paged_precisions, plugin_precisions
 
 _SCHEDULER_FIELDS = ("max_num_batched_tokens", "num_kv_blocks", "max_num_seqs")
 _DEFAULT_PRECISION = "u8"  # of a type that is not given beside one that is
@@ -44,8 +44,8 @@ class CrushUnderTest:
     """This package's ContinuousBatchingPipeline."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        from ov_kvcrush.cb_pipeline import ContinuousBatchingPipeline
         from ov_kvcrush.config import SchedulerConfig
+        from ov_kvcrush.pipelines.continuous_batching import ContinuousBatchingPipeline
 
         cache, self._storage = _cache_of(job)
         values = {name: job[name] for name in _SCHEDULER_FIELDS}

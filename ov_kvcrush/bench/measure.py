@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ov_kvcrush.bench.memory import growth, rss_bytes
+from ov_kvcrush.utils.process_memory import growth, rss_bytes
 
 
 class MeasuredHandle(Protocol):

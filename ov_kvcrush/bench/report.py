@@ -13,15 +13,15 @@ from pathlib import Path
 from statistics import median
 from typing import IO, Any
 
-from ov_kvcrush.bench.attention import AttentionRow, AttentionSettings
+from ov_kvcrush.bench.attention.measure import AttentionRow, AttentionSettings
 from ov_kvcrush.bench.compare import CellResult, EngineRuns
 from ov_kvcrush.bench.measure import RunResult
-from ov_kvcrush.bench.memory import growth
 from ov_kvcrush.bench.settings import EVICTING, OURS, BenchSettings, Cell
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.genai_eviction import nearest
+from ov_kvcrush.genai.eviction import nearest
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import name_of, settings_of
+from ov_kvcrush.utils.process_memory import growth
 
 # Field of a row -> whether more of it is better.
 COMPARED = {"ttft_s": False, "tpot_ms": False, "tokens_per_s": True, "kv_bytes": False, "peak_rss_bytes": False}

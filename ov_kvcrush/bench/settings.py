@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ov_kvcrush import checks
 from ov_kvcrush.config import ENGINES, PRECISIONS
-from ov_kvcrush.engine.block_pool import blocks_for
 from ov_kvcrush.errors import CrushError, ModelError
-from ov_kvcrush.genai_eviction import nearest
-from ov_kvcrush.model_folder import MODEL_NAME, check_model_folder
-from ov_kvcrush.model_info import read_model_info
+from ov_kvcrush.genai.eviction import nearest
+from ov_kvcrush.kvcache.block_pool import blocks_for
+from ov_kvcrush.model.folder import MODEL_NAME, check_model_folder
+from ov_kvcrush.model.info import read_model_info
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import settings_of
+from ov_kvcrush.utils import checks
 
 OURS = "crush"
 EVICTING = "genai-policy"  # openvino_genai with what it has of the policy
@@ -104,7 +104,7 @@ class BenchSettings:
         # First with a made-up model: a wrong option shall not wait for the default model to be converted.
         cls(Path(), 1, None, **options)
         if model is None:
-            from ov_kvcrush.default_model import default_model_path
+            from ov_kvcrush.model.default import default_model_path
 
             model = default_model_path()
         check_model_folder(model)

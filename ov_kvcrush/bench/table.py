@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from ov_kvcrush.bench.attention import AttentionRow
+from ov_kvcrush.bench.attention.measure import AttentionRow
 from ov_kvcrush.bench.report import COMPARED, Row
 from ov_kvcrush.bench.settings import OURS
 

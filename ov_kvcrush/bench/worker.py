@@ -60,9 +60,9 @@ def _read_lines(questions: IO[str], lines: SimpleQueue[str]) -> None:
 
 def _replies(lines: SimpleQueue[str]) -> Iterator[dict[str, Any]]:
     """One answer per line: first that the engine is loaded, then what each run gave."""
-    from ov_kvcrush.bench import memory
     from ov_kvcrush.bench.engines import make_engine
     from ov_kvcrush.bench.measure import random_prompts, run_once
+    from ov_kvcrush.utils import process_memory as memory
 
     job = json.loads(lines.get())
     start = time.perf_counter()

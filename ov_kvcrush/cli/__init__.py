@@ -1,1 +1,1 @@
-"""The `ov_kvcrush-chat` command."""
+"""What the command line programs share: consoles, parsing of options, the environment of a run."""

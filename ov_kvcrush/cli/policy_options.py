@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from ov_kvcrush.checks import key_values
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies.base import Budget, Policy
 from ov_kvcrush.policies.registry import Setting, Settings, build, describe, names
+from ov_kvcrush.utils.checks import key_values
 
 LIST = "help"  # in place of a policy's name: say which there are
 NAME_OR_LIST = f"NAME|{LIST}"

@@ -1,1 +1,1 @@
-"""The continuous-batching engine: requests, scheduler, block pool, runner, sampler."""
+"""The continuous-batching engine: input, schedule, run, sample, output."""

@@ -13,25 +13,25 @@ from dataclasses import replace
 import numpy as np
 import openvino_genai as ov_genai
 
-from ov_kvcrush.backend import AS_CONFIGURED, CacheUse, HeldArrays, Other
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
-from ov_kvcrush.engine.answer import finish_reason, settle_answer
-from ov_kvcrush.engine.eviction import Eviction, check_spans
-from ov_kvcrush.engine.kept_kv import KeptKV
-from ov_kvcrush.engine.make_memory import make_memory
-from ov_kvcrush.engine.memory import Memory
-from ov_kvcrush.engine.request import FinishReason, GenerationHandle, Request, ScoreWindow, Sequence, Status
-from ov_kvcrush.engine.runner import Runner
+from ov_kvcrush.core.outputs import GenerationOutput, PipelineMetrics, StepSeconds
+from ov_kvcrush.core.request import FinishReason, GenerationHandle, Request, ScoreWindow, Sequence, Status
+from ov_kvcrush.core.sampling_params import SamplingParams, refuse_unsupported
+from ov_kvcrush.core.snapshot import KeptKV
+from ov_kvcrush.engine.model_runner import Runner
+from ov_kvcrush.engine.output_processor import finish_reason, settle_answer
 from ov_kvcrush.engine.sampler import sample
-from ov_kvcrush.engine.sampling_params import SamplingParams, refuse_unsupported
 from ov_kvcrush.engine.scheduler import Scheduler, StepPlan
+from ov_kvcrush.engine.step_lock import Turns
 from ov_kvcrush.engine.takers import Taker, takers_of
-from ov_kvcrush.engine.turns import Turns
 from ov_kvcrush.errors import RequestError
-from ov_kvcrush.graph.load import LoadedModel
+from ov_kvcrush.kvcache.eviction import Eviction, check_spans
+from ov_kvcrush.kvcache.factory import make_memory
+from ov_kvcrush.kvcache.manager import Memory
+from ov_kvcrush.model.load import LoadedModel
+from ov_kvcrush.pipelines.backend import AS_CONFIGURED, CacheUse, HeldArrays, Other
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import name_of
-from ov_kvcrush.results import GenerationOutput, PipelineMetrics, StepSeconds
 
 _log = logging.getLogger(__name__)
 

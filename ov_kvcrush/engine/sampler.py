@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ov_kvcrush.engine.request import Sequence
+from ov_kvcrush.core.request import Sequence
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = (1 << 64) - 1

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ov_kvcrush.config import SchedulerConfig
-from ov_kvcrush.engine.memory import Memory
-from ov_kvcrush.engine.replay import ROWS as REPLAY_ROWS
-from ov_kvcrush.engine.request import Sequence
+from ov_kvcrush.core.request import Sequence
+from ov_kvcrush.kvcache.manager import Memory
+from ov_kvcrush.kvcache.replay import ROWS as REPLAY_ROWS
 
 _MIN_CHUNK = 32  # rows of a prompt that memory is short for: less is not tried
 

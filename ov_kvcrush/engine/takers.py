@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ov_kvcrush.backend import CacheUse, Other
 from ov_kvcrush.errors import RequestError
+from ov_kvcrush.pipelines.backend import CacheUse, Other
 
 if TYPE_CHECKING:
-    from ov_kvcrush.engine.eviction import Choice, Eviction
-    from ov_kvcrush.engine.memory import Memory
-    from ov_kvcrush.engine.request import Sequence
+    from ov_kvcrush.core.request import Sequence
+    from ov_kvcrush.kvcache.eviction import Choice, Eviction
+    from ov_kvcrush.kvcache.manager import Memory
 
 
 @dataclass(frozen=True, eq=False)

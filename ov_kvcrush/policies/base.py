@@ -18,8 +18,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from ov_kvcrush.checks import check_choice, check_fraction, check_integer
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.utils.checks import check_choice, check_fraction, check_integer
 
 
 @dataclass(frozen=True)

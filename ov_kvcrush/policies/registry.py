@@ -6,28 +6,28 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from ov_kvcrush.checks import check_choice
 from ov_kvcrush.errors import CrushError, nearest
-from ov_kvcrush.policies.ada import AdaKV
 from ov_kvcrush.policies.base import Budget, Policy, Scorer, Splitter
-from ov_kvcrush.policies.expected_attention import ExpectedAttention
-from ov_kvcrush.policies.global_split import Global
-from ov_kvcrush.policies.h2o import H2O
-from ov_kvcrush.policies.keydiff import KeyDiff
-from ov_kvcrush.policies.knorm import Knorm
-from ov_kvcrush.policies.kv_compress import Pages
-from ov_kvcrush.policies.kvcrush import KVCrush
-from ov_kvcrush.policies.kvzip import KVzip
-from ov_kvcrush.policies.none import KeepAll
-from ov_kvcrush.policies.pyramid import PyramidKV
-from ov_kvcrush.policies.random_scorer import Random
-from ov_kvcrush.policies.rkv import RKV
-from ov_kvcrush.policies.scored import Scored
-from ov_kvcrush.policies.snapkv import SnapKV
-from ov_kvcrush.policies.streaming_llm import StreamingLLM
-from ov_kvcrush.policies.tova import TOVA
-from ov_kvcrush.policies.uniform import Uniform
-from ov_kvcrush.policies.whole_heads import WholeHeads
+from ov_kvcrush.policies.budgets.ada_kv import AdaKV
+from ov_kvcrush.policies.budgets.global_threshold import Global
+from ov_kvcrush.policies.budgets.kv_compress import Pages
+from ov_kvcrush.policies.budgets.pyramid_kv import PyramidKV
+from ov_kvcrush.policies.budgets.uniform import Uniform
+from ov_kvcrush.policies.budgets.whole_heads import WholeHeads
+from ov_kvcrush.policies.keep_all import KeepAll
+from ov_kvcrush.policies.kvcrush.policy import KVCrush
+from ov_kvcrush.policies.scorers.expected_attention import ExpectedAttention
+from ov_kvcrush.policies.scorers.h2o import H2O
+from ov_kvcrush.policies.scorers.keydiff import KeyDiff
+from ov_kvcrush.policies.scorers.knorm import Knorm
+from ov_kvcrush.policies.scorers.kvzip import KVzip
+from ov_kvcrush.policies.scorers.random_scores import Random
+from ov_kvcrush.policies.scorers.rkv import RKV
+from ov_kvcrush.policies.scorers.snapkv import SnapKV
+from ov_kvcrush.policies.scorers.streaming_llm import StreamingLLM
+from ov_kvcrush.policies.scorers.tova import TOVA
+from ov_kvcrush.policies.top_scores import Scored
+from ov_kvcrush.utils.checks import check_choice
 
 Setting = int | float | str | None
 Settings = dict[str, Setting]

@@ -1,0 +1,1 @@
+"""Decode attention alone: CrushAttention beside stock PagedAttention, and the memory's reading speed."""

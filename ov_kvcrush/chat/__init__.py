@@ -1,0 +1,1 @@
+"""ov_kvcrush-chat: conversations in a terminal."""

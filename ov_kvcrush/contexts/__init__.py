@@ -1,0 +1,1 @@
+"""Texts that are compressed once and asked often, and their files."""

@@ -1,0 +1,216 @@
+"""Context: a text in the store, compressed once, that many requests go on from."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ov_kvcrush.core.outputs import KeptTokens
+from ov_kvcrush.errors import RequestError
+from ov_kvcrush.policies.base import Policy
+from ov_kvcrush.policies.registry import DEFAULT_KEPT, PolicyLike, Settings, as_policy, build, name_of, settings_of
+from ov_kvcrush.prompts.context import ContextText
+
+if TYPE_CHECKING:
+    from ov_kvcrush.core.snapshot import KeptKV
+    from ov_kvcrush.pipelines.backend import Backend
+    from ov_kvcrush.pipelines.base import PipelineBase, Progress
+
+DEFAULT_POLICY = "kvzip"
+
+
+class Context:
+    """A text or conversation that was read once and compressed, independent of what will be asked.
+
+    `LLMPipeline.compress` makes one, `load` reads one from a file. It does not change: questions, forks and what
+    extends it share its bytes and add their own. Its bytes are given back when nothing refers to it any more, or by
+    `close`, or at the end of a `with` block.
+    """
+
+    def __init__(
+        self,
+        pipeline: PipelineBase,
+        ids: np.ndarray,
+        text: ContextText,
+        kv: KeptKV,
+        policy: Policy | None,
+        seconds: float = 0.0,
+    ) -> None:
+        self._pipeline = weakref.ref(pipeline)
+        self._ids = ids
+        self._text = text
+        self._kv: KeptKV | None = kv
+        self._policy = policy
+        self._seconds = seconds
+        self._finalizer = weakref.finalize(self, _give_back, weakref.ref(pipeline._backend), kv)
+
+    # -- what it is ----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the text, kept or not, with those of the chat template before it."""
+        return len(self._ids)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens that a KV head holds, on average over all layers and heads."""
+        return self._held().num_kept
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its keys and values in the store, those that it shares with others included."""
+        kv = self._held()
+        return self._owner()._backend.bytes_held(kv)
+
+    @property
+    def policy(self) -> Settings | None:
+        """Name and settings of what chose the tokens; None if all of them stay."""
+        return None if self._policy is None else settings_of(self._policy)
+
+    @property
+    def seconds(self) -> float:
+        """What it took to read and compress it, when that was done."""
+        return self._seconds
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be used: it was not closed."""
+        return self._kv is not None
+
+    @property
+    def text(self) -> str:
+        """What it says, as the chat template has it."""
+        return self._text.rendered
+
+    def kept_map(self) -> KeptTokens:
+        """Which places of the text each layer and KV head still holds."""
+        kv = self._held()
+        positions = kv.kept.positions_of(kv.num_tokens)
+        if positions is None:
+            everything = np.arange(kv.num_tokens, dtype=np.int32)
+            positions = [[everything] * num_heads for num_heads in self._owner()._backend.kv_heads()]
+        return KeptTokens(self._ids, positions, kv.kept.representatives)
+
+    def __repr__(self) -> str:
+        if self._kv is None:
+            return f"Context({self.num_tokens} tokens, closed)"
+        return f"Context({self.num_tokens} tokens, {self.kept_tokens} kept)"
+
+    # -- what comes of it ----------------------------------------------------------------------------------------------
+
+    def fork(self) -> Context:
+        """Another one of the same bytes, with a life of its own."""
+        kv = self._held()
+        pipeline = self._owner()
+        return Context(pipeline, self._ids, self._text, pipeline._backend.share_held(kv), self._policy, self._seconds)
+
+    def extend(self, text: str, *, policy: PolicyLike = None, progress: Progress | None = None) -> Context:
+        """This context and more text behind it, which a policy compresses by itself.
+
+        policy: None = the one that compressed this, if it can choose from a text that is read only once; else all of
+        the new text stays, as with "none". Raises RequestError, also for a policy that reads a text twice.
+        """
+        chosen = as_policy(policy)
+        if chosen is not None and chosen.needs.replay:
+            raise RequestError(f"policy must be one that reads a text once in extend(), got {name_of(chosen)!r}")
+        if chosen is None and self._policy is not None and not self._policy.needs.replay:
+            chosen = self._policy
+        return self._owner()._extend(self, text, chosen, progress)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file that `load` reads, with all that must agree: model, tokenizer, precisions, tokens.
+
+        Whatever happens meanwhile, `path` is the old file or the new one. Raises ContextFileError where it cannot be
+        written.
+        """
+        from ov_kvcrush.contexts.saving import save
+
+        save(self, self._owner(), path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], pipeline: PipelineBase) -> Context:
+        """A context from its file. The time is that of copying its bytes.
+
+        Raises ContextFileError for a file that is missing, damaged, newer, or was made with something else than
+        `pipeline` has, naming what differs; OutOfMemory where the store has no room.
+        """
+        from ov_kvcrush.contexts.saving import load
+
+        return load(pipeline, path)
+
+    def close(self) -> None:
+        """Give its bytes back now. Using it afterwards is an error; requests and forks of it go on."""
+        self._kv = None
+        self._finalizer()
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # -- for the pipeline ----------------------------------------------------------------------------------------------
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int64 (num_tokens,)"""
+        return self._ids
+
+    @property
+    def content(self) -> ContextText:
+        """What it says."""
+        return self._text
+
+    @property
+    def chosen_by(self) -> Policy | None:
+        """The policy that compressed it."""
+        return self._policy
+
+    def of(self, pipeline: PipelineBase) -> KeptKV:
+        """Its KV, for a request of `pipeline`. Raises RequestError for another pipeline's or a closed one."""
+        kv = self._held()
+        if self._owner() is not pipeline:
+            raise RequestError(
+                "context must be of the pipeline that is asked, got another's; save it, and load it for this one"
+            )
+        return kv
+
+    def _held(self) -> KeptKV:
+        if self._kv is None:
+            raise RequestError("context must be open, got one that was closed")
+        return self._kv
+
+    def _owner(self) -> PipelineBase:
+        pipeline = self._pipeline()
+        if pipeline is None:
+            raise RequestError("context must be used while its pipeline is there, got one whose pipeline is gone")
+        return pipeline
+
+
+def _give_back(backend: weakref.ref[Backend], kv: KeptKV) -> None:
+    alive = backend()
+    if alive is not None:
+        alive.drop_held(kv)
+
+
+def context_policy(policy: PolicyLike, kept: float | None) -> Policy:
+    """What `compress` compresses by: KVzip by default. Raises CrushError if both say how much stays."""
+    if policy is None:
+        return build(DEFAULT_POLICY, kept=DEFAULT_KEPT if kept is None else kept)
+    if kept is None:
+        chosen = as_policy(policy)
+        assert chosen is not None
+        return chosen
+    if isinstance(policy, str):
+        return build(policy, kept=kept)
+    raise RequestError(f"kept must be left out where policy has its own settings, got {kept}")
+
+
+def require_context(value: Any) -> Context | None:
+    """Raise RequestError for what is no Context."""
+    if value is None or isinstance(value, Context):
+        return value
+    raise RequestError(f"context must be a Context, as compress() makes them, got {type(value).__name__}")

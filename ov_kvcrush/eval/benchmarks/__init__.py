@@ -1,0 +1,1 @@
+"""The suites: items with gold answers, and how answers are scored."""

@@ -1,0 +1,101 @@
+"""What every suite is made of: items with a context and questions about it, and tasks that score the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ov_kvcrush.errors import CrushError
+from ov_kvcrush.utils.checks import check_integer
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a context.
+
+    text: what follows the context in the prompt. answers: the references, never empty; whether one or all of them are
+    wanted is the metric's affair. max_new_tokens: where the answer is cut off. answer_prefix: the answer's beginning,
+    given to the model after the generation prompt of its chat template. classes: of a classification, else empty.
+    """
+
+    text: str
+    answers: tuple[str, ...]
+    max_new_tokens: int
+    answer_prefix: str = ""
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_integer("max_new_tokens", self.max_new_tokens, 1)
+        if not self.answers:
+            raise CrushError(f"answers must have at least one reference, got none for {self.text[:80]!r}")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A context and the questions about it. The prompt of a question is context + question.text.
+
+    context: what is compressed while the question is unknown; all there is before the question.
+    chat: whether the prompt goes into the model's chat template (context and question are one turn of the user).
+    multi_turn: the questions are turns of one conversation, in order; else each is asked of the context alone.
+    """
+
+    id: str
+    task: str
+    context: str
+    questions: tuple[Question, ...]
+    chat: bool = True
+    multi_turn: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.id and self.task and self.questions):
+            raise CrushError(f"item must have an id, a task and a question, got {self.id!r} of {self.task!r}")
+
+
+# The score, 0 to 1, of a prediction for a question.
+Metric = Callable[[str, Question], float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """How answers are generated and scored.
+
+    first_line: only the first line of the prediction counts. stop: strings at which generation ends.
+    min_new_tokens: before it the model may neither end nor stop. is_forced: the reference is read token by token in
+    place of an answer, and the prediction tells how likely it was.
+    """
+
+    name: str
+    metric: Metric
+    first_line: bool = False
+    stop: tuple[str, ...] = ()
+    min_new_tokens: int = 0
+    is_forced: bool = False
+
+    def __post_init__(self) -> None:
+        check_integer("min_new_tokens", self.min_new_tokens, 0)
+        if not self.name or not all(self.stop):
+            raise CrushError(f"task must have a name and no empty stop string, got {self.name!r} with {self.stop}")
+
+
+def score(task: Task, prediction: str, question: Question) -> float:
+    """The score, 0 to 1, of what the model wrote."""
+    if task.first_line:
+        prediction = prediction.lstrip("\n").split("\n")[0]
+    return float(task.metric(prediction, question))
+
+
+def truncate_middle(ids: Sequence[int], max_tokens: int, num_after: int = 0) -> list[int]:
+    """Ids shortened so that they and the num_after tokens that follow them are at most max_tokens, if they were more.
+
+    What is left are the first and the last half of the whole, so the end of these ids gives way to what follows.
+    Raises CrushError if what follows leaves no room.
+    """
+    check_integer("max_tokens", max_tokens, 1)
+    check_integer("num_after", num_after, 0)
+    room = max_tokens - num_after
+    if room < 1:
+        raise CrushError(f"max_tokens must be more than the {num_after} tokens after the context, got {max_tokens}")
+    if len(ids) <= room:
+        return list(ids)
+    head = min(max_tokens // 2, room)
+    return [*ids[:head], *ids[len(ids) - (room - head) :]]

@@ -1,0 +1,1 @@
+"""ov_kvcrush-eval: commands and their options."""

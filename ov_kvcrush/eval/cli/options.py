@@ -1,0 +1,188 @@
+"""The options of `ov_kvcrush-eval SUITE`: those of every suite and its own, as what suites and plan take."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ov_kvcrush.bench.settings import parse_numbers, parse_properties
+from ov_kvcrush.config import PRECISIONS
+from ov_kvcrush.errors import CrushError
+from ov_kvcrush.eval.benchmarks.sizing import DEFAULT_SEED
+from ov_kvcrush.eval.benchmarks.suites import SuiteOptions
+from ov_kvcrush.eval.runs.plan import PlanOptions, pairs
+
+
+def shared_options(
+    model: Annotated[
+        Path | None, typer.Argument(help="Folder of an exported model; left out: SmolLM2-135M-Instruct.")
+    ] = None,
+    length: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N", help="Most tokens of prompt and answer; 4096, longgen: 2048, longbench: the model's context."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Items: of each task, or of each grid point.")] = None,
+    policy: Annotated[
+        str, typer.Option(metavar="P[,P...]", help="NAME or NAME:KEY=VALUE;KEY=VALUE; the full cache is always there.")
+    ] = "",
+    kept: Annotated[str, typer.Option(metavar="F[,F...]", help="Kept fractions, in (0, 1]. Default: 0.25.")] = "",
+    kept_tokens: Annotated[str, typer.Option(metavar="N[,N...]", help="Kept tokens, instead or beside.")] = "",
+    policy_options: Annotated[
+        list[str] | None,
+        typer.Option("--policy-option", metavar="KEY=VALUE", help="A setting of all policies; repeatable."),
+    ] = None,
+    query: Annotated[
+        str, typer.Option(metavar="aware|agnostic", help="What policies see; both with a comma.")
+    ] = "aware",
+    key_precision: Annotated[
+        str, typer.Option(metavar="T[,T...]", help=f"Cached keys: {', '.join(PRECISIONS)}.")
+    ] = "u8",
+    value_precision: Annotated[
+        str, typer.Option(metavar="T[,T...]", help="Cached values; as many as there are for keys, or one.")
+    ] = "u8",
+    engine: Annotated[str, typer.Option(metavar="crush|genai", help="Engines; both with a comma.")] = "crush",
+    floors: Annotated[
+        bool,
+        typer.Option("--floors/--no-floors", help="Run random and streaming_llm at every budget beside the others."),
+    ] = True,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of generated items, and of the intervals.")] = DEFAULT_SEED,
+    properties: Annotated[
+        list[str] | None, typer.Option("--property", metavar="KEY=VALUE", help="Any OpenVINO property; repeatable.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the run; left out: runs/SUITE-MODEL-DATE-TIME.")
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write rows, settings and the machine.")
+    ] = None,
+) -> None:
+    """Of every suite."""
+
+
+def _task(
+    task: Annotated[str, typer.Option(metavar="NAME[,NAME...]", help="Only these tasks; all if left out.")] = "",
+) -> None: ...
+
+
+def _haystack(
+    haystack: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text, or folder of .txt files, to hide needles in.")
+    ] = None,
+) -> None: ...
+
+
+def _text(
+    haystack: Annotated[
+        Path | None,
+        typer.Option("--text", "--haystack", metavar="FILE", help="Text, or folder of .txt files, to go on with."),
+    ] = None,
+) -> None: ...
+
+
+def _data(
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the jsonl files.")] = None,
+) -> None: ...
+
+
+def _multi_turn(
+    multi_turn: Annotated[
+        bool, typer.Option("--multi-turn", help="One conversation instead of single questions.")
+    ] = False,
+) -> None: ...
+
+
+def _depth(
+    depth: Annotated[str, typer.Option(metavar="P[,P...]", help="Percent of the text before the needle.")] = "",
+) -> None: ...
+
+
+_OWN: dict[str, tuple[Callable[..., None], ...]] = {
+    "needles": (_haystack,),
+    "ruler": (_task, _haystack),
+    "longbench": (_task, _data),
+    "scbench": (_task, _multi_turn),
+    "needle": (_haystack, _depth),
+    "longgen": (_task, _text),
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """All that a command line of a suite says."""
+
+    model: Path | None
+    suite: SuiteOptions
+    plan: PlanOptions
+    properties: dict[str, Any]
+    out: Path | None
+    json_path: Path | None
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> Asked:
+        """From the values of the options. Raises CrushError naming one that cannot be read."""
+        suite = SuiteOptions(
+            lengths=parse_numbers("length", given["length"]) if given["length"] else (),
+            limit=given["limit"],
+            seed=given["seed"],
+            tasks=_words(given.get("task", "")),
+            data=given.get("data"),
+            haystack=given.get("haystack"),
+            depths=_fractions("depth", given.get("depth", "")),
+            multi_turn=given.get("multi_turn", False),
+        )
+        plan = PlanOptions(
+            policies=_words(given["policy"]),
+            kept=_fractions("kept", given["kept"]),
+            kept_tokens=parse_numbers("kept-tokens", given["kept_tokens"]) if given["kept_tokens"] else (),
+            policy_options=tuple(given["policy_options"] or ()),
+            precisions=pairs(_listed("key-precision", given), _listed("value-precision", given)),
+            queries=_listed("query", given),
+            engines=_listed("engine", given),
+            floors=given["floors"],
+        )
+        properties = parse_properties(given["properties"] or ())
+        return cls(given["model"], suite, plan, dict(properties), given["out"], given["json_path"])
+
+
+def command_of(suite: str, run: Callable[[str, dict[str, Any]], None]) -> Callable[..., None]:
+    """A function with the options of a suite, its own behind MODEL and --length, for typer; it calls `run`."""
+
+    def command(**given: Any) -> None:
+        run(suite, given)
+
+    shared = _parameters(shared_options)
+    own = [parameter for options in _OWN[suite] for parameter in _parameters(options)]
+    command.__signature__ = inspect.Signature([*shared[:3], *own, *shared[3:]])  # type: ignore[attr-defined]
+    command.__annotations__ = {}
+    return command
+
+
+def _parameters(options: Callable[..., None]) -> list[inspect.Parameter]:
+    found = inspect.signature(options, eval_str=True).parameters.values()
+    return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in found]
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _listed(option: str, given: dict[str, Any]) -> tuple[str, ...]:
+    """Words, of which the same may come twice."""
+    words = tuple(part.strip() for part in given[option.replace("-", "_")].split(",") if part.strip())
+    if not words:
+        raise CrushError(f"--{option} must be at least one, got none")
+    return words
+
+
+def _fractions(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(dict.fromkeys(float(part) for part in _words(text)))
+    except ValueError:
+        raise CrushError(f"--{option} must be numbers separated by commas, got {text!r}") from None

@@ -1,0 +1,193 @@
+"""`ov_kvcrush-eval SUITE [MODEL]`, `ov_kvcrush-eval halves FOLDER` and `ov_kvcrush-eval results FOLDER...`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from ov_kvcrush.bench.report import check_writable, write_json
+from ov_kvcrush.cli.console import out
+from ov_kvcrush.cli.environment import describe_environment
+from ov_kvcrush.errors import CrushError
+from ov_kvcrush.eval.benchmarks.longgen import SUITE as LONGGEN
+from ov_kvcrush.eval.benchmarks.longgen import losses
+from ov_kvcrush.eval.benchmarks.suites import SUITES, Suite, load_suite
+from ov_kvcrush.eval.cli.help import HALVES, HELP, RESULTS
+from ov_kvcrush.eval.cli.options import Asked, command_of
+from ov_kvcrush.eval.report.by_turn import by_place
+from ov_kvcrush.eval.report.document import write_results
+from ov_kvcrush.eval.report.holdout import chosen_grid, halves_of, judged_grid, write_page
+from ov_kvcrush.eval.report.tables import by_task, summary, tasks_of
+from ov_kvcrush.eval.runs.long_answers import check_long
+from ov_kvcrush.eval.runs.plan import Planned, left_out, make_plan
+from ov_kvcrush.eval.runs.prompts import ItemEncoder, ItemPrompts, encode_items
+from ov_kvcrush.eval.runs.run_config import RunConfig
+from ov_kvcrush.eval.runs.run_folder import Run, RunFolder, default_folder, read_run, report_of
+from ov_kvcrush.eval.runs.runner import run_suite
+from ov_kvcrush.model.default import default_model_path
+from ov_kvcrush.model.fingerprints import model_fingerprint
+from ov_kvcrush.model.folder import check_model_folder
+from ov_kvcrush.model.info import read_model_info
+from ov_kvcrush.pipelines.base import load_tokenizer
+
+_TASK_COLUMNS = 6  # of one table, so that names of settings stay readable
+
+
+def add_suites(app: typer.Typer) -> None:
+    """Add a command for every suite, `halves` and `results`."""
+    for suite in SUITES:
+        app.command(name=suite, help=HELP[suite])(command_of(suite, _run_command))
+    app.command(name="halves", help=HALVES)(_halves_command)
+    app.command(name="results", help=RESULTS)(_results_command)
+
+
+def _run_command(suite: str, given: dict[str, Any]) -> None:
+    console = Console(stderr=True)
+    with _errors(console):
+        run = evaluate(suite, Asked.of(given), console)
+        show(run)
+        if given["json_path"] is not None:
+            write_json(given["json_path"], report_of(run))
+            console.print(Text(f"written to {given['json_path']}"))
+
+
+def _halves_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    engine: Annotated[str | None, typer.Option(metavar="crush|genai", help="Only this engine's settings.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write both halves' rows.")
+    ] = None,
+    page: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Also write the tables.")] = None,
+) -> None:
+    console = Console(stderr=True)
+    with _errors(console):
+        for option, path in (("json", json_path), ("markdown", page)):
+            if path is not None:
+                check_writable(path, option)
+        run = read_run(folder)
+        halves = halves_of(run, engine)
+        out().print(judged_grid(halves).rich("differences to the full cache on both halves of the items"))
+        if halves.chosen:
+            out().print(chosen_grid(halves).rich("chosen on the first half, shown on the second"))
+        if json_path is not None:
+            write_json(json_path, {"command": _command(), "suite": run.config.suite, **halves.json})
+            console.print(Text(f"written to {json_path}"))
+        if page is not None:
+            write_page(halves, page)
+            console.print(Text(f"written to {page}"))
+
+
+def _results_command(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs, in the order of the page.")],
+    target: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page; its pictures lie beside it.")],
+) -> None:
+    console = Console(stderr=True)
+    with _errors(console):
+        for path in write_results(folders, target, _command()):
+            console.print(Text(f"written to {path}"))
+
+
+def evaluate(name: str, asked: Asked, console: Console) -> Run:
+    """Run a suite, or go on with it, into its folder. Raises CrushError before a model is loaded for what cannot be."""
+    plan = make_plan(asked.plan)
+    for line in left_out(asked.plan, plan):
+        console.print(Text(line), soft_wrap=True)
+    if asked.json_path is not None:
+        check_writable(asked.json_path)
+    model = asked.model if asked.model is not None else default_model_path()
+    check_model_folder(model, tokenizer=True)
+    suite, prompts = _items(name, asked, model)
+    if name == LONGGEN:
+        check_long(plan, [item.task for item in suite.items])
+    config = _config(suite, asked, model, plan)
+    path = asked.out or default_folder(name, model, datetime.now())
+    total = len(plan) * sum(len(p.asked) for p in prompts)
+    with RunFolder(path, config) as folder:
+        console.print(Text(f"{len(prompts)} items, {len(plan)} settings, {total} answers; run folder {path}"))
+        with _progress(console, name, total) as advance:
+            return run_suite(folder, prompts, suite.tasks, plan, model, asked.properties, advance)
+
+
+def show(run: Run) -> None:
+    """Print the tables of a run."""
+    console = out()
+    console.print(summary(run.rows).rich(f"{run.config.suite}: {Path(run.config.model).name}"))
+    tasks = tasks_of(run.rows)
+    for begin in range(0, len(tasks) if len(tasks) > 1 else 0, _TASK_COLUMNS):
+        console.print(by_task(run.rows, tasks[begin : begin + _TASK_COLUMNS]).rich("scores by task"))
+    nats = losses(run)
+    if nats:
+        console.print(summary(nats).rich("next-token loss of continue, nats"))
+    places = by_place(run)
+    if places:
+        console.print(by_task(places.rows).rich(f"scores by {places.name}"))
+
+
+def _items(name: str, asked: Asked, model: Path) -> tuple[Suite, list[ItemPrompts]]:
+    info = read_model_info(model)
+    context_length = info.context_length if info else None
+    encoder = ItemEncoder(load_tokenizer(model, {}))
+    suite = load_suite(name, asked.suite, encoder.count, context_length)
+    return suite, encode_items(suite.items, encoder, context_length, suite.max_tokens)
+
+
+def _config(suite: Suite, asked: Asked, model: Path, plan: list[Planned]) -> RunConfig:
+    return RunConfig(
+        command=_command(),
+        suite=suite.name,
+        model=str(model),
+        fingerprint=model_fingerprint(model),
+        settings=tuple(planned.setting for planned in plan),
+        num_items=len(suite.items),
+        seed=asked.suite.seed,
+        environment=describe_environment(),
+        options={**asked.suite.json, **({"properties": asked.properties} if asked.properties else {})},
+    )
+
+
+@contextmanager
+def _progress(console: Console, name: str, total: int) -> Iterator[Any]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, refresh_per_second=1, speed_estimate_period=600) as bars:
+        task = bars.add_task(name, total=total)
+        started = False
+
+        def advance(number: int) -> None:
+            nonlocal started
+            if started:
+                bars.advance(task, number)
+            else:  # what an earlier run left says nothing about the speed of this one
+                bars.reset(task, completed=number)
+                started = True
+
+        yield advance
+
+
+@contextmanager
+def _errors(console: Console) -> Iterator[None]:
+    """Say what was wrong in a line, and end with 2; with 130 if the user interrupts."""
+    try:
+        yield
+    except CrushError as error:
+        console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command with --out and the folder of this run goes on")
+        raise typer.Exit(130) from None
+
+
+def _command() -> str:
+    return shlex.join(["ov_kvcrush-eval", *sys.argv[1:]])

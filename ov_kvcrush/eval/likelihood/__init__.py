@@ -1,0 +1,1 @@
+"""Likelihood of given texts: teacher forcing, perplexity, lm-eval."""

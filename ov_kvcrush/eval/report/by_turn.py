@@ -1,0 +1,38 @@
+"""Turn by turn: how scores change along a conversation, or from one question about a context to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ov_kvcrush.eval.runs.run_folder import Run
+from ov_kvcrush.eval.statistics import AVERAGE, Prediction, Row, rows_of
+
+
+@dataclass(frozen=True)
+class Places:
+    """name: "turn" of conversations, "question" of items whose questions follow the context alone.
+
+    rows: for `by_task`, with each place in place of a task; the average is that of the run.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+
+
+def by_place(run: Run) -> Places | None:
+    """Rows for the first, the second, ... turn or question of items: averages of the tasks that have it.
+
+    None where no item has two.
+    """
+    name = "turn" if any(prediction.turn for prediction in run.predictions) else "question"
+    found: dict[int, list[Prediction]] = {}
+    for prediction in run.predictions:
+        place = prediction.turn if name == "turn" else prediction.question_index
+        found.setdefault(place, []).append(prediction)
+    if len(found) < 2:
+        return None
+    rows = [row for row in run.rows if row.task == AVERAGE]
+    for place in sorted(found):
+        made = rows_of(found[place], run.config.settings, run.config.suite, seed=run.config.seed)
+        rows += [replace(row, task=f"{name} {place + 1}") for row in made if row.task == AVERAGE]
+    return Places(name, tuple(rows))

@@ -1,0 +1,1 @@
+"""Running items under settings, and the folders that keep what came out."""

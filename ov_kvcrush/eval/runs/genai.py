@@ -1,0 +1,121 @@
+"""openvino_genai on the items of a run, driven by engine="genai": every question with its whole prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import openvino_genai as ov_genai
+
+from ov_kvcrush.config import CacheConfig, SchedulerConfig
+from ov_kvcrush.eval.benchmarks.items import Task
+from ov_kvcrush.eval.runs.plan import Planned
+from ov_kvcrush.eval.runs.prompts import Asked, ItemPrompts
+from ov_kvcrush.eval.runs.replies import Reply, generation_config
+from ov_kvcrush.genai.eviction import GenaiEviction, block_size, nearest
+from ov_kvcrush.pipelines.llm import LLMPipeline
+
+
+class GenaiRuns:
+    """openvino_genai with one precision.
+
+    It is told a number of tokens when it is loaded: a pipeline stays as long as prompts ask for the same number,
+    rounded down to its blocks, so it pays to ask it for one setting at a time.
+    """
+
+    def __init__(self, model: Path, key_precision: str, value_precision: str, properties: Mapping[str, Any]) -> None:
+        self._model = model
+        self._cache = CacheConfig(key_precision=key_precision, value_precision=value_precision)
+        self._properties = dict(properties)
+        self._loaded: tuple[GenaiEviction | None, LLMPipeline] | None = None
+
+    def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Reply]:
+        """Answers to all questions of an item, at the same kept tokens as our policy's budget.
+
+        Raises CrushError for a budget that is less than openvino_genai's eviction can be told.
+        """
+        for one in planned:
+            for asked in prompts.asked:
+                yield self._reply(task, one, asked, np.concatenate([prompts.ids, asked.ids]))
+
+    def _reply(self, task: Task, planned: Planned, asked: Asked, ids: np.ndarray) -> Reply:
+        eviction = self._eviction(planned, len(ids))
+        pipeline = self._pipeline_for(eviction)
+        usage = _BytesAtFirstToken(pipeline)
+        config = generation_config(pipeline, task, asked.question.max_new_tokens)
+        start = time.perf_counter()
+        result = pipeline.generate(ov.Tensor(ids[None]), config, usage)
+        seconds = time.perf_counter() - start
+        tokens = result.tokens[0]
+        text = pipeline.get_tokenizer().decode(tokens) if tokens else ""
+        for stop in task.stop:  # it may be at the end of the ids
+            text = text.split(stop)[0]
+        num_tokens = self._num_tokens(ids, tokens)
+        return Reply(
+            planned=planned,
+            asked=asked,
+            text=text,
+            kept_tokens=float(min(num_tokens, eviction.kept_tokens) if eviction else num_tokens),
+            prompt_tokens=num_tokens,
+            num_bytes=int(usage.num_bytes * _blocks(num_tokens, eviction) / _blocks(len(ids), None)),
+            seconds=seconds,
+        )
+
+    def _num_tokens(self, prompt: np.ndarray, answer: Sequence[int]) -> int:
+        """When the cache is looked at: those of the prompt."""
+        return len(prompt)
+
+    def _eviction(self, planned: Planned, num_tokens: int) -> GenaiEviction | None:
+        policy = planned.policy
+        if not policy.evicts or num_tokens <= policy.budget.min_tokens:
+            return None
+        tokens = policy.budget.tokens(num_tokens)
+        return None if tokens >= num_tokens else nearest(policy, tokens)
+
+    def _pipeline_for(self, eviction: GenaiEviction | None) -> LLMPipeline:
+        """The pipeline, made anew where the number of tokens is another than the last time."""
+        if self._loaded is not None and self._loaded[0] == eviction:
+            return self._loaded[1]
+        self._loaded = None  # two at a time would take twice the memory
+        scheduler = ov_genai.SchedulerConfig()
+        scheduler.max_num_batched_tokens = SchedulerConfig().max_num_batched_tokens
+        scheduler.enable_prefix_caching = False
+        if eviction is not None:
+            scheduler = eviction.added_to(scheduler, is_default=True)
+        made = LLMPipeline(
+            self._model, "CPU", self._properties, engine="genai", scheduler_config=scheduler, cache_config=self._cache
+        )
+        self._loaded = eviction, made
+        return made
+
+
+def _blocks(num_tokens: int, eviction: GenaiEviction | None) -> int:
+    """Blocks that hold a text: the last one, which is not full, is beside the kept tokens."""
+    block = block_size("CPU")
+    blocks = -(-num_tokens // block)
+    return blocks if eviction is None else min(blocks, eviction.kept_tokens // block + 1)
+
+
+class _BytesAtFirstToken(ov_genai.StreamerBase):  # type: ignore[misc]  # it has no types
+    """Bytes of the blocks that a prompt takes before it is evicted from, which is a step or two after its first token.
+
+    An answer may be shorter than that. The pool itself only grows, so what it takes says nothing.
+    """
+
+    def __init__(self, pipeline: LLMPipeline) -> None:
+        super().__init__()
+        self._pipeline = pipeline
+        self.num_bytes = 0.0
+
+    def write(self, token: Any) -> ov_genai.StreamingStatus:
+        if not self.num_bytes:
+            metrics = self._pipeline.get_metrics()
+            self.num_bytes = metrics.cache_size_in_bytes * metrics.cache_usage / 100
+        return ov_genai.StreamingStatus.RUNNING
+
+    def end(self) -> None:
+        """Nothing is held back."""

@@ -1,0 +1,198 @@
+"""What a run compares: every policy at every budget and precision, on every engine, beside the full cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ov_kvcrush.cli.policy_options import PolicyOptions
+from ov_kvcrush.config import ENGINES, PRECISIONS, CacheConfig
+from ov_kvcrush.errors import CrushError
+from ov_kvcrush.eval.statistics import FULL, QUERIES, Setting
+from ov_kvcrush.genai.eviction import nearest
+from ov_kvcrush.model.precision import paged_precisions
+from ov_kvcrush.policies.base import Policy
+from ov_kvcrush.policies.registry import Settings, build, describe, names
+from ov_kvcrush.utils.checks import check_choice, check_fraction
+
+# What openvino_genai has a method of the same name for.
+GENAI_POLICIES = ("kvcrush", "snapkv", "h2o")
+# What a policy has to beat to be worth anything; run beside all others.
+FLOORS = ("random", "streaming_llm")
+_MANY_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A setting of the results, and the policy that makes it."""
+
+    setting: Setting
+    policy: Policy
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Lists of what is compared; all with all, but for precisions, which are pairs.
+
+    policies: NAME or NAME:KEY=VALUE;KEY=VALUE. kept: fractions; kept_tokens: numbers of tokens instead or beside.
+    policy_options: KEY=VALUE for all policies. precisions: keys and values. floors: FLOORS as well, with our engine, at
+    the first precisions, where any policy evicts and unless they are among the policies.
+    """
+
+    policies: tuple[str, ...] = ()
+    kept: tuple[float, ...] = ()
+    kept_tokens: tuple[int, ...] = ()
+    policy_options: tuple[str, ...] = ()
+    precisions: tuple[tuple[str, str], ...] = (("u8", "u8"),)
+    queries: tuple[str, ...] = ("aware",)
+    engines: tuple[str, ...] = field(default=ENGINES[:1])
+    floors: bool = True
+
+    def __post_init__(self) -> None:
+        for precisions in self.precisions:
+            for name, value in zip(("--key-precision", "--value-precision"), precisions, strict=True):
+                check_choice(name, value, PRECISIONS)
+        for query in self.queries:
+            check_choice("--query", query, QUERIES)
+        for engine in self.engines:
+            check_choice("--engine", engine, ENGINES)
+        for kept in self.kept:
+            check_fraction("--kept", kept)
+
+
+def make_plan(options: PlanOptions) -> list[Planned]:
+    """Every setting once, the full cache of each engine, precision and query before its policies, floors behind them.
+
+    openvino_genai, which sees the question by its nature, gets the policies that it has and the precisions that it can
+    hold. Raises CrushError for a policy, setting or precision that there is not.
+    """
+    found: dict[str, Planned] = {}
+    specs = [_parse(spec, options.policy_options) for spec in options.policies]
+    evicting = [policy for name, own in specs for policy in _with_budgets(name, own, options)]
+    full = Planned(_setting(FULL, {}), build(FULL))
+    floors = _floors(specs, evicting, options)
+    for precisions in options.precisions:
+        if "crush" in options.engines:
+            for query in options.queries:
+                for planned in (full, *evicting, *(floors if precisions == options.precisions[0] else ())):
+                    _add(found, planned, "crush", precisions, query)
+    if "genai" in options.engines:
+        able = [p for p in options.precisions if paged_precisions(*p, {})]
+        if not able:
+            raise CrushError(
+                "--key-precision and --value-precision must be u8 or u4 for openvino_genai, got "
+                f"{', '.join('/'.join(p) for p in options.precisions)}"
+            )
+        for precisions in able:
+            for planned in (full, *_distinct_for_genai(evicting)):
+                _add(found, planned, "genai", precisions, "aware")
+    return list(found.values())
+
+
+def left_out(options: PlanOptions, plan: Sequence[Planned]) -> list[str]:
+    """What openvino_genai is not asked though the user asked for it: a line each, none if it is not in the plan."""
+    if "genai" not in options.engines:
+        return []
+    asked = dict.fromkeys(_parse(spec, options.policy_options)[0] for spec in options.policies)
+    policies = [name for name in asked if name not in (FULL, *GENAI_POLICIES)]
+    able = {precisions_of(planned.setting) for planned in plan if planned.setting.engine == "genai"}
+    precisions = dict.fromkeys("/".join(p) for p in options.precisions if p not in able)
+    what = "their rows are of ov_kvcrush only" if "crush" in options.engines else "they are left out"
+    return [f"openvino_genai has no {', '.join(missing)}: {what}" for missing in (policies, precisions) if missing]
+
+
+def pairs(key: Sequence[str], value: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Keys' and values' precisions beside each other; a single one goes with all. CrushError for other counts."""
+    if len(key) != len(value) and 1 not in (len(key), len(value)):
+        raise CrushError(
+            f"--key-precision and --value-precision must be equally many, or one of either, got {len(key)} and "
+            f"{len(value)}"
+        )
+    count = max(len(key), len(value))
+    return tuple(zip(tuple(key) * (count // len(key)), tuple(value) * (count // len(value)), strict=True))
+
+
+def grouped(plan: Sequence[Planned], key: Callable[[Setting], Any]) -> list[list[Planned]]:
+    """The plan in parts of equal keys, both in the order in which they first appear."""
+    found: dict[Any, list[Planned]] = {}
+    for planned in plan:
+        found.setdefault(key(planned.setting), []).append(planned)
+    return list(found.values())
+
+
+def precisions_of(setting: Setting) -> tuple[str, str]:
+    """Of keys and values."""
+    return setting.key_precision, setting.value_precision
+
+
+def caches_of(plan: Sequence[Planned]) -> dict[tuple[str, str], CacheConfig]:
+    """Our engine's cache for each of the precisions in the plan, in the order in which they first appear."""
+    return {
+        (key, value): CacheConfig(key_precision=key, value_precision=value, attention="crush")
+        for key, value in dict.fromkeys(precisions_of(planned.setting) for planned in plan)
+    }
+
+
+def _floors(specs: Sequence[tuple[str, Settings]], evicting: Sequence[Planned], options: PlanOptions) -> list[Planned]:
+    """FLOORS that the user did not name, at every budget that evicts, with the options for all that they have."""
+    if not options.floors or not any(planned.policy.evicts for planned in evicting):
+        return []
+    shared = PolicyOptions(others=options.policy_options).settings()
+    missing = [name for name in FLOORS if name not in dict(specs)]
+    own = {name: {key: value for key, value in shared.items() if key in describe(name).settings} for name in missing}
+    return [p for name in missing for p in _with_budgets(name, own[name], options) if p.policy.evicts]
+
+
+def _parse(spec: str, others: tuple[str, ...]) -> tuple[str, Settings]:
+    """Name and settings; those of --policy-option where the policy does not say otherwise."""
+    name, _, text = spec.strip().partition(":")
+    check_choice("--policy", name, names())
+    own = PolicyOptions(others=tuple(part for part in text.split(";") if part.strip())).settings()
+    shared = {} if name == FULL else PolicyOptions(others=others).settings()
+    return name, {**shared, **own}
+
+
+def _with_budgets(name: str, own: Settings, options: PlanOptions) -> Iterator[Planned]:
+    if name == FULL:  # it is there anyway; settings of it are refused here
+        build(name, **own)
+        return
+    budgets: list[Settings] = [{"kept": kept} for kept in options.kept]
+    budgets += [{"kept_tokens": tokens, "min_tokens": tokens} for tokens in options.kept_tokens]
+    for budget in budgets or [{"kept": 0.25}]:
+        asked = {key: value for key, value in budget.items() if key != "min_tokens"}
+        yield Planned(_setting(name, {**own, **asked}), build(name, **{**budget, **own}))
+
+
+def _setting(name: str, settings: Settings) -> Setting:
+    """Of our engine in u8, aware of the question: `_add` puts its own in place of these."""
+    own = dict(settings)
+    kept, kept_tokens = own.pop("kept", None), own.pop("kept_tokens", None)
+    assert kept is None or isinstance(kept, (int, float))
+    assert kept_tokens is None or isinstance(kept_tokens, int)
+    return Setting(
+        engine="crush",
+        policy=name,
+        key_precision="u8",
+        value_precision="u8",
+        kept=kept,
+        kept_tokens=kept_tokens,
+        policy_settings=own,
+    )
+
+
+def _add(found: dict[str, Planned], planned: Planned, engine: str, precisions: tuple[str, str], query: str) -> None:
+    key, value = precisions
+    setting = replace(planned.setting, engine=engine, key_precision=key, value_precision=value, query=query)
+    found.setdefault(setting.key, Planned(setting, planned.policy))
+
+
+def _distinct_for_genai(evicting: Sequence[Planned]) -> list[Planned]:
+    """Policies of names that it has; of those that come to the same there, the first."""
+    found: dict[str, Planned] = {}
+    for planned in evicting:
+        s = planned.setting
+        if s.policy in GENAI_POLICIES:
+            same = f"{nearest(planned.policy, _MANY_TOKENS)} {s.kept} {s.kept_tokens}"
+            found.setdefault(same, planned)
+    return list(found.values())

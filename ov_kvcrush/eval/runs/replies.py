@@ -1,0 +1,45 @@
+"""An answer of either engine, and how answers are generated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import openvino_genai as ov_genai
+
+from ov_kvcrush.eval.benchmarks.items import Task
+from ov_kvcrush.eval.runs.plan import Planned
+from ov_kvcrush.eval.runs.prompts import Asked
+from ov_kvcrush.pipelines.llm import LLMPipeline
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer to a question under a setting, and what the cache was when it was asked.
+
+    Of long answers: what it was when they ended, and prompt_tokens with those of the answer.
+    """
+
+    planned: Planned
+    asked: Asked
+    text: str
+    kept_tokens: float
+    prompt_tokens: int
+    num_bytes: int
+    seconds: float
+
+
+def generation_config(pipeline: LLMPipeline, task: Task, max_new_tokens: int) -> ov_genai.GenerationConfig:
+    """Greedy, whatever the model's own config says, with its end-of-sequence tokens."""
+    return greedy(pipeline.get_generation_config(), task, max_new_tokens)
+
+
+def greedy(own: ov_genai.GenerationConfig, task: Task, max_new_tokens: int) -> ov_genai.GenerationConfig:
+    """The same from the model's own config."""
+    config = ov_genai.GenerationConfig()
+    config.stop_token_ids = own.stop_token_ids
+    if own.eos_token_id >= 0:
+        config.set_eos_token_id(own.eos_token_id)
+    config.max_new_tokens = max_new_tokens
+    config.min_new_tokens = min(task.min_new_tokens, max_new_tokens)
+    config.stop_strings = set(task.stop)
+    return config

@@ -1,0 +1,201 @@
+"""Runs a suite: each context is read once for all policies and precisions, and what is asked of it is answered in
+batches, one for each precision.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ov_kvcrush.config import CacheConfig
+from ov_kvcrush.contexts.context import Context
+from ov_kvcrush.eval.benchmarks.items import Task, score
+from ov_kvcrush.eval.benchmarks.longgen import SUITE as LONGGEN
+from ov_kvcrush.eval.runs.genai import GenaiRuns
+from ov_kvcrush.eval.runs.long_answers import long_runs
+from ov_kvcrush.eval.runs.plan import Planned, caches_of, grouped, precisions_of
+from ov_kvcrush.eval.runs.prompts import Asked, ItemPrompts
+from ov_kvcrush.eval.runs.replies import Reply, generation_config
+from ov_kvcrush.eval.runs.run_folder import Run, RunFolder
+from ov_kvcrush.eval.statistics import Prediction, rows_of
+from ov_kvcrush.pipelines.llm import LLMPipeline
+from ov_kvcrush.policies.base import Replay
+
+BATCH = 96  # sequences that are answered together
+Advance = Callable[[int], None]  # answers that are there now
+
+
+class Runs(Protocol):
+    """An engine, and what it answers."""
+
+    def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Reply]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class _Question:
+    """What goes into a batch: token ids int64 (T,) that follow a context."""
+
+    planned: Planned
+    asked: Asked
+    context: Context
+    ids: np.ndarray
+
+
+def run_suite(
+    folder: RunFolder,
+    prompts: Sequence[ItemPrompts],
+    tasks: Mapping[str, Task],
+    plan: Sequence[Planned],
+    model: Path,
+    properties: Mapping[str, Any],
+    advance: Advance = lambda number: None,
+) -> Run:
+    """Answer what the folder does not have yet, and finish it.
+
+    One model at a time: ours for all its settings, openvino_genai for each. advance: called with the number of answers
+    that were added, first with those that were there. Answers to an item under one model, precision and query are made
+    together or, after a stop, together again, so that a run that was stopped has the same answers as one that was not,
+    and other precisions in the run change none.
+    """
+    advance(len(folder.predictions))
+    for planned in _by_model(plan):
+        todo = [p for p in prompts if _missing(folder, p, planned)]
+        runs = _runs(model, planned, properties, folder.config.suite) if todo else None
+        for one in todo:
+            assert runs is not None
+            task = tasks[one.item.task]
+            for same_query in grouped(planned, lambda setting: setting.query):
+                if _missing(folder, one, same_query):
+                    advance(_add(folder, one, task, runs.answer(one, task, same_query)))
+        del runs  # before the next model is loaded
+    settings = folder.config.settings
+    return folder.finish(rows_of(folder.predictions, settings, folder.config.suite, seed=folder.config.seed))
+
+
+class CrushRuns:
+    """Our own engine on one model, with a store for each of the precisions.
+
+    caches: by precisions. Each store is as large as if it were alone: half of the memory that is free now.
+    """
+
+    def __init__(
+        self, model: Path, caches: Mapping[tuple[str, str], CacheConfig], properties: Mapping[str, Any]
+    ) -> None:
+        first, *others = caches
+        self._reader = LLMPipeline(model, "CPU", dict(properties), cache_config=caches[first])
+        self._pipelines = {first: self._reader, **{name: self._reader.beside(caches[name]) for name in others}}
+
+    def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Reply]:
+        """Answers to all questions of an item under settings of one query."""
+        if planned[0].setting.query == "agnostic":
+            yield from self._ask(task, prompts.ids, prompts.head, [(a, a.ids) for a in prompts.asked], planned)
+            return
+        for asked in prompts.asked:  # the policy sees all but the last token, which begins the answer
+            context = np.concatenate([prompts.ids, asked.ids[:-1]])
+            yield from self._ask(task, context, prompts.head, [(asked, asked.ids[-1:])], planned)
+
+    def _ask(
+        self,
+        task: Task,
+        context: np.ndarray,
+        head: int,
+        questions: Sequence[tuple[Asked, np.ndarray]],
+        planned: Sequence[Planned],
+    ) -> Iterator[Reply]:
+        replies: dict[tuple[str, int], Reply] = {}
+        with ExitStack() as stack:
+            contexts = self._compress(context, head, planned, stack)
+            for same in grouped(planned, precisions_of):
+                batch = [_Question(p, a, contexts[p.setting.key], ids) for p in same for a, ids in questions]
+                for reply in self._answer(task, self._pipelines[precisions_of(same[0].setting)], batch):
+                    replies[reply.planned.setting.key, reply.asked.index] = reply
+        yield from (replies[p.setting.key, a.index] for p in planned for a, _ in questions)
+
+    def _compress(self, ids: np.ndarray, head: int, planned: Sequence[Planned], stack: ExitStack) -> dict[str, Context]:
+        """A context for the key of each setting, closed with `stack`. One reading has one second reading at most."""
+        replays = [p.policy.needs.replay if p.policy.evicts else None for p in planned]
+        second: list[Replay | None] = [*dict.fromkeys(replay for replay in replays if replay is not None)] or [None]
+        made: dict[str, Context] = {}
+        for replay in second:
+            now = [p for p, own in zip(planned, replays, strict=True) if (second[0] if own is None else own) == replay]
+            homes = [self._pipelines[precisions_of(p.setting)] for p in now]
+            contexts = self._reader.compress_ids(ids, [p.policy for p in now], pipelines=homes, head=head)
+            made.update((p.setting.key, stack.enter_context(c)) for p, c in zip(now, contexts, strict=True))
+        return made
+
+    def _answer(self, task: Task, pipeline: LLMPipeline, questions: Sequence[_Question]) -> Iterator[Reply]:
+        for length in dict.fromkeys(q.asked.question.max_new_tokens for q in questions):
+            same = [q for q in questions if q.asked.question.max_new_tokens == length]
+            for begin in range(0, len(same), BATCH):
+                yield from _answer_batch(task, pipeline, length, same[begin : begin + BATCH])
+
+
+def _answer_batch(task: Task, pipeline: LLMPipeline, max_new_tokens: int, batch: Sequence[_Question]) -> list[Reply]:
+    config = generation_config(pipeline, task, max_new_tokens)
+    start = time.perf_counter()
+    texts = pipeline.answer_each([(q.context, q.ids) for q in batch], config)
+    seconds = (time.perf_counter() - start) / len(batch)
+    return [
+        Reply(
+            planned=q.planned,
+            asked=q.asked,
+            text=text,
+            kept_tokens=float(q.context.kept_tokens),
+            prompt_tokens=q.context.num_tokens + len(q.ids),
+            num_bytes=q.context.nbytes,
+            seconds=seconds,
+        )
+        for q, text in zip(batch, texts, strict=True)
+    ]
+
+
+def _runs(model: Path, planned: Sequence[Planned], properties: Mapping[str, Any], suite: str) -> Runs:
+    """What answers these settings, with the model loaded."""
+    if suite == LONGGEN:
+        return long_runs(model, planned, properties)
+    first = planned[0].setting
+    if first.engine == "genai":
+        return GenaiRuns(model, *precisions_of(first), properties)
+    return CrushRuns(model, caches_of(planned), properties)
+
+
+def _by_model(plan: Sequence[Planned]) -> list[list[Planned]]:
+    """Settings that one loaded model answers: of ours all, of openvino_genai one."""
+    return grouped(plan, lambda s: (s.engine, s.key if s.engine == "genai" else ""))
+
+
+def _missing(folder: RunFolder, prompts: ItemPrompts, planned: Sequence[Planned]) -> bool:
+    done, item = folder.done(), prompts.item
+    wanted = ((item.task, item.id, a.index, p.setting.key) for a in prompts.asked for p in planned)
+    return any(key not in done for key in wanted)
+
+
+def _add(folder: RunFolder, prompts: ItemPrompts, task: Task, replies: Iterator[Reply]) -> int:
+    """Write what is not there yet, and return how many that were."""
+    done, made = folder.done(), [_prediction(prompts, task, reply) for reply in replies]
+    new = [prediction for prediction in made if prediction.key not in done]
+    for prediction in new:
+        folder.add(prediction)
+    return len(new)
+
+
+def _prediction(prompts: ItemPrompts, task: Task, reply: Reply) -> Prediction:
+    return Prediction(
+        item_id=prompts.item.id,
+        task=prompts.item.task,
+        question_index=reply.asked.index,
+        turn=reply.asked.turn,
+        setting_key=reply.planned.setting.key,
+        text=reply.text,
+        score=score(task, reply.text, reply.asked.question),
+        kept_tokens=reply.kept_tokens,
+        prompt_tokens=reply.prompt_tokens,
+        bytes=reply.num_bytes,
+        seconds=reply.seconds,
+    )

@@ -1,0 +1,1 @@
+"""engine="genai": the same backend over openvino_genai."""

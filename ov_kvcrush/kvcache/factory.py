@@ -1,0 +1,101 @@
+"""The memory that a loaded model and the configs ask for."""
+
+from __future__ import annotations
+
+from ov_kvcrush import native
+from ov_kvcrush.config import CacheConfig, SchedulerConfig
+from ov_kvcrush.errors import CrushError, OutOfMemory
+from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, blocks_for
+from ov_kvcrush.kvcache.block_tensors import KVCache, cache_inputs, free_memory_bytes, staging_tensors
+from ov_kvcrush.kvcache.manager import Memory
+from ov_kvcrush.kvcache.paged import PagedCacheMemory
+from ov_kvcrush.model.load import LoadedModel
+
+_FREE_MEMORY_SHARE = 0.5  # of the free memory, taken by a cache without a given size
+_STAGING_SHARE = 0.25  # of the free memory, at most, taken by staging blocks without a given size
+_STAGED_TOKENS = 65536  # of prompts read at the same time, where staging has no given size
+
+
+def make_memory(
+    model: LoadedModel, scheduler: SchedulerConfig, cache: CacheConfig, beside: Memory | None = None
+) -> Memory:
+    """The memory of an engine. Raises CrushError or OutOfMemory if the configs ask for what cannot be.
+
+    beside: one over a store on the same model, whose staging blocks are shared; `cache.staging_bytes` does not hold
+    then. Each store has a limit of its own, `cache.max_bytes`, else by `scheduler`: num_kv_blocks are the bytes of so
+    many tokens in its precisions; cache_size, or half of the memory that is free now, is the same for each, so stores
+    that are filled together need limits that fit together.
+    """
+    # Without prefix caching only the conversation that runs keeps its KV between turns.
+    max_prefixes = None if scheduler.enable_prefix_caching else 1
+    if model.attention == "paged":
+        blocks = cache_inputs(model.compiled)
+        return PagedCacheMemory(KVCache(blocks, lambda size: _paged_blocks(scheduler, size)), max_prefixes)
+    from ov_kvcrush.kvcache.crush import CrushMemory
+
+    shapes = [layer.shape for layer in model.layers]
+
+    def make_store(max_bytes: int) -> native.Store:
+        return native.Store(
+            layers=shapes, key=cache.key_precision, value=cache.value_precision, recent=model.recent_precision,
+            recent_tokens=cache.recent_tokens, group_size=cache.group_size, max_bytes=max_bytes,
+        )  # fmt: skip
+
+    measure = make_store(0)
+    bytes_per_block = measure.bytes_for(BLOCK_SIZE)
+    max_bytes = cache.max_bytes or _store_bytes(scheduler, measure)
+    measure.close()
+    if max_bytes < bytes_per_block:
+        raise OutOfMemory(f"max_bytes must be at least {bytes_per_block}, as a short request takes, got {max_bytes}")
+    if beside is None:
+        blocks = (
+            cache_inputs(model.compiled)
+            if model.pages_prompts
+            else staging_tensors(model.layers, model.recent_precision)
+        )
+        staging = KVCache(blocks, lambda size: _staging_blocks(cache, model.context_length, size) + 1)
+        pool = None
+    else:
+        assert isinstance(beside, CrushMemory), "beside a memory without staging blocks"
+        staging, pool = beside.staging, beside.pool
+    heads = [(x.num_heads, x.num_kv_heads) for x in model.layers]
+    store, chunk = make_store(max_bytes), scheduler.max_num_batched_tokens
+    return CrushMemory(
+        store, heads, staging, max_prefixes, chunk, cache.prefix_bytes, pool, pages_prompts=model.pages_prompts
+    )
+
+
+def _paged_blocks(config: SchedulerConfig, bytes_per_block: int) -> int:
+    if config.num_kv_blocks:
+        return config.num_kv_blocks
+    wanted = _cache_bytes(config)
+    if wanted < bytes_per_block:
+        raise OutOfMemory(
+            f"cache_size must be at least one block of {BLOCK_SIZE} tokens, {bytes_per_block} bytes, got {wanted} bytes"
+        )
+    return wanted // bytes_per_block
+
+
+def _store_bytes(config: SchedulerConfig, store: native.Store) -> int:
+    """The limit of a store that is given none: what as many tokens as num_kv_blocks have take, else cache_size."""
+    if config.num_kv_blocks:
+        return store.bytes_for(config.num_kv_blocks * BLOCK_SIZE)
+    return _cache_bytes(config)
+
+
+def _cache_bytes(config: SchedulerConfig) -> int:
+    """cache_size, or half of the free memory."""
+    return int(config.cache_size * (1 << 30)) or int(free_memory_bytes() * _FREE_MEMORY_SHARE)
+
+
+def _staging_blocks(config: CacheConfig, context_length: int | None, bytes_per_block: int) -> int:
+    if config.staging_bytes:
+        if config.staging_bytes < bytes_per_block:
+            raise CrushError(
+                f"staging_bytes must be at least one block of {BLOCK_SIZE} tokens, {bytes_per_block} bytes, "
+                f"got {config.staging_bytes}"
+            )
+        return config.staging_bytes // bytes_per_block
+    tokens = max(context_length or 0, _STAGED_TOKENS)
+    fitting = int(free_memory_bytes() * _STAGING_SHARE) // bytes_per_block
+    return max(min(blocks_for(tokens), fitting), 1)

@@ -1,0 +1,154 @@
+"""The second reading of a staged prompt: its chunks again, one after the other, behind an instruction to repeat them.
+
+Each chunk has a reader, a sequence of its own on the prompt's staging blocks: what it sees of the prompt comes first
+in its block table, its own rows follow on blocks that the next reader writes over. KVzip, arXiv 2505.23416, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from ov_kvcrush.core.request import REDUCTIONS, AttentionScores, Sequence, TokenIds
+from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, blocks_for
+from ov_kvcrush.kvcache.eviction import PerHead
+from ov_kvcrush.pipelines.backend import ReplayWords
+from ov_kvcrush.policies.base import Replay
+
+ROWS = 512  # of one step: their queries are held for all layers
+REMINDER = 8  # tokens before a chunk that its instruction names
+
+
+def replay_blocks(replay: Replay, words: ReplayWords, num_tokens: int) -> int:
+    """Blocks that the readers of a prompt need beside its own."""
+    chunk = min(blocks_for(replay.chunk) * BLOCK_SIZE, num_tokens)
+    asked = max(len(words.first), len(words.again) + REMINDER) + len(words.answer)
+    return blocks_for(chunk + asked) + 1
+
+
+class Reader(Sequence):
+    """The rows of one chunk's repetition, or of its first tokens'.
+
+    seen: places in the text of the tokens at the front of its block table. chunk: [begin, end) of what is repeated.
+    """
+
+    def __init__(self, parent: Sequence, ids: np.ndarray, seen: np.ndarray, chunk: tuple[int, int]) -> None:
+        super().__init__(parent.request, parent.index, TokenIds(ids, len(ids)))
+        self.reads_for = parent
+        self.num_cached = len(seen)
+        self.position_offset = parent.num_cached - len(seen)
+        self.chunk = chunk
+        self.chunk_at = int(np.searchsorted(seen, chunk[0]))  # where the chunk begins in the table
+        self.scores: AttentionScores | None = None
+
+    @property
+    def samples(self) -> bool:
+        return False
+
+    def reduction_of(self, samples: bool) -> int:
+        return REDUCTIONS["max"]
+
+    def take_scores(self, scores: AttentionScores) -> None:
+        """Keep the larger ones of the chunk's tokens."""
+        begin, end = self.chunk_at, self.chunk_at + self.chunk[1] - self.chunk[0]
+        new = [[head[:, begin:end] for head in layer] for layer in scores]
+        if self.scores is None:
+            self.scores = [[head.copy() for head in layer] for layer in new]
+            return
+        for mine, others in zip(self.scores, new, strict=True):
+            for head, other in zip(mine, others, strict=True):
+                np.maximum(head, other, out=head)
+
+
+class ReplayState:
+    """The readers of one prompt, one at a time, and what they have seen so far.
+
+    What stays at the prompt's front in any case, such as a system prompt, is seen but not read again.
+    own_blocks: staging blocks for the readers' own rows.
+    """
+
+    def __init__(self, parent: Sequence, own_blocks: np.ndarray) -> None:
+        eviction = parent.request.replayer
+        assert eviction is not None, "a replay that nobody asked for"
+        assert eviction.policy.needs.replay is not None
+        self._parent = parent
+        self._replay = eviction.policy.needs.replay
+        self._words = eviction.words
+        self._own_blocks = own_blocks
+        self._head = eviction.head
+        self._chunks = self._cut(len(parent.ids))
+        self._total = sum(end - begin for begin, end, _ in self._cut(len(parent.ids)))
+        self._done = 0
+        self._found: PerHead | None = None
+        self.reader: Reader | None = None
+
+    @property
+    def own_blocks(self) -> np.ndarray:
+        """Blocks of the readers' own rows."""
+        return self._own_blocks
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Tokens of the prompt that were read again, and all that are to be."""
+        done = self._done
+        if self.reader is not None:
+            begin, end = self.reader.chunk
+            done += max(end - begin - self.reader.num_pending, 0)
+        return done, self._total
+
+    @property
+    def scores(self) -> PerHead:
+        """[layer][KV head] float32 (G, S): the largest attention of any reader's row, as HeadState has it."""
+        assert self._found is not None, "scores of a replay without readers"
+        return self._found
+
+    def _cut(self, length: int) -> Iterator[tuple[int, int, int]]:
+        """Begin, end of what is repeated, and end of each chunk of a text of `length`: they end at blocks."""
+        size = blocks_for(self._replay.chunk) * BLOCK_SIZE
+        begin = self._head
+        while begin < length:
+            end = min((begin // BLOCK_SIZE) * BLOCK_SIZE + size, length)
+            yield begin, begin + math.ceil(self._replay.sample * (end - begin)), end
+            begin = end
+
+    def advance(self) -> bool:
+        """Take what the reader found, and make the next one; False if there is none."""
+        if self.reader is not None:
+            self._take(self.reader)
+        chunk = next(self._chunks, None)
+        self.reader = None if chunk is None else self._make(*chunk)
+        return self.reader is not None
+
+    def _make(self, begin: int, repeated: int, end: int) -> Reader:
+        parent, words = self._parent, self._words
+        length = parent.num_cached
+        if self._replay.sees == "all":
+            blocks = np.arange(blocks_for(length))
+        else:
+            head_blocks = max(1, blocks_for(self._head))
+            blocks = np.union1d(np.arange(head_blocks), np.arange(begin // BLOCK_SIZE, blocks_for(end)))
+        seen = (blocks[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).ravel()
+        seen = seen[seen < length]
+        ids = parent.ids[:]
+        ask = [words.first] if begin == self._head else [words.again, ids[max(begin - REMINDER, 0) : begin]]
+        rows = [*ask, words.answer, ids[begin:repeated]]
+        reader = Reader(parent, np.concatenate([ids[seen], *rows]), seen, (begin, repeated))
+        reader.blocks.extend(parent.blocks.ids[blocks])
+        reader.blocks.extend(self._own_blocks[: blocks_for(len(reader.ids)) - len(blocks)])
+        return reader
+
+    def _take(self, reader: Reader) -> None:
+        assert reader.scores is not None, "a reader without rows"
+        if self._found is None:
+            length = self._parent.num_cached
+            self._found = [[np.full((len(x), length), np.nan, np.float32) for x in layer] for layer in reader.scores]
+            for layer in self._found:
+                for head in layer:
+                    head[:, : self._head] = 0
+        begin, end = reader.chunk
+        self._done += end - begin
+        for found, scores in zip(self._found, reader.scores, strict=True):
+            for head, values in zip(found, scores, strict=True):
+                head[:, begin:end] = values

@@ -1,0 +1,95 @@
+"""What a context was made with, as short texts that can be compared: model, tokenizer, tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ov_kvcrush.errors import ModelError
+from ov_kvcrush.model.folder import MODEL_NAME, TOKENIZER_NAMES
+
+FINGERPRINT_FIELDS = (
+    "layout_version",
+    "model",
+    "tokenizer",
+    "key_precision",
+    "value_precision",
+    "recent_precision",
+    "recent_tokens",
+    "group_size",
+    "policy",
+    "token_ids",
+)
+_NUM_SAMPLES = 64
+_SAMPLE_BYTES = 16 << 10
+_GGUF_METADATA_BYTES = 8 << 20  # a vocabulary of 150 000 tokens with its merges takes about 6 MiB
+_TOKENIZER = TOKENIZER_NAMES[0]
+# The chat template is in one of these, or in the tokenizer itself.
+_TEMPLATES = ("tokenizer_config.json", "chat_template.json", "chat_template.jinja")
+
+
+def token_ids_fingerprint(ids: npt.NDArray[Any]) -> str:
+    """SHA-256 of token ids (S,), whatever their integer type."""
+    return hashlib.sha256(np.ascontiguousarray(ids, "<i8").tobytes()).hexdigest()
+
+
+def model_fingerprint(model: str | os.PathLike[str]) -> str:
+    """SHA-256 of what tells one model from another, found in milliseconds.
+
+    It is of openvino_model.xml, config.json, the size of openvino_model.bin and 64 pieces of it of 16 KiB, evenly
+    spaced from its first byte to its last. Other shapes, another precision and weights that were trained further all
+    differ in that; a change of a few weights that lie between the pieces is not seen. Of a GGUF file: its size and such
+    pieces.
+    Raises ModelError naming a file that cannot be read.
+    """
+    path = Path(model)
+    digest = hashlib.sha256(b"model")
+    if path.is_file():
+        _add(digest, path, sampled=True)
+    else:
+        _add(digest, path / f"{MODEL_NAME}.xml")
+        _add(digest, path / "config.json")
+        _add(digest, path / f"{MODEL_NAME}.bin", sampled=True)
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(model: str | os.PathLike[str]) -> str:
+    """SHA-256 of what makes tokens of texts and chats: the tokenizer, whole, and the files with chat templates.
+
+    A GGUF file holds its tokenizer in its metadata: its size, pieces of it as of a model, and its first 8 MiB.
+    Raises ModelError naming a file that cannot be read.
+    """
+    path = Path(model)
+    digest = hashlib.sha256(b"tokenizer")
+    if path.is_file():
+        _add(digest, path, sampled=True)
+        _add(digest, path, limit=_GGUF_METADATA_BYTES)
+        return digest.hexdigest()
+    for name in (f"{_TOKENIZER}.xml", f"{_TOKENIZER}.bin"):
+        _add(digest, path / name)
+    for template in (path / name for name in _TEMPLATES):
+        if template.is_file():
+            _add(digest, template)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, path: Path, *, sampled: bool = False, limit: int | None = None) -> None:
+    """Add name, size and content of a file: all, pieces, or its first `limit` bytes."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            # The name of a file that may have any is not part of what it is.
+            digest.update(f"{'' if sampled or limit else path.name}:{size}:".encode())
+            if not sampled or size <= _NUM_SAMPLES * _SAMPLE_BYTES:
+                digest.update(file.read() if limit is None else file.read(limit))
+                return
+            for i in range(_NUM_SAMPLES):
+                file.seek(i * (size - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    except OSError as error:
+        raise ModelError(f"model must have the file {path.name}, got {path}: {error.strerror or error}") from error

@@ -1,0 +1,128 @@
+"""Exact zero points for Q4_1 and Q4_K weights, which openvino_genai's GGUF converter rounds to 4 bits.
+
+Their groups of 32 mean `scale * q - minimum`; the converter stores `scale * (q - zero)` with `zero = minimum / scale`
+rounded to a whole number. With exact zero points SmolLM2-135M (Q4_1) keeps its perplexity (11.5 on a paragraph; 14.8
+with rounded ones) at the same speed and 5% more bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ov_kvcrush.model.gguf.reader import GgufHeader, GgufTensor
+
+GROUP = 32
+XML = "openvino_model.xml"
+
+# 4-bit values uint8 (rows, groups, 32); scales and minima float32 (rows, groups)
+Decoded = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def restore_zero_points(header: GgufHeader, gguf: Path, folder: Path) -> int:
+    """Give the Q4_1 and Q4_K weights of the model in `folder` exact float16 zero points; return how many were changed.
+
+    Rows are recognised by their content, because the converter reorders those of queries and keys. A matrix that is
+    not recognised whole stays as the converter made it.
+    """
+    tensors = [tensor for tensor in header.tensors.values() if tensor.type_name in DECODERS]
+    if not tensors:
+        return 0
+    import openvino as ov
+
+    zeros = _zeros_by_row(tensors, gguf)
+    core = ov.Core()
+    core.set_property({"ENABLE_MMAP": False})  # the file that the weights would be mapped from is replaced below
+    model = core.read_model(folder / XML)
+    changed = sum(_restore(node, zeros) for node in model.get_ordered_ops() if node.get_type_name() == "Subtract")
+    if changed:
+        model.validate_nodes_and_infer_types()
+        ov.save_model(model, folder / f"exact_{XML}", compress_to_fp16=False)
+        del model
+        for end in (".bin", ".xml"):
+            (folder / f"exact_openvino_model{end}").replace(folder / f"openvino_model{end}")
+    return changed
+
+
+def _zeros_by_row(tensors: list[GgufTensor], gguf: Path) -> dict[bytes, np.ndarray]:
+    """Map a row's packed 4-bit values and float16 scales to its zero points, float16 (groups,)."""
+    data = np.memmap(gguf, np.uint8, "r")
+    zeros: dict[bytes, np.ndarray] = {}
+    limit = np.finfo(np.float16).max
+    for tensor in tensors:
+        num_rows = math.prod(tensor.dims[1:])
+        rows = data[tensor.start : tensor.start + tensor.num_bytes].reshape(num_rows, -1)
+        values, scale, minimum = DECODERS[tensor.type_name](rows)
+        zero = np.zeros(scale.shape, np.float32)
+        np.divide(minimum, scale, out=zero, where=scale != 0)
+        packed = (values[:, :, 0::2] | values[:, :, 1::2] << 4).reshape(num_rows, -1)
+        stored = scale.astype(np.float16)
+        for index, row in enumerate(np.clip(zero, -limit, limit).astype(np.float16)):
+            zeros[packed[index].tobytes() + stored[index].tobytes()] = row
+    return zeros
+
+
+def _decode_q4_1(rows: np.ndarray) -> Decoded:
+    """Blocks of 32: scale and minimum (float16), 16 bytes: values 0..15 in the low halves, 16..31 in the high ones."""
+    blocks = rows.reshape(len(rows), -1, 20)
+    values = np.concatenate([blocks[:, :, 4:] & 15, blocks[:, :, 4:] >> 4], axis=-1)
+    return values, _halves(blocks[:, :, 0:2]), -_halves(blocks[:, :, 2:4])
+
+
+def _decode_q4_k(rows: np.ndarray) -> Decoded:
+    """Blocks of 256: two float16, which multiply the 6-bit scales and minima of 8 groups (12 bytes), 128 bytes."""
+    blocks = rows.reshape(len(rows), -1, 144)
+    low, high, mixed = blocks[:, :, 4:8], blocks[:, :, 8:12], blocks[:, :, 12:16]
+    scale = np.concatenate([low & 63, (mixed & 15) | (low >> 6) << 4], axis=-1)
+    minimum = np.concatenate([high & 63, (mixed >> 4) | (high >> 6) << 4], axis=-1)
+    quarters = blocks[:, :, 16:].reshape(len(rows), -1, 4, 1, GROUP)
+    values = np.concatenate([quarters & 15, quarters >> 4], axis=3).reshape(len(rows), -1, GROUP)
+    scale = _halves(blocks[:, :, 0:2])[:, :, None] * scale
+    minimum = _halves(blocks[:, :, 2:4])[:, :, None] * minimum
+    return values, scale.reshape(len(rows), -1), minimum.reshape(len(rows), -1)
+
+
+def _halves(pairs: np.ndarray) -> np.ndarray:
+    """Bytes (rows, blocks, 2) as float16 numbers, widened to float32 (rows, blocks)."""
+    return np.ascontiguousarray(pairs).view(np.float16)[:, :, 0].astype(np.float32)
+
+
+# Type name -> decoder of its rows, uint8 (rows, bytes per row).
+DECODERS: dict[str, Callable[[np.ndarray], Decoded]] = {"Q4_1": _decode_q4_1, "Q4_K": _decode_q4_k}
+
+
+def _restore(subtract: Any, zeros: dict[bytes, np.ndarray]) -> bool:
+    """Exchange the zero points of one `scale * (q - zero)` if each row of `q` (rows, groups, 32) is known."""
+    import openvino.opset13 as ops
+
+    weights = _constant_behind(subtract, 0)
+    users = list(subtract.output(0).get_target_inputs())
+    if weights is None or weights.get_element_type().get_type_name() != "u4" or len(users) != 1:
+        return False
+    multiply = users[0].get_node()
+    scales = multiply.input_value(1).get_node()
+    if multiply.get_type_name() != "Multiply" or scales.get_type_name() != "Constant" or len(weights.shape) != 3:
+        return False
+    num_rows, groups, size = weights.shape
+    scale = scales.data
+    if size != GROUP or scale.dtype != np.float16 or scale.size != num_rows * groups:
+        return False
+    packed = weights.data.view(np.uint8).reshape(num_rows, -1)
+    scale = scale.reshape(num_rows, groups)
+    found = [zeros.get(packed[i].tobytes() + scale[i].tobytes()) for i in range(num_rows)]
+    rows = [row for row in found if row is not None]
+    if len(rows) != num_rows:
+        return False
+    subtract.input(1).replace_source_output(ops.constant(np.stack(rows)[:, :, None]).output(0))
+    return True
+
+
+def _constant_behind(node: Any, index: int) -> Any:
+    source = node.input_value(index).get_node()
+    if source.get_type_name() == "Convert":
+        source = source.input_value(0).get_node()
+    return source if source.get_type_name() == "Constant" else None

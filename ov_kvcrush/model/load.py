@@ -1,0 +1,127 @@
+"""From a folder on disk to a compiled model on a paged KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+import openvino.opset15 as ops
+
+from ov_kvcrush.errors import CrushError, ModelError, nearest, reason_of
+from ov_kvcrush.model.folder import MODEL_NAME, check_model_folder
+from ov_kvcrush.model.graph.attention import AttentionLayer, attention_ops, read_layer
+from ov_kvcrush.model.graph.rewrite import gather_sampled_rows, use_crush_attention, use_paged_attention
+from ov_kvcrush.model.info import read_json_object, read_model_info
+from ov_kvcrush.model.plugin import open_core
+from ov_kvcrush.model.precision import plugin_precisions
+from ov_kvcrush.model.support import attention_reason
+
+_PIPELINE_OPTIONS = ("engine", "scheduler_config", "cache_config", "tokenizer", "device", "properties")
+
+MODEL_XML = f"{MODEL_NAME}.xml"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A compiled model and what the engine must know of it.
+
+    context_length: None where nothing on disk says it. attention: "crush" or "paged". pages_prompts: whether there is
+    PagedAttention in it; else CrushAttention reads prompts too.
+    layers: of the attention, with "crush" only. recent_precision: of keys and values that are not quantised yet.
+    """
+
+    compiled: ov.CompiledModel
+    vocab_size: int
+    context_length: int | None
+    attention: str = "paged"
+    layers: tuple[AttentionLayer, ...] = ()
+    recent_precision: str = "f32"
+    pages_prompts: bool = True
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether there are outputs of attention scores."""
+        return self.attention == "crush"
+
+
+def check_device(core: ov.Core, device: str) -> None:
+    """Raise CrushError listing the devices of this machine if `device` is not one of them."""
+    available = core.available_devices
+    names = {name.split(".")[0] for name in available} | set(available)
+    if device.split(":")[0].upper() not in names | {"AUTO", "HETERO", "MULTI"}:
+        raise CrushError(f"device must be one of {', '.join(sorted(names))}, got {device!r}")
+
+
+def check_properties(core: ov.Core, device: str, properties: dict[str, Any]) -> None:
+    """Raise CrushError, with the plugin's reason or the nearest name, if `device` does not take `properties`.
+
+    The plugin lists fewer properties than it takes, so it is asked: by compiling a model of one operation.
+    """
+    node = ops.parameter(ov.PartialShape([1]), ov.Type.f32)
+    try:
+        core.compile_model(ov.Model([ops.relu(node)], [node]), device, properties)
+    except (RuntimeError, TypeError, ValueError) as error:
+        known = {*core.get_property(device, "SUPPORTED_PROPERTIES"), *_PIPELINE_OPTIONS}
+        likely = "".join(nearest(name, known) for name in properties if name not in known)
+        raise CrushError(
+            f"options must be the pipeline's or properties of {device}, got {properties}: {reason_of(error)}{likely}"
+        ) from None
+
+
+def load_model(
+    models_path: str | Path, device: str, properties: dict[str, Any], attention: str = "paged"
+) -> LoadedModel:
+    """Read, rewrite and compile the model in `models_path`. `properties` go to `compile_model`.
+
+    attention: "paged", or "crush" for CrushAttention over a store, beside PagedAttention if that must read the prompts.
+    Raises ModelError if the folder or the model in it cannot be used, CrushError for a wrong device or property.
+    """
+    folder = Path(models_path)
+    check_model_folder(folder, tokenizer=False)
+    core = open_core()
+    check_device(core, device)
+    check_properties(core, device, properties)
+    info = read_model_info(folder)
+    reason = attention_reason(read_json_object(folder / "config.json") or {}, "the model")
+    if reason:
+        raise ModelError(f"model in {str(folder)!r} must be one that the engine can run, but {reason}")
+    try:
+        model = core.read_model(folder / MODEL_XML)
+    except RuntimeError as error:
+        raise ModelError(f"{folder / MODEL_XML} must be a readable OpenVINO model, got: {reason_of(error)}") from None
+    _check_is_llm(model, folder)
+    use_paged_attention(model)
+    layers: tuple[AttentionLayer, ...] = ()
+    precision, pages_prompts = "f32", True
+    if attention == "crush":
+        from ov_kvcrush import native
+
+        layers = tuple(read_layer(op) for op in attention_ops(model))
+        library = native.info()["path"]
+        core.add_extension(library)
+        precision = plugin_precisions(properties).inference
+        pages_prompts = not native.can_prefill([layer.shape for layer in layers], precision)
+        use_crush_attention(model, library, pages_prompts=pages_prompts)
+        # Staging blocks hold prompts as they were computed: quantising is the store's.
+        properties = {**properties, "KV_CACHE_PRECISION": precision}
+    gather_sampled_rows(model)
+    vocab_size = model.output("logits").partial_shape[-1].get_length()
+    compiled = core.compile_model(model, device, properties)
+    context_length = info.context_length if info else None
+    return LoadedModel(compiled, vocab_size, context_length, attention, layers, precision, pages_prompts)
+
+
+def _check_is_llm(model: ov.Model, folder: Path) -> None:
+    inputs = {name for port in model.inputs for name in port.names}
+    outputs = {name for port in model.outputs for name in port.names}
+    if "input_ids" not in inputs or "logits" not in outputs:
+        raise ModelError(
+            f"model in {str(folder)!r} must be an LLM with input 'input_ids' and output 'logits', "
+            f"got inputs {sorted(inputs)} and outputs {sorted(outputs)}"
+        )
+    if not model.get_sinks():
+        raise ModelError(
+            f"model in {str(folder)!r} must be stateful (exported for text-generation-with-past), got one without state"
+        )

@@ -1,0 +1,1 @@
+"""The two pipelines that users see, and what they share."""

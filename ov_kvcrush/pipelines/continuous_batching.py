@@ -1,0 +1,166 @@
+"""ContinuousBatchingPipeline: requests come and go while others run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino_genai as ov_genai
+
+from ov_kvcrush.core.outputs import EncodedGenerationResult, GenerationResult, PerfMetrics
+from ov_kvcrush.errors import RequestError
+from ov_kvcrush.pipelines.backend import Handle
+from ov_kvcrush.pipelines.base import PipelineBase
+from ov_kvcrush.pipelines.streaming import Streamer
+from ov_kvcrush.policies.registry import PolicyLike, as_policy
+from ov_kvcrush.prompts.encoder import rows_of
+from ov_kvcrush.prompts.spans import CacheWish, Protect, system_text
+
+_MAX_REQUEST_ID = (1 << 62) - 1
+
+
+class ContinuousBatchingPipeline(PipelineBase):
+    """Run many requests at once; the members are those of openvino_genai.ContinuousBatchingPipeline.
+
+    models_path: folder with an exported model; None = the default model.
+    scheduler_config: SchedulerConfig of this package or of openvino_genai, or a dict with its fields.
+    properties: OpenVINO properties for `compile_model`.
+    engine: "crush" (default on CPU) or "genai" (default elsewhere).
+    cache_config: CacheConfig, or a dict with its fields: precisions and memory of keys and values.
+    Raises ModelError or CrushError before anything heavy starts if an argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        models_path: str | Path | None = None,
+        scheduler_config: Any = None,
+        device: str = "CPU",
+        properties: dict[str, Any] | None = None,
+        tokenizer_properties: dict[str, Any] | None = None,
+        *,
+        tokenizer: ov_genai.Tokenizer | None = None,
+        engine: str | None = None,
+        cache_config: Any = None,
+    ) -> None:
+        super().__init__(
+            models_path,
+            device,
+            scheduler_config,
+            engine,
+            properties or {},
+            tokenizer,
+            tokenizer_properties,
+            cache_config,
+        )
+
+    def get_config(self) -> ov_genai.GenerationConfig:
+        """The model's own generation config, a copy."""
+        return self._options(None, {})
+
+    def add_request(
+        self,
+        request_id: int,
+        prompt: Any,
+        generation_config: ov_genai.GenerationConfig | None = None,
+        *,
+        policy: PolicyLike = None,
+        protect: Protect = (),
+        **options: Any,
+    ) -> Handle:
+        """Queue one prompt: a text, encoded as it is, or an ov.Tensor of token ids [1, S] or [S].
+
+        policy: which tokens stay in the KV cache, as CacheConfig.policy; None = as the pipeline was told.
+        protect: what a policy must not drop: passages of the prompt, or spans (begin, end) of its tokens.
+        Raises RequestError for a prompt or a config that cannot be run, and for an id that is in use.
+        """
+        if isinstance(request_id, bool) or not isinstance(request_id, int) or not 0 <= request_id <= _MAX_REQUEST_ID:
+            raise RequestError(f"request_id must be an integer in 0..2^62-1, got {request_id!r}")
+        config = self._options(generation_config, options)
+        wanted = CacheWish(as_policy(policy), protect)
+        text = isinstance(prompt, str)
+        ids = self._encoder.encode(prompt, self._new_metrics()) if text else _one_row(prompt)
+        return self._backend.add(request_id, ids, config, wanted.of(ids, self._tokenizer))
+
+    def step(self) -> None:
+        """Run one inference for the requests that are due."""
+        self._backend.step()
+
+    def has_non_finished_requests(self) -> bool:
+        """Whether `step` has something to do."""
+        return self._backend.has_unfinished()
+
+    def generate(
+        self,
+        prompts: Any,
+        generation_config: ov_genai.GenerationConfig | list[ov_genai.GenerationConfig] | None = None,
+        streamer: Streamer | None = None,
+        *,
+        policy: PolicyLike = None,
+        protect: Protect = (),
+        **options: Any,
+    ) -> list[GenerationResult] | list[EncodedGenerationResult]:
+        """Run a list of texts, ChatHistory objects or id tensors to their end.
+
+        One config holds for all, or a list has one for each. A streamer is for a single prompt and a single sequence.
+        policy, protect: as for `add_request`, for all prompts.
+        Returns texts for texts and histories, ids for tensors. Raises RequestError; then none of the prompts is run.
+        """
+        single = isinstance(prompts, (str, ov_genai.ChatHistory)) or not isinstance(prompts, (list, tuple))
+        items = [prompts] if single else list(prompts)
+        if not items:
+            raise RequestError("prompts must have at least one prompt, got none")
+        configs = self._configs(generation_config, len(items), options)
+        if streamer is not None and (len(items) > 1 or configs[0].num_return_sequences > 1):
+            raise RequestError(f"streamer must be None for more than one sequence, got one for {len(items)} prompts")
+        metrics = self._new_metrics()
+        as_text = isinstance(items[0], (str, ov_genai.ChatHistory))
+        rows = [self._encode(item, config, metrics) for item, config in zip(items, configs, strict=True)]
+        wanted = CacheWish(as_policy(policy), protect)
+        caches = [
+            replace(wanted, system=system_text(item)).of(ids, self._tokenizer)
+            for item, ids in zip(items, rows, strict=True)
+        ]
+        handles = self._run(rows, configs, streamer, metrics, caches)
+        return [self._result(i, handle, rows[i], configs[i], metrics, as_text) for i, handle in enumerate(handles)]  # type: ignore[return-value]
+
+    def _configs(self, given: Any, count: int, options: dict[str, Any]) -> list[ov_genai.GenerationConfig]:
+        configs = list(given) if isinstance(given, (list, tuple)) else [given] * count
+        if len(configs) != count:
+            raise RequestError(
+                f"generation_config must be one for all or one for each of {count} prompts, got {len(configs)}"
+            )
+        return [self._options(config, options) for config in configs]
+
+    def _encode(self, item: Any, config: ov_genai.GenerationConfig, metrics: PerfMetrics) -> np.ndarray:
+        if isinstance(item, str):
+            return self._encoder.encode_user_text(item, config, metrics)
+        if isinstance(item, ov_genai.ChatHistory):
+            return self._encoder.encode(self._encoder.render(item, metrics), metrics, add_special_tokens=False)
+        return _one_row(item)
+
+    def _result(
+        self,
+        request_id: int,
+        handle: Handle,
+        ids: np.ndarray,
+        config: ov_genai.GenerationConfig,
+        metrics: PerfMetrics,
+        as_text: bool,
+    ) -> GenerationResult | EncodedGenerationResult:
+        outputs = handle.read_all()
+        scores, reasons = [o.score for o in outputs], [o.finish_reason for o in outputs]
+        if as_text:
+            echo = self._tokenizer.decode(ids.tolist()) if config.echo else ""
+            texts = [echo + self._text(o, metrics) for o in outputs]
+            return GenerationResult(request_id, texts, scores, handle.get_status(), reasons, metrics)
+        tokens = [(ids.tolist() if config.echo else []) + o.generated_ids for o in outputs]
+        return EncodedGenerationResult(request_id, tokens, scores, handle.get_status(), reasons, metrics)
+
+
+def _one_row(prompt: Any) -> np.ndarray:
+    rows = rows_of(prompt)
+    if len(rows) != 1:
+        raise RequestError(f"prompt must be one row of token ids, got {len(rows)}")
+    return rows[0]

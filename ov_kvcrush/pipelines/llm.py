@@ -1,0 +1,286 @@
+"""LLMPipeline: prompts in, answers out; a chat that keeps its KV between turns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import openvino as ov
+import openvino_genai as ov_genai
+
+from ov_kvcrush.contexts.context import Context, require_context
+from ov_kvcrush.core.outputs import DecodedResults, EncodedResults, KeptTokens, PerfMetrics
+from ov_kvcrush.errors import RequestError
+from ov_kvcrush.pipelines.backend import Backend, Handle
+from ov_kvcrush.pipelines.base import PipelineBase
+from ov_kvcrush.pipelines.streaming import Streamer
+from ov_kvcrush.policies.registry import PolicyLike, as_policy
+from ov_kvcrush.prompts.context import ContextText
+from ov_kvcrush.prompts.conversation import ConversationTokens
+from ov_kvcrush.prompts.encoder import check_text, rows_of
+from ov_kvcrush.prompts.spans import CacheWish, Protect, system_text
+
+if TYPE_CHECKING:
+    from ov_kvcrush.core.snapshot import KeptKV
+
+CANCEL = ov_genai.GenerationStatus.CANCEL
+
+
+class LLMPipeline(PipelineBase):
+    """Generate text; the members are those of openvino_genai.LLMPipeline.
+
+    models_path: folder with an exported model; None = the default model, SmolLM2-135M-Instruct.
+    device: "CPU", or another device of `openvino.Core().available_devices` with engine="genai".
+    config, **properties: OpenVINO properties for `compile_model`.
+    engine: "crush" (default on CPU) or "genai" (default elsewhere).
+    cache_config: CacheConfig, or a dict with its fields: precisions and memory of keys and values.
+    scheduler_config: SchedulerConfig of this package or of openvino_genai, or a dict with its fields.
+    Raises ModelError or CrushError before anything heavy starts if an argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        models_path: str | Path | None = None,
+        device: str = "CPU",
+        config: dict[str, Any] | None = None,
+        *,
+        tokenizer: ov_genai.Tokenizer | None = None,
+        engine: str | None = None,
+        scheduler_config: Any = None,
+        cache_config: Any = None,
+        **properties: Any,
+    ) -> None:
+        properties = {**(config or {}), **properties}
+        super().__init__(
+            models_path, device, scheduler_config, engine, properties, tokenizer, cache_config=cache_config
+        )
+
+    def _begin(self, backend: Backend) -> None:
+        super()._begin(backend)
+        self._tokens = ConversationTokens(self._encoder)
+        self._history: ov_genai.ChatHistory | None = None  # of start_chat; None outside
+        self._chat_context: Context | None = None  # what the chat goes on from, if it began with one
+        self._chat_start: Context | None = None  # the one it began with
+        self._is_open = False  # its last message goes on with the next turn
+
+    def get_generation_config(self) -> ov_genai.GenerationConfig:
+        """The config that holds where `generate` gets none, a copy."""
+        return self._options(None, {})
+
+    def set_generation_config(self, config: ov_genai.GenerationConfig) -> None:
+        """Set the config that holds where `generate` gets none. Its end-of-sequence token, if any, replaces the old."""
+        eos = self._config.eos_token_id
+        self._config = self._options(config, {})
+        if self._config.eos_token_id < 0 and eos >= 0:
+            self._config.set_eos_token_id(eos)
+
+    def start_chat(self, system_message: str = "", *, context: Context | None = None) -> None:
+        """From now on `generate` of a text is a turn of one conversation, until `finish_chat`.
+
+        context: what the conversation begins with; it must have its own system message. A policy chooses from what
+        follows it.
+        """
+        if not self._tokenizer.chat_template:
+            raise RequestError("chat needs a tokenizer with a chat template, got one without")
+        if context is not None and system_message:
+            raise RequestError("system_message must be left out with a context, which has its own, got both")
+        begun = require_context(context)
+        if begun is not None:
+            begun.of(self)
+        self.finish_chat()
+        self._history = ov_genai.ChatHistory()
+        if begun is not None:
+            self._chat_start, self._chat_context = begun.fork(), begun.fork()
+            self._is_open = begun.content.is_open
+            self._history = ov_genai.ChatHistory(list(begun.content.messages))
+            self._tokens.remember(begun.content.rendered, begun.ids, "", [])
+        if system_message:
+            self._history.append({"role": "system", "content": system_message})
+
+    def finish_chat(self) -> None:
+        """Forget the conversation and give its KV back."""
+        self._history = None
+        self._tokens.clear()
+        self._chat_start = self._chat_context = None
+        self._is_open = False
+        self._backend.drop_kept_kv()
+
+    def chat_context(self) -> Context:
+        """The conversation so far as a context, if it began with one. Raises RequestError where it did not.
+
+        A last turn whose answer was ended by a stop string is not in it.
+        """
+        if self._chat_context is None:
+            raise RequestError("chat must have begun with a context to be one, got none")
+        return self._chat_context.fork()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Same as `generate`."""
+        return self.generate(*args, **kwargs)
+
+    def generate(
+        self,
+        inputs: Any,
+        generation_config: ov_genai.GenerationConfig | None = None,
+        streamer: Streamer | None = None,
+        *,
+        policy: PolicyLike = None,
+        protect: Protect = (),
+        context: Context | None = None,
+        **options: Any,
+    ) -> Any:
+        """Generate from a str, list[str], ChatHistory, ov.Tensor of ids [B, S] or TokenizedInputs.
+
+        Returns a str for a str (DecodedResults if several sequences are asked for), DecodedResults for a list or a
+        history, EncodedResults for ids. A history keeps its KV for the next turn, as a chat does.
+        policy: which tokens stay in the KV cache, as CacheConfig.policy; None = as the pipeline was told.
+        protect: what a policy must not drop: passages of the prompt, or spans (begin, end) of its tokens.
+        context: what `compress` made of a text: the inputs, a str, list[str] or ids, are questions about it, which
+            share its bytes. A policy chooses from what follows it.
+        Raises RequestError naming the field for anything that cannot be run.
+        """
+        config = self._options(generation_config, options)
+        metrics = self._new_metrics()
+        begun = require_context(context)
+        wanted = CacheWish(as_policy(policy), protect, context=begun.of(self) if begun else None)
+        if begun is not None and (isinstance(inputs, ov_genai.ChatHistory) or self._history is not None):
+            raise RequestError("context must be given to start_chat() for a conversation, got one in a turn")
+        if isinstance(inputs, ov_genai.ChatHistory):
+            return self._generate_turn(inputs, config, streamer, metrics, wanted)[0]
+        if isinstance(inputs, str) and self._history is not None:
+            return self._generate_in_chat(inputs, config, streamer, metrics, wanted)
+        texts = [inputs] if isinstance(inputs, str) else inputs
+        if isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts):
+            if not texts:
+                raise RequestError("inputs must have at least one prompt, got none")
+            rows = [self._encode_text(text, begun, config, metrics) for text in texts]
+            results = self._decoded(self._run_rows(rows, config, streamer, metrics, wanted), rows, config, metrics)
+            return results.texts[0] if isinstance(inputs, str) and len(results.texts) == 1 else results
+        if isinstance(inputs, (ov.Tensor, ov_genai.TokenizedInputs)):
+            rows = [ids if begun is None else np.concatenate([begun.ids, ids]) for ids in rows_of(inputs)]
+            return self._encoded(self._run_rows(rows, config, streamer, metrics, wanted), rows, config, metrics)
+        raise RequestError(
+            f"inputs must be a str, list[str], ChatHistory, ov.Tensor or TokenizedInputs, got {type(inputs).__name__}"
+        )
+
+    def _encode_text(
+        self, text: str, context: Context | None, config: ov_genai.GenerationConfig, metrics: PerfMetrics
+    ) -> np.ndarray:
+        if context is None:
+            return self._encoder.encode_user_text(text, config, metrics)
+        return self._contexts.question(context.ids, context.content, text, metrics)
+
+    def _run_rows(
+        self,
+        rows: list[np.ndarray],
+        config: ov_genai.GenerationConfig,
+        streamer: Streamer | None,
+        metrics: PerfMetrics,
+        wanted: CacheWish,
+    ) -> list[Handle]:
+        if streamer is not None and (len(rows) > 1 or config.num_return_sequences > 1):
+            raise RequestError(
+                f"streamer must be None for more than one sequence, got one for "
+                f"{len(rows)} prompts x {config.num_return_sequences} sequences"
+            )
+        caches = [wanted.of(ids, self._tokenizer) for ids in rows]
+        return self._run(rows, [config] * len(rows), streamer, metrics, caches)
+
+    def _generate_in_chat(
+        self,
+        text: str,
+        config: ov_genai.GenerationConfig,
+        streamer: Streamer | None,
+        metrics: PerfMetrics,
+        wanted: CacheWish,
+    ) -> Any:
+        """One turn of start_chat's conversation. A turn that fails or is cancelled leaves the history as it was."""
+        assert self._history is not None
+        check_text(text)
+        before = ContextText("", tuple(self._history.get_messages()), self._is_open)
+        history = ov_genai.ChatHistory(list(before.asked(text)))
+        if self._chat_context:
+            wanted = replace(wanted, context=self._chat_context.of(self))
+        results, status = self._generate_turn(history, config, streamer, metrics, wanted)
+        if status != CANCEL:
+            history.append({"role": "assistant", "content": results.texts[0]})
+            self._history, self._is_open = history, False
+        return results.texts[0] if len(results.texts) == 1 else results
+
+    def _generate_turn(
+        self,
+        history: ov_genai.ChatHistory,
+        config: ov_genai.GenerationConfig,
+        streamer: Streamer | None,
+        metrics: PerfMetrics,
+        wanted: CacheWish,
+    ) -> tuple[DecodedResults, ov_genai.GenerationStatus]:
+        if not len(history):
+            raise RequestError("history must have at least one message, got an empty one")
+        text = self._encoder.render(history, metrics)
+        ids = self._tokens.encode(text, metrics)
+        begun = self._chat_context if wanted.context else None
+        if begun and self._chat_start and not np.array_equal(ids[: begun.num_tokens], begun.ids):
+            begun = self._chat_start  # the template changes what was answered: all turns are read anew
+            ids = self._contexts.joined(begun.ids, begun.content, text, metrics)
+            wanted = replace(wanted, context=begun.of(self))
+        turn = replace(wanted, keep_kv=not begun, hold=bool(begun), system=system_text(history))
+        handle = self._run_rows([ids], config, streamer, metrics, turn)[0]
+        results = self._decoded([handle], [ids], config, metrics)
+        if handle.get_status() != CANCEL:
+            answer = handle.read_all()[0]
+            answer_ids = answer.generated_ids
+            if answer_ids and self._is_end(answer_ids[-1], config):
+                answer_ids = answer_ids[:-1]
+            # After a stop string the tokens may hold more or less than the text: only the prompt is sure then.
+            said = "" if answer.text is not None else self._text(answer, metrics)
+            said_ids = answer_ids if answer.text is None else []
+            self._tokens.remember(text, ids, said, said_ids)
+            if begun and handle.held:
+                messages = (*history.get_messages(), {"role": "assistant", "content": said})
+                state = ContextText(text + said, messages)
+                self._go_on(begun, handle.held, state, np.concatenate([ids, said_ids]).astype(np.int64))
+        return results, handle.get_status()
+
+    def _go_on(self, begun: Context, held: KeptKV, state: ContextText, ids: np.ndarray) -> None:
+        """The chat's context from now on. Where the cached tokens are not the conversation's, it is what it was."""
+        # The last token of the answer was not run: a request that goes on from it runs it first.
+        new = Context(self, ids, state, held, begun.chosen_by)
+        if held.num_tokens <= len(ids):
+            self._chat_context = new
+
+    def _is_end(self, token: int, config: ov_genai.GenerationConfig) -> bool:
+        ends = {config.eos_token_id, self._config.eos_token_id, *config.stop_token_ids, *self._config.stop_token_ids}
+        return token in ends
+
+    def _decoded(
+        self, handles: list[Handle], rows: list[np.ndarray], config: ov_genai.GenerationConfig, metrics: PerfMetrics
+    ) -> DecodedResults:
+        results = DecodedResults([], [], metrics, [])
+        for handle, ids in zip(handles, rows, strict=True):
+            echo = self._tokenizer.decode(ids.tolist()) if config.echo else ""
+            for output in handle.read_all():
+                results.texts.append(echo + self._text(output, metrics))
+                results.scores.append(output.score)
+                results.finish_reasons.append(output.finish_reason)
+            results.kept.append(_kept(handle, ids))
+        return results
+
+    def _encoded(
+        self, handles: list[Handle], rows: list[np.ndarray], config: ov_genai.GenerationConfig, metrics: PerfMetrics
+    ) -> EncodedResults:
+        results = EncodedResults([], [], metrics, [])
+        for handle, ids in zip(handles, rows, strict=True):
+            for output in handle.read_all():
+                results.tokens.append((ids.tolist() if config.echo else []) + output.generated_ids)
+                results.scores.append(output.score)
+                results.finish_reasons.append(output.finish_reason)
+            results.kept.append(_kept(handle, ids))
+        return results
+
+
+def _kept(handle: Handle, ids: np.ndarray) -> KeptTokens | None:
+    positions = handle.kept_positions
+    return None if positions is None else KeptTokens(ids, positions, handle.representative_positions)

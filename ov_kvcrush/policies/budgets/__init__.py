@@ -1,0 +1,1 @@
+"""Budget allocators: how many tokens each layer and KV head keeps."""

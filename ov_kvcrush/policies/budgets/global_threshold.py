@@ -1,0 +1,30 @@
+"""One threshold over all layers and heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ov_kvcrush.policies.base import CacheState, Scores, Splitter
+from ov_kvcrush.policies.budgets.allocation import Bounds, Rivals, by_layer
+from ov_kvcrush.utils.checks import check_fraction
+
+
+@dataclass(frozen=True)
+class Global(Splitter):
+    """One threshold over all layers and heads: the best scores stay, wherever they are.
+
+    As in KVzip, https://arxiv.org/abs/2505.23416. Needs scores that compare between layers and heads; O(cached tokens).
+
+    floor: the fraction of what is not protected that all heads get alike, in [0, 1]; 0 = the threshold alone.
+    """
+
+    name: ClassVar[str] = "global"
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fraction("floor", self.floor, zero=True)
+
+    def split(self, state: CacheState, scores: Scores, tokens: int) -> list[list[int]]:
+        bounds = Bounds.of(state)
+        return by_layer(state, Rivals.of(state, scores).compete(bounds, bounds.total(tokens), self.floor))

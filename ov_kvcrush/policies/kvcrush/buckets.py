@@ -1,0 +1,66 @@
+"""KVCrush's buckets: items in the order of their distance, cut into equal runs, one representative each.
+
+`order` (C,) are indices of C items among all, nearest first; a bucket is a run of it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ov_kvcrush.policies.kvcrush.bits import hamming
+
+REPRESENTATIVES = ("centroid", "even")
+
+
+def order_by_distance(distances: np.ndarray) -> np.ndarray:
+    """int64 (C,): items by nearest anchor (the lower of equals), then by distance to it, then as they come. O(C).
+
+    distances: unsigned (A, C), to each of A anchors.
+    """
+    key = distances[0]
+    if len(distances) > 1:
+        nearest, own = np.argmin(distances, axis=0), distances.min(axis=0).astype(np.int64)
+        key = nearest * (int(own.max(initial=0)) + 1) + own
+        key = key.astype(np.min_scalar_type(int(key.max(initial=0))))
+    return np.argsort(key, kind="stable")  # of one or two bytes: a radix sort
+
+
+def bucket_starts(items: int, buckets: int) -> np.ndarray:
+    """int64 (buckets,): where each of `buckets` <= `items` runs begins; their sizes differ by one at most."""
+    return np.arange(buckets) * items // max(buckets, 1)
+
+
+def even_picks(order: np.ndarray, buckets: int) -> np.ndarray:
+    """int64 (buckets,), ascending: the first of every bucket, nearest to the anchor."""
+    return np.sort(order[bucket_starts(len(order), buckets)])
+
+
+def centroid_picks(signatures: np.ndarray, scores: np.ndarray, order: np.ndarray, buckets: int) -> np.ndarray:
+    """int64 (buckets,), ascending: of every bucket the item nearest to the majority of its bits (a tie is 0). O(D C).
+
+    Among equals the one of the highest score, then the lowest index. signatures: bool (D, N); scores: float (N,).
+    """
+    if buckets == 0:
+        return np.zeros(0, np.int64)
+    starts = bucket_starts(len(order), buckets)
+    sizes = np.diff(starts, append=len(order))
+    # One column a bucket: everything runs along them, three times as fast as `reduceat` over runs of a dozen.
+    width = int(sizes.max())
+    rows = np.arange(width)[:, None]
+    members = order[np.minimum(starts + rows, len(order) - 1)]
+    absent = rows >= sizes
+    bits = np.take(signatures, members, axis=1)
+    bits &= ~absent
+    centroids = 2 * np.add.reduce(bits.view(np.uint8), axis=1, dtype=np.min_scalar_type(2 * width)) > sizes
+    distances = hamming(bits, centroids[:, None]).astype(np.int32)
+    distances[absent] = len(signatures) + 1
+    # Whoever is not among the best so far leaves the race: by distance, by score, by index.
+    near = distances == distances.min(axis=0)
+    ranked = np.where(near, scores[members], -np.inf)
+    best = near & (ranked == ranked.max(axis=0))
+    return np.sort(np.where(best, members, signatures.shape[1]).min(axis=0))
+
+
+def stride_picks(order: np.ndarray, picks: int) -> np.ndarray:
+    """int64 (picks,), ascending: every floor(C / picks)-th of order from the first on; the farthest may be left out."""
+    return np.sort(order[np.arange(picks) * (len(order) // max(picks, 1))])

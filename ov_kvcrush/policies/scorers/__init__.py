@@ -1,0 +1,1 @@
+"""Scorers: how much a token is worth."""

@@ -1,0 +1,34 @@
+"""Random: the floor that every other scorer has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ov_kvcrush.policies.base import LayerState, Scorer
+from ov_kvcrush.utils.checks import check_integer
+
+
+@dataclass(frozen=True)
+class Random(Scorer):
+    """Uniform in [0, 1), the same for a seed, layer, KV head and place in the text whenever it is asked for.
+
+    Needs: nothing. Cost: O(length) a head.
+
+    seed: an integer of at least 0. Raises CrushError for anything else.
+    """
+
+    name: ClassVar[str] = "random"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer("seed", self.seed, 0)
+
+    def score(self, layer: LayerState, index: int, length: int) -> list[np.ndarray]:
+        # A longer text draws more from the same stream, so tokens of before keep their numbers.
+        return [
+            np.random.default_rng((self.seed, index, k)).random(length, np.float32)[head.positions]
+            for k, head in enumerate(layer)
+        ]

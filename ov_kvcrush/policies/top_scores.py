@@ -1,0 +1,44 @@
+"""A policy of one scorer and one splitter: most methods are no more than that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+
+from ov_kvcrush.policies.base import CacheState, Needs, Policy, Scorer, Selection, Splitter, top_with_protected
+from ov_kvcrush.policies.budgets.uniform import Uniform
+
+
+@dataclass(frozen=True)
+class Scored(Policy):
+    """The best tokens of every head, by a scorer, as many as a splitter says.
+
+    Needs what its parts need; costs what they cost and O(cached tokens).
+
+    scorer: how much each token matters. splitter: how many tokens each head keeps.
+    """
+
+    name: ClassVar[str] = "scored"
+    scorer: Scorer = field(kw_only=True)
+    splitter: Splitter = field(default_factory=Uniform, kw_only=True)
+
+    @property
+    def needs(self) -> Needs:
+        return self.scorer.needs | self.splitter.needs
+
+    def select(self, state: CacheState, tokens: int) -> Selection:
+        scores = [self.scorer.score(layer, index, state.length) for index, layer in enumerate(state.layers)]
+        counts = self.splitter.split(state, scores, tokens)
+        kept = [
+            [
+                top_with_protected(values, state.is_protected(head), count)
+                for head, values, count in zip(layer, layer_scores, layer_counts, strict=True)
+            ]
+            for layer, layer_scores, layer_counts in zip(state.layers, scores, counts, strict=True)
+        ]
+        return Selection(kept)
+
+    def observe(self, state: CacheState) -> list[list[np.ndarray]] | None:
+        return self.scorer.observe_all(state) if self.needs.carried else None
