@@ -81,16 +81,16 @@ def policy_of(name: str, kept: float, window: int) -> Policy:
     """The policy over the window that the model has. Raises CrushError if it wants what the model does not tell."""
     settings = {"window": window} if "window" in describe(name).settings else {}
     policy = build(name, kept=kept, **settings)
-    needs = policy.needs
-    unknown = [what for what in ("keys", "values", "queries", "replay") if getattr(needs, what)]
+    inputs = policy.inputs
+    unknown = [what for what in ("keys", "values", "queries", "replay") if getattr(inputs, what)]
     if unknown:
         raise CrushError(f"policies must do with attention, got {name!r}, which needs {' and '.join(unknown)}")
-    if needs.window and needs.reduce != "mean":
-        raise CrushError(f"policies must take the mean over the window, got {name!r}, which takes {needs.reduce}")
-    if needs.window not in (0, window):
+    if inputs.window and inputs.reduce != "mean":
+        raise CrushError(f"policies must take the mean over the window, got {name!r}, which takes {inputs.reduce}")
+    if inputs.window not in (0, window):
         raise CrushError(
-            f"policies must take a window of {window} rows as the model has it, got {name!r} with {needs.window}: "
-            f"export the model with --attention-scores {needs.window} for it"
+            f"policies must take a window of {window} rows as the model has it, got {name!r} with {inputs.window}: "
+            f"export the model with --attention-scores {inputs.window} for it"
         )
     return policy
 
@@ -121,7 +121,7 @@ def kept_map(policy: Policy, attention: list[np.ndarray], num_kv_heads: int) -> 
     """uint8 (layers * KV heads, tokens): EVICTED, REPRESENTATIVE or KEPT."""
     length = attention[0].shape[1]
     positions = np.arange(length, dtype=np.int32)
-    carried = np.zeros(length, np.float32) if policy.needs.carried else None
+    carried = np.zeros(length, np.float32) if policy.inputs.carried else None
     state = CacheState(
         layers=tuple(
             tuple(HeadState(positions, attention=heads, carried=carried) for heads in np.split(layer, num_kv_heads))

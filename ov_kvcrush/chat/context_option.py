@@ -170,7 +170,7 @@ def open_context(wish: ContextWish, pipe: LLMPipeline, console: Console) -> tupl
 @contextmanager
 def show_progress(policy: Policy, console: Console) -> Iterator[Callable[[int, int], None]]:
     """A bar for as long as a text is read, on a terminal only. What it gives is called as compress() calls progress."""
-    replay = policy.needs.replay
+    replay = policy.inputs.replay
     readings = 1 if replay is None else 1 + replay.sample
     columns = (
         TextColumn("{task.description}"),

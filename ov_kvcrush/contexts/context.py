@@ -15,7 +15,7 @@ from ov_kvcrush.policies.registry import DEFAULT_KEPT, PolicyLike, Settings, as_
 from ov_kvcrush.prompts.context import ContextText
 
 if TYPE_CHECKING:
-    from ov_kvcrush.core.snapshot import KeptKV
+    from ov_kvcrush.core.snapshot import KVSnapshot
     from ov_kvcrush.pipelines.backend import Backend
     from ov_kvcrush.pipelines.base import PipelineBase, Progress
 
@@ -35,14 +35,14 @@ class Context:
         pipeline: PipelineBase,
         ids: np.ndarray,
         text: ContextText,
-        kv: KeptKV,
+        kv: KVSnapshot,
         policy: Policy | None,
         seconds: float = 0.0,
     ) -> None:
         self._pipeline = weakref.ref(pipeline)
         self._ids = ids
         self._text = text
-        self._kv: KeptKV | None = kv
+        self._kv: KVSnapshot | None = kv
         self._policy = policy
         self._seconds = seconds
         self._finalizer = weakref.finalize(self, _give_back, weakref.ref(pipeline._backend), kv)
@@ -114,9 +114,9 @@ class Context:
         the new text stays, as with "none". Raises RequestError, also for a policy that reads a text twice.
         """
         chosen = as_policy(policy)
-        if chosen is not None and chosen.needs.replay:
+        if chosen is not None and chosen.inputs.replay:
             raise RequestError(f"policy must be one that reads a text once in extend(), got {name_of(chosen)!r}")
-        if chosen is None and self._policy is not None and not self._policy.needs.replay:
+        if chosen is None and self._policy is not None and not self._policy.inputs.replay:
             chosen = self._policy
         return self._owner()._extend(self, text, chosen, progress)
 
@@ -169,7 +169,7 @@ class Context:
         """The policy that compressed it."""
         return self._policy
 
-    def of(self, pipeline: PipelineBase) -> KeptKV:
+    def of(self, pipeline: PipelineBase) -> KVSnapshot:
         """Its KV, for a request of `pipeline`. Raises RequestError for another pipeline's or a closed one."""
         kv = self._held()
         if self._owner() is not pipeline:
@@ -178,7 +178,7 @@ class Context:
             )
         return kv
 
-    def _held(self) -> KeptKV:
+    def _held(self) -> KVSnapshot:
         if self._kv is None:
             raise RequestError("context must be open, got one that was closed")
         return self._kv
@@ -190,7 +190,7 @@ class Context:
         return pipeline
 
 
-def _give_back(backend: weakref.ref[Backend], kv: KeptKV) -> None:
+def _give_back(backend: weakref.ref[Backend], kv: KVSnapshot) -> None:
     alive = backend()
     if alive is not None:
         alive.drop_held(kv)

@@ -16,13 +16,13 @@ from ov_kvcrush.core.outputs import GenerationOutput, RequestStats
 from ov_kvcrush.core.sampling_params import SamplingParams
 from ov_kvcrush.core.stop_strings import StopStringTracker
 from ov_kvcrush.kvcache.block_pool import BlockTable
-from ov_kvcrush.kvcache.eviction import Eviction, Kept, PerHead
-from ov_kvcrush.pipelines.backend import AS_CONFIGURED, CacheUse
+from ov_kvcrush.kvcache.eviction import EvictionSpec, EvictionState, PerHead
+from ov_kvcrush.pipelines.backend import DEFAULT_CACHE_PARAMS, CacheParams
 from ov_kvcrush.utils.checks import check_choice, check_integer
 
 if TYPE_CHECKING:
-    from ov_kvcrush.core.snapshot import KeptKV
-    from ov_kvcrush.engine.takers import Taker
+    from ov_kvcrush.core.snapshot import KVSnapshot
+    from ov_kvcrush.engine.takers import FanOutTarget
     from ov_kvcrush.kvcache.replay import ReplayState
 
 FinishReason = ov_genai.GenerationFinishReason
@@ -99,7 +99,7 @@ class Sequence:
         self.blocks = BlockTable()
         self.stored: int | None = None
         self.free_slots = 0
-        self.kept = Kept()
+        self.kept = EvictionState()
         self.replay: ReplayState | None = None
         self.held_logits: np.ndarray | None = None
         self.reads_for: Sequence | None = None
@@ -108,7 +108,7 @@ class Sequence:
         self.cumulative_logprob = 0.0
         self.finish_reason = FinishReason.NONE
         self.final_ids: list[int] | None = None  # set at the end: without the tokens of a stop string
-        self.final_kept: Kept | None = None  # set at the end: `kept` before the memory forgets it
+        self.final_kept: EvictionState | None = None  # set at the end: `kept` before the memory forgets it
         self.final_text: str | None = None  # set at the end by a stop string, which may cut inside a token
         self.token_times: list[float] = []
         tracked = request.params.stop_strings
@@ -132,7 +132,7 @@ class Sequence:
     @property
     def samples(self) -> bool:
         """Whether its last pending row is to give a token."""
-        return not self.request.reads_only
+        return not self.request.prefill_only
 
     @property
     def num_pending(self) -> int:
@@ -145,7 +145,7 @@ class Sequence:
         return len(self.ids) - self.request.num_prompt_tokens
 
     @property
-    def left(self) -> Kept:
+    def left(self) -> EvictionState:
         """What policies left of its cache; after its end, had left then."""
         return self.kept if self.final_kept is None else self.final_kept
 
@@ -175,9 +175,9 @@ class Request:
         decode: Callable[[list[int]], str] = _no_decoder,
         keep_kv: bool = False,
         score_window: ScoreWindow | None = None,
-        eviction: Eviction | None = None,
-        cache: CacheUse = AS_CONFIGURED,
-        takers: tuple[Taker, ...] = (),
+        eviction: EvictionSpec | None = None,
+        cache: CacheParams = DEFAULT_CACHE_PARAMS,
+        takers: tuple[FanOutTarget, ...] = (),
     ) -> None:
         self.request_id = request_id
         self.params = params
@@ -189,21 +189,21 @@ class Request:
         self.score_window = score_window
         self.eviction = eviction
         self.context = cache.context
-        self.holds = (cache.hold or cache.reads_only) and not takers
-        self.reads_only = cache.reads_only
-        self.held: KeptKV | None = None
+        self.holds = (cache.hold or cache.prefill_only) and not takers
+        self.prefill_only = cache.prefill_only
+        self.held: KVSnapshot | None = None
         self.takers = takers  # of its prompt, when it is read; nothing is left of it then
-        self.held_others: list[KeptKV] = []
+        self.held_others: list[KVSnapshot] = []
         self.attention_scores: AttentionScores | None = None  # when the prompt is complete, if a window was asked for
         self.status = Status.RUNNING
         self.arrival = time.perf_counter()
         first = Sequence(self, 0, TokenIds(ids, len(ids) + min(params.max_new_tokens, 4096)))
         self.sequences = [first]
         # Written by any thread, acted on by the engine between two steps.
-        self.wanted_end: tuple[ov_genai.GenerationStatus, ov_genai.GenerationFinishReason] | None = None
+        self.abort_reason: tuple[ov_genai.GenerationStatus, ov_genai.GenerationFinishReason] | None = None
 
     @property
-    def evictions(self) -> list[Eviction]:
+    def evictions(self) -> list[EvictionSpec]:
         """What it and the takers of its prompt want, as far as that is not all tokens."""
         return [x for x in (self.eviction, *(taker.eviction for taker in self.takers)) if x]
 
@@ -215,7 +215,7 @@ class Request:
         return min(max([asked, *windows]), _MAX_CAPTURED_ROWS)
 
     @property
-    def replayer(self) -> Eviction | None:
+    def replayer(self) -> EvictionSpec | None:
         """Of what the request and its takers want, the first that has the prompt read twice."""
         num_tokens = self.num_prompt_tokens
         wanting = [x for x in self.evictions if x.num_read_again(num_tokens)]
@@ -299,12 +299,12 @@ class GenerationHandle:
         return self._request.sequences[0].left.representatives
 
     @property
-    def held(self) -> KeptKV | None:
+    def held(self) -> KVSnapshot | None:
         """The KV of a request that has ended and was told to hold it: the reader's to give back."""
         return self._request.held
 
     @property
-    def held_others(self) -> list[KeptKV]:
+    def held_others(self) -> list[KVSnapshot]:
         """The KV that each of the other policies chose, in their order: the reader's to give back."""
         return self._request.held_others
 
@@ -315,11 +315,11 @@ class GenerationHandle:
 
     def stop(self, finish_reason: ov_genai.GenerationFinishReason = FinishReason.STOP) -> None:
         """End the request after the running step; what was generated counts as the answer."""
-        self._request.wanted_end = (Status.STOP, finish_reason)
+        self._request.abort_reason = (Status.STOP, finish_reason)
 
     def cancel(self) -> None:
         """End the request after the running step; what was generated does not count, and its KV is not kept."""
-        self._request.wanted_end = (Status.CANCEL, FinishReason.STOP)
+        self._request.abort_reason = (Status.CANCEL, FinishReason.STOP)
 
     def get_stats(self) -> RequestStats:
         """Token counts, moments and bytes of the request so far."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ov_kvcrush.core.request import Sequence
-from ov_kvcrush.kvcache.eviction import Kept
+from ov_kvcrush.kvcache.eviction import EvictionState
 from ov_kvcrush.policies.base import Policy
 
 
 @dataclass(frozen=True, eq=False)
-class KeptKV:
+class KVSnapshot:
     """KV of an ended sequence: its place in the store, what is left of it, by whose choice, and captured queries.
 
     num_tokens: of the text, kept or not. base: tokens of it at the front that later policies do not choose from;
@@ -18,7 +18,7 @@ class KeptKV:
     """
 
     stored: int
-    kept: Kept
+    kept: EvictionState
     policy: Policy | None
     num_tokens: int
     captured_rows: int
@@ -30,7 +30,7 @@ class KeptKV:
         """Tokens that a head holds, on average."""
         return self.num_tokens - self.kept.num_evicted
 
-    def as_base(self) -> KeptKV:
+    def as_base(self) -> KVSnapshot:
         """The same, of which nothing is chosen from again."""
         return replace(self, base=self.num_tokens, base_kept=self.num_kept)
 

@@ -17,19 +17,19 @@ from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.core.outputs import GenerationOutput, PipelineMetrics, StepSeconds
 from ov_kvcrush.core.request import FinishReason, GenerationHandle, Request, ScoreWindow, Sequence, Status
 from ov_kvcrush.core.sampling_params import SamplingParams, refuse_unsupported
-from ov_kvcrush.core.snapshot import KeptKV
-from ov_kvcrush.engine.model_runner import Runner
+from ov_kvcrush.core.snapshot import KVSnapshot
+from ov_kvcrush.engine.model_runner import ModelRunner
 from ov_kvcrush.engine.output_processor import finish_reason, settle_answer
 from ov_kvcrush.engine.sampler import sample
-from ov_kvcrush.engine.scheduler import Scheduler, StepPlan
-from ov_kvcrush.engine.step_lock import Turns
-from ov_kvcrush.engine.takers import Taker, takers_of
+from ov_kvcrush.engine.scheduler import Scheduler, SchedulerOutput
+from ov_kvcrush.engine.step_lock import StepLock
+from ov_kvcrush.engine.takers import FanOutTarget, takers_of
 from ov_kvcrush.errors import RequestError
-from ov_kvcrush.kvcache.eviction import Eviction, check_spans
-from ov_kvcrush.kvcache.factory import make_memory
-from ov_kvcrush.kvcache.manager import Memory
+from ov_kvcrush.kvcache.eviction import EvictionSpec, check_spans
+from ov_kvcrush.kvcache.factory import make_kv_cache_manager
+from ov_kvcrush.kvcache.manager import KVCacheManager
 from ov_kvcrush.model.load import LoadedModel
-from ov_kvcrush.pipelines.backend import AS_CONFIGURED, CacheUse, HeldArrays, Other
+from ov_kvcrush.pipelines.backend import DEFAULT_CACHE_PARAMS, CacheParams, FanOut, SnapshotArrays
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import name_of
 
@@ -62,13 +62,15 @@ class Engine:
         cache_config = cache_config or CacheConfig()
         self._cache_config = cache_config
         self._policy = cache_config.eviction_policy
-        self._turns: Turns = beside._turns if beside else Turns()
-        self.memory: Memory = make_memory(model, config, cache_config, beside.memory if beside else None)
+        self._turns: StepLock = beside._turns if beside else StepLock()
+        self.memory: KVCacheManager = make_kv_cache_manager(
+            model, config, cache_config, beside.memory if beside else None
+        )
         self.scheduler = Scheduler(config, self.memory)
-        self._runner = Runner(model, self.memory)
+        self._runner = ModelRunner(model, self.memory)
         self._inbox: deque[GenerationHandle] = deque()
-        self._dropped: deque[KeptKV] = deque()
-        self._gone: weakref.WeakSet[KeptKV] = weakref.WeakSet()
+        self._dropped: deque[KVSnapshot] = deque()
+        self._gone: weakref.WeakSet[KVSnapshot] = weakref.WeakSet()
         self._handles: dict[int, GenerationHandle] = {}
         self._lock = self._turns.lock
         self._add_lock = threading.Lock()
@@ -80,15 +82,15 @@ class Engine:
         self._turns.join(self)
 
     def make_beside(self, cache_config: CacheConfig) -> Engine:
-        """Another engine on the same model and staging blocks. Raises as `make_memory` does."""
+        """Another engine on the same model and staging blocks. Raises as `make_kv_cache_manager` does."""
         return Engine(self._model, self._config, self._defaults, self._decode, cache_config, beside=self)
 
-    def max_tokens(self, eviction: Eviction | None, num_evicted: int = 0) -> int:
+    def max_tokens(self, eviction: EvictionSpec | None, num_evicted: int = 0) -> int:
         """Tokens that prompt and answer of one sequence may have, by the model's context and by the cache's memory."""
         capacity = self.memory.capacity_tokens(eviction, num_evicted)
         return min(capacity, self._model.context_length or capacity)
 
-    def end_wanted(self) -> None:
+    def process_aborts(self) -> None:
         """End the requests whose handles were told to stop or cancel, without running a step."""
         with self._lock:
             self._take_in()
@@ -120,7 +122,7 @@ class Engine:
         return self._last_step
 
     def check_prompt(
-        self, ids: np.ndarray, eviction: Eviction | None = None, begun: KeptKV | None = None
+        self, ids: np.ndarray, eviction: EvictionSpec | None = None, begun: KVSnapshot | None = None
     ) -> np.ndarray:
         """Return the prompt as int64 (S,); raise RequestError if this model or this cache cannot run it.
 
@@ -159,7 +161,7 @@ class Engine:
         request_id: int,
         ids: np.ndarray,
         config: ov_genai.GenerationConfig,
-        cache: CacheUse = AS_CONFIGURED,
+        cache: CacheParams = DEFAULT_CACHE_PARAMS,
         score_window: ScoreWindow | None = None,
     ) -> GenerationHandle:
         """Check a request and queue it for the next step.
@@ -167,7 +169,7 @@ class Engine:
         score_window: asks for the attention of the prompt's last tokens, `GenerationHandle.attention_scores`.
         Raises RequestError; no other request is touched.
         """
-        if (cache.context or cache.hold or cache.reads_only) and not self.memory.can_evict:
+        if (cache.context or cache.hold or cache.prefill_only) and not self.memory.can_evict:
             raise RequestError("context must not be asked for with attention='paged', got one; engine='crush' holds it")
         eviction = self._eviction(cache, np.size(ids))
         num_evicted = cache.context.kept.num_evicted if cache.context else 0
@@ -194,7 +196,7 @@ class Engine:
             self._inbox.append(handle)
         return handle
 
-    def _eviction(self, cache: CacheUse, num_tokens: int) -> Eviction | None:
+    def _eviction(self, cache: CacheParams, num_tokens: int) -> EvictionSpec | None:
         """What a request with a prompt of `num_tokens` asks for, or the engine was told; None if all tokens stay."""
         policy = cache.policy or self._policy
         if policy is None or not policy.evicts:
@@ -203,9 +205,9 @@ class Engine:
             raise RequestError(f"policy must be 'none' with attention='paged', got {name_of(policy)!r}")
         held = cache.context
         if held is None:
-            return Eviction(policy, cache.protect, cache.words, num_tokens)
+            return EvictionSpec(policy, cache.protect, cache.words, num_tokens)
         begun = held.num_kept - held.base_kept
-        return Eviction(policy, cache.protect, cache.words, num_tokens, held.base, held.base_kept, begun)
+        return EvictionSpec(policy, cache.protect, cache.words, num_tokens, held.base, held.base_kept, begun)
 
     def step(self) -> None:
         """Run one inference for as many rows as the plan holds; hand their tokens to the handles.
@@ -247,7 +249,7 @@ class Engine:
         with self._lock:
             self.memory.drop_kept()
 
-    def drop_held(self, kv: KeptKV) -> None:
+    def drop_held(self, kv: KVSnapshot) -> None:
         """Give back KV that a request handed out; while a step runs or requests go on from it, after them.
 
         It may be called by the garbage collector in any thread, so it waits for nothing.
@@ -281,20 +283,20 @@ class Engine:
         finally:
             self._add_lock.release()
 
-    def share_held(self, kv: KeptKV) -> KeptKV:
+    def share_held(self, kv: KVSnapshot) -> KVSnapshot:
         """The same KV for one more holder."""
         with self._lock:
             return self.memory.share_held(kv)
 
-    def bytes_held(self, kv: KeptKV) -> int:
+    def bytes_held(self, kv: KVSnapshot) -> int:
         """Its bytes, shared ones in full."""
         return self.memory.bytes_held(kv)
 
-    def dump_held(self, kv: KeptKV) -> HeldArrays:
+    def dump_held(self, kv: KVSnapshot) -> SnapshotArrays:
         """It as arrays, for a file."""
         return self.memory.dump_held(kv)
 
-    def load_held(self, held: HeldArrays, policy: Policy | None, base: int, base_kept: int) -> KeptKV:
+    def load_held(self, held: SnapshotArrays, policy: Policy | None, base: int, base_kept: int) -> KVSnapshot:
         """KV from arrays. Raises ContextFileError for what the store could not have made, OutOfMemory without room."""
         with self._lock:
             return self.memory.load_held(held, policy, base, base_kept)
@@ -323,14 +325,14 @@ class Engine:
     def _end_wanted(self) -> None:
         for handle in list(self._handles.values()):
             request = handle._request
-            if request.wanted_end:
-                status, reason = request.wanted_end
+            if request.abort_reason:
+                status, reason = request.abort_reason
                 for sequence in request.sequences:
                     if not sequence.is_finished:
                         self._finish(sequence, reason, keep=status != Status.CANCEL)
                 self._end(request, status)
 
-    def _run(self, plan: StepPlan, start: float) -> None:
+    def _run(self, plan: SchedulerOutput, start: float) -> None:
         for sequence in plan.out_of_memory:
             _log.warning(
                 "request %d ends after %d tokens: the KV cache of %d tokens is full; give it more memory",
@@ -347,7 +349,7 @@ class Engine:
         sampling_s = self._commit(plan, logits)
         self._measure(start, infer_start, infer_end, sampling_s)
 
-    def _cache(self, plan: StepPlan) -> None:
+    def _cache(self, plan: SchedulerOutput) -> None:
         """Note what is cached now, hand out attention scores, and let the memory settle."""
         for row in plan.rows:
             row.sequence.num_cached += row.num_tokens
@@ -358,7 +360,7 @@ class Engine:
             self._finish(sequence, FinishReason.LENGTH, keep=False)
             self._end_if_complete(sequence.request)
 
-    def _commit(self, plan: StepPlan, logits: np.ndarray) -> float:
+    def _commit(self, plan: SchedulerOutput, logits: np.ndarray) -> float:
         """Note what is cached now, choose tokens, end what is complete. Returns the seconds taken by sampling."""
         self._cache(plan)
         self._end_read(plan)
@@ -378,7 +380,7 @@ class Engine:
             self._end_if_complete(request)
         return sampling_s
 
-    def _taker(self, other: Other, cache: CacheUse, ids: np.ndarray) -> Taker:
+    def _taker(self, other: FanOut, cache: CacheParams, ids: np.ndarray) -> FanOutTarget:
         home = self if other.home is None else other.home
         if not isinstance(home, Engine) or home._turns is not self._turns:
             raise RequestError("pipelines must be the one that reads or made by its beside(), got another")
@@ -386,18 +388,18 @@ class Engine:
         if eviction:
             eviction.check(len(ids))
         home.check_prompt(ids, eviction)
-        return Taker(_with_system(eviction, cache), home.memory)
+        return FanOutTarget(_with_system(eviction, cache), home.memory)
 
-    def _end_read(self, plan: StepPlan) -> None:
+    def _end_read(self, plan: SchedulerOutput) -> None:
         """End the requests that wanted nothing but their prompt read."""
         for row in plan.rows:
             sequence = row.sequence.reads_for or row.sequence
             is_read = not sequence.num_pending and not sequence.replay
-            if sequence.request.reads_only and is_read and not sequence.is_finished:
+            if sequence.request.prefill_only and is_read and not sequence.is_finished:
                 self._finish(sequence, FinishReason.LENGTH)
                 self._end_if_complete(sequence.request)
 
-    def _due(self, plan: StepPlan, logits: np.ndarray) -> Iterator[tuple[Sequence, np.ndarray]]:
+    def _due(self, plan: SchedulerOutput, logits: np.ndarray) -> Iterator[tuple[Sequence, np.ndarray]]:
         """Sequences that get a token now, with their logits. A prompt that is read twice waits with those it has."""
         logits_rows = iter(logits)
         for row in plan.rows:
@@ -475,7 +477,7 @@ class Engine:
         self._last_step = StepSeconds(inference, sampling_s, time.perf_counter() - start - inference, policy_s)
 
 
-def _with_system(eviction: Eviction | None, cache: CacheUse) -> Eviction | None:
+def _with_system(eviction: EvictionSpec | None, cache: CacheParams) -> EvictionSpec | None:
     """The system prompt stays; it is not held against the budget that the caller chose."""
     if eviction is None or cache.system is None:
         return eviction

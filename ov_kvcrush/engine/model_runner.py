@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import openvino as ov
 
-from ov_kvcrush.engine.scheduler import StepPlan
-from ov_kvcrush.kvcache.manager import Memory
+from ov_kvcrush.engine.scheduler import SchedulerOutput
+from ov_kvcrush.kvcache.manager import KVCacheManager
 from ov_kvcrush.model.graph.rewrite import ATTENTION_SCORES
 from ov_kvcrush.model.load import LoadedModel
 
 
-class Runner:
+class ModelRunner:
     """The inference request of a compiled model, bound to the memory of its cache."""
 
-    def __init__(self, model: LoadedModel, memory: Memory) -> None:
+    def __init__(self, model: LoadedModel, memory: KVCacheManager) -> None:
         self._memory = memory
         self._request = model.compiled.create_infer_request()
         memory.bind(self._request)
@@ -24,7 +24,7 @@ class Runner:
         names = [f"{ATTENTION_SCORES}.{layer}" for layer in range(len(model.layers))]
         self._scores = [model.compiled.output(name) for name in names] if model.has_scores else []
 
-    def prepare(self, plan: StepPlan) -> None:
+    def prepare(self, plan: SchedulerOutput) -> None:
         """Set the inputs of the next `infer`."""
         for name, value in self._memory.step_inputs(plan.rows).items():
             self._set_input(name, value)

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from ov_kvcrush.config import SchedulerConfig
 from ov_kvcrush.core.request import Sequence
-from ov_kvcrush.kvcache.manager import Memory
+from ov_kvcrush.kvcache.manager import KVCacheManager
 from ov_kvcrush.kvcache.replay import ROWS as REPLAY_ROWS
 
 _MIN_CHUNK = 32  # rows of a prompt that memory is short for: less is not tried
 
 
 @dataclass(frozen=True)
-class RowPlan:
+class ScheduledTokens:
     """`num_tokens` rows of one sequence, from its first token without KV on; `samples`: the last one gives a token."""
 
     sequence: Sequence
@@ -24,10 +24,10 @@ class RowPlan:
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class SchedulerOutput:
     """One inference: whose rows, in this order."""
 
-    rows: tuple[RowPlan, ...]
+    rows: tuple[ScheduledTokens, ...]
     out_of_memory: tuple[Sequence, ...]  # alone in memory and still without room for the next token
 
     @property
@@ -43,7 +43,7 @@ class Scheduler:
     the sequence that arrived last gives up its KV and waits at the front, to be computed again.
     """
 
-    def __init__(self, config: SchedulerConfig, memory: Memory) -> None:
+    def __init__(self, config: SchedulerConfig, memory: KVCacheManager) -> None:
         self._config = config
         self._memory = memory
         self.waiting: deque[Sequence] = deque()
@@ -72,64 +72,66 @@ class Scheduler:
         for sequence in gone:
             self._memory.release(sequence)
 
-    def plan(self) -> StepPlan:
+    def plan(self) -> SchedulerOutput:
         """Decide the next step and take memory for it. Without rows there is nothing to do."""
-        rows: list[RowPlan] = []
-        stuck: list[Sequence] = []
-        budget = self._plan_decodes(self._config.max_num_batched_tokens, rows, stuck)
-        budget = self._plan_admitted_prompts(budget, rows, stuck)
-        self._plan_new_prompts(budget, rows, stuck)
-        return StepPlan(tuple(rows), tuple(stuck))
+        rows: list[ScheduledTokens] = []
+        unschedulable: list[Sequence] = []
+        budget = self._plan_decodes(self._config.max_num_batched_tokens, rows, unschedulable)
+        budget = self._plan_admitted_prompts(budget, rows, unschedulable)
+        self._plan_new_prompts(budget, rows, unschedulable)
+        return SchedulerOutput(tuple(rows), tuple(unschedulable))
 
     # Rows are planned in the order of arrival and the last is preempted first: no planned row loses its KV.
-    def _plan_decodes(self, budget: int, rows: list[RowPlan], stuck: list[Sequence]) -> int:
+    def _plan_decodes(self, budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]) -> int:
         for sequence in list(self.running):
             if sequence.num_pending == 1 and budget > 0 and sequence in self.running:
-                budget -= self._plan_rows(sequence, 1, rows, stuck)
+                budget -= self._plan_rows(sequence, 1, rows, unschedulable)
         return budget
 
-    def _plan_admitted_prompts(self, budget: int, rows: list[RowPlan], stuck: list[Sequence]) -> int:
+    def _plan_admitted_prompts(self, budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]) -> int:
         for sequence in list(self.running):
             if budget > 0 and sequence.replay and sequence.replay.reader:
                 budget -= self._plan_reader(sequence.replay.reader, budget, rows)
             elif sequence.num_pending > 1 and budget > 0 and sequence in self.running:
-                budget -= self._plan_rows(sequence, budget, rows, stuck)
+                budget -= self._plan_rows(sequence, budget, rows, unschedulable)
         return budget
 
-    def _plan_new_prompts(self, budget: int, rows: list[RowPlan], stuck: list[Sequence]) -> None:
+    def _plan_new_prompts(self, budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]) -> None:
         while self.waiting and budget > 0 and len(self.running) < self._config.max_num_seqs:
             sequence = self.waiting[0]
             if not self._config.dynamic_split_fuse and rows and sequence.num_pending > budget:
                 return
-            if not self._memory.admit(sequence):
-                if not self.running and not self._memory.is_crowded:
-                    stuck.append(sequence)
+            if not self._memory.allocate(sequence):
+                if not self.running and not self._memory.is_contended:
+                    unschedulable.append(sequence)
                 return
             if not sequence.num_generated:
                 sequence.request.num_reused_tokens = sequence.num_cached
             self.waiting.popleft()
             self.running.append(sequence)
-            planned = self._plan_rows(sequence, budget, rows, stuck)
+            planned = self._plan_rows(sequence, budget, rows, unschedulable)
             if not planned:
                 return
             budget -= planned
 
-    def _plan_reader(self, reader: Sequence, budget: int, rows: list[RowPlan]) -> int:
+    def _plan_reader(self, reader: Sequence, budget: int, rows: list[ScheduledTokens]) -> int:
         """Plan rows of a prompt's second reading, which has had its blocks since the prompt was admitted."""
         num_tokens = min(reader.num_pending, budget, REPLAY_ROWS)
-        rows.append(RowPlan(reader, num_tokens, False))
+        rows.append(ScheduledTokens(reader, num_tokens, False))
         return num_tokens
 
-    def _plan_rows(self, sequence: Sequence, budget: int, rows: list[RowPlan], stuck: list[Sequence]) -> int:
+    def _plan_rows(
+        self, sequence: Sequence, budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]
+    ) -> int:
         """Plan up to `budget` pending rows of a running sequence; preempt others for them if it must be."""
         num_tokens = min(sequence.num_pending, budget)
-        while not self._memory.make_room(sequence, num_tokens):
+        while not self._memory.append_slots(sequence, num_tokens):
             if num_tokens > _MIN_CHUNK:
                 num_tokens = max(num_tokens // 2, _MIN_CHUNK)
                 continue
             victim = self.running[-1]
             if victim is sequence and len(self.running) == 1:
-                stuck.append(sequence)
+                unschedulable.append(sequence)
                 return 0
             # A victim with planned rows arrived earlier than it was planned here: this one waits for the next step.
             if any(row.sequence is victim for row in rows):
@@ -137,7 +139,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return 0
-        rows.append(RowPlan(sequence, num_tokens, sequence.samples and num_tokens == sequence.num_pending))
+        rows.append(ScheduledTokens(sequence, num_tokens, sequence.samples and num_tokens == sequence.num_pending))
         return num_tokens
 
     def _preempt(self, sequence: Sequence) -> None:

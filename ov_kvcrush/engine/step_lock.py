@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ov_kvcrush.engine.engine import Engine
 
 
-class Turns:
+class StepLock:
     """The lock of such engines, and who they are. An engine alone has one for itself.
 
     One lock for all: a step of one writes blocks that all share, and may give KV to the store of another. So nobody

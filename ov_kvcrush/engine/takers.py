@@ -7,30 +7,32 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ov_kvcrush.errors import RequestError
-from ov_kvcrush.pipelines.backend import CacheUse, Other
+from ov_kvcrush.pipelines.backend import CacheParams, FanOut
 
 if TYPE_CHECKING:
     from ov_kvcrush.core.request import Sequence
-    from ov_kvcrush.kvcache.eviction import Choice, Eviction
-    from ov_kvcrush.kvcache.manager import Memory
+    from ov_kvcrush.kvcache.eviction import Choice, EvictionSpec
+    from ov_kvcrush.kvcache.manager import KVCacheManager
 
 
 @dataclass(frozen=True, eq=False)
-class Taker:
+class FanOutTarget:
     """Who takes KV of a prompt that somebody else's request reads.
 
     eviction: None = all tokens. memory: with the staging blocks that the prompt is read on.
     """
 
-    eviction: Eviction | None
-    memory: Memory
+    eviction: EvictionSpec | None
+    memory: KVCacheManager
 
 
-def takers_of(cache: CacheUse, num_tokens: int, memory: Memory, make: Callable[[Other], Taker]) -> tuple[Taker, ...]:
+def takers_of(
+    cache: CacheParams, num_tokens: int, memory: KVCacheManager, make: Callable[[FanOut], FanOutTarget]
+) -> tuple[FanOutTarget, ...]:
     """Those of a prompt of `num_tokens` that is read into `memory`. Raises RequestError where one reading cannot do."""
     if not cache.others:
         return ()
-    if not cache.reads_only or cache.context is not None:
+    if not cache.prefill_only or cache.context is not None:
         raise RequestError("others must choose from a prompt that is only read, got a request for an answer")
     if num_tokens > memory.staged_tokens:
         raise RequestError(
@@ -38,20 +40,20 @@ def takers_of(cache: CacheUse, num_tokens: int, memory: Memory, make: Callable[[
             f"policies, got {num_tokens} tokens; raise staging_bytes"
         )
     found = tuple(make(other) for other in cache.others)
-    replays = {x.eviction.policy.needs.replay for x in found if x.eviction and x.eviction.policy.needs.replay}
+    replays = {x.eviction.policy.inputs.replay for x in found if x.eviction and x.eviction.policy.inputs.replay}
     if len(replays) > 1:
         raise RequestError(f"policies must agree on how a text is read again, got {', '.join(map(str, replays))}")
     return found
 
 
-def let_take(staged: Sequence, choose: Callable[[Eviction | None], Choice | None]) -> None:
+def commit_for_each(staged: Sequence, choose: Callable[[EvictionSpec | None], Choice | None]) -> None:
     """Give each taker of a staged prompt what it wants, in their order: `Request.held_others`.
 
     Staged keys and values are as they were computed, so takers of the same policy get the same choice, whatever the
     precisions of their stores. Raises StoreFull where one has no room; those before it have taken theirs.
     """
     request = staged.request
-    choices: dict[Eviction | None, Choice | None] = {}
+    choices: dict[EvictionSpec | None, Choice | None] = {}
     for taker in request.takers:
         eviction = taker.eviction
         if eviction not in choices:

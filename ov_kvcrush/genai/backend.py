@@ -20,11 +20,11 @@ from ov_kvcrush.genai.eviction import scheduler_fields, translate
 from ov_kvcrush.model.load import check_device
 from ov_kvcrush.model.plugin import open_core
 from ov_kvcrush.model.precision import paged_precisions
-from ov_kvcrush.pipelines.backend import AS_CONFIGURED, CacheUse, HeldArrays
+from ov_kvcrush.pipelines.backend import DEFAULT_CACHE_PARAMS, CacheParams, SnapshotArrays
 from ov_kvcrush.policies.base import Policy
 
 if TYPE_CHECKING:
-    from ov_kvcrush.core.snapshot import KeptKV
+    from ov_kvcrush.core.snapshot import KVSnapshot
 
 Status = ov_genai.GenerationStatus
 FinishReason = ov_genai.GenerationFinishReason
@@ -110,7 +110,7 @@ class GenaiHandle:
         return None
 
     @property
-    def held_others(self) -> list[KeptKV]:
+    def held_others(self) -> list[KVSnapshot]:
         """None: openvino_genai keeps its KV."""
         return []
 
@@ -182,14 +182,18 @@ class GenaiBackend:
         self._lock = threading.RLock()
 
     def add(
-        self, request_id: int, ids: np.ndarray, config: ov_genai.GenerationConfig, cache: CacheUse = AS_CONFIGURED
+        self,
+        request_id: int,
+        ids: np.ndarray,
+        config: ov_genai.GenerationConfig,
+        cache: CacheParams = DEFAULT_CACHE_PARAMS,
     ) -> GenaiHandle:
         """Queue a request. Keeping its KV is up to `enable_prefix_caching` of the scheduler config here, and the policy
         is that of the pipeline.
 
         Raises RequestError; no other request is touched.
         """
-        if cache.context or cache.hold or cache.reads_only:
+        if cache.context or cache.hold or cache.prefill_only:
             raise RequestError("context must not be asked for with engine='genai', got one; engine='crush' holds it")
         if cache.policy is not None or cache.protect:
             field = "policy" if cache.policy is not None else "protect"
@@ -227,7 +231,7 @@ class GenaiBackend:
                 if handle.get_status() != Status.RUNNING:
                     del self._handles[request_id]
 
-    def end_wanted(self) -> None:
+    def process_aborts(self) -> None:
         """Let openvino_genai drop stopped and cancelled requests: it does so in a step, and leaks them without one."""
         if any(handle.was_told_to_end for handle in self._handles.values()):
             self.step()
@@ -236,22 +240,22 @@ class GenaiBackend:
         """Whether `step` has something to do."""
         return bool(self._pipeline.has_non_finished_requests())
 
-    def drop_held(self, kv: KeptKV) -> None:
+    def drop_held(self, kv: KVSnapshot) -> None:
         """Nothing was handed out."""
 
-    def share_held(self, kv: KeptKV) -> KeptKV:
+    def share_held(self, kv: KVSnapshot) -> KVSnapshot:
         """Nothing was handed out."""
         return kv
 
-    def bytes_held(self, kv: KeptKV) -> int:
+    def bytes_held(self, kv: KVSnapshot) -> int:
         """Nothing was handed out."""
         return 0
 
-    def dump_held(self, kv: KeptKV) -> HeldArrays:
+    def dump_held(self, kv: KVSnapshot) -> SnapshotArrays:
         """Nothing was handed out."""
         raise AssertionError("dump_held() with engine='genai'")
 
-    def load_held(self, held: HeldArrays, policy: Policy | None, base: int, base_kept: int) -> KeptKV:
+    def load_held(self, held: SnapshotArrays, policy: Policy | None, base: int, base_kept: int) -> KVSnapshot:
         """Contexts live in the store."""
         raise ContextFileError("context must be loaded with engine='crush', got 'genai'")
 

@@ -40,7 +40,7 @@ def free_memory_bytes() -> int:
 
 
 @dataclass(frozen=True)
-class BlockTensor:
+class BlockLayout:
     """Keys or values of one layer, "key_cache.<layer>" or "value_cache.<layer>"; block_shape: (K, rows, columns)."""
 
     name: str
@@ -53,23 +53,23 @@ class BlockTensor:
         return math.prod(self.block_shape) * self.element_type.bitwidth // 8
 
 
-def cache_inputs(compiled: ov.CompiledModel) -> list[BlockTensor]:
+def cache_inputs(compiled: ov.CompiledModel) -> list[BlockLayout]:
     """The tensors that PagedAttention reads and writes, as the compiled model wants them."""
     ports = [p for p in compiled.inputs if p.any_name.startswith(("key_cache.", "value_cache."))]
     shapes = [tuple(p.partial_shape[i].get_length() for i in (1, 2, 3)) for p in ports]
-    return [BlockTensor(p.any_name, shape, p.element_type) for p, shape in zip(ports, shapes, strict=True)]
+    return [BlockLayout(p.any_name, shape, p.element_type) for p, shape in zip(ports, shapes, strict=True)]
 
 
-def staging_tensors(layers: Sequence[AttentionLayer], precision: str) -> list[BlockTensor]:
+def staging_tensors(layers: Sequence[AttentionLayer], precision: str) -> list[BlockLayout]:
     """The same tensors where there is no PagedAttention."""
     return [
-        BlockTensor(f"{kind}_cache.{i}", (layer.num_kv_heads, BLOCK_SIZE, layer.head_size), getattr(ov.Type, precision))
+        BlockLayout(f"{kind}_cache.{i}", (layer.num_kv_heads, BLOCK_SIZE, layer.head_size), getattr(ov.Type, precision))
         for i, layer in enumerate(layers)
         for kind in ("key", "value")
     ]
 
 
-class KVCache:
+class BlockTensors:
     """Blocks of keys and values: for each of `tensors` one `[num_blocks, K, rows, columns]`.
 
     The whole capacity is reserved as address space; the operating system gives memory to a block when it is first
@@ -78,7 +78,7 @@ class KVCache:
     choose_blocks: from the bytes of one block over all layers to the number of blocks.
     """
 
-    def __init__(self, tensors: Sequence[BlockTensor], choose_blocks: Callable[[int], int]) -> None:
+    def __init__(self, tensors: Sequence[BlockLayout], choose_blocks: Callable[[int], int]) -> None:
         self._blocks = list(tensors)
         self.bytes_per_block = sum(x.block_bytes for x in tensors)
         self.num_blocks = choose_blocks(self.bytes_per_block)

@@ -11,22 +11,22 @@ import numpy as np
 import openvino as ov
 
 from ov_kvcrush.core.request import AttentionScores, Sequence
-from ov_kvcrush.core.snapshot import KeptKV
-from ov_kvcrush.engine.scheduler import RowPlan
-from ov_kvcrush.engine.takers import let_take
+from ov_kvcrush.core.snapshot import KVSnapshot
+from ov_kvcrush.engine.scheduler import ScheduledTokens
+from ov_kvcrush.engine.takers import commit_for_each
 from ov_kvcrush.errors import ContextFileError
 from ov_kvcrush.kvcache import snapshot_arrays as held_arrays
 from ov_kvcrush.kvcache.attention_plan import PREFILL, STAGED, STORED, PlanEntry, write_plan
 from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, BlockPool, blocks_for
-from ov_kvcrush.kvcache.block_tensors import KVCache
-from ov_kvcrush.kvcache.eviction import CacheView, Choice, Eviction, Kept, split_heads
-from ov_kvcrush.kvcache.manager import MemoryUse
-from ov_kvcrush.kvcache.paged import paged_inputs, row_inputs, with_lone_rows
+from ov_kvcrush.kvcache.block_tensors import BlockTensors
+from ov_kvcrush.kvcache.eviction import CacheView, Choice, EvictionSpec, EvictionState, split_heads
+from ov_kvcrush.kvcache.manager import KVCacheUsage
+from ov_kvcrush.kvcache.paged import paged_inputs, row_inputs, with_dummy_rows
 from ov_kvcrush.kvcache.prefix_cache import PrefixCache
 from ov_kvcrush.kvcache.replay import ROWS, Reader, ReplayState, replay_blocks
 from ov_kvcrush.model.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, PAGED_ROWS, SAMPLED_ROWS
 from ov_kvcrush.native import Store, StoreFull
-from ov_kvcrush.pipelines.backend import HeldArrays
+from ov_kvcrush.pipelines.backend import SnapshotArrays
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import name_of
 
@@ -36,7 +36,7 @@ _ENDLESS = 1 << 31  # tokens: a text whose cache does not grow can be as long as
 _RESIDENT_BYTES = 16 << 20  # staging that stays in memory: giving a page back and touching it again takes 5 us
 
 
-class CrushMemory:
+class CrushKVCache:
     """A staging pool of full-precision blocks, and the store.
 
     A fresh prompt gets staging blocks for all its tokens and attends to them, by the store's own kernel or through
@@ -53,7 +53,7 @@ class CrushMemory:
         self,
         store: Store,
         heads: list[tuple[int, int]],
-        staging: KVCache,
+        staging: BlockTensors,
         max_prefixes: int | None,
         chunk: int,
         prefix_bytes: int = 0,
@@ -65,7 +65,7 @@ class CrushMemory:
         self._prefix_bytes = prefix_bytes
         self._heads = heads  # of each layer: query heads, KV heads
         self.pool = pool or BlockPool(staging.num_blocks - 1)  # the last one is for the rows that are not of a prompt
-        self.prefixes: PrefixCache[KeptKV] = PrefixCache(lambda kv: store.release(kv.stored), max_prefixes)
+        self.prefixes: PrefixCache[KVSnapshot] = PrefixCache(lambda kv: store.release(kv.stored), max_prefixes)
         self._view = CacheView(store, heads)
         self._chunk = chunk
         self.policy_seconds = 0.0
@@ -85,7 +85,7 @@ class CrushMemory:
         """Token by token, for each KV head."""
         return True
 
-    def capacity_tokens(self, eviction: Eviction | None, num_evicted: int = 0) -> int:
+    def capacity_tokens(self, eviction: EvictionSpec | None, num_evicted: int = 0) -> int:
         """Tokens of the longest text whose bytes are within the store's limit."""
         low, high = 0, _ENDLESS
         while low < high:
@@ -97,20 +97,20 @@ class CrushMemory:
     def _replay_blocks(self, sequence: Sequence) -> int:
         """Blocks for a second reading of a prompt, 0 if it has none."""
         eviction, length = sequence.request.replayer, len(sequence.ids)
-        replay = eviction.policy.needs.replay if eviction else None
+        replay = eviction.policy.inputs.replay if eviction else None
         if eviction is None or replay is None or not eviction.num_read_again(length):
             return 0
         return replay_blocks(replay, eviction.words, length)
 
-    def _bytes_for(self, length: int, eviction: Eviction | None, num_evicted: int = 0) -> int:
+    def _bytes_for(self, length: int, eviction: EvictionSpec | None, num_evicted: int = 0) -> int:
         """The most bytes that the store holds of one text of `length` tokens, which came without num_evicted."""
         most = eviction.peak_tokens(length, self._chunk, num_evicted) if eviction else length - num_evicted
         return self.store.bytes_for(max(most, 0))
 
-    def refusal(self, num_tokens: int, eviction: Eviction | None, num_evicted: int = 0) -> str | None:
+    def refusal(self, num_tokens: int, eviction: EvictionSpec | None, num_evicted: int = 0) -> str | None:
         """Why a prompt can never be run; None if it can."""
         needed = self._bytes_for(num_tokens + 1, eviction, num_evicted)
-        replay = eviction.policy.needs.replay if eviction else None
+        replay = eviction.policy.inputs.replay if eviction else None
         if eviction and replay and eviction.num_read_again(num_tokens):
             num_blocks = blocks_for(num_tokens) + replay_blocks(replay, eviction.words, num_tokens)
             if num_blocks > self.pool.num_blocks:
@@ -132,7 +132,7 @@ class CrushMemory:
         return self.pool.num_blocks * BLOCK_SIZE
 
     @property
-    def is_crowded(self) -> bool:
+    def is_contended(self) -> bool:
         """Whether other memories have prompts on the staging blocks."""
         own = sum(len(s.blocks) + (len(s.replay.own_blocks) if s.replay else 0) for s in self._reading)
         return self.pool.num_used > own
@@ -149,7 +149,7 @@ class CrushMemory:
 
     # -- the life of a sequence ----------------------------------------------------------------------------------------
 
-    def admit(self, sequence: Sequence) -> bool:
+    def allocate(self, sequence: Sequence) -> bool:
         """Promise bytes for all tokens, and staging blocks where the prompt is fresh and fits the pool."""
         num_blocks = blocks_for(len(sequence.ids))
         reused = self._reuse(sequence)
@@ -189,21 +189,21 @@ class CrushMemory:
             return False
         return self._begin_with(sequence, *found)
 
-    def _begin_with(self, sequence: Sequence, kv: KeptKV, length: int) -> bool:
+    def _begin_with(self, sequence: Sequence, kv: KVSnapshot, length: int) -> bool:
         try:
             sequence.stored = self.store.fork(kv.stored, None if length == kv.num_tokens else length)
         except StoreFull:
             return False
         self.store.set_capture(sequence.stored, sequence.request.captured_rows)
         sequence.num_cached = length
-        sequence.kept = kv.kept if length == kv.num_tokens else Kept()
+        sequence.kept = kv.kept if length == kv.num_tokens else EvictionState()
         return True
 
-    def make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+    def append_slots(self, sequence: Sequence, num_tokens: int) -> bool:
         """See that the store has slots for the next tokens; a staged prompt has its blocks since it was admitted."""
         if len(sequence.blocks) or sequence.free_slots >= num_tokens:
             return True
-        assert sequence.stored is not None, "make_room() for a sequence that was not admitted"
+        assert sequence.stored is not None, "append_slots() for a sequence that was not admitted"
         promised = self._promised(without=sequence)
         while not self.store.reserve(sequence.stored, num_tokens, promised):
             if not self.prefixes.drop_oldest():
@@ -226,7 +226,7 @@ class CrushMemory:
             self.store.release(sequence.stored)
         sequence.stored = None
         sequence.free_slots = 0
-        sequence.kept = Kept()
+        sequence.kept = EvictionState()
 
     def _unstage(self, sequence: Sequence) -> None:
         if len(sequence.blocks):
@@ -248,7 +248,7 @@ class CrushMemory:
             if self._prefix_bytes:
                 self.prefixes.shrink(self._prefix_bytes, self.bytes_held)
 
-    def hold(self, sequence: Sequence) -> KeptKV | None:
+    def hold(self, sequence: Sequence) -> KVSnapshot | None:
         """Its stored KV for the caller, without captured queries: what goes on from it is the same after a file."""
         kv = self._share(sequence)
         if kv is None:
@@ -256,34 +256,34 @@ class CrushMemory:
         self.store.set_capture(kv.stored, 0)
         return replace(kv, captured_rows=0)
 
-    def _share(self, sequence: Sequence) -> KeptKV | None:
+    def _share(self, sequence: Sequence) -> KVSnapshot | None:
         """Its stored KV for somebody else. A prompt that ends while it is staged leaves nothing."""
         if sequence.stored is None or len(sequence.blocks) or not sequence.num_cached:
             return None
         request = sequence.request
         policy = request.eviction.policy if request.eviction else None
         twin = self.store.fork(sequence.stored)
-        kv = KeptKV(twin, sequence.kept, policy, sequence.num_cached, request.captured_rows)
+        kv = KVSnapshot(twin, sequence.kept, policy, sequence.num_cached, request.captured_rows)
         context = request.context
         return replace(kv, base=context.base, base_kept=context.base_kept) if context else kv
 
-    def drop_held(self, kv: KeptKV) -> None:
+    def drop_held(self, kv: KVSnapshot) -> None:
         """Give back what `hold` gave."""
         self.store.release(kv.stored)
 
-    def share_held(self, kv: KeptKV) -> KeptKV:
+    def share_held(self, kv: KVSnapshot) -> KVSnapshot:
         """The same tiles for one more holder."""
         return replace(kv, stored=self.store.fork(kv.stored))
 
-    def bytes_held(self, kv: KeptKV) -> int:
+    def bytes_held(self, kv: KVSnapshot) -> int:
         """Bytes of what `hold` gave, shared ones in full."""
         return self.store.nbytes_of(kv.stored)
 
-    def dump_held(self, kv: KeptKV) -> HeldArrays:
+    def dump_held(self, kv: KVSnapshot) -> SnapshotArrays:
         """What `hold` gave, as arrays."""
         return held_arrays.dump(self.store, kv)
 
-    def load_held(self, held: HeldArrays, policy: Policy | None, base: int, base_kept: int) -> KeptKV:
+    def load_held(self, held: SnapshotArrays, policy: Policy | None, base: int, base_kept: int) -> KVSnapshot:
         """The same from arrays, checked. Raises ContextFileError, and OutOfMemory where there is no room."""
         kv = held_arrays.load(self.store, [heads for _, heads in self._heads], held, policy)
         if not (0 <= base <= kv.num_tokens and 0 <= base_kept <= base):
@@ -302,7 +302,7 @@ class CrushMemory:
         if self._pages_prompts:
             self.staging.bind(request)
 
-    def step_inputs(self, rows: Items[RowPlan]) -> dict[str, np.ndarray]:
+    def step_inputs(self, rows: Items[ScheduledTokens]) -> dict[str, np.ndarray]:
         """Rows of staged prompts first; the others follow."""
         staged = [row for row in rows if len(row.sequence.blocks)]
         order = staged + [row for row in rows if not len(row.sequence.blocks)]
@@ -329,7 +329,9 @@ class CrushMemory:
             CRUSH_PLAN: write_plan(begin, num_staged_rows if self._pages_prompts else 0, entries),
         }
 
-    def _paged_inputs(self, staged: Items[RowPlan], num_staged_rows: int, num_rows: int) -> dict[str, np.ndarray]:
+    def _paged_inputs(
+        self, staged: Items[ScheduledTokens], num_staged_rows: int, num_rows: int
+    ) -> dict[str, np.ndarray]:
         """What PagedAttention gets: all rows of a step with prompts, else none."""
         # Where it is skipped its last output stays, and is converted again in every step: so it also gets the rows of
         # the first step after many rows, which leaves a small one.
@@ -338,10 +340,10 @@ class CrushMemory:
         self._last_paged_rows = paged_rows or self._last_paged_rows
         paged = {}  # what it was given last may stay where it is skipped
         if paged_rows:
-            paged = with_lone_rows(paged_inputs(staged), num_rows - num_staged_rows, self.pool.num_blocks)
+            paged = with_dummy_rows(paged_inputs(staged), num_rows - num_staged_rows, self.pool.num_blocks)
         return {**paged, PAGED_ROWS: np.array([paged_rows], np.int64)}
 
-    def commit(self, rows: Items[RowPlan]) -> list[Sequence]:
+    def commit(self, rows: Items[ScheduledTokens]) -> list[Sequence]:
         """Adopt prompts that are complete; move what left a recent window into tiles of the target precision."""
         homeless = []
         for row in rows:
@@ -386,7 +388,7 @@ class CrushMemory:
         start = time.perf_counter()
         try:
             if sequence.request.takers:
-                let_take(sequence, lambda eviction: self._choose(sequence, eviction, is_read=True))
+                commit_for_each(sequence, lambda eviction: self._choose(sequence, eviction, is_read=True))
                 self.store.release(sequence.stored)  # nothing is left of the reading itself
                 sequence.stored = None
                 self.policy_seconds += time.perf_counter() - start
@@ -402,7 +404,7 @@ class CrushMemory:
         self._unstage(sequence)
         return True
 
-    def take(self, staged: Sequence, policy: Policy | None, choice: Choice | None) -> KeptKV:
+    def take(self, staged: Sequence, policy: Policy | None, choice: Choice | None) -> KVSnapshot:
         """What is chosen (None = all) of a prompt on the staging blocks, this memory's or another's on them.
 
         It may take what kept prefixes have, but nothing that prompts were promised here. Raises StoreFull.
@@ -414,7 +416,7 @@ class CrushMemory:
         except BaseException:
             self.store.release(stored)
             raise
-        return KeptKV(stored, choice.kept if choice else Kept(), policy, staged.num_cached, 0)
+        return KVSnapshot(stored, choice.kept if choice else EvictionState(), policy, staged.num_cached, 0)
 
     def _fill(self, stored: int, choice: Choice | None) -> None:
         while True:
@@ -444,13 +446,13 @@ class CrushMemory:
         sequence.free_slots = self.store.free_slots(sequence.stored)
         self.policy_seconds += time.perf_counter() - start
 
-    def _choose(self, sequence: Sequence, eviction: Eviction | None, *, is_read: bool) -> Choice | None:
+    def _choose(self, sequence: Sequence, eviction: EvictionSpec | None, *, is_read: bool) -> Choice | None:
         """What a policy wants to stay of the sequence; None if there is nothing to choose now."""
         is_staged = len(sequence.blocks) > 0
         length, kept = sequence.num_cached, sequence.kept
         if eviction is None or not eviction.wants(length, length - kept.num_evicted, is_read=is_read):
             return None
-        if eviction.policy.needs.replay and sequence.replay is None:  # it goes on from kept KV: nothing is staged
+        if eviction.policy.inputs.replay and sequence.replay is None:  # it goes on from kept KV: nothing is staged
             return None
         assert sequence.stored is not None
         blocks = sequence.blocks.ids
@@ -463,7 +465,7 @@ class CrushMemory:
             sequence.replay.scores if sequence.replay else None,
         )
 
-    def split_scores(self, rows: Items[RowPlan], outputs: list[np.ndarray]) -> dict[Sequence, AttentionScores]:
+    def split_scores(self, rows: Items[ScheduledTokens], outputs: list[np.ndarray]) -> dict[Sequence, AttentionScores]:
         """The scores of each sequence that asked in this step, from one flat output per layer, before `commit`."""
         asking = [row.sequence for row in rows if row.sequence.reduction_of(row.samples)]
         asking.sort(key=lambda s: not len(s.blocks))  # staged first, as in the plan
@@ -487,9 +489,9 @@ class CrushMemory:
         """Bytes of the tiles that a sequence can reach."""
         return 0 if sequence.stored is None else self.store.nbytes_of(sequence.stored)
 
-    def use(self) -> MemoryUse:
+    def use(self) -> KVCacheUsage:
         """The store's bytes; blocks are those that as many bytes of long prompts would take."""
         used = self.store.nbytes
         staging = self.pool.num_used * self.staging.bytes_per_block
         blocks = -int(-used // self._bytes_per_block) + self.pool.num_used
-        return MemoryUse(used, self.store.max_bytes, blocks, staging)
+        return KVCacheUsage(used, self.store.max_bytes, blocks, staging)

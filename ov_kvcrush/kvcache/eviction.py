@@ -10,8 +10,8 @@ import numpy as np
 
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.native import Store
-from ov_kvcrush.pipelines.backend import NO_WORDS, ReplayWords
-from ov_kvcrush.policies.base import CacheState, HeadState, LayerState, Needs, Policy, Selection
+from ov_kvcrush.pipelines.backend import NO_REPLAY_PROMPT, ReplayPrompt
+from ov_kvcrush.policies.base import CacheState, HeadState, Inputs, LayerState, Policy, Selection
 
 _TILE = 32  # tokens: what a head's last, partly filled tile can hold beyond its tokens
 PerHead = list[list[np.ndarray]]  # [layer][KV head]
@@ -21,7 +21,7 @@ ReadStaged = Callable[[int], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Eviction:
+class EvictionSpec:
     """What one request wants of its cache. spans: [begin, end) of the prompt that stay.
 
     words, num_prompt_tokens: for a policy that reads the prompt twice.
@@ -32,7 +32,7 @@ class Eviction:
 
     policy: Policy
     spans: tuple[tuple[int, int], ...] = ()
-    words: ReplayWords = NO_WORDS
+    words: ReplayPrompt = NO_REPLAY_PROMPT
     num_prompt_tokens: int = 0
     base: int = 0
     base_kept: int = 0
@@ -41,7 +41,7 @@ class Eviction:
     @property
     def window(self) -> int:
         """Query rows to be captured."""
-        return self.policy.needs.window
+        return self.policy.inputs.window
 
     @property
     def head(self) -> int:
@@ -64,7 +64,7 @@ class Eviction:
 
     def num_read_again(self, num_tokens: int) -> int:
         """Of a prompt that begins with nothing, the tokens that are read a second time."""
-        wants_replay = self.policy.needs.replay is not None and not self.base
+        wants_replay = self.policy.inputs.replay is not None and not self.base
         return num_tokens - self.head if wants_replay and self.wants(num_tokens, num_tokens, is_read=True) else 0
 
     def peak_tokens(self, length: int, chunk: int, num_evicted: int = 0) -> int:
@@ -72,11 +72,11 @@ class Eviction:
 
         num_evicted: of its tokens, in the KV that it goes on from.
         """
-        if self.policy.needs.replay and (self.base or num_evicted):  # nothing is read twice: all that is new stays
+        if self.policy.inputs.replay and (self.base or num_evicted):  # nothing is read twice: all that is new stays
             return length - num_evicted
         policy, length = self.policy, length - self.base
         always = policy.sink_tokens + policy.recent_tokens + sum(end - begin for begin, end in self.spans)
-        if policy.needs.replay:  # what comes after the prompt all stays
+        if policy.inputs.replay:  # what comes after the prompt all stays
             read = min(length, self.num_prompt_tokens)
             kept = max(policy.budget.tokens(read), policy.budget.min_tokens, always)
             return self.base_kept + min(length, kept + length - read + _TILE)
@@ -87,7 +87,7 @@ class Eviction:
         """Whether to choose now. cached: tokens a head holds on average. is_read: the prompt has just been read."""
         budget, spare = self.policy.budget, 0 if is_read else self.policy.stride
         num_tokens, cached = length - self.base, cached - self.base_kept
-        if not is_read and self.policy.needs.replay:  # what came since was not read twice
+        if not is_read and self.policy.inputs.replay:  # what came since was not read twice
             return False
         if num_tokens <= budget.min_tokens or cached - budget.tokens(num_tokens) <= spare:
             return False
@@ -106,7 +106,7 @@ def check_spans(spans: Items[tuple[int, int]], num_tokens: int) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class EvictionState:
     """What is left of a sequence's cache; forks share it.
 
     num_evicted: tokens that a head lost, on average. carried: what the policy remembers, for positions.
@@ -150,7 +150,7 @@ class Choice:
 
     offsets: np.ndarray
     indices: np.ndarray
-    kept: Kept
+    kept: EvictionState
 
 
 _NO_VECTORS: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
@@ -208,10 +208,10 @@ class CacheView:
 
     def choose(
         self,
-        eviction: Eviction,
+        eviction: EvictionSpec,
         seq: int,
         length: int,
-        before: Kept,
+        before: EvictionState,
         read_staged: ReadStaged | None = None,
         replayed: PerHead | None = None,
     ) -> Choice:
@@ -222,12 +222,12 @@ class CacheView:
         policy = eviction.policy
         orders = self._orders(seq, length, eviction.base, staged=read_staged is not None)
         layers = tuple(
-            self._layer(policy.needs, seq, layer, order, before, read_staged, replayed[layer] if replayed else None)
+            self._layer(policy.inputs, seq, layer, order, before, read_staged, replayed[layer] if replayed else None)
             for layer, order in enumerate(orders)
         )
         state = CacheState(layers, length, policy.protected(length, eviction.spans))
         selection = policy.select(state, policy.budget.tokens(length - eviction.base))
-        carried = policy.observe(state) if policy.needs.carried else None
+        carried = policy.observe(state) if policy.inputs.carried else None
         return _choice(state, selection, orders, carried, before)
 
     def _orders(self, seq: int, length: int, base: int, *, staged: bool) -> list[list[_Order]]:
@@ -241,11 +241,11 @@ class CacheView:
 
     def _layer(
         self,
-        needs: Needs,
+        inputs: Inputs,
         seq: int,
         layer: int,
         orders: list[_Order],
-        before: Kept,
+        before: EvictionState,
         read_staged: ReadStaged | None,
         replayed: list[np.ndarray] | None,
     ) -> LayerState:
@@ -253,16 +253,16 @@ class CacheView:
         attention: list[np.ndarray | None] = [None] * num_kv_heads
         queries: list[np.ndarray | None] = [None] * num_kv_heads
         vectors = [_NO_VECTORS] * num_kv_heads
-        if needs.window:
+        if inputs.window:
             rows, places = self._store.captured(seq, layer)
-            rows, places = rows[-needs.window :], places[-needs.window :]
-            flat = self._store.scores(seq, layer, rows, places, needs.reduce)
+            rows, places = rows[-inputs.window :], places[-inputs.window :]
+            flat = self._store.scores(seq, layer, rows, places, inputs.reduce)
             lengths = [len(order.positions) for order in orders]
             attention = list(split_heads(flat, num_heads // num_kv_heads, lengths))
-            if needs.queries:
+            if inputs.queries:
                 by_head = rows.reshape(len(rows), num_kv_heads, num_heads // num_kv_heads, -1)
                 queries = [by_head[:, head] for head in range(num_kv_heads)]
-        if needs.keys or needs.values:
+        if inputs.keys or inputs.values:
             if read_staged:
                 keys, values = read_staged(layer)
                 vectors = list(zip(keys, values, strict=True))
@@ -272,11 +272,11 @@ class CacheView:
             HeadState(
                 positions=order.asked,
                 attention=order.sort(attention[head], axis=1),
-                keys=order.sort(vectors[head][0], axis=0) if needs.keys else None,
-                values=order.sort(vectors[head][1], axis=0) if needs.values else None,
+                keys=order.sort(vectors[head][0], axis=0) if inputs.keys else None,
+                values=order.sort(vectors[head][1], axis=0) if inputs.values else None,
                 queries=queries[head],
-                carried=_carried(order.asked, before, layer, head) if needs.carried else None,
-                replayed=replayed[head] if replayed and needs.replay else None,
+                carried=_carried(order.asked, before, layer, head) if inputs.carried else None,
+                replayed=replayed[head] if replayed and inputs.replay else None,
             )
             for head, order in enumerate(orders)
         )
@@ -290,7 +290,7 @@ def split_heads(flat: np.ndarray, group: int, lengths: Items[int]) -> Iterator[n
         begin += group * length
 
 
-def _carried(positions: np.ndarray, before: Kept, layer: int, head: int) -> np.ndarray:
+def _carried(positions: np.ndarray, before: EvictionState, layer: int, head: int) -> np.ndarray:
     """What was remembered for each position, 0 for new ones."""
     values = np.zeros(len(positions), np.float32)
     if before.carried is not None:
@@ -303,7 +303,7 @@ def _carried(positions: np.ndarray, before: Kept, layer: int, head: int) -> np.n
 
 
 def _choice(
-    state: CacheState, selection: Selection, orders: list[list[_Order]], carried: PerHead | None, before: Kept
+    state: CacheState, selection: Selection, orders: list[list[_Order]], carried: PerHead | None, before: EvictionState
 ) -> Choice:
     staying = [
         [order.with_base(chosen) for chosen, order in zip(kept, of_layer, strict=True)]
@@ -316,7 +316,7 @@ def _choice(
     ]
     sizes = np.array([len(x) for x in indices], np.int64)
     positions = _picked([[order.positions for order in layer] for layer in orders], staying)
-    kept = Kept(
+    kept = EvictionState(
         num_evicted=state.length - int(sizes.sum()) // len(sizes),
         num_choices=before.num_choices + 1,
         positions=positions,

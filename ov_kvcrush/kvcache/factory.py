@@ -6,9 +6,9 @@ from ov_kvcrush import native
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.errors import CrushError, OutOfMemory
 from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, blocks_for
-from ov_kvcrush.kvcache.block_tensors import KVCache, cache_inputs, free_memory_bytes, staging_tensors
-from ov_kvcrush.kvcache.manager import Memory
-from ov_kvcrush.kvcache.paged import PagedCacheMemory
+from ov_kvcrush.kvcache.block_tensors import BlockTensors, cache_inputs, free_memory_bytes, staging_tensors
+from ov_kvcrush.kvcache.manager import KVCacheManager
+from ov_kvcrush.kvcache.paged import PagedTensorsKVCache
 from ov_kvcrush.model.load import LoadedModel
 
 _FREE_MEMORY_SHARE = 0.5  # of the free memory, taken by a cache without a given size
@@ -16,9 +16,9 @@ _STAGING_SHARE = 0.25  # of the free memory, at most, taken by staging blocks wi
 _STAGED_TOKENS = 65536  # of prompts read at the same time, where staging has no given size
 
 
-def make_memory(
-    model: LoadedModel, scheduler: SchedulerConfig, cache: CacheConfig, beside: Memory | None = None
-) -> Memory:
+def make_kv_cache_manager(
+    model: LoadedModel, scheduler: SchedulerConfig, cache: CacheConfig, beside: KVCacheManager | None = None
+) -> KVCacheManager:
     """The memory of an engine. Raises CrushError or OutOfMemory if the configs ask for what cannot be.
 
     beside: one over a store on the same model, whose staging blocks are shared; `cache.staging_bytes` does not hold
@@ -30,8 +30,8 @@ def make_memory(
     max_prefixes = None if scheduler.enable_prefix_caching else 1
     if model.attention == "paged":
         blocks = cache_inputs(model.compiled)
-        return PagedCacheMemory(KVCache(blocks, lambda size: _paged_blocks(scheduler, size)), max_prefixes)
-    from ov_kvcrush.kvcache.crush import CrushMemory
+        return PagedTensorsKVCache(BlockTensors(blocks, lambda size: _paged_blocks(scheduler, size)), max_prefixes)
+    from ov_kvcrush.kvcache.crush import CrushKVCache
 
     shapes = [layer.shape for layer in model.layers]
 
@@ -53,14 +53,14 @@ def make_memory(
             if model.pages_prompts
             else staging_tensors(model.layers, model.recent_precision)
         )
-        staging = KVCache(blocks, lambda size: _staging_blocks(cache, model.context_length, size) + 1)
+        staging = BlockTensors(blocks, lambda size: _staging_blocks(cache, model.context_length, size) + 1)
         pool = None
     else:
-        assert isinstance(beside, CrushMemory), "beside a memory without staging blocks"
+        assert isinstance(beside, CrushKVCache), "beside a memory without staging blocks"
         staging, pool = beside.staging, beside.pool
     heads = [(x.num_heads, x.num_kv_heads) for x in model.layers]
     store, chunk = make_store(max_bytes), scheduler.max_num_batched_tokens
-    return CrushMemory(
+    return CrushKVCache(
         store, heads, staging, max_prefixes, chunk, cache.prefix_bytes, pool, pages_prompts=model.pages_prompts
     )
 

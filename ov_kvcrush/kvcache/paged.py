@@ -9,20 +9,20 @@ import numpy as np
 import openvino as ov
 
 from ov_kvcrush.core.request import AttentionScores, Sequence
-from ov_kvcrush.core.snapshot import KeptKV
-from ov_kvcrush.engine.scheduler import RowPlan
+from ov_kvcrush.core.snapshot import KVSnapshot
+from ov_kvcrush.engine.scheduler import ScheduledTokens
 from ov_kvcrush.errors import ContextFileError
 from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, BlockPool, blocks_for
-from ov_kvcrush.kvcache.block_tensors import KVCache
-from ov_kvcrush.kvcache.eviction import Choice, Eviction
-from ov_kvcrush.kvcache.manager import MemoryUse
+from ov_kvcrush.kvcache.block_tensors import BlockTensors
+from ov_kvcrush.kvcache.eviction import Choice, EvictionSpec
+from ov_kvcrush.kvcache.manager import KVCacheUsage
 from ov_kvcrush.kvcache.prefix_cache import PrefixCache
 from ov_kvcrush.model.graph.rewrite import SAMPLED_ROWS
-from ov_kvcrush.pipelines.backend import HeldArrays
+from ov_kvcrush.pipelines.backend import SnapshotArrays
 from ov_kvcrush.policies.base import Policy
 
 
-class PagedMemory:
+class PagedKVCache:
     """Blocks of one pool, shared by sequences and kept prefixes; who writes into a shared block copies it first.
 
     A prompt gets all its blocks when it is admitted, a decoding sequence one at a time.
@@ -43,11 +43,11 @@ class PagedMemory:
         """Zero: all tokens stay."""
         return 0.0
 
-    def capacity_tokens(self, eviction: Eviction | None, num_evicted: int = 0) -> int:
+    def capacity_tokens(self, eviction: EvictionSpec | None, num_evicted: int = 0) -> int:
         """Tokens of all blocks."""
         return self.pool.num_blocks * BLOCK_SIZE
 
-    def refusal(self, num_tokens: int, eviction: Eviction | None, num_evicted: int = 0) -> str | None:
+    def refusal(self, num_tokens: int, eviction: EvictionSpec | None, num_evicted: int = 0) -> str | None:
         """Why a prompt can never be run; None if it can."""
         if blocks_for(num_tokens + 1) <= self.pool.num_blocks:
             return None
@@ -62,11 +62,11 @@ class PagedMemory:
         return 0
 
     @property
-    def is_crowded(self) -> bool:
+    def is_contended(self) -> bool:
         """False: nothing is shared."""
         return False
 
-    def admit(self, sequence: Sequence) -> bool:
+    def allocate(self, sequence: Sequence) -> bool:
         """Give a waiting sequence the blocks of all its tokens, those of a kept prefix among them."""
         kv, length = self.prefixes.match(sequence.ids[:]) or (np.zeros(0, np.int32), 0)
         shared = kv[: blocks_for(length)]
@@ -88,7 +88,7 @@ class PagedMemory:
             sequence.blocks.append(self.pool.allocate())
         return True
 
-    def make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+    def append_slots(self, sequence: Sequence, num_tokens: int) -> bool:
         """See that the next tokens have slots of their own. Those of a prompt have them since it was admitted."""
         needs_block = blocks_for(sequence.num_cached + num_tokens) > len(sequence.blocks)
         needs_copy = not needs_block and self.pool.is_shared(int(sequence.blocks.ids[-1]))
@@ -132,30 +132,30 @@ class PagedMemory:
         self.pool.share(blocks)
         self.prefixes.put(sequence.ids[: sequence.num_cached], blocks)
 
-    def hold(self, sequence: Sequence) -> KeptKV | None:
+    def hold(self, sequence: Sequence) -> KVSnapshot | None:
         """None: contexts live in the store."""
         return None
 
-    def take(self, staged: Sequence, policy: Policy | None, choice: Choice | None) -> KeptKV:
+    def take(self, staged: Sequence, policy: Policy | None, choice: Choice | None) -> KVSnapshot:
         """Contexts live in the store."""
         raise AssertionError("take() into paged memory")
 
-    def drop_held(self, kv: KeptKV) -> None:
+    def drop_held(self, kv: KVSnapshot) -> None:
         """Nothing was given."""
 
-    def share_held(self, kv: KeptKV) -> KeptKV:
+    def share_held(self, kv: KVSnapshot) -> KVSnapshot:
         """Nothing was given."""
         return kv
 
-    def bytes_held(self, kv: KeptKV) -> int:
+    def bytes_held(self, kv: KVSnapshot) -> int:
         """Nothing was given."""
         return 0
 
-    def dump_held(self, kv: KeptKV) -> HeldArrays:
+    def dump_held(self, kv: KVSnapshot) -> SnapshotArrays:
         """Nothing was given."""
         raise AssertionError("dump_held() of paged memory")
 
-    def load_held(self, held: HeldArrays, policy: Policy | None, base: int, base_kept: int) -> KeptKV:
+    def load_held(self, held: SnapshotArrays, policy: Policy | None, base: int, base_kept: int) -> KVSnapshot:
         """Contexts live in the store."""
         raise ContextFileError("attention must be 'crush' to load a context, got 'paged'")
 
@@ -163,23 +163,23 @@ class PagedMemory:
         """Give back the blocks of ended sequences."""
         self.prefixes.clear()
 
-    def step_inputs(self, rows: Items[RowPlan]) -> dict[str, np.ndarray]:
+    def step_inputs(self, rows: Items[ScheduledTokens]) -> dict[str, np.ndarray]:
         """See `paged_inputs`; sampled_rows i64 (rows that sample,)."""
         return {**paged_inputs(rows), **row_inputs(rows), SAMPLED_ROWS: sampled_rows(rows)}
 
-    def commit(self, rows: Items[RowPlan]) -> list[Sequence]:
+    def commit(self, rows: Items[ScheduledTokens]) -> list[Sequence]:
         """Nothing is left to do: PagedAttention has written the blocks."""
         return []
 
-    def split_scores(self, rows: Items[RowPlan], outputs: list[np.ndarray]) -> dict[Sequence, AttentionScores]:
+    def split_scores(self, rows: Items[ScheduledTokens], outputs: list[np.ndarray]) -> dict[Sequence, AttentionScores]:
         """Nobody can ask: stock PagedAttention sums its scores over heads."""
         return {}
 
 
-class PagedCacheMemory(PagedMemory):
-    """PagedMemory with the tensors of a compiled model."""
+class PagedTensorsKVCache(PagedKVCache):
+    """PagedKVCache with the tensors of a compiled model."""
 
-    def __init__(self, cache: KVCache, max_prefixes: int | None) -> None:
+    def __init__(self, cache: BlockTensors, max_prefixes: int | None) -> None:
         super().__init__(BlockPool(cache.num_blocks), max_prefixes, cache.copy_block)
         self._cache = cache
 
@@ -191,14 +191,14 @@ class PagedCacheMemory(PagedMemory):
         """Bytes of the sequence's blocks."""
         return len(sequence.blocks) * self._cache.bytes_per_block
 
-    def use(self) -> MemoryUse:
+    def use(self) -> KVCacheUsage:
         """Blocks in use times their bytes."""
-        return MemoryUse(
+        return KVCacheUsage(
             self.pool.num_used * self._cache.bytes_per_block, self._cache.capacity_bytes, self.pool.num_used
         )
 
 
-def row_inputs(rows: Items[RowPlan]) -> dict[str, np.ndarray]:
+def row_inputs(rows: Items[ScheduledTokens]) -> dict[str, np.ndarray]:
     """input_ids, position_ids i64 (T,) of T rows."""
     ids = [row.sequence.ids[row.sequence.num_cached : row.sequence.num_cached + row.num_tokens] for row in rows]
     counts = np.array([row.num_tokens for row in rows])
@@ -208,7 +208,7 @@ def row_inputs(rows: Items[RowPlan]) -> dict[str, np.ndarray]:
     return {"input_ids": np.concatenate(ids), "position_ids": positions}
 
 
-def paged_inputs(rows: Items[RowPlan]) -> dict[str, np.ndarray]:
+def paged_inputs(rows: Items[ScheduledTokens]) -> dict[str, np.ndarray]:
     """PagedAttention's inputs for B sequences, none at all included.
 
     past_lens i32 (B,) · subsequence_begins, block_indices_begins i32 (B+1,) · block_indices i32 (all blocks,) ·
@@ -231,13 +231,13 @@ def paged_inputs(rows: Items[RowPlan]) -> dict[str, np.ndarray]:
     }
 
 
-def sampled_rows(rows: Items[RowPlan]) -> np.ndarray:
+def sampled_rows(rows: Items[ScheduledTokens]) -> np.ndarray:
     """i64: the last row of each that samples, in a step whose rows are in this order."""
     ends = np.cumsum([row.num_tokens for row in rows])
     return ends[[row.samples for row in rows]] - 1
 
 
-def with_lone_rows(inputs: dict[str, np.ndarray], num_rows: int, block: int) -> dict[str, np.ndarray]:
+def with_dummy_rows(inputs: dict[str, np.ndarray], num_rows: int, block: int) -> dict[str, np.ndarray]:
     """PagedAttention's inputs, and behind its sequences `num_rows` of one token each, all in `block`.
 
     What PagedAttention makes of them is not read; it must be given all rows that there are.

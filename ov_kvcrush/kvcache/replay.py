@@ -14,14 +14,14 @@ import numpy as np
 from ov_kvcrush.core.request import REDUCTIONS, AttentionScores, Sequence, TokenIds
 from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, blocks_for
 from ov_kvcrush.kvcache.eviction import PerHead
-from ov_kvcrush.pipelines.backend import ReplayWords
+from ov_kvcrush.pipelines.backend import ReplayPrompt
 from ov_kvcrush.policies.base import Replay
 
 ROWS = 512  # of one step: their queries are held for all layers
 REMINDER = 8  # tokens before a chunk that its instruction names
 
 
-def replay_blocks(replay: Replay, words: ReplayWords, num_tokens: int) -> int:
+def replay_blocks(replay: Replay, words: ReplayPrompt, num_tokens: int) -> int:
     """Blocks that the readers of a prompt need beside its own."""
     chunk = min(blocks_for(replay.chunk) * BLOCK_SIZE, num_tokens)
     asked = max(len(words.first), len(words.again) + REMINDER) + len(words.answer)
@@ -72,9 +72,9 @@ class ReplayState:
     def __init__(self, parent: Sequence, own_blocks: np.ndarray) -> None:
         eviction = parent.request.replayer
         assert eviction is not None, "a replay that nobody asked for"
-        assert eviction.policy.needs.replay is not None
+        assert eviction.policy.inputs.replay is not None
         self._parent = parent
-        self._replay = eviction.policy.needs.replay
+        self._replay = eviction.policy.inputs.replay
         self._words = eviction.words
         self._own_blocks = own_blocks
         self._head = eviction.head

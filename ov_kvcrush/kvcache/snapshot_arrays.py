@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ov_kvcrush.core.snapshot import KeptKV
+from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.errors import ContextFileError, OutOfMemory
-from ov_kvcrush.kvcache.eviction import Kept, PerHead
+from ov_kvcrush.kvcache.eviction import EvictionState, PerHead
 from ov_kvcrush.native import Store, StoreFull
-from ov_kvcrush.pipelines.backend import HeldArrays
+from ov_kvcrush.pipelines.backend import SnapshotArrays
 from ov_kvcrush.policies.base import Policy
 
 Frozen = tuple[tuple[np.ndarray, ...], ...]
@@ -18,7 +18,7 @@ Frozen = tuple[tuple[np.ndarray, ...], ...]
 
 @dataclass(frozen=True, eq=False)
 class Dumped:
-    """What HeldArrays says."""
+    """What SnapshotArrays says."""
 
     heads: np.ndarray
     tiles: np.ndarray
@@ -28,7 +28,7 @@ class Dumped:
     representatives: Frozen | None
 
 
-def dump(store: Store, kv: KeptKV) -> Dumped:
+def dump(store: Store, kv: KVSnapshot) -> Dumped:
     """Held KV as arrays."""
     heads, tiles = store.dump(kv.stored)
     kept = kv.kept
@@ -41,7 +41,7 @@ def dump(store: Store, kv: KeptKV) -> Dumped:
     return Dumped(heads, tiles, kept.num_evicted, kept.num_choices, carried, representatives)
 
 
-def load(store: Store, num_kv_heads: list[int], held: HeldArrays, policy: Policy | None) -> KeptKV:
+def load(store: Store, num_kv_heads: list[int], held: SnapshotArrays, policy: Policy | None) -> KVSnapshot:
     """Held KV from arrays. Raises ContextFileError for what this store could not have made, OutOfMemory for no room."""
     try:
         stored = store.load(np.ascontiguousarray(held.heads), held.tiles)
@@ -54,13 +54,13 @@ def load(store: Store, num_kv_heads: list[int], held: HeldArrays, policy: Policy
             [np.sort(store.positions(stored, layer, head)) for head in range(count)]
             for layer, count in enumerate(num_kv_heads)
         ]
-        return KeptKV(stored, _kept(held, positions), policy, _length(held, positions), 0)
+        return KVSnapshot(stored, _kept(held, positions), policy, _length(held, positions), 0)
     except BaseException:
         store.release(stored)
         raise
 
 
-def _length(held: HeldArrays, positions: PerHead) -> int:
+def _length(held: SnapshotArrays, positions: PerHead) -> int:
     """Tokens of the text."""
     sizes = [len(x) for layer in positions for x in layer]
     length = held.num_evicted + sum(sizes) // len(sizes)
@@ -70,9 +70,9 @@ def _length(held: HeldArrays, positions: PerHead) -> int:
     return length
 
 
-def _kept(held: HeldArrays, positions: PerHead) -> Kept:
+def _kept(held: SnapshotArrays, positions: PerHead) -> EvictionState:
     if not held.num_choices:
-        return Kept()
+        return EvictionState()
     carried, representatives = _as_lists(held.carried), _as_lists(held.representatives)
     for name, values in (("carried", carried), ("representatives", representatives)):
         if values is not None and [len(x) for x in values] != [len(x) for x in positions]:
@@ -80,7 +80,7 @@ def _kept(held: HeldArrays, positions: PerHead) -> Kept:
     for mine, others in zip(carried or [], positions, strict=False):
         if [len(x) for x in mine] != [len(x) for x in others]:
             raise ContextFileError("carried must have a value for each token, got another number")
-    return Kept(held.num_evicted, held.num_choices, positions, carried, representatives)
+    return EvictionState(held.num_evicted, held.num_choices, positions, carried, representatives)
 
 
 def _as_lists(values: Frozen | None) -> PerHead | None:

@@ -12,7 +12,7 @@ from ov_kvcrush.core.outputs import GenerationOutput, PipelineMetrics, RequestSt
 from ov_kvcrush.policies.base import Policy
 
 if TYPE_CHECKING:
-    from ov_kvcrush.core.snapshot import KeptKV
+    from ov_kvcrush.core.snapshot import KVSnapshot
 
 
 def _no_tokens() -> np.ndarray:
@@ -20,7 +20,7 @@ def _no_tokens() -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class ReplayWords:
+class ReplayPrompt:
     """Token ids int64 (n,) that stand between a text and its repetition, for policies that read a prompt twice.
 
     first: "repeat this". again: "repeat this from the place where it says", followed by the last tokens before the
@@ -32,11 +32,11 @@ class ReplayWords:
     answer: np.ndarray = field(default_factory=_no_tokens)
 
 
-NO_WORDS = ReplayWords()
+NO_REPLAY_PROMPT = ReplayPrompt()
 
 
 @dataclass(frozen=True, eq=False)
-class Other:
+class FanOut:
     """A policy that chooses from the prompt of somebody else's request. home: the engine that holds what it chose, the
     one that reads or one beside it; None = the one that reads.
     """
@@ -46,15 +46,15 @@ class Other:
 
 
 @dataclass(frozen=True)
-class CacheUse:
+class CacheParams:
     """What one request wants of the KV cache.
 
     keep_kv: leave the KV for a prompt that goes on from it. policy: which tokens stay, None = as the engine was told.
     protect: spans [begin, end) of the prompt's tokens that stay. system: the span of the system prompt, which stays
     too; it need not fit the policy's budget. words: for policies that read the prompt twice.
     context: KV that the prompt's first tokens have already; a policy chooses from what follows. hold: hand the
-    KV out at the end, as `Handle.held`. reads_only: end when the prompt is read, without a token. others: policies that
-    choose from the same reading of the prompt, each for KV of its own, `Handle.held_others`; with reads_only, and
+    KV out at the end, as `Handle.held`. prefill_only: end when the prompt is read, without a token. others: policies
+    that choose from the same reading of the prompt, each for KV of its own, `Handle.held_others`; with prefill_only, and
     nothing is held of the request itself then.
     """
 
@@ -62,17 +62,17 @@ class CacheUse:
     policy: Policy | None = None
     protect: tuple[tuple[int, int], ...] = ()
     system: tuple[int, int] | None = None
-    words: ReplayWords = NO_WORDS
-    context: KeptKV | None = None
+    words: ReplayPrompt = NO_REPLAY_PROMPT
+    context: KVSnapshot | None = None
     hold: bool = False
-    reads_only: bool = False
-    others: tuple[Other, ...] = ()
+    prefill_only: bool = False
+    others: tuple[FanOut, ...] = ()
 
 
-AS_CONFIGURED = CacheUse()
+DEFAULT_CACHE_PARAMS = CacheParams()
 
 
-class HeldArrays(Protocol):
+class SnapshotArrays(Protocol):
     """Held KV as arrays.
 
     heads, tiles: as Store.dump gives them. carried float32, representatives int32: [layer][KV head], as in Kept.
@@ -124,10 +124,10 @@ class Handle(Protocol):
     def get_stats(self) -> RequestStats: ...
 
     @property
-    def held(self) -> KeptKV | None: ...
+    def held(self) -> KVSnapshot | None: ...
 
     @property
-    def held_others(self) -> list[KeptKV]: ...
+    def held_others(self) -> list[KVSnapshot]: ...
 
     @property
     def progress(self) -> tuple[int, int]: ...
@@ -137,26 +137,26 @@ class Backend(Protocol):
     """An engine: requests are added, `step` moves all of them on."""
 
     def add(
-        self, request_id: int, ids: np.ndarray, config: ov_genai.GenerationConfig, cache: CacheUse = ...
+        self, request_id: int, ids: np.ndarray, config: ov_genai.GenerationConfig, cache: CacheParams = ...
     ) -> Handle: ...
 
     def step(self) -> None: ...
 
-    def end_wanted(self) -> None: ...
+    def process_aborts(self) -> None: ...
 
     def has_unfinished(self) -> bool: ...
 
     def drop_kept_kv(self) -> None: ...
 
-    def drop_held(self, kv: KeptKV) -> None: ...
+    def drop_held(self, kv: KVSnapshot) -> None: ...
 
-    def share_held(self, kv: KeptKV) -> KeptKV: ...
+    def share_held(self, kv: KVSnapshot) -> KVSnapshot: ...
 
-    def bytes_held(self, kv: KeptKV) -> int: ...
+    def bytes_held(self, kv: KVSnapshot) -> int: ...
 
-    def dump_held(self, kv: KeptKV) -> HeldArrays: ...
+    def dump_held(self, kv: KVSnapshot) -> SnapshotArrays: ...
 
-    def load_held(self, held: HeldArrays, policy: Policy | None, base: int, base_kept: int) -> KeptKV: ...
+    def load_held(self, held: SnapshotArrays, policy: Policy | None, base: int, base_kept: int) -> KVSnapshot: ...
 
     def storage(self) -> dict[str, str]: ...
 

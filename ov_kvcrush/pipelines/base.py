@@ -20,7 +20,7 @@ from ov_kvcrush.core.outputs import GenerationOutput, PerfMetrics, PipelineMetri
 from ov_kvcrush.core.sampling_params import make_generation_config
 from ov_kvcrush.errors import ModelError, OutOfMemory, RequestError, reason_of
 from ov_kvcrush.model.folder import check_model_folder
-from ov_kvcrush.pipelines.backend import NO_WORDS, Backend, CacheUse, Handle, Other, ReplayWords
+from ov_kvcrush.pipelines.backend import NO_REPLAY_PROMPT, Backend, CacheParams, FanOut, Handle, ReplayPrompt
 from ov_kvcrush.pipelines.beside import backend_beside, others_for
 from ov_kvcrush.pipelines.streaming import Streamer, make_sink, pump
 from ov_kvcrush.policies.base import Policy
@@ -31,7 +31,7 @@ from ov_kvcrush.prompts.encoder import PromptEncoder
 from ov_kvcrush.prompts.spans import CacheWish, Protect
 
 if TYPE_CHECKING:
-    from ov_kvcrush.core.snapshot import KeptKV
+    from ov_kvcrush.core.snapshot import KVSnapshot
 
 Progress = Callable[[int, int], None]  # tokens that were read, and all
 AnyPipeline = TypeVar("AnyPipeline", bound="PipelineBase")
@@ -61,7 +61,7 @@ class PipelineBase:
         self._config = load_generation_config(folder, self._tokenizer)
         self._encoder = PromptEncoder(self._tokenizer)
         self._contexts = ContextEncoder(self._encoder, self._tokenizer)
-        self._words: ReplayWords | None = None
+        self._words: ReplayPrompt | None = None
         backend = make_backend(
             self._engine_name, folder, device, scheduler_config, cache_config, properties, self._tokenizer, self._config
         )
@@ -131,7 +131,7 @@ class PipelineBase:
         first = state.messages[0] if state.messages and not state.is_open else {}
         system = first["content"] if first.get("role") == "system" else ""
         use = CacheWish(chosen, protect, system=system, words=self._words_for(chosen)).of(ids, self._tokenizer)
-        use = replace(use, system=(0, head) if head else use.system, reads_only=True)
+        use = replace(use, system=(0, head) if head else use.system, prefill_only=True)
         key = (ids.tobytes(), chosen, use.protect, use.system)
         known = self._compressed.get(key)
         if known is not None and known.is_open:
@@ -166,9 +166,9 @@ class PipelineBase:
             raise RequestError("policies must have at least one, got none")
         homes = [self] * len(policies) if pipelines is None else list(pipelines)
         others = others_for(policies, homes)
-        words = next((w for w in map(self._words_for, policies) if w is not NO_WORDS), NO_WORDS)
+        words = next((w for w in map(self._words_for, policies) if w is not NO_REPLAY_PROMPT), NO_REPLAY_PROMPT)
         system = (0, head) if head else None
-        use = CacheUse(policy=KeepAll(), system=system, words=words, reads_only=True, others=others)
+        use = CacheParams(policy=KeepAll(), system=system, words=words, prefill_only=True, others=others)
         handle = self._read_handle(ids, use, progress)
         state = ContextText(self._tokenizer.decode(ids.tolist()))
         return [
@@ -184,7 +184,7 @@ class PipelineBase:
         asked: a context and the token ids int64 (T,) of a question that follows it. Policies choose nothing more.
         """
         rows = [np.concatenate([context.ids, ids]) for context, ids in asked]
-        uses = [CacheUse(policy=KeepAll(), context=context.of(self)) for context, _ in asked]
+        uses = [CacheParams(policy=KeepAll(), context=context.of(self)) for context, _ in asked]
         settings = self._options(config, {})
         metrics = self._new_metrics()
         handles = self._run(rows, [settings] * len(rows), None, metrics, uses)
@@ -194,16 +194,16 @@ class PipelineBase:
         kv = context.of(self)
         state, more = self._contexts.more(context.content, text, self._new_metrics())
         ids = np.concatenate([context.ids, more])
-        use = CacheUse(policy=policy or KeepAll(), context=kv, reads_only=True)
+        use = CacheParams(policy=policy or KeepAll(), context=kv, prefill_only=True)
         return Context(self, ids, state, self._read(ids, use, progress).as_base(), context.chosen_by)
 
-    def _read(self, ids: np.ndarray, use: CacheUse, progress: Progress | None) -> KeptKV:
+    def _read(self, ids: np.ndarray, use: CacheParams, progress: Progress | None) -> KVSnapshot:
         """Run a prompt without an answer; its KV."""
         handle = self._read_handle(ids, use, progress)
         assert handle.held is not None
         return handle.held
 
-    def _read_handle(self, ids: np.ndarray, use: CacheUse, progress: Progress | None) -> Handle:
+    def _read_handle(self, ids: np.ndarray, use: CacheParams, progress: Progress | None) -> Handle:
         handle = self._backend.add(next(self._ids), ids, self._options(None, {"max_new_tokens": 1}), use)
         self._active.append(handle)
         num_read = 0
@@ -227,20 +227,20 @@ class PipelineBase:
             f"context must fit into the KV store beside what is there, got {len(ids)} tokens; raise max_bytes"
         )
 
-    def _give_up(self, handles: list[Handle], others: Sequence[Other] = ()) -> None:
+    def _give_up(self, handles: list[Handle], others: Sequence[FanOut] = ()) -> None:
         """End requests that nobody waits for any more, and give back what they hand out. others: of each of them."""
         for handle in handles:
             handle.cancel()
-        self._backend.end_wanted()
+        self._backend.process_aborts()
         for handle in handles:
             if handle.held is not None:
                 self._backend.drop_held(handle.held)
             for kv, other in zip(handle.held_others, others, strict=False):  # one that had no room ended it
                 (other.home or self._backend).drop_held(kv)
 
-    def _words_for(self, policy: Policy | None) -> ReplayWords:
-        if policy is None or not policy.needs.replay:
-            return NO_WORDS
+    def _words_for(self, policy: Policy | None) -> ReplayPrompt:
+        if policy is None or not policy.inputs.replay:
+            return NO_REPLAY_PROMPT
         if self._words is None:
             self._words = self._contexts.words(self._new_metrics())
         return self._words
@@ -259,7 +259,7 @@ class PipelineBase:
         configs: list[ov_genai.GenerationConfig],
         streamer: Streamer | None,
         metrics: PerfMetrics,
-        caches: list[CacheUse],
+        caches: list[CacheParams],
     ) -> list[Handle]:
         """Run prompts to their end together. Fills `metrics`. If anything is raised, none of them is left running."""
         start = time.perf_counter()
@@ -280,7 +280,7 @@ class PipelineBase:
                 if goes_on:  # another thread's step may have brought the last tokens
                     pump(handles[0], sink)
                 sink.end()
-            self._backend.end_wanted()
+            self._backend.process_aborts()
         except BaseException:
             self._give_up(handles)
             raise

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError, RequestError
-from ov_kvcrush.pipelines.backend import Backend, Other
+from ov_kvcrush.pipelines.backend import Backend, FanOut
 
 if TYPE_CHECKING:
     from ov_kvcrush.pipelines.base import PipelineBase
@@ -36,7 +36,7 @@ def backend_beside(backend: Backend, cache_config: Any) -> Backend:
     return backend.make_beside(settings)
 
 
-def others_for(policies: Sequence[Policy], pipelines: Sequence[PipelineBase]) -> tuple[Other, ...]:
+def others_for(policies: Sequence[Policy], pipelines: Sequence[PipelineBase]) -> tuple[FanOut, ...]:
     """Each policy with the engine of the pipeline that takes what it chose. Raises RequestError for another number."""
     if len(pipelines) != len(policies):
         raise RequestError(f"pipelines must be one for each of {len(policies)} policies, got {len(pipelines)}")
@@ -46,4 +46,4 @@ def others_for(policies: Sequence[Policy], pipelines: Sequence[PipelineBase]) ->
         if home is None:
             raise RequestError(f"pipelines must be pipelines, got {type(pipeline).__name__}")
         homes.append(home)
-    return tuple(Other(policy, home) for policy, home in zip(policies, homes, strict=True))
+    return tuple(FanOut(policy, home) for policy, home in zip(policies, homes, strict=True))

@@ -23,7 +23,7 @@ from ov_kvcrush.prompts.encoder import check_text, rows_of
 from ov_kvcrush.prompts.spans import CacheWish, Protect, system_text
 
 if TYPE_CHECKING:
-    from ov_kvcrush.core.snapshot import KeptKV
+    from ov_kvcrush.core.snapshot import KVSnapshot
 
 CANCEL = ov_genai.GenerationStatus.CANCEL
 
@@ -244,7 +244,7 @@ class LLMPipeline(PipelineBase):
                 self._go_on(begun, handle.held, state, np.concatenate([ids, said_ids]).astype(np.int64))
         return results, handle.get_status()
 
-    def _go_on(self, begun: Context, held: KeptKV, state: ContextText, ids: np.ndarray) -> None:
+    def _go_on(self, begun: Context, held: KVSnapshot, state: ContextText, ids: np.ndarray) -> None:
         """The chat's context from now on. Where the cached tokens are not the conversation's, it is what it was."""
         # The last token of the answer was not run: a request that goes on from it runs it first.
         new = Context(self, ids, state, held, begun.chosen_by)

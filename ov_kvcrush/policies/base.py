@@ -47,7 +47,7 @@ class Replay:
 
 
 @dataclass(frozen=True)
-class Needs:
+class Inputs:
     """What a policy wants to see of the cache. What it does not ask for is not computed.
 
     window: the last query rows whose attention is wanted, 0 = none. With fewer tokens than that, all of them.
@@ -66,11 +66,11 @@ class Needs:
     carried: bool = False
     replay: Replay | None = None
 
-    def __or__(self, other: Needs) -> Needs:
+    def __or__(self, other: Inputs) -> Inputs:
         """Needs of two parts. Both must want the same reduction if both want attention."""
         if self.window and other.window and self.reduce != other.reduce:
             raise CrushError(f"reduce must be the same for all parts of a policy, got {self.reduce} and {other.reduce}")
-        return Needs(
+        return Inputs(
             window=max(self.window, other.window),
             reduce=self.reduce if self.window else other.reduce,
             keys=self.keys or other.keys,
@@ -177,19 +177,19 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Part(ABC):
+class Component(ABC):
     """A scorer, a splitter or a policy: frozen, its fields are its settings."""
 
     name: ClassVar[str]
 
     @property
-    def needs(self) -> Needs:
+    def inputs(self) -> Inputs:
         """What it wants to see."""
-        return Needs()
+        return Inputs()
 
 
 @dataclass(frozen=True)
-class Scorer(Part):
+class Scorer(Component):
     """Says how much each cached token matters."""
 
     @abstractmethod
@@ -200,14 +200,14 @@ class Scorer(Part):
         """[K] float32 (S,), to be remembered for the tokens that stay; None unless `needs.carried`."""
         return None
 
-    def observe_all(self, state: CacheState) -> list[list[np.ndarray]]:
+    def update_all(self, state: CacheState) -> list[list[np.ndarray]]:
         """The same for all layers, of a scorer that carries."""
         seen = [self.observe(layer, index, state.length) for index, layer in enumerate(state.layers)]
         return [layer for layer in seen if layer is not None]
 
 
 @dataclass(frozen=True)
-class Splitter(Part):
+class BudgetAllocator(Component):
     """Says how many tokens each KV head keeps."""
 
     @abstractmethod
@@ -220,7 +220,7 @@ class Splitter(Part):
 
 
 @dataclass(frozen=True)
-class Policy(Part):
+class Policy(Component):
     """Decides what stays in the cache of a sequence.
 
     budget: how much. sink_tokens, recent_tokens: the first and the last tokens of the text, which always stay.

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from ov_kvcrush.errors import CrushError, nearest
-from ov_kvcrush.policies.base import Budget, Policy, Scorer, Splitter
+from ov_kvcrush.policies.base import Budget, BudgetAllocator, Policy, Scorer
 from ov_kvcrush.policies.budgets.ada_kv import AdaKV
 from ov_kvcrush.policies.budgets.global_threshold import Global
 from ov_kvcrush.policies.budgets.kv_compress import Pages
@@ -36,7 +36,7 @@ PolicyLike = Policy | str | Mapping[str, Setting] | None  # itself, its name, it
 SCORERS: Mapping[str, type[Scorer]] = {
     cls.name: cls for cls in (SnapKV, H2O, TOVA, StreamingLLM, Knorm, KeyDiff, ExpectedAttention, Random, RKV, KVzip)
 }
-SPLITTERS: Mapping[str, type[Splitter]] = {
+SPLITTERS: Mapping[str, type[BudgetAllocator]] = {
     cls.name: cls for cls in (Uniform, PyramidKV, AdaKV, Global, Pages, WholeHeads)
 }
 # Field of a policy that holds a part: the setting that chooses the part, and what there is to choose from.
@@ -180,11 +180,11 @@ def name_of(policy: Policy) -> str:
         return policy.name
 
 
-def _parts(scorer: type[Scorer], splitter: type[Splitter]) -> Settings:
+def _parts(scorer: type[Scorer], splitter: type[BudgetAllocator]) -> Settings:
     return {"kept": DEFAULT_KEPT, "scorer": scorer.name, "split": splitter.name}
 
 
-def _scored(scorer: type[Scorer], splitter: type[Splitter] = Uniform, **presets: Setting) -> Recipe:
+def _scored(scorer: type[Scorer], splitter: type[BudgetAllocator] = Uniform, **presets: Setting) -> Recipe:
     about = (scorer,) if splitter is Uniform else (scorer, splitter)
     return Recipe(Scored, about, {**_parts(scorer, splitter), **presets}, open=("split",))
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ov_kvcrush.policies.base import CacheState, Needs, Policy, Scorer, Selection, Splitter, top_with_protected
+from ov_kvcrush.policies.base import BudgetAllocator, CacheState, Inputs, Policy, Scorer, Selection, top_with_protected
 from ov_kvcrush.policies.budgets.uniform import Uniform
 
 
@@ -22,11 +22,11 @@ class Scored(Policy):
 
     name: ClassVar[str] = "scored"
     scorer: Scorer = field(kw_only=True)
-    splitter: Splitter = field(default_factory=Uniform, kw_only=True)
+    splitter: BudgetAllocator = field(default_factory=Uniform, kw_only=True)
 
     @property
-    def needs(self) -> Needs:
-        return self.scorer.needs | self.splitter.needs
+    def inputs(self) -> Inputs:
+        return self.scorer.inputs | self.splitter.inputs
 
     def select(self, state: CacheState, tokens: int) -> Selection:
         scores = [self.scorer.score(layer, index, state.length) for index, layer in enumerate(state.layers)]
@@ -41,4 +41,4 @@ class Scored(Policy):
         return Selection(kept)
 
     def observe(self, state: CacheState) -> list[list[np.ndarray]] | None:
-        return self.scorer.observe_all(state) if self.needs.carried else None
+        return self.scorer.update_all(state) if self.inputs.carried else None

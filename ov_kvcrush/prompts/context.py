@@ -11,7 +11,7 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.core.outputs import PerfMetrics
 from ov_kvcrush.errors import RequestError
-from ov_kvcrush.pipelines.backend import ReplayWords
+from ov_kvcrush.pipelines.backend import ReplayPrompt
 from ov_kvcrush.prompts.encoder import PromptEncoder, check_text
 
 BETWEEN = "\n\n"  # a text and the question about it
@@ -100,10 +100,10 @@ class ContextEncoder:
             raise RequestError("context must stay as it is when it is asked, got a chat template that changes it")
         return np.concatenate([ids, self._ids(rendered[len(context.rendered) :], metrics)])
 
-    def words(self, metrics: PerfMetrics) -> ReplayWords:
+    def words(self, metrics: PerfMetrics) -> ReplayPrompt:
         """What stands between a text and its repetition, as KVzip asks for it."""
         answer = self._after_message(metrics) if self._has_template else ""
-        return ReplayWords(
+        return ReplayPrompt(
             first=self._ids("\n\nRepeat the previous context exactly.", metrics),
             again=self._ids("\n\nRepeat the part of the previous context exactly, starting with", metrics),
             answer=self._ids(answer or "\n", metrics),

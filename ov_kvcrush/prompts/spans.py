@@ -10,11 +10,11 @@ import numpy as np
 import openvino_genai as ov_genai
 
 from ov_kvcrush.errors import RequestError
-from ov_kvcrush.pipelines.backend import NO_WORDS, CacheUse, ReplayWords
+from ov_kvcrush.pipelines.backend import NO_REPLAY_PROMPT, CacheParams, ReplayPrompt
 from ov_kvcrush.policies.base import Policy
 
 if TYPE_CHECKING:
-    from ov_kvcrush.core.snapshot import KeptKV
+    from ov_kvcrush.core.snapshot import KVSnapshot
 
 _FIRST_LOOK = 256  # tokens that are decoded to look for a passage; then twice as many
 Protect = Sequence[Any]  # of passages (str) and spans (begin, end) of tokens
@@ -24,18 +24,18 @@ Protect = Sequence[Any]  # of passages (str) and spans (begin, end) of tokens
 class CacheWish:
     """policy: None = as the pipeline was told. protect: passages and spans of tokens that stay. system: the text of the
     system prompt, which stays if it is found, with what stands before it. keep_kv: leave the KV for a prompt that goes
-    on from this one. words, context, hold: as of CacheUse.
+    on from this one. words, context, hold: as of CacheParams.
     """
 
     policy: Policy | None = None
     protect: Protect = ()
     keep_kv: bool = False
     system: str = ""
-    words: ReplayWords = NO_WORDS
-    context: KeptKV | None = None
+    words: ReplayPrompt = NO_REPLAY_PROMPT
+    context: KVSnapshot | None = None
     hold: bool = False
 
-    def of(self, ids: np.ndarray, tokenizer: ov_genai.Tokenizer) -> CacheUse:
+    def of(self, ids: np.ndarray, tokenizer: ov_genai.Tokenizer) -> CacheParams:
         """The same for the tokens of one prompt. Raises RequestError for a passage that is not in it."""
         if isinstance(self.protect, (str, bytes)) or not isinstance(self.protect, Sequence):
             raise RequestError(f"protect must be a list of passages and spans (begin, end), got {self.protect!r}")
@@ -48,7 +48,7 @@ class CacheWish:
             spans.append(span)
         found = text.find(self.system)
         system = (0, found[1]) if found else None
-        return CacheUse(
+        return CacheParams(
             self.keep_kv, self.policy, tuple(spans), system, self.words, context=self.context, hold=self.hold
         )
 

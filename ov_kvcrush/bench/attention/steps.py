@@ -12,8 +12,8 @@ from ov_kvcrush import native
 from ov_kvcrush.bench.attention.graph import CHUNK, Inputs, Shape, Tokens, attention_model, index_of, widths_of
 from ov_kvcrush.kvcache.attention_plan import PlanEntry, write_plan
 from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE
-from ov_kvcrush.kvcache.block_tensors import KVCache, cache_inputs
-from ov_kvcrush.kvcache.paged import paged_inputs, with_lone_rows
+from ov_kvcrush.kvcache.block_tensors import BlockTensors, cache_inputs
+from ov_kvcrush.kvcache.paged import paged_inputs, with_dummy_rows
 from ov_kvcrush.model.graph.attention import AttentionLayer, attention_ops
 from ov_kvcrush.model.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, PAGED_ROWS, use_crush_attention
 from ov_kvcrush.model.plugin import open_core
@@ -44,7 +44,7 @@ class StockAttention:
 
     def fill(self, tokens: Tokens, shape: Shape) -> None:
         """Cache these tokens and get ready for the next one of each sequence."""
-        self._cache = KVCache(self._tensors, lambda _: shape.batch * shape.blocks_each)
+        self._cache = BlockTensors(self._tensors, lambda _: shape.batch * shape.blocks_each)
         for request in self._requests.values():
             self._cache.bind(request)
         filler = next(iter(self._requests.values()))
@@ -101,7 +101,7 @@ class CrushAttention:
         properties = {**properties, "KV_CACHE_PRECISION": compute}
         self._compiled = _compile(model, threads, properties, library)
         # The one block that all rows outside of prompts are given, if there is PagedAttention.
-        self._blocks = KVCache(cache_inputs(next(iter(self._compiled.values()))), lambda _: 1)
+        self._blocks = BlockTensors(cache_inputs(next(iter(self._compiled.values()))), lambda _: 1)
         self._requests = {n: compiled.create_infer_request() for n, compiled in self._compiled.items()}
         self._store = self._new_store(self._layers)
         self._twins: list[int] = []
@@ -144,7 +144,7 @@ class CrushAttention:
                     self._store.append(sequence, index, k, v, start)
                 self._store.settle(sequence)
         rows = np.arange(shape.batch) % CHUNK
-        tables = with_lone_rows(paged_inputs([]), shape.batch, 0) if self._pages_prompts else {}
+        tables = with_dummy_rows(paged_inputs([]), shape.batch, 0) if self._pages_prompts else {}
         for request in self._requests.values():
             store_id = np.array([self._store.id], np.int32)
             _set(request, {**tokens.inputs(self._layers, rows), **tables, CRUSH_STORE: store_id})

@@ -10,10 +10,10 @@ import numpy as np
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.core.request import Request
 from ov_kvcrush.core.sampling_params import SamplingParams
-from ov_kvcrush.engine.model_runner import Runner
+from ov_kvcrush.engine.model_runner import ModelRunner
 from ov_kvcrush.engine.scheduler import Scheduler
 from ov_kvcrush.errors import OutOfMemory
-from ov_kvcrush.kvcache.factory import make_memory
+from ov_kvcrush.kvcache.factory import make_kv_cache_manager
 from ov_kvcrush.model.load import LoadedModel
 
 
@@ -43,8 +43,8 @@ def force(
     each of which can be compared with the token that follows. Raises OutOfMemory if the cache cannot hold the text.
     """
     config = SchedulerConfig(max_num_batched_tokens=chunk)
-    memory = make_memory(model, config, cache)
-    scheduler, runner = Scheduler(config, memory), Runner(model, memory)
+    memory = make_kv_cache_manager(model, config, cache)
+    scheduler, runner = Scheduler(config, memory), ModelRunner(model, memory)
     params = SamplingParams(max_new_tokens=len(ids) - num_context + 1)
     sequence = Request(0, ids[:num_context], params).sequences[0]
     scheduler.add(sequence)

@@ -12,7 +12,7 @@ from ov_kvcrush.engine.engine import Engine
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.eval.likelihood.scoring import ForcedEngine
 from ov_kvcrush.model.info import read_model_info
-from ov_kvcrush.pipelines.backend import AS_CONFIGURED
+from ov_kvcrush.pipelines.backend import DEFAULT_CACHE_PARAMS
 from ov_kvcrush.pipelines.continuous_batching import ContinuousBatchingPipeline
 
 _CONTEXT = 2048  # tokens, where nothing on disk says what the model has: lm-eval's own default
@@ -87,5 +87,5 @@ class ScoringPipeline(ContinuousBatchingPipeline):
         """The answers to token ids int64 (S,), each with its own options of GenerationConfig."""
         metrics = self._new_metrics()
         configs = [self._options(None, given) for given in options]
-        handles = self._run(prompts, configs, None, metrics, [AS_CONFIGURED] * len(prompts))
+        handles = self._run(prompts, configs, None, metrics, [DEFAULT_CACHE_PARAMS] * len(prompts))
         return [self._text(handle.read_all()[0], metrics) for handle in handles]

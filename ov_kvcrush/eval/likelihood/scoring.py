@@ -12,12 +12,12 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.core import request as requests
-from ov_kvcrush.core.snapshot import KeptKV
+from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.engine.engine import Engine
 from ov_kvcrush.engine.sampler import log_softmax_at
-from ov_kvcrush.engine.scheduler import StepPlan
+from ov_kvcrush.engine.scheduler import SchedulerOutput
 from ov_kvcrush.errors import CrushError, OutOfMemory
-from ov_kvcrush.pipelines.backend import AS_CONFIGURED, CacheUse
+from ov_kvcrush.pipelines.backend import DEFAULT_CACHE_PARAMS, CacheParams
 from ov_kvcrush.policies.keep_all import KeepAll
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of what follows it
@@ -60,10 +60,10 @@ class ForcedEngine(Engine):
         """One on the same compiled model, with a memory of its own."""
         return cls(engine._model, engine._config, engine._defaults, engine._decode, config)
 
-    def read(self, prompts: Iterable[np.ndarray]) -> list[KeptKV]:
+    def read(self, prompts: Iterable[np.ndarray]) -> list[KVSnapshot]:
         """The KV of each prompt as the policy leaves it: the caller's, for `drop_held`. Raises OutOfMemory."""
         config = ov_genai.GenerationConfig(max_new_tokens=1)
-        use = CacheUse(reads_only=True)
+        use = CacheParams(prefill_only=True)
         prompts = list(prompts)
         handles = self._run_all([(ids, config, use) for ids in prompts])
         held = [handle.held for handle in handles]
@@ -74,7 +74,7 @@ class ForcedEngine(Engine):
             raise OutOfMemory(f"KV cache must hold a context, got one of up to {max(map(len, prompts))} tokens")
         return [kv for kv in held if kv is not None]
 
-    def force(self, prompts: Iterable[tuple[np.ndarray, np.ndarray, CacheUse]]) -> list[Score]:
+    def force(self, prompts: Iterable[tuple[np.ndarray, np.ndarray, CacheParams]]) -> list[Score]:
         """How likely each continuation is after its prompt: int64 (P,), (N,) with N > 0. Raises OutOfMemory."""
         prompts = list(prompts)
         items = [
@@ -95,13 +95,13 @@ class ForcedEngine(Engine):
         ]
 
     def write(
-        self, prompts: Iterable[tuple[np.ndarray, ov_genai.GenerationConfig, CacheUse]]
+        self, prompts: Iterable[tuple[np.ndarray, ov_genai.GenerationConfig, CacheParams]]
     ) -> list[requests.GenerationHandle]:
         """Answers of its own to prompts int64 (P,), all in one batch: handles of requests that have ended."""
         return self._run_all(list(prompts))
 
     def _run_all(
-        self, items: list[tuple[np.ndarray, ov_genai.GenerationConfig, CacheUse]], forced: Sequence[_Forced] = ()
+        self, items: list[tuple[np.ndarray, ov_genai.GenerationConfig, CacheParams]], forced: Sequence[_Forced] = ()
     ) -> list[requests.GenerationHandle]:
         handles = []
         try:
@@ -117,11 +117,11 @@ class ForcedEngine(Engine):
                 handle.cancel()
                 if handle.held is not None:
                     self.drop_held(handle.held)
-            self.end_wanted()
+            self.process_aborts()
             raise
         return handles
 
-    def _due(self, plan: StepPlan, logits: np.ndarray) -> Iterator[tuple[requests.Sequence, np.ndarray]]:
+    def _due(self, plan: SchedulerOutput, logits: np.ndarray) -> Iterator[tuple[requests.Sequence, np.ndarray]]:
         """Where a request is told what to say, all logits but that token's are equal and lower."""
         for sequence, row in super()._due(plan, logits):
             forced = self._forced.get(sequence.request.request_id)
@@ -191,9 +191,9 @@ def _scores_of_batch(
     split = [c for c in contexts if tail_tokens and len(c) > tail_tokens]
     held = dict(zip(split, engine.read(np.array(c[:-tail_tokens], np.int64) for c in split), strict=True))
     try:
-        uses = {c: CacheUse(policy=KeepAll(), context=kv.as_base()) for c, kv in held.items()}
+        uses = {c: CacheParams(policy=KeepAll(), context=kv.as_base()) for c, kv in held.items()}
         return engine.force(
-            (np.array(c, np.int64), np.array(pairs[index][1], np.int64), uses.get(c, AS_CONFIGURED))
+            (np.array(c, np.int64), np.array(pairs[index][1], np.int64), uses.get(c, DEFAULT_CACHE_PARAMS))
             for c in contexts
             for index in groups[c]
         )

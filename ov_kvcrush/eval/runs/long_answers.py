@@ -20,7 +20,7 @@ from ov_kvcrush.eval.runs.plan import Planned, caches_of, grouped, precisions_of
 from ov_kvcrush.eval.runs.prompts import Asked, ItemPrompts
 from ov_kvcrush.eval.runs.replies import Reply, greedy
 from ov_kvcrush.genai.eviction import GenaiEviction, nearest
-from ov_kvcrush.pipelines.backend import CacheUse, Handle
+from ov_kvcrush.pipelines.backend import CacheParams, Handle
 
 
 class LongRuns:
@@ -42,7 +42,7 @@ class LongRuns:
     def _batch(
         self, task: Task, asked: Asked, ids: np.ndarray, engine: ForcedEngine, planned: Sequence[Planned]
     ) -> list[Reply]:
-        uses = [CacheUse(policy=one.policy) for one in planned]
+        uses = [CacheParams(policy=one.policy) for one in planned]
         start = time.perf_counter()
         run = self._forced if task.is_forced else self._written
         answers = run(task, asked, ids, engine, uses)
@@ -53,13 +53,13 @@ class LongRuns:
         ]
 
     def _written(
-        self, task: Task, asked: Asked, ids: np.ndarray, engine: ForcedEngine, uses: Sequence[CacheUse]
+        self, task: Task, asked: Asked, ids: np.ndarray, engine: ForcedEngine, uses: Sequence[CacheParams]
     ) -> list[_Answer]:
         config = greedy(self._pipeline.get_config(), task, asked.question.max_new_tokens)
         return [_answer(handle, self._pipeline) for handle in engine.write((ids, config, use) for use in uses)]
 
     def _forced(
-        self, task: Task, asked: Asked, ids: np.ndarray, engine: ForcedEngine, uses: Sequence[CacheUse]
+        self, task: Task, asked: Asked, ids: np.ndarray, engine: ForcedEngine, uses: Sequence[CacheParams]
     ) -> list[_Answer]:
         answer = self._pipeline.encode(asked.question.answers[0], add_special_tokens=False)
         return [

@@ -119,7 +119,7 @@ class CrushRuns:
 
     def _compress(self, ids: np.ndarray, head: int, planned: Sequence[Planned], stack: ExitStack) -> dict[str, Context]:
         """A context for the key of each setting, closed with `stack`. One reading has one second reading at most."""
-        replays = [p.policy.needs.replay if p.policy.evicts else None for p in planned]
+        replays = [p.policy.inputs.replay if p.policy.evicts else None for p in planned]
         second: list[Replay | None] = [*dict.fromkeys(replay for replay in replays if replay is not None)] or [None]
         made: dict[str, Context] = {}
         for replay in second:

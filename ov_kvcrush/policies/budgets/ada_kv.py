@@ -7,13 +7,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from ov_kvcrush.policies.base import CacheState, Scores, Splitter
+from ov_kvcrush.policies.base import BudgetAllocator, CacheState, Scores
 from ov_kvcrush.policies.budgets.allocation import Bounds, Rivals, by_layer, fit
 from ov_kvcrush.utils.checks import check_fraction
 
 
 @dataclass(frozen=True)
-class AdaKV(Splitter):
+class AdaKV(BudgetAllocator):
     """The heads of a layer share its tokens by how many of the layer's best scores are theirs.
 
     Paper: https://arxiv.org/abs/2407.11550. Every layer keeps the same number of tokens per head. Heads that look at

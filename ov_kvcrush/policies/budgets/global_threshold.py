@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ov_kvcrush.policies.base import CacheState, Scores, Splitter
+from ov_kvcrush.policies.base import BudgetAllocator, CacheState, Scores
 from ov_kvcrush.policies.budgets.allocation import Bounds, Rivals, by_layer
 from ov_kvcrush.utils.checks import check_fraction
 
 
 @dataclass(frozen=True)
-class Global(Splitter):
+class Global(BudgetAllocator):
     """One threshold over all layers and heads: the best scores stay, wherever they are.
 
     As in KVzip, https://arxiv.org/abs/2505.23416. Needs scores that compare between layers and heads; O(cached tokens).

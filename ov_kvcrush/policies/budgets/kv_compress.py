@@ -7,13 +7,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from ov_kvcrush.policies.base import CacheState, Scores, Splitter
+from ov_kvcrush.policies.base import BudgetAllocator, CacheState, Scores
 from ov_kvcrush.policies.budgets.allocation import Bounds, Rivals, by_layer
 from ov_kvcrush.utils.checks import check_integer
 
 
 @dataclass(frozen=True)
-class Pages(Splitter):
+class Pages(BudgetAllocator):
     """The cheapest pages of all heads go.
 
     Paper: https://arxiv.org/abs/2410.00161. The tokens of a head that are not protected are sorted by score, and cut

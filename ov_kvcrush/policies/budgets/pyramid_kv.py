@@ -7,13 +7,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from ov_kvcrush.policies.base import CacheState, Scores, Splitter
+from ov_kvcrush.policies.base import BudgetAllocator, CacheState, Scores
 from ov_kvcrush.policies.budgets.allocation import Bounds, by_layer, fit
 from ov_kvcrush.utils.checks import check_integer
 
 
 @dataclass(frozen=True)
-class PyramidKV(Splitter):
+class PyramidKV(BudgetAllocator):
     """The first layers keep more than the last ones, falling in a straight line.
 
     Paper: https://arxiv.org/abs/2406.02069. Beside the protected tokens, the last layer keeps 1 / beta of the mean B,

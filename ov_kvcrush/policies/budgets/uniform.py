@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from ov_kvcrush.policies.base import CacheState, Scores, Splitter
+from ov_kvcrush.policies.base import BudgetAllocator, CacheState, Scores
 from ov_kvcrush.policies.budgets.allocation import Bounds, by_layer, fit
 
 
 @dataclass(frozen=True)
-class Uniform(Splitter):
+class Uniform(BudgetAllocator):
     """Every head keeps the same number of tokens.
 
     What most methods do (H2O, SnapKV, StreamingLLM). Heads that cannot (fewer cached, more protected) come as close as

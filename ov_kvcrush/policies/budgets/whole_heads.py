@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from ov_kvcrush.policies.base import CacheState, Scores, Splitter
+from ov_kvcrush.policies.base import BudgetAllocator, CacheState, Scores
 from ov_kvcrush.policies.budgets.allocation import Bounds, by_layer
 
 
 @dataclass(frozen=True)
-class WholeHeads(Splitter):
+class WholeHeads(BudgetAllocator):
     """The heads with the highest scores keep everything, the others only what is protected.
 
     KVzip's head level, https://arxiv.org/abs/2505.23416, section 3.4: heads that look back keep the text, heads that

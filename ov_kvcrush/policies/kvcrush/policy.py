@@ -9,12 +9,12 @@ import numpy as np
 
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies.base import (
+    BudgetAllocator,
     CacheState,
-    Needs,
+    Inputs,
     Policy,
     Scorer,
     Selection,
-    Splitter,
     top,
     top_with_protected,
 )
@@ -83,7 +83,7 @@ class KVCrush(Policy):
 
     name: ClassVar[str] = "kvcrush"
     scorer: Scorer = field(default_factory=SnapKV, kw_only=True)
-    splitter: Splitter = field(default_factory=Uniform, kw_only=True)
+    splitter: BudgetAllocator = field(default_factory=Uniform, kw_only=True)
     threshold: str = field(default="median", kw_only=True)
     quantile: float = field(default=0.5, kw_only=True)
     topk: int = field(default=128, kw_only=True)
@@ -124,11 +124,11 @@ class KVCrush(Policy):
                 raise CrushError(f'{name} must be {only!r} with page_rule="genai", got {getattr(self, name)!r}')
 
     @property
-    def needs(self) -> Needs:
-        needs = self.scorer.needs | self.splitter.needs
-        if self.bits == "attention" and not needs.window and not needs.replay:
-            needs |= Needs(window=DEFAULT_WINDOW, reduce=needs.reduce)
-        return needs
+    def inputs(self) -> Inputs:
+        inputs = self.scorer.inputs | self.splitter.inputs
+        if self.bits == "attention" and not inputs.window and not inputs.replay:
+            inputs |= Inputs(window=DEFAULT_WINDOW, reduce=inputs.reduce)
+        return inputs
 
     def select(self, state: CacheState, tokens: int) -> Selection:
         scores = [self.scorer.score(layer, index, state.length) for index, layer in enumerate(state.layers)]
@@ -141,7 +141,7 @@ class KVCrush(Policy):
         return Selection([kept for kept, _ in chosen], [representatives for _, representatives in chosen])
 
     def observe(self, state: CacheState) -> list[list[np.ndarray]] | None:
-        return self.scorer.observe_all(state) if self.needs.carried else None
+        return self.scorer.update_all(state) if self.inputs.carried else None
 
     def _choose_tokens(self, choice: LayerChoice) -> Chosen:
         table = choice.table

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ov_kvcrush.policies.base import HeadState, LayerState, Needs, Scorer
+from ov_kvcrush.policies.base import HeadState, Inputs, LayerState, Scorer
 from ov_kvcrush.policies.scorers.knorm import norms
 from ov_kvcrush.utils.checks import check_integer
 
@@ -37,8 +37,8 @@ class ExpectedAttention(Scorer):
         check_integer("window", self.window, 1)
 
     @property
-    def needs(self) -> Needs:
-        return Needs(window=self.window, keys=True, values=True, queries=True)
+    def inputs(self) -> Inputs:
+        return Inputs(window=self.window, keys=True, values=True, queries=True)
 
     def score(self, layer: LayerState, index: int, length: int) -> list[np.ndarray]:
         return [self._score(head) for head in layer]

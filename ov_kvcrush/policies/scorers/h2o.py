@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ov_kvcrush.policies.base import HeadState, LayerState, Needs, Scorer
+from ov_kvcrush.policies.base import HeadState, Inputs, LayerState, Scorer
 from ov_kvcrush.utils.checks import check_integer
 
 SEEN = np.finfo(np.float32).tiny
@@ -41,8 +41,8 @@ class H2O(Scorer):
         check_integer("window", self.window, 1)
 
     @property
-    def needs(self) -> Needs:
-        return Needs(window=self.window, carried=True)
+    def inputs(self) -> Inputs:
+        return Inputs(window=self.window, carried=True)
 
     def score(self, layer: LayerState, index: int, length: int) -> list[np.ndarray]:
         return [self._sums(head) for head in layer]

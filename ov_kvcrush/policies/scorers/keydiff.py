@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ov_kvcrush.policies.base import LayerState, Needs, Scorer
+from ov_kvcrush.policies.base import Inputs, LayerState, Scorer
 from ov_kvcrush.policies.scorers.knorm import norms
 
 SMALLEST = np.float32(1e-12)  # norms below count as this, so that a zero key has the cosine 0
@@ -25,8 +25,8 @@ class KeyDiff(Scorer):
     name: ClassVar[str] = "keydiff"
 
     @property
-    def needs(self) -> Needs:
-        return Needs(keys=True)
+    def inputs(self) -> Inputs:
+        return Inputs(keys=True)
 
     def score(self, layer: LayerState, index: int, length: int) -> list[np.ndarray]:
         scores = []

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ov_kvcrush.policies.base import LayerState, Needs, Scorer
+from ov_kvcrush.policies.base import Inputs, LayerState, Scorer
 
 
 def norms(vectors: np.ndarray) -> np.ndarray:
@@ -29,8 +29,8 @@ class Knorm(Scorer):
     name: ClassVar[str] = "knorm"
 
     @property
-    def needs(self) -> Needs:
-        return Needs(keys=True)
+    def inputs(self) -> Inputs:
+        return Inputs(keys=True)
 
     def score(self, layer: LayerState, index: int, length: int) -> list[np.ndarray]:
         scores = []

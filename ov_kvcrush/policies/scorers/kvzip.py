@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ov_kvcrush.policies.base import HeadState, LayerState, Needs, Replay, Scorer
+from ov_kvcrush.policies.base import HeadState, Inputs, LayerState, Replay, Scorer
 from ov_kvcrush.policies.scorers.keydiff import cosines_to_mean
 from ov_kvcrush.policies.scorers.knorm import norms
 
@@ -42,9 +42,9 @@ class KVzip(Scorer):
         Replay(self.chunk, self.sees, self.sample)
 
     @property
-    def needs(self) -> Needs:
+    def inputs(self) -> Inputs:
         samples = self.sample < 1
-        return Needs(replay=Replay(self.chunk, self.sees, self.sample), keys=samples, values=samples)
+        return Inputs(replay=Replay(self.chunk, self.sees, self.sample), keys=samples, values=samples)
 
     def score(self, layer: LayerState, index: int, length: int) -> list[np.ndarray]:
         scores = []

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.policies.base import HeadState, LayerState, Needs, Scorer
+from ov_kvcrush.policies.base import HeadState, Inputs, LayerState, Scorer
 from ov_kvcrush.policies.scorers.knorm import norms
 from ov_kvcrush.policies.scorers.snapkv import pool
 from ov_kvcrush.utils.checks import check_fraction, check_integer
@@ -52,8 +52,8 @@ class RKV(Scorer):
         check_fraction("duplicate", self.duplicate)
 
     @property
-    def needs(self) -> Needs:
-        return Needs(window=self.window, reduce="mean", keys=True)
+    def inputs(self) -> Inputs:
+        return Inputs(window=self.window, reduce="mean", keys=True)
 
     def score(self, layer: LayerState, index: int, length: int) -> list[np.ndarray]:
         return [self._score(head, length) for head in layer]

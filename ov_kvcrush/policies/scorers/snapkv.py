@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.policies.base import LayerState, Needs, Scorer
+from ov_kvcrush.policies.base import Inputs, LayerState, Scorer
 from ov_kvcrush.utils.checks import check_choice, check_integer
 
 AGGREGATES = ("mean", "max", "sum")
@@ -65,8 +65,8 @@ class SnapKV(Scorer):
         check_choice("reduce", self.reduce, REDUCTIONS)
 
     @property
-    def needs(self) -> Needs:
-        return Needs(window=self.window, reduce=self.reduce)
+    def inputs(self) -> Inputs:
+        return Inputs(window=self.window, reduce=self.reduce)
 
     def score(self, layer: LayerState, index: int, length: int) -> list[np.ndarray]:
         scores = []

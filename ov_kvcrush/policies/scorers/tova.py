@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ov_kvcrush.policies.base import LayerState, Needs, Scorer
+from ov_kvcrush.policies.base import Inputs, LayerState, Scorer
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class TOVA(Scorer):
     name: ClassVar[str] = "tova"
 
     @property
-    def needs(self) -> Needs:
-        return Needs(window=1)
+    def inputs(self) -> Inputs:
+        return Inputs(window=1)
 
     def score(self, layer: LayerState, index: int, length: int) -> list[np.ndarray]:
         total = np.zeros(length)

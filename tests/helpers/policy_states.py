@@ -1,0 +1,90 @@
+"""Help for the tests of policies: caches of sequences, at the end of a prompt and in the middle of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ov_kvcrush.policies.base import CacheState, HeadState, Inputs
+
+D, GROUPS = 8, 3
+KINDS = ("random", "ties", "constant", "one head dominates", "one token dominates", "zero attention")
+
+
+def frozen(array: np.ndarray) -> np.ndarray:
+    """The array, which can no longer be written to."""
+    array.flags.writeable = False
+    return array
+
+
+def places(rng: np.random.Generator, protected: np.ndarray, size: int | None) -> np.ndarray:
+    """int32, ascending: all protected places, and as many more as `size` allows; None = all there are."""
+    stays = protected.copy()
+    free = np.flatnonzero(~protected)
+    stays[free if size is None else rng.choice(free, min(size, len(free)), replace=False)] = True
+    return np.flatnonzero(stays).astype(np.int32)
+
+
+def numbers(rng: np.random.Generator, kind: str, *shape: int) -> np.ndarray:
+    """float32; "ties" and "constant" repeat themselves along the first axis."""
+    drawn = rng.normal(size=shape)
+    if kind == "ties":
+        drawn = np.round(drawn)
+    elif kind == "constant" and shape[0]:
+        drawn[:] = drawn[:1]
+    return frozen(drawn.astype(np.float32))
+
+
+def attention(rng: np.random.Generator, kind: str, size: int, head: int) -> np.ndarray:
+    """float32 (GROUPS, size): softmax over at least these tokens, mean over rows: a query head has 1 or less."""
+    logits = 2 * numbers(rng, kind, size, GROUPS).T
+    weights = np.exp(logits if kind != "constant" else np.zeros_like(logits))
+    if kind == "one token dominates" and size:
+        weights[:, size // 3] *= 1e6
+    weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
+    if kind == "one head dominates":
+        weights *= 1e-3**head
+    return frozen((weights * (0.0 if kind == "zero attention" else 0.99)).astype(np.float32))
+
+
+def head_state(rng: np.random.Generator, inputs: Inputs, kind: str, positions: np.ndarray, head: int) -> HeadState:
+    """A head with exactly what a policy needs."""
+    size = len(positions)
+    rows = min(inputs.window, size)
+    seen = rng.random(size).astype(np.float32)
+    seen[size // 2 :] = 0
+    return HeadState(
+        positions=frozen(positions),
+        attention=attention(rng, kind, size, head) if inputs.window else None,
+        keys=numbers(rng, kind, size, D) if inputs.keys else None,
+        values=numbers(rng, kind, size, D) if inputs.values else None,
+        queries=numbers(rng, kind, rows, GROUPS, D) if inputs.queries else None,
+        carried=frozen(seen) if inputs.carried else None,
+        replayed=attention(rng, kind, size, head) if inputs.replay else None,
+    )
+
+
+def cache_state(
+    seed: int, inputs: Inputs, kind: str, protected: np.ndarray, heads: Sequence[int], *, answering: bool
+) -> CacheState:
+    """The cache after a text of len(protected) tokens, the same for the same arguments. heads: KV heads of each layer.
+
+    answering: an earlier choice left heads of different sizes with gaps; else every head holds the whole text.
+    """
+    rng = np.random.default_rng(seed)
+    length = len(protected)
+    layers = [
+        tuple(
+            head_state(
+                rng,
+                inputs,
+                kind,
+                places(rng, protected, int(rng.integers(0, length)) if answering else None),
+                head,
+            )
+            for head in range(count)
+        )
+        for count in heads
+    ]
+    return CacheState(tuple(layers), length, frozen(protected.copy()))

@@ -1,0 +1,78 @@
+"""Every architecture gives Hugging Face's logits, for prompt chunks and decode steps, through the rewritten graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+from tiny_models import KINDS, VOCAB_SIZE
+
+from ov_kvcrush import CacheConfig, SchedulerConfig
+from ov_kvcrush.core.request import Request
+from ov_kvcrush.core.sampling_params import SamplingParams
+from ov_kvcrush.engine.model_runner import ModelRunner
+from ov_kvcrush.engine.scheduler import ScheduledTokens, SchedulerOutput
+from ov_kvcrush.kvcache.factory import make_kv_cache_manager
+from ov_kvcrush.model.graph.rewrite import SAMPLED_ROWS, gather_sampled_rows, use_paged_attention
+from ov_kvcrush.model.load import load_model
+
+F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+CACHES = {
+    "paged": CacheConfig(attention="paged"),
+    # A staging pool of one or two blocks: the prompt goes through CrushAttention.
+    "crush": CacheConfig("f32", "f32", staging_bytes=70_000, attention="crush"),
+}
+# Row counts of the steps: a prompt in uneven chunks that cross blocks of 32 and windows of 16, then single tokens.
+CHUNKS = (1, 30, 2, 37, 1, 1, 1, 5, 1, 1)
+
+
+def logits_at_chunk_ends(folder: Path, ids: np.ndarray, cache: CacheConfig) -> np.ndarray:
+    """Logits (steps, vocabulary) of the last row of each step."""
+    model = load_model(folder, "CPU", F32, cache.attention)
+    memory = make_kv_cache_manager(model, SchedulerConfig(num_kv_blocks=8), cache)
+    runner = ModelRunner(model, memory)
+    sequence = Request(0, ids, SamplingParams(max_new_tokens=1)).sequences[0]
+    assert memory.admit(sequence)
+    logits = []
+    for count in CHUNKS:
+        assert memory.append_slots(sequence, count)
+        row = ScheduledTokens(sequence, count, True)
+        runner.prepare(SchedulerOutput((row,), ()))
+        logits.append(runner.infer()[0].copy())
+        sequence.num_cached += count
+        assert not memory.commit([row])
+    return np.stack(logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_gathered_behind_the_last_attention(kind: str, tiny_ir: Callable[[str], Path]) -> None:
+    """Not only before the LM head: the last layer's projections see the sampled rows alone."""
+    model = ov.Core().read_model(tiny_ir(kind) / "openvino_model.xml")
+    use_paged_attention(model)
+    gather_sampled_rows(model)
+    rows = next(p for p in model.get_parameters() if p.get_friendly_name() == SAMPLED_ROWS)
+    readers = [t.get_node().output(0) for t in rows.output(0).get_target_inputs()]
+    fed = {t.get_node().get_type_name() for output in readers for t in output.get_target_inputs()}
+    assert len(readers) >= 2, "the residual stream and the attention"
+    assert fed == {"Add", "MatMul"}
+
+
+@pytest.mark.parametrize("attention", list(CACHES))
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_hugging_face(
+    kind: str, attention: str, tiny_hf: Callable[[str], Path], tiny_ir: Callable[[str], Path]
+) -> None:
+    import torch
+    import transformers
+
+    ids = np.random.default_rng(1).integers(0, VOCAB_SIZE, sum(CHUNKS))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tiny_hf(kind), dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(ids)[None]).logits[0].numpy()
+    ours = logits_at_chunk_ends(tiny_ir(kind), ids, CACHES[attention])
+    np.testing.assert_allclose(ours, expected[np.cumsum(CHUNKS) - 1], atol=1e-3, rtol=0)
+    # The logits must tell positions apart, or agreement would mean little.
+    assert expected.std(axis=1).min() > 0.1

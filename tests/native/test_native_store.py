@@ -1,0 +1,473 @@
+"""The compressed store: it holds what the reference store holds, to the byte, whatever is done with it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from native_stores import DEFAULTS, PRECISIONS, Array, Cache, flat, gaussian, keys_values, layer, require_native
+
+from ov_kvcrush import native
+from reference import codec as reference
+from reference.codec import MAX_GAP
+from reference.store import ReferenceStore
+
+MAX_SEQUENCES = 5
+FLOATS = ["f32", "bf16", "f16"]
+
+
+@pytest.fixture(autouse=True)
+def _native() -> None:
+    require_native()
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    """What a call gives, or the kind of its refusal."""
+    try:
+        return call()
+    except MemoryError:
+        return "full"
+    except ValueError:
+        return "refused"
+
+
+# -- the same operations on both stores --------------------------------------------------------------------------------
+
+
+@dataclass
+class Twin:
+    """A sequence in both stores."""
+
+    mine: int
+    theirs: int
+
+
+class Stores(RuleBasedStateMachine):
+    """Random operations on the native store and the reference: whoever reads them can not tell them apart."""
+
+    @initialize(
+        precisions=st.tuples(*[st.sampled_from(PRECISIONS)] * 2, st.sampled_from(FLOATS)),
+        recent_tokens=st.sampled_from([0, 1, 32, 40, 64]),
+        max_bytes=st.sampled_from([0, 0, 150_000, 300_000]),
+        n=st.sampled_from([1, 100, 200]),
+        seed=st.integers(0, 2**32 - 1),
+    )
+    def begin(self, precisions: tuple[str, str, str], recent_tokens: int, max_bytes: int, n: int, seed: int) -> None:
+        key, value, recent = precisions
+        options = {"key": key, "value": value, "recent": recent, "recent_tokens": recent_tokens, "max_bytes": max_bytes}
+        shapes = [layer(4, 2, 32), layer(2, 1, 48)]
+        self.cache = Cache(*shapes, **options)
+        self.mine = self.cache.store
+        self.theirs = ReferenceStore(layers=shapes, **{**DEFAULTS, **options})
+        self.max_bytes = max_bytes
+        self.rng = np.random.default_rng(seed)
+        self.twins: list[Twin] = []
+        self.create(n, settle=True)
+
+    def pick(self, which: int) -> Twin:
+        return self.twins[which % len(self.twins)]
+
+    def num_tokens(self, twin: Twin) -> list[int]:
+        return [
+            len(self.theirs.tokens(twin.theirs, index, head)[2])
+            for index, shape in enumerate(self.theirs.layers)
+            for head in range(shape.num_kv_heads)
+        ]
+
+    def some(self, num_tokens: int, density: float) -> Array:
+        """Indices to keep: whole tiles and single ones."""
+        runs = np.repeat(self.rng.random(num_tokens // 32 + 1) < density, 32)[:num_tokens]
+        return np.flatnonzero(runs ^ (self.rng.random(num_tokens) < 0.01))
+
+    @precondition(lambda self: len(self.twins) < MAX_SEQUENCES)
+    @rule(n=st.integers(0, 120), settle=st.booleans())
+    def create(self, n: int, settle: bool) -> None:
+        self.twins.append(Twin(self.mine.create(), self.theirs.create()))
+        if n:
+            self.append(len(self.twins) - 1, n, gap=0, settle=settle)
+
+    @precondition(lambda self: self.twins)
+    @rule(which=st.integers(0, 99))
+    def release(self, which: int) -> None:
+        twin = self.pick(which)
+        self.mine.release(twin.mine)
+        self.theirs.release(twin.theirs)
+        self.twins.remove(twin)
+
+    @precondition(lambda self: self.twins)
+    @rule(which=st.integers(0, 99), n=st.integers(0, 80), keep_free=st.sampled_from([0, 0, 10_000, 10**9]))
+    def reserve(self, which: int, n: int, keep_free: int) -> None:
+        twin = self.pick(which)
+        done = self.mine.reserve(twin.mine, n, keep_free)
+        assert done == self.theirs.reserve(twin.theirs, n, keep_free)
+        if done and n:
+            assert self.mine.free_slots(twin.mine) >= n
+
+    @precondition(lambda self: self.twins)
+    @rule(
+        which=st.integers(0, 99),
+        n=st.integers(1, 120),
+        gap=st.sampled_from([0, 0, 0, 7, MAX_GAP - 1, MAX_GAP, -3]),
+        settle=st.booleans(),
+    )
+    def append(self, which: int, n: int, gap: int, settle: bool) -> None:
+        """To all layers where there is room, else to none. gap: positions left out; negative: taken a second time."""
+        twin = self.pick(which)
+        if not self.mine.reserve(twin.mine, n):
+            assert not self.theirs.reserve(twin.theirs, n)
+            return
+        assert self.theirs.reserve(twin.theirs, n)
+        position = max(0, self.theirs.next_position(twin.theirs) + gap)
+        for index, shape in enumerate(self.theirs.layers):
+            k, v = keys_values(self.rng, n, shape.num_kv_heads * shape.head_size)
+            mine = outcome(lambda: self.mine.append(twin.mine, index, k, v, position))  # noqa: B023
+            assert mine == outcome(lambda: self.theirs.append(twin.theirs, index, k, v, position))  # noqa: B023
+            if mine == "full":  # a gap needs bytes that were not reserved
+                return
+        if settle:
+            self.settle(which)
+
+    @precondition(lambda self: self.twins)
+    @rule(which=st.integers(0, 99))
+    def settle(self, which: int) -> None:
+        """Which tiles wait when not all fit is left to the store: from there on the two would go separate ways."""
+        twin = self.pick(which)
+        self.mine.settle(twin.mine)
+        if not self.theirs.settle(twin.theirs):
+            assert self.mine.nbytes <= self.max_bytes
+            self.release(which)
+
+    @precondition(lambda self: self.twins and len(self.twins) < MAX_SEQUENCES)
+    @rule(which=st.integers(0, 99), part=st.none() | st.floats(0, 1.1))
+    def fork(self, which: int, part: float | None) -> None:
+        twin = self.pick(which)
+        cut = None if part is None else round(part * min(self.num_tokens(twin)))
+        made = Twin(
+            outcome(lambda: self.mine.fork(twin.mine, cut)), outcome(lambda: self.theirs.fork(twin.theirs, cut))
+        )
+        if isinstance(made.mine, str) or isinstance(made.theirs, str):
+            assert made.mine == made.theirs
+        else:
+            self.twins.append(made)
+
+    @precondition(lambda self: len(self.twins) < MAX_SEQUENCES)
+    @rule(
+        n=st.integers(1, 150),
+        staged_as=st.sampled_from(FLOATS),
+        density=st.none() | st.floats(0, 1),
+        keep_free=st.sampled_from([0, 0, 10_000]),
+        reserved=st.booleans(),
+    )
+    def adopt(self, n: int, staged_as: str, density: float | None, keep_free: int, reserved: bool) -> None:
+        twin = Twin(self.mine.create(), self.theirs.create())
+        self.twins.append(twin)
+        prompt = [keys_values(self.rng, n, s.num_kv_heads * s.head_size) for s in self.theirs.layers]
+        if reserved:
+            assert self.mine.reserve(twin.mine, 10) == self.theirs.reserve(twin.theirs, 10)
+        self.cache.stage(twin.mine, prompt, staged_as)
+        rounded = [tuple(reference.to_float(x, staged_as) for x in tokens) for tokens in prompt]
+        self.theirs.stage(twin.theirs, rounded)  # type: ignore[arg-type]
+        kept = None if density is None else [self.some(n, density) for _ in self.num_tokens(twin)]
+        offsets, indices = (None, None) if kept is None else flat(kept)
+        mine = outcome(lambda: self.mine.adopt(twin.mine, offsets, indices, keep_free=keep_free))
+        assert mine == outcome(lambda: self.theirs.adopt(twin.theirs, kept, keep_free))
+        if mine == "full":  # still staged: it can only be left
+            self.release(len(self.twins) - 1)
+
+    @precondition(lambda self: self.twins)
+    @rule(which=st.integers(0, 99), density=st.sampled_from([0.0, 0.3, 0.6, 0.9, 1.0]))
+    def compact(self, which: int, density: float) -> None:
+        twin = self.pick(which)
+        kept = [self.some(n, density) if density < 1 else np.arange(n) for n in self.num_tokens(twin)]
+        mine = outcome(lambda: self.mine.compact(twin.mine, *flat(kept)))
+        np.testing.assert_array_equal(mine, outcome(lambda: self.theirs.compact(twin.theirs, kept)))
+
+    @invariant()
+    def both_hold_the_same(self) -> None:
+        if not hasattr(self, "mine"):
+            return
+        assert self.mine.nbytes == self.theirs.nbytes
+        assert self.mine.nbytes <= (self.max_bytes or self.mine.nbytes)
+        assert self.mine.num_sequences == self.theirs.num_sequences
+        for twin in self.twins:
+            assert self.mine.nbytes_of(twin.mine) == self.theirs.nbytes_of(twin.theirs)
+            assert self.mine.free_slots(twin.mine) == self.theirs.free_slots(twin.theirs)
+            for index, shape in enumerate(self.theirs.layers):
+                for head in range(shape.num_kv_heads):
+                    k, v, positions = self.theirs.tokens(twin.theirs, index, head)
+                    assert self.mine.num_tokens(twin.mine, index, head) == len(positions)
+                    mine = self.cache.tokens(twin.mine, index, head)
+                    for got, expected in zip(mine, (k, v, positions), strict=True):
+                        np.testing.assert_array_equal(got, expected)
+
+    def teardown(self) -> None:
+        if hasattr(self, "mine"):
+            while self.twins:
+                self.release(0)
+            assert self.mine.nbytes == 0
+            assert self.mine.num_sequences == 0
+
+
+TestStores = Stores.TestCase
+TestStores.settings = settings(max_examples=120, stateful_step_count=25, deadline=None)
+
+
+# -- bytes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recent_tokens", [0, 1, 32, 100])
+def test_bytes_for_a_number_of_tokens_are_what_it_takes(recent_tokens: int) -> None:
+    options = {"key": "u4", "value": "u2", "recent_tokens": recent_tokens, "group_size": 64}
+    shapes = [layer(4, 2, 64), layer(3, 3, 96)]
+    cache = Cache(*shapes, **options)
+    theirs = ReferenceStore(layers=shapes, **{**DEFAULTS, **options})
+    for n in [0, 1, 31, 32, 33, 63, 64, 65, 100, 132, 133, 500]:
+        before = cache.store.nbytes
+        cache.new(np.random.default_rng(0), n)
+        assert cache.store.nbytes - before == cache.store.bytes_for(n) == theirs.bytes_for(n)
+
+
+def adopt_all(cache: Cache) -> Callable[[], object]:
+    seq = cache.store.create()
+    cache.stage(seq, [keys_values(np.random.default_rng(0), 100, 64)])
+    return lambda: cache.store.adopt(seq)
+
+
+def reserve_new(cache: Cache) -> Callable[[], object]:
+    seq = cache.new(np.random.default_rng(0), 40)
+    return lambda: cache.store.reserve(seq, 100)
+
+
+def reserve_shared(cache: Cache) -> Callable[[], object]:
+    seq = cache.new(np.random.default_rng(0), 40)
+    cache.store.fork(seq)
+    return lambda: cache.store.reserve(seq, 1)
+
+
+def reserve_far_away(cache: Cache) -> Callable[[], object]:
+    """The last tile has a far gap already."""
+    seq = cache.store.create()
+    cache.stage(seq, [keys_values(np.random.default_rng(0), 40 + 2 * MAX_GAP, 64)])
+    cache.store.adopt(seq, *flat([np.append(np.arange(39), 39 + MAX_GAP)] * 2))
+    return lambda: cache.store.reserve(seq, 1)
+
+
+def cut(cache: Cache) -> Callable[[], object]:
+    seq = cache.new(np.random.default_rng(0), 100)
+    return lambda: cache.store.fork(seq, 50)
+
+
+def compact_shared(cache: Cache) -> Callable[[], object]:
+    seq = cache.new(np.random.default_rng(0), 100)
+    cache.store.fork(seq)
+    return lambda: cache.store.compact(seq, *flat([np.arange(0, 100, 2)] * 2))
+
+
+@pytest.mark.parametrize("scene", [adopt_all, reserve_new, reserve_shared, reserve_far_away, cut, compact_shared])
+def test_the_limit_is_exact(scene: Callable[[Cache], Callable[[], object]]) -> None:
+    """What ends with n bytes is done within n bytes, and with one byte less it is refused and nothing has changed."""
+    free = Cache(layer())
+    action = scene(free)
+    action()
+    needed = free.store.nbytes
+    enough = Cache(layer(), max_bytes=needed)
+    scene(enough)()
+    assert enough.store.nbytes == needed
+    short = Cache(layer(), max_bytes=needed - 1)
+    action = scene(short)
+    before = short.store.nbytes
+    assert outcome(action) in ("full", False)
+    assert short.store.nbytes == before < needed
+
+
+def test_a_store_that_is_full_says_both_numbers_and_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    cache = Cache(layer(), max_bytes=30_000)
+    store = cache.store
+    seq = cache.new(rng, 64)
+    free = 30_000 - store.nbytes
+    before = [*cache.tokens(seq, 0, 0), store.nbytes, store.free_slots(seq)]
+    assert not store.reserve(seq, 500)
+    assert not store.reserve(seq, 1, keep_free=free)
+    late = store.create()
+    cache.stage(late, [keys_values(rng, 500, 64)])
+    with pytest.raises(native.StoreFull, match="30000") as error:
+        store.adopt(late)
+    assert str(store.bytes_for(500)) in str(error.value)
+    assert store.num_tokens(late, 0, 0) == 0
+    for was, now in zip(before, [*cache.tokens(seq, 0, 0), store.nbytes, store.free_slots(seq)], strict=True):
+        np.testing.assert_array_equal(was, now)
+    # What was staged is still there: a part of it fits.
+    store.adopt(late, *flat([np.arange(0, 500, 20)] * 2))
+    assert store.num_tokens(late, 0, 1) == 25
+    with pytest.raises(MemoryError):
+        raise native.StoreFull("a kind of MemoryError")
+
+
+def test_a_settle_that_does_not_fit_waits() -> None:
+    """A shared tile is settled beside itself: without the bytes for that, a sequence goes on with what it has."""
+    shared = ReferenceStore(layers=[layer()], **{**DEFAULTS, "recent_tokens": 1000}).bytes_for(96)
+    limit = shared + reference.tile_bytes("u8", "u8", 32, 32)
+    cache = Cache(layer(), max_bytes=limit)
+    store = cache.store
+    seq = cache.new(np.random.default_rng(0), 96, settle=False)
+    twin = store.fork(seq)
+    before = [cache.tokens(s, 0, h) for s in (twin, seq) for h in range(2)]
+    store.settle(seq)
+    assert store.nbytes == limit  # one of four tiles
+    after = [cache.tokens(s, 0, h) for s in (twin, seq) for h in range(2)]
+    for (k, v, positions), (new_k, new_v, new_positions) in zip(before, after, strict=True):
+        np.testing.assert_array_equal(positions, new_positions)
+        np.testing.assert_allclose(new_k, k, atol=0.05)
+        np.testing.assert_allclose(new_v, v, atol=0.05)
+    for x, y in zip(before[0], after[0], strict=True):
+        np.testing.assert_array_equal(x, y)
+    store.release(twin)
+    store.settle(seq)
+    assert store.nbytes == store.bytes_for(96)
+
+
+SCRIPT = """
+import numpy as np
+from ov_kvcrush import native
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+store = native.Store(layers=[(8, 8, 128, 0, 0.1)], key="u8", value="u4", recent="bf16", recent_tokens=32, group_size=32)
+x = np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32)
+
+def fill(target):
+    seqs = []
+    while store.nbytes < target:
+        seqs.append(store.create())
+        for first in range(0, 8192, 1024):
+            store.reserve(seqs[-1], 1024)
+            store.append(seqs[-1], 0, x, x, first)
+            store.settle(seqs[-1])
+    return seqs
+
+for seq in fill(1):  # whatever comes with first use: threads, their stacks
+    store.release(seq)
+before = resident()
+seqs = fill(100_000_000)
+held, grown = store.nbytes, resident() - before
+assert store.reserved_bytes >= held
+for seq in seqs:
+    store.release(seq)
+print(held, grown, store.nbytes, store.reserved_bytes, resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_the_process_is_what_the_store_says_and_goes_back() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    held, grown, left, reserved, kept = map(int, done.stdout.split())
+    assert held >= 100_000_000
+    assert abs(grown - held) <= 0.1 * held
+    assert left == 0
+    assert reserved <= 8 << 20
+    assert kept <= 0.1 * held
+
+
+# -- forks and threads -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_tokens", [1, 31, 32, 33, 64, 100])
+@pytest.mark.parametrize("change", ["append", "settle", "compact", "release"])
+def test_a_fork_is_a_copy(num_tokens: int, change: str) -> None:
+    """Whatever becomes of one of them, the other stays as it is, bit for bit."""
+    rng = np.random.default_rng(num_tokens)
+    cache = Cache(layer(4, 2, 32), key="u4", value="u4")
+    store = cache.store
+    first = cache.new(rng, num_tokens, settle=False)
+    second = store.fork(first)
+    assert store.nbytes == store.nbytes_of(first) == store.nbytes_of(second)
+    q = gaussian(rng, 1, 128)
+    for changed, other in ((first, second), (second, store.fork(second))):
+        span = [(other, 0, 1, num_tokens)]
+        was = [store.attend(0, span, q), *cache.tokens(other, 0, 0), *cache.tokens(other, 0, 1)]
+        if change == "append":
+            cache.append(changed, rng, 40, num_tokens)
+        elif change == "settle":
+            store.settle(changed)
+        elif change == "compact":
+            store.compact(changed, *flat([np.arange(0, num_tokens, 2)] * 2))
+        else:
+            store.release(changed)
+        now = [store.attend(0, span, q), *cache.tokens(other, 0, 0), *cache.tokens(other, 0, 1)]
+        for x, y in zip(was, now, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_a_cut_fork_forgets_what_came_later() -> None:
+    rng = np.random.default_rng(0)
+    cache = Cache(layer(4, 2, 32))
+    whole = cache.new(rng, 150)
+    for n in [0, 1, 31, 32, 33, 96, 149, 150]:
+        part = cache.store.fork(whole, n)
+        for head in range(2):
+            for x, y in zip(cache.tokens(part, 0, head), cache.tokens(whole, 0, head), strict=True):
+                expected = reference.to_float(y[:n], "bf16") if x.dtype == np.float32 else y[:n]
+                np.testing.assert_allclose(x, expected, rtol=2**-8)
+        cache.append(part, rng, 5, n)
+        assert cache.store.num_tokens(part, 0, 0) == n + 5
+
+
+def test_no_rows_are_no_change() -> None:
+    cache = Cache(layer(4, 2, 32))
+    seq = cache.new(np.random.default_rng(0), 40)
+    none, before = np.zeros((0, 64), np.float32), cache.tokens(seq, 0, 0)
+    cache.store.append(seq, 0, none, none, 40)
+    assert cache.store.attend(0, [], np.zeros((0, 128), np.float32)).shape == (0, 128)
+    for was, now in zip(before, cache.tokens(seq, 0, 0), strict=True):
+        np.testing.assert_array_equal(was, now)
+
+
+def test_threads_share_a_store() -> None:
+    """Several threads work on sequences of their own: each finds what it would find alone."""
+
+    def life(cache: Cache, seed: int) -> list[Array]:
+        rng = np.random.default_rng(seed)
+        seen: list[Array] = []
+        seq = cache.new(rng, 50 + seed)
+        for position in range(50 + seed, 90 + seed):
+            cache.append(seq, rng, 1, position)
+            cache.store.settle(seq)
+            seen.append(cache.store.attend(0, [(seq, 0, 1, position)], gaussian(rng, 1, 128)))
+        twin = cache.store.fork(seq)
+        cache.store.release(seq)
+        cache.store.compact(twin, *flat([np.arange(0, 80, 3)] * 2))
+        seen.append(cache.store.scores(twin, 0, gaussian(rng, 2, 128), np.array([80, 90], np.int32), "mean"))
+        cache.store.release(twin)
+        return seen
+
+    shared = Cache(layer(4, 2, 32))
+    with ThreadPoolExecutor(4) as threads:
+        got = list(threads.map(lambda seed: life(shared, seed), range(12)))
+    assert shared.store.nbytes == 0
+    for seed, seen in enumerate(got):
+        for mine, alone in zip(seen, life(Cache(layer(4, 2, 32)), seed), strict=True):
+            np.testing.assert_array_equal(mine, alone)
+
+
+def test_stores_have_ids_of_their_own_and_close() -> None:
+    first, second = Cache(layer()).store, Cache(layer()).store
+    ids = {first.id, second.id}
+    assert len(ids) == 2
+    first.close()
+    first.close()
+    with pytest.raises(ValueError, match="store must be open"):
+        first.create()
+    assert Cache(layer()).store.id not in ids
+    assert second.create()

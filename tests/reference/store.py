@@ -1,0 +1,361 @@
+"""The store of the compressed KV cache in plain Python: the same operations as the native Store, one after the other.
+
+A cached token is known by its position in the text; its index in a head is its place in the order of the tiles.
+Heads are numbered through all layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from reference.codec import (
+    TILE,
+    Array,
+    Layer,
+    encode_decode,
+    must_list,
+    num_target_tiles,
+    tile_bytes,
+    to_float,
+)
+
+
+@dataclass(eq=False)
+class Tile:
+    """Up to 32 tokens as they read back. Sequences that share a tile hold the same object."""
+
+    num_bytes: int
+    k: Array  # float32 (n, D)
+    v: Array
+    positions: Array  # int32 (n,)
+    listed: bool  # positions are stored one by one; else the first one and the gaps, in the header
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.positions) == TILE
+
+
+@dataclass
+class Head:
+    """Tiles in order: those of the target precision, those of the recent one (full but the last), then empty ones."""
+
+    layer: Layer
+    tiles: list[Tile] = field(default_factory=list)
+    num_target: int = 0
+    num_empty: int = 0  # recent tiles that `reserve` got
+
+    def tokens(self) -> tuple[Array, Array, Array]:
+        """Keys and values (S, D) and positions (S,)."""
+        none = np.zeros((0, self.layer.head_size), np.float32)
+        return (
+            np.concatenate([none, *(tile.k for tile in self.tiles)]),
+            np.concatenate([none, *(tile.v for tile in self.tiles)]),
+            np.concatenate([np.zeros(0, np.int32), *(tile.positions for tile in self.tiles)]),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(t.positions) for t in self.tiles)
+
+    @property
+    def open_tile(self) -> Tile | None:
+        """The last tile if it has room."""
+        return self.tiles[-1] if self.tiles and not self.tiles[-1].is_full else None
+
+
+@dataclass
+class Cached:
+    """A sequence: its heads numbered through all layers, and 1 + the largest position that it ever held."""
+
+    heads: list[Head]
+    next_position: int = 0
+    staged: list[tuple[Array, Array]] = field(default_factory=list)  # of each layer, float32 (n, K, D)
+
+
+class StoreFull(MemoryError):
+    """The limit in bytes would be passed."""
+
+
+class ReferenceStore:
+    """The operations of the native Store, with the same tiles, values and bytes; no queries are captured."""
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[tuple[int, int, int, int, float]],
+        key: str,
+        value: str,
+        recent: str,
+        recent_tokens: int,
+        group_size: int,
+        max_bytes: int = 0,
+    ) -> None:
+        self.layers = [Layer(*layer) for layer in layers]
+        self.target, self.recent = (key, value), (recent, recent)
+        self.recent_tokens, self.group_size, self.max_bytes = recent_tokens, group_size, max_bytes
+        self._sequences: dict[int, Cached] = {}
+        self._last_id = 0
+
+    # Bytes and tokens.
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tiles, each counted once."""
+        return self._bytes_of(head for seq in self._sequences.values() for head in seq.heads)
+
+    def nbytes_of(self, seq: int) -> int:
+        return self._bytes_of(self._sequences[seq].heads)
+
+    def bytes_for(self, num_tokens: int) -> int:
+        """Bytes of a sequence that adopts `num_tokens` tokens whole."""
+        num_target = num_target_tiles(num_tokens, self.recent_tokens)
+        num_recent = -(-(num_tokens - TILE * num_target) // TILE)
+        heads = [layer for layer in self.layers for _ in range(layer.num_kv_heads)]
+        return sum(num_target * self._bytes(h, self.target) + num_recent * self._bytes(h, self.recent) for h in heads)
+
+    def tokens(self, seq: int, layer: int, head: int) -> tuple[Array, Array, Array]:
+        """Keys and values (S, D) and positions (S,) of a KV head."""
+        return self._heads(seq, layer)[head].tokens()
+
+    def free_slots(self, seq: int) -> int:
+        """Tokens that can be appended to every head without a reserve."""
+        return min(self._free_slots(head, self._sequences[seq].next_position) for head in self._sequences[seq].heads)
+
+    def next_position(self, seq: int) -> int:
+        """1 + the largest position that the sequence ever held."""
+        return self._sequences[seq].next_position
+
+    # Life of a sequence.
+
+    def create(self) -> int:
+        return self._add(Cached([Head(layer) for layer in self.layers for _ in range(layer.num_kv_heads)]))
+
+    def release(self, seq: int) -> None:
+        del self._sequences[seq]
+
+    def fork(self, seq: int, num_tokens: int | None = None) -> int:
+        """A twin that shares the tiles that hold tokens; with `num_tokens`, one of positions 0..num_tokens - 1 only."""
+        source = self._sequences[seq]
+        if source.staged:
+            raise ValueError("seq must not be staged")
+        twin = Cached([Head(h.layer, list(h.tiles), h.num_target) for h in source.heads], source.next_position)
+        if num_tokens is not None:
+            for head in twin.heads:
+                if head.num_tokens < num_tokens or (head.tokens()[2] != np.arange(head.num_tokens)).any():
+                    raise ValueError("num_tokens must be a number of tokens of which every head holds all")
+                self._cut(head, num_tokens)
+            twin.next_position = num_tokens
+        self._check_room(self._bytes_of([h for s in (*self._sequences.values(), twin) for h in s.heads]) - self.nbytes)
+        return self._add(twin)
+
+    def reserve(self, seq: int, num_tokens: int, keep_free: int = 0) -> bool:
+        """Make room for `num_tokens` more tokens in every head, all or nothing."""
+        cached = self._sequences[seq]
+        return num_tokens == 0 or self._reserve(cached.heads, num_tokens, cached.next_position, keep_free)
+
+    def append(self, seq: int, layer: int, k: Array, v: Array, first_position: int) -> None:
+        """Append rows k, v (T, K * D) at positions first_position.. to a layer for which there is room."""
+        heads, n = self._heads(seq, layer), len(k)
+        if any(self._room(head) < n for head in heads):
+            raise RuntimeError("append needs a reserve before it")
+        if n and not self._reserve(heads, n, first_position):
+            raise StoreFull("max_bytes would be passed")
+        positions = np.arange(first_position, first_position + n, dtype=np.int32)
+        for i, head in enumerate(heads):
+            part = slice(i * head.layer.head_size, (i + 1) * head.layer.head_size)
+            self._append(head, to_float(k[:, part], self.recent[0]), to_float(v[:, part], self.recent[1]), positions)
+        self._sequences[seq].next_position = max(self._sequences[seq].next_position, first_position + n)
+
+    def settle(self, seq: int) -> bool:
+        """Move what left the recent window of each head into tiles of the target precision; without room it waits.
+
+        Return whether nothing waits, whatever the order of heads in which it was done.
+        """
+        growth = 0
+        free = self.max_bytes - self.nbytes if self.max_bytes else 2**63
+        for head in self._sequences[seq].heads:
+            while head.num_target < num_target_tiles(head.num_tokens, self.recent_tokens):
+                old = head.tiles[head.num_target]
+                if self.target != self.recent:
+                    new = self._tile(head.layer, self.target, old.k, old.v, old.positions)
+                    change = new.num_bytes - (0 if self._is_shared(old) else old.num_bytes)
+                    growth += max(0, change)
+                    if not self._fits(change):
+                        break
+                    head.tiles[head.num_target] = new
+                head.num_target += 1
+        return growth <= free
+
+    def stage(self, seq: int, tokens: list[tuple[Array, Array]]) -> None:
+        """A prompt for `adopt`: keys and values (n, K * D) of each layer, as the staging blocks hold them."""
+        self._sequences[seq].staged = [
+            (k.reshape(len(k), layer.num_kv_heads, -1), v.reshape(len(v), layer.num_kv_heads, -1))
+            for layer, (k, v) in zip(self.layers, tokens, strict=True)
+        ]
+
+    def adopt(self, seq: int, kept: Sequence[Array] | None = None, keep_free: int = 0) -> None:
+        """Take the staged tokens into an empty sequence, of each head all or the ones of these indices."""
+        cached = self._sequences[seq]
+        heads: list[Head] = []
+        for layer, (k, v) in zip(self.layers, cached.staged, strict=True):
+            for i in range(layer.num_kv_heads):
+                index = np.arange(len(k)) if kept is None else kept[len(heads)]
+                num_target = num_target_tiles(len(index), self.recent_tokens)
+                head = Head(layer, [], num_target)
+                head.tiles = self._tiles(layer, num_target, k[index, i], v[index, i], index.astype(np.int32))
+                heads.append(head)
+        self._check_room(self._bytes_of(heads) - self._bytes_of(cached.heads), keep_free)
+        self._sequences[seq] = Cached(heads, max(cached.next_position, len(cached.staged[0][0])))
+
+    def compact(self, seq: int, kept: Sequence[Array]) -> Array:
+        """Keep the cached tokens of these indices of each head; return for each new index the old one, flat.
+
+        Full target tiles of which all 32 stay come first and are not written again. The other kept tokens follow in
+        their order: as many full target tiles as the rule asks for, the rest in recent tiles.
+        """
+        pairs = [self._compacted(head, index) for head, index in zip(self._sequences[seq].heads, kept, strict=True)]
+        others = [s.heads for i, s in self._sequences.items() if i != seq]
+        after = self._bytes_of([*(head for head, _ in pairs), *(head for heads in others for head in heads)])
+        self._check_room(after - self.nbytes)
+        self._sequences[seq].heads = [head for head, _ in pairs]
+        return np.concatenate([order for _, order in pairs]).astype(np.int32)
+
+    # Inside.
+
+    def _add(self, cached: Cached) -> int:
+        self._last_id += 1
+        self._sequences[self._last_id] = cached
+        return self._last_id
+
+    def _heads(self, seq: int, layer: int) -> list[Head]:
+        begin = sum(shape.num_kv_heads for shape in self.layers[:layer])
+        return self._sequences[seq].heads[begin : begin + self.layers[layer].num_kv_heads]
+
+    def _bytes(self, layer: Layer, precision: tuple[str, str], listed: bool = False) -> int:
+        group_size = math.gcd(self.group_size, layer.head_size)
+        return tile_bytes(*precision, layer.head_size, group_size, listed)
+
+    def _bytes_of(self, heads: Iterable[Head]) -> int:
+        heads = list(heads)
+        num_empty = sum(head.num_empty * self._bytes(head.layer, self.recent) for head in heads)
+        return num_empty + sum(tile.num_bytes for tile in {id(t): t for head in heads for t in head.tiles}.values())
+
+    def _fits(self, num_bytes: int, keep_free: int = 0) -> bool:
+        return not self.max_bytes or num_bytes <= 0 or self.nbytes + num_bytes <= self.max_bytes - keep_free
+
+    def _check_room(self, num_bytes: int, keep_free: int = 0) -> None:
+        if not self._fits(num_bytes, keep_free):
+            raise StoreFull(f"max_bytes must be at least {self.nbytes + num_bytes + keep_free}, got {self.max_bytes}")
+
+    def _is_shared(self, tile: Tile) -> bool:
+        return sum(t is tile for seq in self._sequences.values() for head in seq.heads for t in head.tiles) > 1
+
+    def _tile(self, layer: Layer, precision: tuple[str, str], k: Array, v: Array, positions: Array) -> Tile:
+        """A new tile, listed if its positions must be."""
+        listed = must_list(positions)
+        back = encode_decode(*precision, math.gcd(self.group_size, layer.head_size), k, v)
+        return Tile(self._bytes(layer, precision, listed), *back, positions, listed)
+
+    def _tiles(self, layer: Layer, num_target: int, k: Array, v: Array, positions: Array) -> list[Tile]:
+        """New tiles: `num_target` of the target precision, the rest of the recent one."""
+        parts = [slice(begin, begin + TILE) for begin in range(0, len(positions), TILE)]
+        return [
+            self._tile(layer, self.target if i < num_target else self.recent, k[part], v[part], positions[part])
+            for i, part in enumerate(parts)
+        ]
+
+    def _free_slots(self, head: Head, position: int) -> int:
+        """Tokens that can be appended from `position` on without a new tile."""
+        tile = head.open_tile
+        return 0 if tile is not None and self._listed(tile, position) != tile.listed else self._room(head)
+
+    @staticmethod
+    def _listed(tile: Tile, position: int) -> bool:
+        """Whether the positions of a tile are listed when it has taken another one."""
+        return tile.listed or must_list(np.append(tile.positions, position))
+
+    def _room(self, head: Head) -> int:
+        """Slots behind the tokens; none while the last tile is another sequence's too."""
+        tile = head.open_tile
+        if tile is None:
+            return TILE * head.num_empty
+        return 0 if self._is_shared(tile) else TILE * head.num_empty + TILE - len(tile.positions)
+
+    def _reserve(self, heads: Sequence[Head], num_tokens: int, position: int, keep_free: int = 0) -> bool:
+        """New tiles and open tiles that are ours alone and can go on at `position`: listed if they must be."""
+        opened: list[tuple[Head, Tile]] = []
+        missing: list[tuple[Head, int]] = []
+        num_bytes = 0
+        for head in heads:
+            tile = head.open_tile
+            if tile is not None:
+                listed = self._listed(tile, position)
+                if listed != tile.listed or self._is_shared(tile):
+                    copy = replace(tile, listed=listed, num_bytes=self._bytes(head.layer, self.recent, listed))
+                    opened.append((head, copy))
+                    num_bytes += copy.num_bytes - (0 if self._is_shared(tile) else tile.num_bytes)
+            needed = -(-(head.num_tokens + num_tokens) // TILE) - len(head.tiles) - head.num_empty
+            missing.append((head, max(0, needed)))
+            num_bytes += max(0, needed) * self._bytes(head.layer, self.recent)
+        if not self._fits(num_bytes, keep_free):
+            return False
+        for head, copy in opened:
+            head.tiles[-1] = copy
+        for head, needed in missing:
+            head.num_empty += needed
+        return True
+
+    def _append(self, head: Head, k: Array, v: Array, positions: Array) -> None:
+        """Tokens as they read back, into the open tile and then into empty ones."""
+        begin = 0
+        tile = head.open_tile
+        if tile is not None:
+            begin = min(len(k), TILE - len(tile.positions))
+            tile.k, tile.v = np.concatenate([tile.k, k[:begin]]), np.concatenate([tile.v, v[:begin]])
+            tile.positions = np.concatenate([tile.positions, positions[:begin]])
+        for i in range(begin, len(k), TILE):
+            part = slice(i, i + TILE)
+            head.num_empty -= 1
+            num_bytes = self._bytes(head.layer, self.recent)
+            head.tiles.append(Tile(num_bytes, k[part].copy(), v[part].copy(), positions[part], False))
+
+    def _cut(self, head: Head, num_tokens: int) -> None:
+        """Keep the first tokens; a tile that is cut becomes one of the recent precision."""
+        whole = num_tokens // TILE
+        k, v, positions = (x[TILE * whole : num_tokens] for x in head.tokens())
+        if len(positions) and (whole == len(head.tiles) - 1 and len(positions) == len(head.tiles[-1].positions)):
+            return  # the open tile stays whole
+        head.tiles = head.tiles[:whole]
+        head.num_target = min(head.num_target, whole)
+        if len(positions):
+            head.tiles.append(self._tile(head.layer, self.recent, k, v, positions))
+
+    def _compacted(self, head: Head, kept: Array) -> tuple[Head, Array]:
+        """The head with the kept tokens only, and their old indices."""
+        if len(kept) == head.num_tokens:
+            return head, kept
+        whole = [i for i in range(head.num_target) if np.isin(np.arange(TILE * i, TILE * i + TILE), kept).all()]
+        rest = kept[~np.isin(kept // TILE, whole)]
+        num_target = max(len(whole), num_target_tiles(len(kept), self.recent_tokens))
+        tiles = [head.tiles[i] for i in whole]
+        k, v, positions = (x[rest] for x in head.tokens())
+        for i, new in enumerate(self._tiles(head.layer, num_target - len(whole), k, v, positions)):
+            may_stay = len(tiles) >= num_target or self.target == self.recent
+            own = self._recent_tile(head, rest[TILE * i : TILE * (i + 1)]) if may_stay else None
+            tiles.append(own or new)
+        order = np.concatenate([*(np.arange(TILE * i, TILE * i + TILE) for i in whole), rest])
+        return Head(head.layer, tiles, num_target), order
+
+    def _recent_tile(self, head: Head, index: Array) -> Tile | None:
+        """The recent tile that holds exactly these cached tokens, if there is one."""
+        i = int(index[0]) // TILE
+        own = np.arange(TILE * i, TILE * i + len(head.tiles[i].positions))
+        return head.tiles[i] if i >= head.num_target and np.array_equal(index, own) else None
