@@ -172,7 +172,7 @@ class CrushKVCache:
             assert sequence.stored is not None
             for _ in range(num_blocks):
                 sequence.blocks.append(self.pool.allocate())
-            self.store.stage(sequence.stored, sequence.blocks.ids, len(sequence.ids))
+            self.store.attach_prefill(sequence.stored, sequence.blocks.ids, len(sequence.ids))
             if num_replay_blocks:
                 own = np.array([self.pool.allocate() for _ in range(num_replay_blocks)], np.int32)
                 sequence.replay = ReplayState(sequence, own)
@@ -317,7 +317,7 @@ class CrushKVCache:
             assert s.stored is not None, "a planned row of a sequence that was not admitted"
             reduction = s.reduction_of(row.samples)
             if isinstance(s, Reader):  # scores are over what is there when this step's rows are
-                self.store.stage(s.stored, s.blocks.ids, s.num_cached + row.num_tokens)
+                self.store.attach_prefill(s.stored, s.blocks.ids, s.num_cached + row.num_tokens)
             entries.append(PlanEntry(s.stored, begin, row.num_tokens, s.num_cached, kind, reduction))
             begin += row.num_tokens
             ends[s] = begin
@@ -357,7 +357,7 @@ class CrushKVCache:
             assert s.stored is not None
             s.free_slots -= row.num_tokens
             if row.num_tokens > 1 or not s.free_slots:
-                self.store.settle(s.stored)
+                self.store.quantize_aged(s.stored)
             is_read = not s.num_pending and s in self._reading
             self._evict(s, is_read=is_read)
             if is_read:
@@ -411,7 +411,7 @@ class CrushKVCache:
         """
         stored = self.store.create(0)
         try:
-            self.store.stage(stored, staged.blocks.ids, staged.num_cached)
+            self.store.attach_prefill(stored, staged.blocks.ids, staged.num_cached)
             self._fill(stored, choice)
         except BaseException:
             self.store.release(stored)
@@ -422,9 +422,9 @@ class CrushKVCache:
         while True:
             try:
                 if choice:
-                    self.store.adopt(stored, choice.offsets, choice.indices, keep_free=self._promised())
+                    self.store.commit_prefill(stored, choice.offsets, choice.indices, keep_free=self._promised())
                 else:
-                    self.store.adopt(stored, keep_free=self._promised())
+                    self.store.commit_prefill(stored, keep_free=self._promised())
                 return
             except StoreFull:
                 if not self.prefixes.drop_oldest():

@@ -61,14 +61,16 @@ class Store:
         """Room for num_tokens more in every head, all or nothing; False if nbytes would pass max_bytes - keep_free."""
     def free_slots(self, seq: int) -> int:
         """Tokens that can be appended at the next position without a reserve."""
-    def settle(self, seq: int) -> None:
+    def quantize_aged(self, seq: int) -> None:
         """Move what left the recent window into tiles of the target precisions."""
     def set_staging(self, layer: int, keys: Array, values: Array, num_blocks: int, precision: str) -> None:
         """uint8 (bytes,), writable: blocks [num_blocks, K, 32, D] of f32, bf16 or f16, PagedAttention's cache where it
         reads prompts; held until replaced."""
-    def stage(self, seq: int, blocks: Int32, num_tokens: int) -> None:
+    def attach_prefill(self, seq: int, blocks: Int32, num_tokens: int) -> None:
         """The prompt of an empty sequence lies in these staging blocks (n,)."""
-    def adopt(self, seq: int, offsets: Array | None = None, indices: Int32 | None = None, keep_free: int = 0) -> None:
+    def commit_prefill(
+        self, seq: int, offsets: Array | None = None, indices: Int32 | None = None, keep_free: int = 0
+    ) -> None:
         """Take the staged tokens: all, or indices[offsets[h]:offsets[h + 1]] for head h, counted through all layers.
         offsets: int64 (heads + 1,). Raises StoreFull."""
     def compact(self, seq: int, offsets: Array, indices: Int32) -> Int32:

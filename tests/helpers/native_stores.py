@@ -67,7 +67,7 @@ class Cache:
         seq: int = self.store.create()
         self.append(seq, rng, num_tokens, 0)
         if settle:
-            self.store.settle(seq)
+            self.store.quantize_aged(seq)
         return seq
 
     def append(self, seq: int, rng: np.random.Generator, num_tokens: int, first_position: int) -> None:
@@ -78,7 +78,7 @@ class Cache:
             tokens = keys_values(rng, num_tokens, shape.num_kv_heads * shape.head_size)
             self.store.append(seq, index, *tokens, first_position)
 
-    def stage(self, seq: int, prompt: Sequence[tuple[Array, Array]], precision: str = "f32") -> None:
+    def attach_prefill(self, seq: int, prompt: Sequence[tuple[Array, Array]], precision: str = "f32") -> None:
         """Stage a prompt, keys and values (n, K * D) of each layer, in blocks out of order among others of NaN."""
         num_tokens = len(prompt[0][0])
         num_blocks = -(-num_tokens // reference.TILE)
@@ -86,7 +86,7 @@ class Cache:
         for index, (shape, tokens) in enumerate(zip(self.layers, prompt, strict=True)):
             keys, values = (as_bytes(in_blocks(x, shape, table), precision) for x in tokens)
             self.store.set_staging(index, keys, values, num_blocks + 2, precision)
-        self.store.stage(seq, table, num_tokens)
+        self.store.attach_prefill(seq, table, num_tokens)
 
     def attention(self, index: int, spans: Sequence[Span], q: Array) -> Array:
         """What `attend` must give: float32 (T, H * D), zeros for rows of no span."""

@@ -44,7 +44,7 @@ def scene() -> Scene:
     rng = np.random.default_rng(0)
     cache = Cache(layer(4, 2, 32))
     full, empty, staged, gone = cache.new(rng, 40), cache.store.create(), cache.store.create(), cache.store.create()
-    cache.stage(staged, [keys_values(rng, 20, 64)])
+    cache.attach_prefill(staged, [keys_values(rng, 20, 64)])
     cache.store.release(gone)
     assert cache.store.reserve(full, 8)
     return Scene(cache, full, empty, staged, gone)
@@ -69,9 +69,9 @@ RELEASED: dict[str, Call] = {
     "fork": lambda s: s.store.fork(s.gone),
     "reserve": lambda s: s.store.reserve(s.gone, 1),
     "free_slots": lambda s: s.store.free_slots(s.gone),
-    "settle": lambda s: s.store.settle(s.gone),
-    "stage": lambda s: s.store.stage(s.gone, i32(0), 1),
-    "adopt": lambda s: s.store.adopt(s.gone),
+    "settle": lambda s: s.store.quantize_aged(s.gone),
+    "stage": lambda s: s.store.attach_prefill(s.gone, i32(0), 1),
+    "adopt": lambda s: s.store.commit_prefill(s.gone),
     "compact": lambda s: s.store.compact(s.gone, i64(0, 0, 0), i32()),
     "append": lambda s: s.store.append(s.gone, 0, f32(1, 64), f32(1, 64), 0),
     "attend": lambda s: s.store.attend(0, [(s.full, 0, 1, 39), (s.gone, 1, 1, 0)], f32(2, 128)),
@@ -133,18 +133,18 @@ BAD: list[tuple[str, str, Call]] = [
         "precision",
         lambda s: s.store.set_staging(0, np.zeros(8192, np.uint8), np.zeros(8192, np.uint8), 1, "f64"),
     ),
-    ("block that is not there", "blocks", lambda s: s.store.stage(s.empty, i32(3), 1)),
-    ("negative block", "blocks", lambda s: s.store.stage(s.empty, i32(-1), 1)),
-    ("more tokens than blocks", "num_tokens", lambda s: s.store.stage(s.empty, i32(0), 33)),
-    ("negative staged tokens", "num_tokens", lambda s: s.store.stage(s.empty, i32(0), -1)),
-    ("blocks of int64", "blocks", lambda s: s.store.stage(s.empty, i64(0), 1)),
-    ("blocks in two dimensions", "blocks", lambda s: s.store.stage(s.empty, i32(0).reshape(1, 1), 1)),
-    ("staging of a full one", "seq", lambda s: s.store.stage(s.full, i32(0), 1)),
-    ("adopt without a prompt", "seq", lambda s: s.store.adopt(s.empty)),
-    ("adopt into tokens", "seq", lambda s: s.store.adopt(s.full)),
-    ("offsets without indices", "offsets", lambda s: s.store.adopt(s.staged, i64(0, 1, 2))),
-    ("indices without offsets", "offsets", lambda s: s.store.adopt(s.staged, None, i32(0, 1))),
-    ("negative keep_free of adopt", "keep_free", lambda s: s.store.adopt(s.staged, keep_free=-1)),
+    ("block that is not there", "blocks", lambda s: s.store.attach_prefill(s.empty, i32(3), 1)),
+    ("negative block", "blocks", lambda s: s.store.attach_prefill(s.empty, i32(-1), 1)),
+    ("more tokens than blocks", "num_tokens", lambda s: s.store.attach_prefill(s.empty, i32(0), 33)),
+    ("negative staged tokens", "num_tokens", lambda s: s.store.attach_prefill(s.empty, i32(0), -1)),
+    ("blocks of int64", "blocks", lambda s: s.store.attach_prefill(s.empty, i64(0), 1)),
+    ("blocks in two dimensions", "blocks", lambda s: s.store.attach_prefill(s.empty, i32(0).reshape(1, 1), 1)),
+    ("staging of a full one", "seq", lambda s: s.store.attach_prefill(s.full, i32(0), 1)),
+    ("adopt without a prompt", "seq", lambda s: s.store.commit_prefill(s.empty)),
+    ("adopt into tokens", "seq", lambda s: s.store.commit_prefill(s.full)),
+    ("offsets without indices", "offsets", lambda s: s.store.commit_prefill(s.staged, i64(0, 1, 2))),
+    ("indices without offsets", "offsets", lambda s: s.store.commit_prefill(s.staged, None, i32(0, 1))),
+    ("negative keep_free of adopt", "keep_free", lambda s: s.store.commit_prefill(s.staged, keep_free=-1)),
     ("keys too narrow", "k", lambda s: s.store.append(s.full, 0, f32(1, 63), f32(1, 64), 40)),
     ("values too narrow", "v", lambda s: s.store.append(s.full, 0, f32(1, 64), f32(1, 32), 40)),
     ("fewer values than keys", "v", lambda s: s.store.append(s.full, 0, f32(2, 64), f32(1, 64), 40)),
@@ -226,7 +226,7 @@ def test_bad_input_names_the_field_and_changes_nothing(scene: Scene, field: str,
 )
 def test_bad_selections_are_refused(scene: Scene, field: str, offsets: Array, indices: Array) -> None:
     refused(scene, field, lambda s: s.store.compact(s.full, offsets, indices))
-    refused(scene, field, lambda s: s.store.adopt(s.staged, offsets, indices))
+    refused(scene, field, lambda s: s.store.commit_prefill(s.staged, offsets, indices))
 
 
 def test_append_without_room_is_refused(scene: Scene) -> None:

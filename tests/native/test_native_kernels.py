@@ -235,7 +235,7 @@ def test_channels_of_any_size_keep_their_precision(isa: str, precision: str, num
     q[:, ::64] *= 100
     q[:, 1::64] /= 100
     cache.store.append(seq, 0, k, v, 0)
-    cache.store.settle(seq)
+    cache.store.quantize_aged(seq)
     spans: list[Span] = [(seq, 0, num_rows, 300 - num_rows)]
     assert_attends(cache, isa, spans, q)
 
@@ -249,7 +249,7 @@ def test_values_of_any_size_keep_their_precision(isa: str, value: float) -> None
     assert cache.store.reserve(seq, 90)
     k, v = keys_values(rng, 90, 32)
     cache.store.append(seq, 0, k, v * np.float32(value), 0)
-    cache.store.settle(seq)
+    cache.store.quantize_aged(seq)
     q = gaussian(rng, 1, 64)
     assert_attends(cache, isa, [(seq, 0, 1, 89)], q)
 
@@ -376,7 +376,7 @@ def test_scores_of_a_staged_prompt_are_those_of_its_keys(isa: str, staged_as: st
     cache = Cache(shape, key="u2", recent=staged_as, group_size=16, isa=isa)
     for num_tokens in (1, 31, 32, 33, 100):
         seq, (k, v) = cache.store.create(), keys_values(rng, num_tokens, 2 * 48)
-        cache.stage(seq, [(k, v)], staged_as)
+        cache.attach_prefill(seq, [(k, v)], staged_as)
         num_rows = min(num_tokens, 9)
         q, at = gaussian(rng, num_rows, 4 * 48), np.arange(num_tokens - num_rows, num_tokens, dtype=np.int32)
         keys = reference.to_float(k, staged_as).reshape(num_tokens, 2, 48)
@@ -393,7 +393,7 @@ REDUCTIONS = ["mean", "max", "sum_squares"]
 def check_staged(cache: Cache, prompt: list[tuple[Array, Array]], q: list[Array], staged_as: str) -> None:
     """Scores of the last rows of a prompt in all layers, every reduction."""
     seq, num_tokens, num_rows = cache.store.create(), len(prompt[0][0]), len(q[0])
-    cache.stage(seq, prompt, staged_as)
+    cache.attach_prefill(seq, prompt, staged_as)
     at = np.arange(num_tokens - num_rows, num_tokens, dtype=np.int32)
     for index, (shape, (k, _)) in enumerate(zip(cache.layers, prompt, strict=True)):
         keys = reference.to_float(k, staged_as).reshape(num_tokens, shape.num_kv_heads, shape.head_size)

@@ -38,10 +38,10 @@ class Text(Cache):
         """Keys and values (n, 16) of tokens at these places."""
         return np.repeat(places.astype(np.float32)[:, None], 16, axis=1), gaussian(self.rng, len(places), 16)
 
-    def adopt(self, places: Array) -> Line:
+    def commit_prefill(self, places: Array) -> Line:
         seq = self.store.create()
-        self.store.stage(seq, np.arange(LENGTH // TILE, dtype=np.int32), LENGTH)
-        self.store.adopt(seq, *flat([places]))
+        self.store.attach_prefill(seq, np.arange(LENGTH // TILE, dtype=np.int32), LENGTH)
+        self.store.commit_prefill(seq, *flat([places]))
         return Line(self, seq, places, num_target_tiles(len(places), RECENT))
 
 
@@ -70,7 +70,7 @@ class Line:
             assert self.store.nbytes == before or not (is_near and has_room)
             self.places = np.append(self.places, place)
             self.next_position = place + 1
-        self.store.settle(self.seq)
+        self.store.quantize_aged(self.seq)
         self.num_target = max(self.num_target, num_target_tiles(len(self.places), RECENT))
 
     def compact(self, kept: Array) -> None:
@@ -127,7 +127,7 @@ def test_positions_come_back_and_cost_what_they_must(
         return np.flatnonzero(np.repeat(rng.random(num_tokens // length + 1) < share, length)[:num_tokens])
 
     places = np.array([p - 1 for p in accumulate(gaps) if p <= LENGTH], np.int32)
-    lines = [text.adopt(places)]
+    lines = [text.commit_prefill(places)]
     for step in range(4):
         lines.append(lines[-1].fork())
         if step % 3 == 0:
@@ -145,7 +145,7 @@ def test_most_kept_sets_cost_what_as_many_tokens_cost() -> None:
     text = Text()
     sinks_and_newest = np.concatenate([np.arange(4), np.arange(LENGTH - 100, LENGTH)])
     for places in (sinks_and_newest, *(np.arange(0, LENGTH, step)[:300] for step in (1, 2, 37, MAX_GAP))):
-        line = text.adopt(places)
+        line = text.commit_prefill(places)
         line.check()
         assert line.store.nbytes_of(line.seq) == line.store.bytes_for(len(places))
         line.store.release(line.seq)

@@ -46,7 +46,7 @@ class Prompts:
         for n in lengths:
             mine, table = table[: -(-n // 32)], table[-(-n // 32) :]
             seq = self.store.create()
-            self.store.stage(seq, mine, n)
+            self.store.attach_prefill(seq, mine, n)
             k, v = (bf16(x) for x in keys_values(rng, n, num_kv_heads * size))
             self.rows.append((seq, bf16(sharpness * gaussian(rng, n, num_heads * size)), k, v))
 
@@ -64,7 +64,7 @@ class Prompts:
     def expected(self, index: int) -> Array:
         """Of the whole prompt, from what the store has adopted."""
         seq, q = self.rows[index][:2]
-        self.store.adopt(seq)
+        self.store.commit_prefill(seq)
         return self.cache.attention(0, [(seq, 0, len(q), 0)], q)
 
     def assert_close(self, index: int, got: Array) -> None:
@@ -130,7 +130,7 @@ def test_rows_are_staged_as_the_nearest_bf16() -> None:
     k += 1e-3 * np.abs(k)
     v -= 1e-3
     prompts.read([(0, 0, 50)])
-    prompts.store.adopt(seq)
+    prompts.store.commit_prefill(seq)
     for head in range(2):
         got_k, got_v, _ = prompts.cache.tokens(seq, 0, head)
         np.testing.assert_array_equal(got_k, bf16(k[:, 32 * head : 32 * head + 32]))
@@ -142,7 +142,7 @@ def test_only_what_is_staged_as_bf16_does_without_paged_attention(precision: str
     cache = Cache(layer())
     seq = cache.store.create()
     rows = keys_values(np.random.default_rng(0), 9, 64)
-    cache.stage(seq, [rows], precision)
+    cache.attach_prefill(seq, [rows], precision)
     assert not native.can_prefill([layer()], precision)
     with pytest.raises(ValueError, match="prompts must go through PagedAttention"):
         cache.store.prefill(0, [(seq, 0, 9, 0)], gaussian(np.random.default_rng(1), 9, 128), *rows)

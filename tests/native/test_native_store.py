@@ -134,15 +134,15 @@ class Stores(RuleBasedStateMachine):
             if mine == "full":  # a gap needs bytes that were not reserved
                 return
         if settle:
-            self.settle(which)
+            self.quantize_aged(which)
 
     @precondition(lambda self: self.twins)
     @rule(which=st.integers(0, 99))
-    def settle(self, which: int) -> None:
+    def quantize_aged(self, which: int) -> None:
         """Which tiles wait when not all fit is left to the store: from there on the two would go separate ways."""
         twin = self.pick(which)
-        self.mine.settle(twin.mine)
-        if not self.theirs.settle(twin.theirs):
+        self.mine.quantize_aged(twin.mine)
+        if not self.theirs.quantize_aged(twin.theirs):
             assert self.mine.nbytes <= self.max_bytes
             self.release(which)
 
@@ -167,19 +167,19 @@ class Stores(RuleBasedStateMachine):
         keep_free=st.sampled_from([0, 0, 10_000]),
         reserved=st.booleans(),
     )
-    def adopt(self, n: int, staged_as: str, density: float | None, keep_free: int, reserved: bool) -> None:
+    def commit_prefill(self, n: int, staged_as: str, density: float | None, keep_free: int, reserved: bool) -> None:
         twin = Twin(self.mine.create(), self.theirs.create())
         self.twins.append(twin)
         prompt = [keys_values(self.rng, n, s.num_kv_heads * s.head_size) for s in self.theirs.layers]
         if reserved:
             assert self.mine.reserve(twin.mine, 10) == self.theirs.reserve(twin.theirs, 10)
-        self.cache.stage(twin.mine, prompt, staged_as)
+        self.cache.attach_prefill(twin.mine, prompt, staged_as)
         rounded = [tuple(reference.to_float(x, staged_as) for x in tokens) for tokens in prompt]
-        self.theirs.stage(twin.theirs, rounded)  # type: ignore[arg-type]
+        self.theirs.attach_prefill(twin.theirs, rounded)  # type: ignore[arg-type]
         kept = None if density is None else [self.some(n, density) for _ in self.num_tokens(twin)]
         offsets, indices = (None, None) if kept is None else flat(kept)
-        mine = outcome(lambda: self.mine.adopt(twin.mine, offsets, indices, keep_free=keep_free))
-        assert mine == outcome(lambda: self.theirs.adopt(twin.theirs, kept, keep_free))
+        mine = outcome(lambda: self.mine.commit_prefill(twin.mine, offsets, indices, keep_free=keep_free))
+        assert mine == outcome(lambda: self.theirs.commit_prefill(twin.theirs, kept, keep_free))
         if mine == "full":  # still staged: it can only be left
             self.release(len(self.twins) - 1)
 
@@ -238,8 +238,8 @@ def test_bytes_for_a_number_of_tokens_are_what_it_takes(recent_tokens: int) -> N
 
 def adopt_all(cache: Cache) -> Callable[[], object]:
     seq = cache.store.create()
-    cache.stage(seq, [keys_values(np.random.default_rng(0), 100, 64)])
-    return lambda: cache.store.adopt(seq)
+    cache.attach_prefill(seq, [keys_values(np.random.default_rng(0), 100, 64)])
+    return lambda: cache.store.commit_prefill(seq)
 
 
 def reserve_new(cache: Cache) -> Callable[[], object]:
@@ -256,8 +256,8 @@ def reserve_shared(cache: Cache) -> Callable[[], object]:
 def reserve_far_away(cache: Cache) -> Callable[[], object]:
     """The last tile has a far gap already."""
     seq = cache.store.create()
-    cache.stage(seq, [keys_values(np.random.default_rng(0), 40 + 2 * MAX_GAP, 64)])
-    cache.store.adopt(seq, *flat([np.append(np.arange(39), 39 + MAX_GAP)] * 2))
+    cache.attach_prefill(seq, [keys_values(np.random.default_rng(0), 40 + 2 * MAX_GAP, 64)])
+    cache.store.commit_prefill(seq, *flat([np.append(np.arange(39), 39 + MAX_GAP)] * 2))
     return lambda: cache.store.reserve(seq, 1)
 
 
@@ -299,15 +299,15 @@ def test_a_store_that_is_full_says_both_numbers_and_changes_nothing() -> None:
     assert not store.reserve(seq, 500)
     assert not store.reserve(seq, 1, keep_free=free)
     late = store.create()
-    cache.stage(late, [keys_values(rng, 500, 64)])
+    cache.attach_prefill(late, [keys_values(rng, 500, 64)])
     with pytest.raises(native.StoreFull, match="30000") as error:
-        store.adopt(late)
+        store.commit_prefill(late)
     assert str(store.bytes_for(500)) in str(error.value)
     assert store.num_tokens(late, 0, 0) == 0
     for was, now in zip(before, [*cache.tokens(seq, 0, 0), store.nbytes, store.free_slots(seq)], strict=True):
         np.testing.assert_array_equal(was, now)
     # What was staged is still there: a part of it fits.
-    store.adopt(late, *flat([np.arange(0, 500, 20)] * 2))
+    store.commit_prefill(late, *flat([np.arange(0, 500, 20)] * 2))
     assert store.num_tokens(late, 0, 1) == 25
     with pytest.raises(MemoryError):
         raise native.StoreFull("a kind of MemoryError")
@@ -322,7 +322,7 @@ def test_a_settle_that_does_not_fit_waits() -> None:
     seq = cache.new(np.random.default_rng(0), 96, settle=False)
     twin = store.fork(seq)
     before = [cache.tokens(s, 0, h) for s in (twin, seq) for h in range(2)]
-    store.settle(seq)
+    store.quantize_aged(seq)
     assert store.nbytes == limit  # one of four tiles
     after = [cache.tokens(s, 0, h) for s in (twin, seq) for h in range(2)]
     for (k, v, positions), (new_k, new_v, new_positions) in zip(before, after, strict=True):
@@ -332,7 +332,7 @@ def test_a_settle_that_does_not_fit_waits() -> None:
     for x, y in zip(before[0], after[0], strict=True):
         np.testing.assert_array_equal(x, y)
     store.release(twin)
-    store.settle(seq)
+    store.quantize_aged(seq)
     assert store.nbytes == store.bytes_for(96)
 
 
@@ -353,7 +353,7 @@ def fill(target):
         for first in range(0, 8192, 1024):
             store.reserve(seqs[-1], 1024)
             store.append(seqs[-1], 0, x, x, first)
-            store.settle(seqs[-1])
+            store.quantize_aged(seqs[-1])
     return seqs
 
 for seq in fill(1):  # whatever comes with first use: threads, their stacks
@@ -400,7 +400,7 @@ def test_a_fork_is_a_copy(num_tokens: int, change: str) -> None:
         if change == "append":
             cache.append(changed, rng, 40, num_tokens)
         elif change == "settle":
-            store.settle(changed)
+            store.quantize_aged(changed)
         elif change == "compact":
             store.compact(changed, *flat([np.arange(0, num_tokens, 2)] * 2))
         else:
@@ -443,7 +443,7 @@ def test_threads_share_a_store() -> None:
         seq = cache.new(rng, 50 + seed)
         for position in range(50 + seed, 90 + seed):
             cache.append(seq, rng, 1, position)
-            cache.store.settle(seq)
+            cache.store.quantize_aged(seq)
             seen.append(cache.store.attend(0, [(seq, 0, 1, position)], gaussian(rng, 1, 128)))
         twin = cache.store.fork(seq)
         cache.store.release(seq)

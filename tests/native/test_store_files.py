@@ -53,7 +53,7 @@ def random_sequence(cache: Cache, rng: np.random.Generator, steps: list[str], n:
         elif step == "jump":  # positions with a gap, that no contiguous tile can hold
             cache.append(seq, rng, int(rng.integers(1, 9)), position + int(rng.integers(1, 1000)))
         elif step == "settle":
-            cache.store.settle(seq)
+            cache.store.quantize_aged(seq)
         elif step == "fork":
             seq = cache.store.fork(seq)
         else:
@@ -88,7 +88,7 @@ def go_on(pairs: list[tuple[Cache, int]], seed: int) -> list[tuple[Cache, int]]:
         cache.append(seq, rng, 37, next_position(cache, seq))
         keep_some(cache, seq, rng, density=0.8, by_tile=True)
         cache.append(seq, rng, 2, next_position(cache, seq))
-        cache.store.settle(seq)
+        cache.store.quantize_aged(seq)
         forks.append((cache, cache.store.fork(seq)))
     return forks
 
@@ -157,11 +157,11 @@ def test_same_content_gives_same_bytes() -> None:
             assert cache.store.reserve(seq, min(each, 90 - first))
             for index, (k, v) in enumerate(tokens):
                 cache.store.append(seq, index, k[first : first + each], v[first : first + each], first)
-        cache.store.settle(seq)
+        cache.store.quantize_aged(seq)
         dumps.append(cache.store.dump(seq))
         staged = cache.store.create()
-        cache.stage(staged, tokens)
-        cache.store.adopt(staged)
+        cache.attach_prefill(staged, tokens)
+        cache.store.commit_prefill(staged)
         if each == 90:
             dumps.append(cache.store.dump(staged))
     for heads, tiles in dumps[1:]:
@@ -192,7 +192,7 @@ def test_a_staged_sequence_is_refused() -> None:
     cache = Cache(*SHAPES)
     rng = np.random.default_rng(4)
     seq = cache.store.create()
-    cache.stage(seq, [keys_values(rng, 20, shape.num_kv_heads * shape.head_size) for shape in cache.layers])
+    cache.attach_prefill(seq, [keys_values(rng, 20, shape.num_kv_heads * shape.head_size) for shape in cache.layers])
     with pytest.raises(ValueError, match="must be adopted before it is dumped"):
         cache.store.dump(seq)
 
@@ -391,7 +391,7 @@ def test_damage_is_refused_or_harmless(precisions: tuple[str, str, str], steps: 
             if position < 2**31 - 100:
                 cache.append(seq, rng, 3, position)
             keep_some(cache, seq, rng, density=0.5, by_tile=False)
-            cache.store.settle(seq)
+            cache.store.quantize_aged(seq)
             cache.store.release(seq)
             cache.store.release(again)
     assert cache.store.nbytes == cache.store.num_sequences == 0

@@ -174,7 +174,7 @@ class ReferenceStore:
             self._append(head, to_float(k[:, part], self.recent[0]), to_float(v[:, part], self.recent[1]), positions)
         self._sequences[seq].next_position = max(self._sequences[seq].next_position, first_position + n)
 
-    def settle(self, seq: int) -> bool:
+    def quantize_aged(self, seq: int) -> bool:
         """Move what left the recent window of each head into tiles of the target precision; without room it waits.
 
         Return whether nothing waits, whatever the order of heads in which it was done.
@@ -194,14 +194,14 @@ class ReferenceStore:
                 head.num_target += 1
         return growth <= free
 
-    def stage(self, seq: int, tokens: list[tuple[Array, Array]]) -> None:
+    def attach_prefill(self, seq: int, tokens: list[tuple[Array, Array]]) -> None:
         """A prompt for `adopt`: keys and values (n, K * D) of each layer, as the staging blocks hold them."""
         self._sequences[seq].staged = [
             (k.reshape(len(k), layer.num_kv_heads, -1), v.reshape(len(v), layer.num_kv_heads, -1))
             for layer, (k, v) in zip(self.layers, tokens, strict=True)
         ]
 
-    def adopt(self, seq: int, kept: Sequence[Array] | None = None, keep_free: int = 0) -> None:
+    def commit_prefill(self, seq: int, kept: Sequence[Array] | None = None, keep_free: int = 0) -> None:
         """Take the staged tokens into an empty sequence, of each head all or the ones of these indices."""
         cached = self._sequences[seq]
         heads: list[Head] = []

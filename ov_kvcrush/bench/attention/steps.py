@@ -142,7 +142,7 @@ class CrushAttention:
                 for index, layer in enumerate(self._layers):
                     _, k, v = (inputs[name] for name in widths_of(layer))
                     self._store.append(sequence, index, k, v, start)
-                self._store.settle(sequence)
+                self._store.quantize_aged(sequence)
         rows = np.arange(shape.batch) % CHUNK
         tables = with_dummy_rows(paged_inputs([]), shape.batch, 0) if self._pages_prompts else {}
         for request in self._requests.values():
