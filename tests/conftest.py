@@ -6,13 +6,33 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import covering  # noqa: F401, registers the profiles
 import pytest
+from hypothesis import settings
 from tiny_models import tiny_model
 
 from model_export import export_model
 from ov_kvcrush.model.default import default_model_path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test asks the hub for anything
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="run the long combinations too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("hypothesis_profile", default=None):
+        settings.load_profile("exhaustive" if config.getoption("exhaustive") else "default-run")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("exhaustive"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
 
 
 @pytest.fixture(scope="session")
