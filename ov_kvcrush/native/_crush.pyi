@@ -1,4 +1,4 @@
-"""Types of the compiled module (src/module.cpp).
+"""Types of the compiled module (src/python/module.cpp).
 
 Letters: H query heads, K KV heads, D channels of a head, S cached tokens of a head, T rows of a step, W scored rows.
 Arrays must be contiguous and of the dtype told. Wrong values raise ValueError "<field> must be <rule>, got <value>".

@@ -14,9 +14,9 @@
 #include <thread>
 #include <vector>
 
-#include "attention.hpp"
-#include "half.hpp"
-#include "tokens.hpp"
+#include "kernels/attention.hpp"
+#include "kernels/half.hpp"
+#include "store/tokens.hpp"
 
 using namespace crush;
 

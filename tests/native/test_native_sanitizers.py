@@ -27,7 +27,7 @@ def core() -> dict[Path, list[str]]:
     """The sources that need neither OpenVINO nor Python, with the instruction set that each is compiled for."""
     text = (NATIVE / "core.cmake").read_text()
     names = text.split("set(CRUSH_CORE_SOURCES", 1)[1].split(")", 1)[0].split()
-    options = dict(re.findall(r'(\w+\.cpp) PROPERTIES COMPILE_OPTIONS\s+"([^"]+)"', text))
+    options = dict(re.findall(r'SOURCE_DIR\}/([\w/]+\.cpp) PROPERTIES COMPILE_OPTIONS\s+"([^"]+)"', text))
     if platform.machine().lower() in ("x86_64", "amd64"):
         names = [*options, *names]  # those take longest
     return {NATIVE / "src" / name: options[name].split(";") if name in options else [] for name in names}

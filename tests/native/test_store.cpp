@@ -15,7 +15,7 @@
 #include <thread>
 #include <vector>
 
-#include "store.hpp"
+#include "store/store.hpp"
 
 using namespace crush;
 

@@ -1,0 +1,102 @@
+// The kernels of one instruction set. All take and give float32; tiles say their own layout.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels/tile.hpp"
+
+namespace crush {
+
+constexpr int MAX_ROWS = 8;  // query rows that one kernel call takes: they share one pass over the tiles
+constexpr int CHUNK = 16;    // tiles of one softmax step: their scores stay in the L1 cache
+
+// Rows of queries of one KV head against tiles [0, num_tiles). Row r sees tokens with
+//   position <= row_position[r], and position > row_position[r] - window if window > 0.
+struct AttendArgs {
+    const uint8_t* const* tiles;
+    size_t num_tiles;
+    const uint8_t* const* next_tiles;  // what this thread will read after that, to prefetch: num_next tiles
+    size_t num_next;
+    int rows;                     // 1..MAX_ROWS
+    const float* q;               // [rows, D], already times the softmax scale
+    const int32_t* row_position;  // [rows]
+    int32_t window;               // 0 = none
+    float* max;                   // [rows] running maximum, -inf at the beginning
+    float* sum;                   // [rows] running sum of exp(score - max), 0 at the beginning
+    float* acc;                   // [rows, D] running sum of exp(score - max) * value
+};
+
+enum class Reduce : int32_t { mean = 1, max = 2, sum_squares = 3 };
+
+// Scores of some query heads of one KV head over keys as PagedAttention stages them: see attention_scores.
+struct StagedScores {
+    const uint8_t* const* blocks;  // where the keys of 32 tokens lie, bf16 [32, D] each, the last one whole too
+    size_t num_tokens;             // at positions 0, 1, 2, ...
+    int head_size;                 // D, at least MIN_STAGED_HEAD
+    const float* q;                // head h of row r is at q + r * q_stride + h * D
+    size_t q_stride;
+    int num_heads, num_rows;
+    const int32_t* row_position;  // [num_rows]
+    int32_t window;               // 0 = none
+    float scale;                  // of q . k
+    Reduce reduce;
+    float* scratch;  // staged_scratch(num_tokens) floats
+    float* out;      // [num_heads, num_tokens], zeros
+};
+constexpr int STAGED_LANES = 16;     // query rows that are scored at a time; those of a head fill staged_lanes
+constexpr int MIN_STAGED_HEAD = 32;  // D
+static inline int staged_lanes(int num_rows) { return (num_rows + 3) / 4 * 4; }
+static inline size_t staged_scratch(size_t num_tokens) {
+    return ((num_tokens + TILE - 1) / TILE * (TILE + 1) + 1) * STAGED_LANES;
+}
+
+// Rows of a prompt, and the query heads of one KV head, over what is staged of it: row r sees the tokens of index
+//   <= first_position + r, and > first_position + r - window if window > 0.
+struct Prefill {
+    const uint8_t *const *keys, *const *values;  // where 32 tokens lie, bf16 [32, D] each, the last block whole too
+    size_t num_tokens;                           // that are there, at least first_position + num_rows
+    int head_size;                               // D, a multiple of 32
+    int group, num_rows;                         // query heads; rows: together at most PREFILL_MAX_COLUMNS
+    const float* q;                              // head g of row r is at q + r * stride + g * D
+    size_t stride;
+    int32_t first_position;
+    int32_t window;  // 0 = none
+    float scale;     // of q . k, above 0
+    float* scratch;  // prefill_scratch(head_size, group * num_rows) floats
+    float* out;      // as q
+};
+constexpr int PREFILL_COLUMNS = 32, PREFILL_STEP = 128, PREFILL_MAX_COLUMNS = 256;
+static inline size_t prefill_scratch(int head_size, int columns) {
+    const int each = 3 * head_size * PREFILL_COLUMNS / 2 + 2 * PREFILL_COLUMNS;
+    const int once = 3 * PREFILL_STEP * PREFILL_COLUMNS + head_size * PREFILL_STEP / 2;
+    return static_cast<size_t>((columns + PREFILL_COLUMNS - 1) / PREFILL_COLUMNS * each + once) + ALIGNMENT;
+}
+
+struct Kernels {
+    const char* isa;
+    // Online softmax over the tiles; updates max, sum and acc. May be called again for more tiles.
+    void (*attend)(const AttendArgs&);
+    // s[r * stride + TILE * i + t] = q_r . key_t of tile i, unmasked; slots beyond the count of a tile give 0.
+    void (*scores)(const uint8_t* const* tiles, size_t num_tiles, const float* q, int rows, float* s, size_t stride);
+    // s = exp(s - max(s)) / sum: softmax in place over n numbers, -inf gives 0; all -inf gives all 0.
+    void (*softmax)(float* s, size_t n);
+    // Fill a tile with count tokens from k, v [count, D] (row strides in floats), and zero codes beyond. Only codes,
+    // scales and mins are written; the header is the caller's, with layout and count set.
+    void (*encode)(uint8_t* tile, const float* k, size_t k_stride, const float* v, size_t v_stride, int count);
+    // k, v [32, D] of all slots.
+    void (*decode)(const uint8_t* tile, float* k, float* v);
+    // Write one token into `slot` of a tile with float codecs (f32, bf16, f16).
+    void (*put)(uint8_t* tile, int slot, const float* k, const float* v);
+    // Null where there is none: then staged keys are scored as tiles.
+    void (*staged_scores)(const StagedScores&);
+    // Null where there is none: then prompts go through PagedAttention.
+    void (*prefill)(const Prefill&);
+};
+
+// The best kernels of this machine, or those named ("scalar", "avx2", "avx512", ...). Throws std::invalid_argument
+// naming what there is if the name is unknown or this CPU cannot run it.
+const Kernels& kernels(const std::string& isa = "");
+std::vector<std::string> available_isas();  // slowest first
+
+}  // namespace crush

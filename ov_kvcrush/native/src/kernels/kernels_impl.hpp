@@ -1,0 +1,24 @@
+// The kernels of one instruction set, from its Simd* struct.
+#pragma once
+
+#include "kernels/attend_impl.hpp"
+#include "kernels/codec_impl.hpp"
+
+namespace crush {
+namespace {
+
+template <class I>
+constexpr Kernels make_kernels() {
+    return {I::NAME,
+            &AttendImpl<I>::attend,
+            &AttendImpl<I>::scores,
+            &AttendImpl<I>::softmax,
+            &CodecImpl<I>::encode,
+            &CodecImpl<I>::decode,
+            &CodecImpl<I>::put,
+            nullptr,
+            nullptr};
+}
+
+}  // namespace
+}  // namespace crush

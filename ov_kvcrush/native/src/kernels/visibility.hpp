@@ -1,0 +1,106 @@
+// Which tiles some row of a call sees, in steps of a few tiles, and their way into the cache. (No standard library: see
+// attend_impl.hpp)
+#pragma once
+
+#include "kernels/kernels.hpp"
+
+namespace crush {
+namespace {
+
+constexpr float INF = __builtin_inff();
+constexpr float LOG2E = 1.44269504f;
+// 2^x on [0, 1), relative error 7.5e-8 (Remez)
+constexpr float EXP2_POLY[6] = {1.f, 0.6931530833f, 0.2401536107f, 0.05582631752f, 0.008989339694f, 0.001877576695f};
+
+constexpr int STRIDE = CHUNK * TILE + 16;  // floats from row to row of a buffer; + 16: not in the same cache set
+
+struct Visible {
+    const uint8_t* tile;
+    const TileLayout* layout;
+    bool masked;  // some row does not see some slot
+};
+
+// Brings the tiles of the next step into the L2 cache, a few lines at a time between arithmetic. (Bursts, or the L1
+// cache as goal, run into the limit of 16 outstanding lines.)
+template <class I>
+class Ahead {
+public:
+    Ahead(const Visible* tiles, int num_tiles, int steps) : tile_(tiles), end_tile_(tiles + num_tiles) {
+        size_t bytes = 0;
+        for (int i = 0; i < num_tiles; ++i) bytes += tiles[i].layout->bytes;
+        lines_ = static_cast<int>(bytes / ALIGNMENT) / (steps > 0 ? steps : 1) + 1;
+        open();
+    }
+    void step() {
+        for (int i = 0; i < lines_ && line_ != end_; ++i) {
+            I::prefetch(line_);
+            line_ += ALIGNMENT;
+            if (line_ == end_) open();
+        }
+    }
+
+private:
+    void open() {
+        if (tile_ == end_tile_) return;
+        line_ = tile_->tile;
+        end_ = line_ + tile_->layout->bytes;
+        ++tile_;
+    }
+    const Visible *tile_, *end_tile_;
+    const uint8_t *line_ = nullptr, *end_ = nullptr;
+    int lines_;
+};
+
+struct Rows {
+    int32_t low[MAX_ROWS], high[MAX_ROWS];  // row r sees positions low[r] < position <= high[r]
+    int32_t min_low, max_low, min_high, max_high;
+
+    explicit Rows(const AttendArgs& a) {
+        for (int r = 0; r < a.rows; ++r) {
+            high[r] = a.row_position[r] < INT32_MAX ? a.row_position[r] : INT32_MAX - 1;
+            low[r] = a.window > 0 && high[r] >= INT32_MIN + a.window ? high[r] - a.window : INT32_MIN;
+            min_low = r == 0 || low[r] < min_low ? low[r] : min_low;
+            max_low = r == 0 || low[r] > max_low ? low[r] : max_low;
+            min_high = r == 0 || high[r] < min_high ? high[r] : min_high;
+            max_high = r == 0 || high[r] > max_high ? high[r] : max_high;
+        }
+    }
+};
+
+// Up to CHUNK tiles that some row sees, from tile `next` on.
+template <class I>
+int collect(const AttendArgs& a, const Rows& rows, size_t& next, Visible* out) {
+    int n = 0;
+    for (; next < a.num_tiles && n < CHUNK; ++next) {
+        if (next + CHUNK < a.num_tiles)
+            I::prefetch(a.tiles[next + CHUNK]);
+        else if (next + CHUNK - a.num_tiles < a.num_next)
+            I::prefetch(a.next_tiles[next + CHUNK - a.num_tiles]);
+        const TileHeader& h = header(a.tiles[next]);
+        if (h.count <= 0 || h.min_position > rows.max_high || h.max_position <= rows.min_low) continue;
+        const bool all = h.count == TILE && h.max_position <= rows.min_high && h.min_position > rows.max_low;
+        out[n++] = {a.tiles[next], h.layout, !all};
+    }
+    return n;
+}
+// The tiles after the last: only to be prefetched.
+template <class I>
+int peek(const AttendArgs& a, Visible* out) {
+    int n = 0;
+    for (; n < CHUNK && static_cast<size_t>(n) < a.num_next; ++n)
+        out[n] = {a.next_tiles[n], &layout(a.next_tiles[n]), false};
+    return n;
+}
+
+template <class I>
+void mask(const Visible& v, const Rows& rows, int num_rows, float* s) {
+    int32_t at[TILE];
+    read_positions(v.tile, at);
+    for (int t = header(v.tile).count; t < TILE; ++t) at[t] = INT32_MAX;
+    for (int r = 0; r < num_rows; ++r, s += STRIDE)
+        for (int t = 0; t < TILE; t += 16)
+            I::store(s + t, I::keep_between(I::load(s + t), at + t, rows.low[r], rows.high[r]));
+}
+
+}  // namespace
+}  // namespace crush

@@ -1,9 +1,0 @@
-#include "kernels_impl.hpp"
-#include "simd_avx2.hpp"
-
-namespace crush {
-
-extern const Kernels KERNELS_AVX2;
-const Kernels KERNELS_AVX2 = make_kernels<SimdAvx2>();
-
-}  // namespace crush

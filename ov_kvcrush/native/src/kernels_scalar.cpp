@@ -1,9 +1,0 @@
-#include "kernels_impl.hpp"
-#include "simd_scalar.hpp"
-
-namespace crush {
-
-extern const Kernels KERNELS_SCALAR;
-const Kernels KERNELS_SCALAR = make_kernels<SimdScalar>();
-
-}  // namespace crush

@@ -1,0 +1,250 @@
+#include "op/crush_attention.hpp"
+
+#include <algorithm>
+#include <cstdint>
+#include <openvino/core/extension.hpp>
+#include <openvino/core/op_extension.hpp>
+#include <string>
+#include <vector>
+
+#include "op/plan.hpp"
+#include "op/threads.hpp"
+#include "store/require.hpp"
+#include "store/store.hpp"
+
+namespace crush {
+namespace {
+
+void check_columns(const char* what, const ov::Shape& shape, size_t width) {
+    if (shape.size() == 2 && shape[1] == width) return;
+    require(false, std::string(what) + " must have " + std::to_string(width) + " columns", shape.back());
+}
+
+// One layer of one step.
+class LayerStep {
+public:
+    LayerStep(Store& store, size_t layer, const ov::TensorVector& inputs, ov::TensorVector& outputs)
+        : store_(store), layer_(layer), shape_(store.config().layers[layer]), inputs_(inputs), outputs_(outputs) {
+        const ov::Shape& q = inputs[0].get_shape();
+        const size_t width = static_cast<size_t>(shape_.num_heads) * shape_.head_size;
+        const size_t kv_width = static_cast<size_t>(shape_.num_kv_heads) * shape_.head_size;
+        check_columns("q", q, width);
+        for (size_t i : {1, 2}) {
+            const ov::Shape& kv = inputs[i].get_shape();
+            check_columns("keys and values", kv, kv_width);
+            require(kv[0] == q[0], "keys and values must have as many rows as q", kv[0]);
+        }
+        width_ = width;
+        kv_width_ = kv_width;
+        plan_ = Plan::parse(inputs[5].data<const int32_t>(), inputs[5].get_size(), q[0]);
+    }
+
+    void run() {
+        outputs_[0].set_shape(inputs_[0].get_shape());
+        copy_prompt_rows();
+        const std::lock_guard<std::mutex> lock(store_.mutex());
+        prefill_rows();
+        stored_rows();
+        capture();
+    }
+
+private:
+    void copy_prompt_rows() {
+        if (!plan_.num_prompt_rows) return;
+        const ov::Shape& shape = inputs_[3].get_shape();
+        require(shape.size() == 2 && shape[1] == width_ && shape[0] >= plan_.num_prompt_rows,
+                "PagedAttention must give a row for each of " + std::to_string(plan_.num_prompt_rows) + " prompt rows",
+                shape[0]);
+        const size_t rows = plan_.num_prompt_rows, at_once = 32;
+        const float* from = inputs_[3].data<const float>();
+        float* to = outputs_[0].data<float>();
+        parallel_for()((rows + at_once - 1) / at_once, [&](size_t i) {
+            const size_t begin = i * at_once, end = std::min(rows, begin + at_once);
+            std::copy(from + begin * width_, from + end * width_, to + begin * width_);
+        });
+    }
+
+    // Row `row` of q, k or v, which are inputs 0, 1 and 2.
+    const float* at(size_t input, int32_t row) const {
+        return inputs_[input].data<const float>() + static_cast<size_t>(row) * (input == 0 ? width_ : kv_width_);
+    }
+
+    // Rows of fresh prompts that PagedAttention did not get.
+    void prefill_rows() {
+        std::vector<PrefillSpan> spans;
+        for (const PlanEntry& e : plan_.entries) {
+            if (e.kind != PlanEntry::prefill) continue;
+            spans.push_back({&store_.sequence_locked(e.sequence), static_cast<size_t>(e.row_begin),
+                             static_cast<size_t>(e.num_rows), e.first_position});
+        }
+        if (spans.empty()) return;
+        store_.prefill_locked(layer_, spans, at(0, 0), at(1, 0), at(2, 0), outputs_[0].data<float>(), num_threads());
+    }
+
+    // Rows that attend to the store: append, then attend.
+    void stored_rows() {
+        std::vector<std::vector<HeadView>> views;
+        std::vector<AttendSpan> spans;
+        for (const PlanEntry& e : plan_.entries) {
+            if (e.kind != PlanEntry::stored) continue;
+            Sequence& sequence = store_.sequence_locked(e.sequence);
+            store_.append_locked(sequence, layer_, at(1, e.row_begin), at(2, e.row_begin), e.num_rows,
+                                 e.first_position);
+            views.push_back(store_.views_locked(sequence, layer_));
+            spans.push_back({views.back().data(), static_cast<size_t>(e.row_begin), static_cast<size_t>(e.num_rows),
+                             e.first_position});
+        }
+        if (spans.empty()) return;
+        attend(store_.kernels(), shape_, spans, at(0, 0), outputs_[0].data<float>(), num_threads(), parallel_for());
+    }
+
+    void capture() {
+        for (const PlanEntry& e : plan_.entries) {
+            Sequence& sequence = store_.sequence_locked(e.sequence);
+            if (!sequence.capture_rows) continue;
+            store_.capture_locked(sequence, layer_, at(0, e.row_begin), e.num_rows, e.first_position);
+        }
+    }
+
+    Store& store_;
+    const size_t layer_;
+    const LayerShape shape_;
+    const ov::TensorVector& inputs_;
+    ov::TensorVector& outputs_;
+    size_t width_ = 0, kv_width_ = 0;
+    Plan plan_;
+};
+
+// Scores of one layer of one step, for all entries that ask.
+class LayerScores {
+public:
+    LayerScores(Store& store, size_t layer) : store_(store), layer_(layer) {}
+
+    void append(const PlanEntry& e) {
+        const Sequence& sequence = store_.sequence_locked(e.sequence);
+        require(sequence.capture_rows > 0, "a sequence whose scores are wanted must capture queries", 0);
+        std::vector<float> window;
+        std::vector<int32_t> positions;
+        store_.captured_locked(sequence, layer_, window, positions);
+        store_.scores_locked(sequence, layer_, window.data(), positions.data(), positions.size(),
+                             static_cast<Reduce>(e.reduce), scores);
+    }
+
+    std::vector<float> scores;
+
+private:
+    Store& store_;
+    const size_t layer_;
+};
+
+const int32_t* int32_input(const ov::TensorVector& inputs, size_t i) {
+    OPENVINO_ASSERT(inputs[i].get_element_type() == ov::element::i32, "input ", i, " must be int32, got ",
+                    inputs[i].get_element_type());
+    return inputs[i].data<const int32_t>();
+}
+
+std::shared_ptr<Store> find_store(const ov::TensorVector& inputs, size_t i) {
+    require(inputs[i].get_size() == 1, "crush_store must be one id", inputs[i].get_size());
+    return StoreRegistry::find(int32_input(inputs, i)[0]);
+}
+
+// Runs `body`; what it throws becomes an error of OpenVINO that says where it was.
+template <class Body>
+bool evaluated(const std::string& where, const Body& body) {
+    try {
+        body();
+    } catch (const ov::Exception&) {
+        throw;
+    } catch (const std::exception& error) {
+        OPENVINO_THROW(where, ": ", error.what());
+    }
+    return true;
+}
+
+}  // namespace
+
+CrushAttention::CrushAttention(const ov::OutputVector& arguments, int64_t layer) : Op(arguments), layer_(layer) {
+    constructor_validate_and_infer_types();
+}
+
+void CrushAttention::validate_and_infer_types() {
+    NODE_VALIDATION_CHECK(this, get_input_size() == 6, "CrushAttention must have 6 inputs, got ", get_input_size());
+    const ov::element::Type type = get_input_element_type(0);
+    NODE_VALIDATION_CHECK(this, type == ov::element::f32, "q must be float32, got ", type);
+    set_output_type(0, type, get_input_partial_shape(0));
+}
+
+std::shared_ptr<ov::Node> CrushAttention::clone_with_new_inputs(const ov::OutputVector& arguments) const {
+    return std::make_shared<CrushAttention>(arguments, layer_);
+}
+
+bool CrushAttention::visit_attributes(ov::AttributeVisitor& visitor) {
+    visitor.on_attribute("layer", layer_);
+    return true;
+}
+
+bool CrushAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+    return evaluated("CrushAttention of layer " + std::to_string(layer_), [&] {
+        for (size_t i = 0; i < 4; ++i) {
+            const ov::element::Type type = inputs[i].get_element_type();
+            OPENVINO_ASSERT(type == ov::element::f32, "input ", i, " must be float32, got ", type);
+        }
+        int32_input(inputs, 5);
+        const std::shared_ptr<Store> store = find_store(inputs, 4);
+        require(static_cast<size_t>(layer_) < store->config().layers.size(), "layer must be one of the store's",
+                static_cast<size_t>(layer_));
+        LayerStep(*store, static_cast<size_t>(layer_), inputs, outputs).run();
+    });
+}
+
+CrushScores::CrushScores(const ov::OutputVector& arguments, int64_t layers) : Op(arguments), layers_(layers) {
+    constructor_validate_and_infer_types();
+}
+
+void CrushScores::validate_and_infer_types() {
+    NODE_VALIDATION_CHECK(this, get_input_size() == 3, "CrushScores must have 3 inputs, got ", get_input_size());
+    NODE_VALIDATION_CHECK(this, layers_ > 0, "layers must be at least 1, got ", layers_);
+    for (int64_t i = 0; i < layers_; ++i) {
+        set_output_type(static_cast<size_t>(i), ov::element::f32, ov::PartialShape{-1});
+    }
+}
+
+std::shared_ptr<ov::Node> CrushScores::clone_with_new_inputs(const ov::OutputVector& arguments) const {
+    return std::make_shared<CrushScores>(arguments, layers_);
+}
+
+bool CrushScores::visit_attributes(ov::AttributeVisitor& visitor) {
+    visitor.on_attribute("layers", layers_);
+    return true;
+}
+
+bool CrushScores::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+    return evaluated("CrushScores", [&] {
+        const int32_t* numbers = int32_input(inputs, 2);
+        const size_t size = inputs[2].get_size();
+        const Plan plan = Plan::parse(numbers, size, size > 1 ? static_cast<size_t>(std::max(numbers[1], 0)) : 0);
+        const bool is_wanted =
+            std::any_of(plan.entries.begin(), plan.entries.end(), [](const PlanEntry& e) { return e.wants_scores(); });
+        if (!is_wanted) {
+            for (ov::Tensor& output : outputs) output.set_shape({0});
+            return;
+        }
+        const std::shared_ptr<Store> store = find_store(inputs, 1);
+        require(static_cast<size_t>(layers_) == store->config().layers.size(), "layers must be as many as the store's",
+                static_cast<size_t>(layers_));
+        const std::lock_guard<std::mutex> lock(store->mutex());
+        for (size_t layer = 0; layer < outputs.size(); ++layer) {
+            LayerScores of_layer(*store, layer);
+            for (const PlanEntry& e : plan.entries) {
+                if (e.wants_scores()) of_layer.append(e);
+            }
+            outputs[layer].set_shape({of_layer.scores.size()});
+            std::copy(of_layer.scores.begin(), of_layer.scores.end(), outputs[layer].data<float>());
+        }
+    });
+}
+
+}  // namespace crush
+
+OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<crush::CrushAttention>>(),
+                                                            std::make_shared<ov::OpExtension<crush::CrushScores>>()}));

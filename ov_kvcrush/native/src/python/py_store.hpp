@@ -1,0 +1,80 @@
+// The store as Python sees it: arguments are checked, the interpreter is let go while it works.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "python/py_arrays.hpp"
+#include "store/store.hpp"
+
+namespace crush {
+
+class PyStore {
+public:
+    using Layer = std::tuple<int64_t, int64_t, int64_t, int64_t, double>;  // H, K, D, window, scale
+    using Span = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // sequence, row_begin, num_rows, first_position
+
+    PyStore(const std::vector<Layer>& layers, const std::string& key, const std::string& value,
+            const std::string& recent, int64_t recent_tokens, int64_t group_size, int64_t max_bytes,
+            const std::string& isa);
+    ~PyStore();
+    PyStore(const PyStore&) = delete;
+    PyStore& operator=(const PyStore&) = delete;
+
+    int32_t id() const;
+    std::string isa() const;
+    size_t nbytes() const;
+    size_t reserved_bytes() const;
+    size_t max_bytes() const;
+    size_t num_sequences() const;
+    void close();
+
+    int32_t create(int64_t capture_rows);
+    void release(int64_t seq);
+    int32_t fork(int64_t seq, std::optional<int64_t> num_tokens);
+    bool reserve(int64_t seq, int64_t num_tokens, int64_t keep_free);
+    int64_t free_slots(int64_t seq) const;
+    void settle(int64_t seq);
+    void set_staging(int64_t layer, const Writable& keys, const Writable& values, int64_t num_blocks,
+                     const std::string& precision);
+    void stage(int64_t seq, const Input& blocks, int64_t num_tokens);
+    void adopt(int64_t seq, const std::optional<Input>& offsets, const std::optional<Input>& indices,
+               int64_t keep_free);
+    Output<int32_t> compact(int64_t seq, const Input& offsets, const Input& indices);
+    void append(int64_t seq, int64_t layer, const Input& k, const Input& v, int64_t first_position);
+    std::pair<Output<int64_t>, Output<uint8_t>> dump(int64_t seq) const;
+    int32_t load(const Input& heads, const Input& tiles, int64_t capture_rows, int64_t keep_free);
+    Output<float> attend(int64_t layer, const std::vector<Span>& spans, const Input& q) const;
+    Output<float> prefill(int64_t layer, const std::vector<Span>& spans, const Input& q, const Input& k,
+                          const Input& v);
+    Output<float> scores(int64_t seq, int64_t layer, const Input& q, const Input& positions,
+                         const std::string& reduce) const;
+    void set_capture(int64_t seq, int64_t capture_rows);
+    std::pair<Output<float>, Output<int32_t>> captured(int64_t seq, int64_t layer) const;
+    int64_t num_tokens(int64_t seq, int64_t layer, int64_t head) const;
+    Output<int32_t> positions(int64_t seq, int64_t layer, int64_t head) const;
+    std::pair<Output<float>, Output<float>> read(int64_t seq, int64_t layer, int64_t head) const;
+    size_t nbytes_of(int64_t seq) const;
+    size_t bytes_for(int64_t num_tokens) const;
+
+private:
+    std::shared_ptr<Store> store() const;  // throws std::invalid_argument once closed
+    const LayerShape& layer_shape(const Store&, int64_t layer) const;
+
+    std::shared_ptr<Store> store_;  // changes only while the interpreter is held
+    int32_t id_ = 0;
+    std::vector<std::pair<Writable, Writable>> staging_;  // [layers]: keeps the arrays alive
+};
+
+bool can_prefill(const std::vector<PyStore::Layer>& layers, const std::string& staging, const std::string& isa);
+size_t tile_bytes(const std::string& key, const std::string& value, int64_t head_size, int64_t group_size, bool listed);
+std::pair<Output<float>, Output<float>> encode_decode(const std::string& key, const std::string& value,
+                                                      int64_t group_size, const Input& k, const Input& v,
+                                                      const std::string& isa);
+
+}  // namespace crush

@@ -1,0 +1,262 @@
+// Sequences made of others: the tokens that a selection keeps, and twins.
+#include <algorithm>
+#include <string>
+
+#include "store/require.hpp"
+#include "store/store.hpp"
+#include "store/tokens.hpp"
+
+namespace crush {
+
+void Store::check_selection(const Selection& s, const std::function<int64_t(size_t)>& num_tokens) const {
+    const size_t num_heads = layer_of_.size();
+    require(s.num_offsets == num_heads + 1,
+            "offsets must be one more than the " + std::to_string(num_heads) + " KV heads of all layers",
+            s.num_offsets);
+    require(s.offsets[0] == 0, "offsets must begin at 0", s.offsets[0]);
+    const auto end = static_cast<int64_t>(s.num_indices);
+    for (size_t h = 0; h < num_heads; ++h) {
+        if (s.offsets[h + 1] < s.offsets[h] || s.offsets[h + 1] > end) {
+            require(false, "offsets must ascend to the " + std::to_string(end) + " indices", s.offsets[h + 1]);
+        }
+    }
+    require(s.offsets[num_heads] == end, "offsets must end at the number of indices, " + std::to_string(end),
+            s.offsets[num_heads]);
+    for (size_t h = 0; h < num_heads; ++h) {
+        int64_t least = 0;
+        const int64_t limit = num_tokens(h);
+        for (int64_t i = s.offsets[h]; i < s.offsets[h + 1]; ++i) {
+            if (s.indices[i] < least || s.indices[i] >= limit) {
+                require(false,
+                        "indices must ascend and be below the " + std::to_string(limit) + " tokens of head " +
+                            std::to_string(h),
+                        s.indices[i]);
+            }
+            least = static_cast<int64_t>(s.indices[i]) + 1;
+        }
+    }
+}
+
+// -- compact ----------------------------------------------------------------------------------------------------------
+
+// What becomes of one head. Tiles in their new order: kept ones by their old index, new ones (-1) take the next of
+// `moved`.
+struct Store::CompactPlan {
+    bool unchanged = false;
+    std::vector<int64_t> tiles;  // old index or -1
+    std::vector<int32_t> moved;  // tokens that are written again: old cached indices
+    std::vector<int32_t> order;  // for each new cached index the old one
+    std::vector<const TileLayout*> new_layouts;
+    int64_t num_tokens = 0, num_settled = 0;
+    size_t add = 0, remove = 0;  // bytes of new tiles, and of old ones that nobody holds any more
+};
+
+Store::CompactPlan Store::plan_compact(size_t h, const Head& head, const int32_t* kept, int64_t num_kept) const {
+    CompactPlan plan;
+    plan.num_tokens = num_kept;
+    plan.unchanged = num_kept == head.num_tokens;
+    if (plan.unchanged) {
+        plan.order.assign(kept, kept + num_kept);
+        return plan;
+    }
+    // Kept indices from i on are all tokens of tile `tile`, `count` in number: ascending, so first and last tell.
+    const auto whole = [&](const int32_t* i, const int32_t* end, int64_t tile, int64_t count) {
+        return end - i >= count && i[0] == tile * TILE && i[count - 1] == tile * TILE + count - 1;
+    };
+    std::vector<int32_t> loose;
+    const int32_t* const end = kept + num_kept;
+    for (const int32_t* i = kept; i < end;) {
+        const int64_t tile = *i / TILE;
+        if (tile < head.num_settled && whole(i, end, tile, TILE)) {
+            plan.tiles.push_back(tile);
+            plan.order.insert(plan.order.end(), i, i + TILE);
+            i += TILE;
+        } else {
+            loose.push_back(*i++);
+        }
+    }
+    plan.num_settled = std::max(static_cast<int64_t>(plan.tiles.size()), num_target_tiles(num_kept));
+    plan.order.insert(plan.order.end(), loose.begin(), loose.end());
+
+    PositionReader reader(head.tiles);
+    const int32_t* const last = loose.data() + loose.size();
+    for (const int32_t* i = loose.data(); i < last;) {
+        const bool target = static_cast<int64_t>(plan.tiles.size()) < plan.num_settled;
+        const int64_t count = std::min<int64_t>(TILE, last - i), tile = *i / TILE;
+        const bool all = count == std::min<int64_t>(TILE, head.num_tokens - tile * TILE) && whole(i, last, tile, count);
+        if (all && tile >= head.num_settled && (!target || same_codecs_)) {
+            plan.tiles.push_back(tile);
+        } else {
+            int32_t positions[TILE];
+            for (int64_t t = 0; t < count; ++t) positions[t] = reader.read(i[t]);
+            plan.tiles.push_back(-1);
+            plan.new_layouts.push_back(&new_layout(h, target, must_list(positions, static_cast<int>(count))));
+            plan.add += plan.new_layouts.back()->bytes;
+            plan.moved.insert(plan.moved.end(), i, i + count);
+        }
+        i += count;
+    }
+    std::vector<bool> stays(head.tiles.size());
+    for (const int64_t tile : plan.tiles) {
+        if (tile >= 0) stays[static_cast<size_t>(tile)] = true;
+    }
+    for (size_t t = 0; t < stays.size(); ++t) {
+        if (!stays[t] && header(head.tiles[t]).refs.load() == 1) plan.remove += layout(head.tiles[t]).bytes;
+    }
+    return plan;
+}
+
+void Store::compact_head(size_t, Head& head, CompactPlan& plan) {
+    if (plan.unchanged) return;
+    const auto reader = std::make_unique<TokenReader>(*kernels_, head.tiles);
+    const auto buffer = std::make_unique<TokenBuffer>();
+    std::vector<uint8_t*> tiles, written;
+    tiles.reserve(plan.tiles.size());
+    written.reserve(plan.new_layouts.size());
+    try {
+        for (size_t i = 0; i < plan.moved.size(); i += TILE) {
+            buffer->count = 0;
+            const size_t end = std::min(plan.moved.size(), i + TILE);
+            for (size_t t = i; t < end; ++t) reader->read(plan.moved[t], *buffer);
+            written.push_back(write_new(*plan.new_layouts[i / TILE], *buffer));
+        }
+    } catch (...) {
+        for (uint8_t* tile : written) unref(tile);
+        arena_.unclaim(plan.add, plan.remove);
+        throw;
+    }
+    size_t next = 0;
+    for (const int64_t tile : plan.tiles) {
+        tiles.push_back(tile < 0 ? written[next++] : head.tiles[static_cast<size_t>(tile)]);
+        // A kept tile has two owners until the old list lets go of it.
+        if (tile >= 0) header(tiles.back()).refs.fetch_add(1);
+    }
+    for (uint8_t* tile : head.tiles) unref(tile);
+    head.tiles = std::move(tiles);
+    head.num_tokens = plan.num_tokens;
+    head.num_settled = plan.num_settled;
+}
+
+std::vector<int32_t> Store::compact(int32_t id, const Selection& selection) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Sequence& sequence = sequence_locked(id);
+    check_selection(selection, [&](size_t h) { return sequence.heads[h].num_tokens; });
+    std::vector<CompactPlan> plans(sequence.heads.size());
+    run(plans.size(), [&](size_t h) {
+        plans[h] = plan_compact(h, sequence.heads[h], selection.indices + selection.offsets[h],
+                                selection.offsets[h + 1] - selection.offsets[h]);
+    });
+    size_t add = 0, remove = 0;
+    std::vector<int32_t> order;
+    order.reserve(selection.num_indices);
+    for (const CompactPlan& plan : plans) {
+        add += plan.add;
+        remove += plan.remove;
+        order.insert(order.end(), plan.order.begin(), plan.order.end());
+    }
+    if (!arena_.claim(add, remove)) {
+        throw StoreFull("max_bytes must leave room for " + std::to_string(add - remove) + " bytes, got " +
+                        std::to_string(config_.max_bytes) + " with " + std::to_string(arena_.used()) + " in use");
+    }
+    run(plans.size(), [&](size_t h) { compact_head(h, sequence.heads[h], plans[h]); });
+    return order;
+}
+
+// -- fork -------------------------------------------------------------------------------------------------------------
+
+void Store::check_prefix(const Sequence& sequence, int64_t num_tokens) const {
+    for (const Head& head : sequence.heads) {
+        require(num_tokens >= 0 && num_tokens <= head.num_tokens,
+                "num_tokens must be in 0.." + std::to_string(head.num_tokens), num_tokens);
+        PositionReader reader(head.tiles);
+        for (int64_t i = 0; i < head.num_tokens; ++i) {
+            const int32_t p = reader.read(i);
+            require(
+                p == i,
+                "num_tokens must be left out for a sequence with tokens dropped: a head must hold positions 0, 1, ...",
+                p);
+        }
+    }
+}
+
+// Makes the twin hold the positions below num_tokens: full tiles shared, the one with the cut written again.
+void Store::cut(Sequence& twin, const Sequence& sequence, int64_t num_tokens) {
+    const auto num_full = static_cast<size_t>(num_tokens / TILE);
+    const int rest = static_cast<int>(num_tokens % TILE);
+    std::vector<size_t> cuts;  // heads in which the cut is within a tile
+    size_t add = 0;
+    for (size_t h = 0; h < twin.heads.size(); ++h) {
+        const Head& from = sequence.heads[h];
+        Head& to = twin.heads[h];
+        to.num_tokens = num_tokens;
+        to.num_settled = std::min(from.num_settled, static_cast<int64_t>(num_full));
+        to.tiles.assign(from.tiles.begin(), from.tiles.begin() + static_cast<std::ptrdiff_t>(num_full));
+        if (rest == 0) continue;
+        if (from.num_tokens == num_tokens) {
+            to.tiles.push_back(from.tiles[num_full]);
+        } else {
+            cuts.push_back(h);
+            add += new_layout(h, false, false).bytes;
+        }
+    }
+    if (!arena_.claim(add)) {
+        throw StoreFull("max_bytes must leave room for " + std::to_string(add) + " bytes, got " +
+                        std::to_string(config_.max_bytes) + " with " + std::to_string(arena_.used()) + " in use");
+    }
+    std::vector<uint8_t*> written(cuts.size(), nullptr);
+    try {
+        for (const size_t h : cuts) twin.heads[h].tiles.reserve(num_full + 1);
+        run(cuts.size(), [&](size_t i) {
+            const auto reader = std::make_unique<TokenReader>(*kernels_, sequence.heads[cuts[i]].tiles);
+            const auto buffer = std::make_unique<TokenBuffer>();
+            for (int64_t t = num_tokens - rest; t < num_tokens; ++t) reader->read(t, *buffer);
+            written[i] = write_new(new_layout(cuts[i], false, false), *buffer);
+        });
+    } catch (...) {
+        for (uint8_t* tile : written) {
+            if (tile) unref(tile);
+        }
+        arena_.unclaim(add);
+        throw;
+    }
+    for (Head& head : twin.heads) {
+        for (uint8_t* tile : head.tiles) header(tile).refs.fetch_add(1);
+    }
+    for (size_t i = 0; i < cuts.size(); ++i) twin.heads[cuts[i]].tiles.push_back(written[i]);
+}
+
+int32_t Store::fork(int32_t id, std::optional<int64_t> num_tokens) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Sequence& sequence = sequence_locked(id);
+    require(sequence.staged_tokens == 0, "sequence must be adopted before it is forked", id);
+    auto twin = std::make_unique<Sequence>();
+    twin->capture_rows = sequence.capture_rows;
+    twin->next_position = num_tokens.value_or(sequence.next_position);
+    const bool cut_short = num_tokens.has_value();
+    if (cut_short) {
+        check_prefix(sequence, *num_tokens);
+        twin->captures.resize(sequence.captures.size());
+        twin->heads.resize(sequence.heads.size());
+    } else {
+        twin->captures = sequence.captures;
+        twin->heads = sequence.heads;
+        for (Head& head : twin->heads) head.tiles.resize(static_cast<size_t>((head.num_tokens + TILE - 1) / TILE));
+    }
+    Sequence& made = *sequences_.emplace(last_id_ + 1, std::move(twin)).first->second;
+    ++last_id_;
+    if (cut_short) {
+        try {
+            cut(made, sequence, *num_tokens);
+        } catch (...) {
+            sequences_.erase(last_id_);
+            throw;
+        }
+    } else {
+        for (Head& head : made.heads) {
+            for (uint8_t* tile : head.tiles) header(tile).refs.fetch_add(1);
+        }
+    }
+    return last_id_;
+}
+
+}  // namespace crush

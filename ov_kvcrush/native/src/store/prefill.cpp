@@ -1,0 +1,111 @@
+// Rows of fresh prompts that do not go through PagedAttention: written to their staging blocks, and attended to there.
+#include <algorithm>
+#include <atomic>
+
+#include "kernels/half.hpp"
+#include "store/require.hpp"
+#include "store/store.hpp"
+
+namespace crush {
+namespace {
+
+// [count, D] rows, `stride` numbers apart, as bf16: the nearest, half to even.
+void write_rows(const float* from, size_t stride, size_t count, size_t size, uint8_t* to) {
+    auto* out = reinterpret_cast<uint16_t*>(to);
+    for (size_t i = 0; i < count; ++i, from += stride, out += size)
+        for (size_t c = 0; c < size; ++c) out[c] = bf16_of_float(from[c]);
+}
+
+// The rows of one KV head that are computed together.
+struct Task {
+    const PrefillSpan* span;
+    uint8_t *const *keys, *const *values;  // blocks of the head
+    size_t head, first, count;
+};
+
+}  // namespace
+
+bool can_prefill(const Kernels& kernels, const LayerShape& shape, Codec staging) {
+    return kernels.prefill && staging == Codec::bf16 && shape.head_size % 32 == 0 && shape.scale > 0 &&
+           shape.num_heads / shape.num_kv_heads <= PREFILL_MAX_COLUMNS;
+}
+
+void Store::prefill_locked(size_t layer, const std::vector<PrefillSpan>& spans, const float* q, const float* k,
+                           const float* v, float* out, int num_threads) const {
+    const LayerShape& shape = config_.layers[layer];
+    const Staging& staging = layouts_[layer].staging;
+    if (!can_prefill(*kernels_, shape, staging.codec))
+        throw std::invalid_argument("prompts must go through PagedAttention with kernels " +
+                                    std::string(kernels_->isa));
+    const auto num_kv_heads = static_cast<size_t>(shape.num_kv_heads), size = static_cast<size_t>(shape.head_size);
+    const size_t group = static_cast<size_t>(shape.num_heads) / num_kv_heads, kv_width = num_kv_heads * size;
+    const size_t block_bytes = TILE * size * sizeof(uint16_t), most_rows = PREFILL_MAX_COLUMNS / group;
+
+    std::vector<std::vector<uint8_t*>> blocks;  // for each span: keys of each head, then values of each head
+    std::vector<Task> tasks;
+    for (const PrefillSpan& span : spans) {
+        check_staged(*span.sequence, layer);
+        const int64_t end = int64_t{span.first_position} + static_cast<int64_t>(span.num_rows);
+        require(end <= span.sequence->staged_tokens,
+                "rows must end within the " + std::to_string(span.sequence->staged_tokens) + " staged tokens", end);
+        const size_t num_blocks = static_cast<size_t>(end + TILE - 1) / TILE;
+        blocks.emplace_back(2 * num_kv_heads * num_blocks);
+        uint8_t** at = blocks.back().data();
+        for (uint8_t* data : {staging.keys, staging.values})
+            for (size_t head = 0; head < num_kv_heads; ++head)
+                for (size_t i = 0; i < num_blocks; ++i)
+                    *at++ = data +
+                            (static_cast<size_t>(span.sequence->staged_blocks[i]) * num_kv_heads + head) * block_bytes;
+        for (size_t head = 0; head < num_kv_heads; ++head) {
+            uint8_t* const* keys = blocks.back().data() + head * num_blocks;
+            for (size_t first = 0; first < span.num_rows; first += most_rows)
+                tasks.push_back({&span, keys, keys + num_kv_heads * num_blocks, head, first,
+                                 std::min(most_rows, span.num_rows - first)});
+        }
+    }
+
+    run(tasks.size(), [&](size_t i) {
+        const Task& task = tasks[i];
+        for (size_t row = task.first, end = task.first + task.count; row < end;) {
+            const size_t token = static_cast<size_t>(task.span->first_position) + row, slot = token % TILE;
+            const size_t count = std::min<size_t>(TILE - slot, end - row);
+            const size_t from = (task.span->row_begin + row) * kv_width + task.head * size;
+            const size_t to = slot * size * sizeof(uint16_t);
+            write_rows(k + from, kv_width, count, size, task.keys[token / TILE] + to);
+            write_rows(v + from, kv_width, count, size, task.values[token / TILE] + to);
+            row += count;
+        }
+    });
+
+    // The last rows see the most: first.
+    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) {
+        return a.span->first_position + static_cast<int64_t>(a.first) >
+               b.span->first_position + static_cast<int64_t>(b.first);
+    });
+    std::atomic<size_t> next{0};
+    run(std::min(static_cast<size_t>(std::max(num_threads, 1)), tasks.size()), [&](size_t) {
+        const std::unique_ptr<float[]> scratch(
+            new float[prefill_scratch(shape.head_size, static_cast<int>(most_rows * group))]);
+        for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks.size();) {
+            const Task& task = tasks[i];
+            const size_t row = task.span->row_begin + task.first;
+            Prefill a{};
+            a.keys = task.keys;
+            a.values = task.values;
+            a.num_tokens = static_cast<size_t>(task.span->first_position) + task.span->num_rows;
+            a.head_size = shape.head_size;
+            a.group = static_cast<int>(group);
+            a.num_rows = static_cast<int>(task.count);
+            a.stride = static_cast<size_t>(shape.num_heads) * size;
+            a.q = q + row * a.stride + task.head * group * size;
+            a.first_position = task.span->first_position + static_cast<int32_t>(task.first);
+            a.window = shape.window;
+            a.scale = shape.scale;
+            a.scratch = scratch.get();
+            a.out = out + row * a.stride + task.head * group * size;
+            kernels_->prefill(a);
+        }
+    });
+}
+
+}  // namespace crush

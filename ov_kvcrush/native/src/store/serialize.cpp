@@ -1,0 +1,311 @@
+// Sequences as numbers and bytes, for files: what a sequence holds, without anything that is of this process; and back,
+// with nothing believed that was not checked.
+//
+// A tile is a record, numbers little endian: RecordHead, positions of the tokens behind the first, the tile's parts in
+// their order without what lies between them. Of float codes only those of tokens are there; quantised tiles are full.
+// How many tokens a tile has follows from the head: 32, but for the last one.
+#include <algorithm>
+#include <climits>
+#include <cstring>
+
+#include "store/require.hpp"
+#include "store/store.hpp"
+#include "store/tokens.hpp"
+
+namespace crush {
+namespace {
+
+struct RecordHead {
+    uint8_t key, value;      // Codec
+    uint8_t kind;            // how the tile stores positions, see kind_of
+    uint8_t position_bytes;  // of each position behind the first: 0 = they are consecutive, 1 and 2 = its distance
+                             // from the one before, 4 = itself
+    int32_t base;            // position of the first token
+};
+static_assert(sizeof(RecordHead) == 8);
+
+// How a tile stores positions decides its bytes, and what can be appended to it without another one. Numbers of the
+// file.
+enum Kind : uint8_t { ASCENDING = 0, LISTED = 1, NUM_KINDS = 2 };
+
+Kind kind_of(const TileLayout& l) { return l.listed ? LISTED : ASCENDING; }
+
+bool can_hold(Kind kind, const int32_t* positions, int count) { return kind == LISTED || !must_list(positions, count); }
+
+int position_bytes_for(const int32_t* positions, int count) {
+    int64_t least = 1, most = 1;  // distances
+    for (int i = 1; i < count; ++i) {
+        const int64_t distance = static_cast<int64_t>(positions[i]) - positions[i - 1];
+        least = std::min(least, distance);
+        most = std::max(most, distance);
+    }
+    if (least < 0 || most > UINT16_MAX) return 4;
+    return most > UINT8_MAX ? 2 : least == 1 && most == 1 ? 0 : 1;
+}
+
+size_t bytes_of(Codec codec, int numbers) {
+    return static_cast<size_t>(numbers) * static_cast<size_t>(code_bits(codec)) / 8;
+}
+
+// Calls part(begin, bytes) for each piece of a tile of `count` tokens that says something, in their order.
+template <class Part>
+void for_parts(const TileLayout& l, int count, const Part& part) {
+    if (count == TILE) {
+        part(l.key_codes, bytes_of(l.key, l.head_size * TILE));
+    } else {
+        const size_t row = bytes_of(l.key, TILE), used = bytes_of(l.key, count);
+        for (int c = 0; c < l.head_size; ++c) part(l.key_codes + static_cast<size_t>(c) * row, used);
+    }
+    if (is_quantised(l.key)) {
+        const size_t bytes = 2 * static_cast<size_t>(l.head_size);
+        part(l.key_scale, bytes);
+        part(l.key_min, bytes);
+    }
+    part(l.value_codes, bytes_of(l.value, l.head_size * count));
+    if (is_quantised(l.value)) {
+        const size_t bytes = 2 * static_cast<size_t>(TILE * (l.head_size / l.group_size));
+        part(l.value_scale, bytes);
+        part(l.value_min, bytes);
+    }
+}
+
+size_t payload_bytes(const TileLayout& l, int count) {
+    size_t sum = 0;
+    for_parts(l, count, [&](size_t, size_t bytes) { sum += bytes; });
+    return sum;
+}
+
+size_t num_filled(const Head& head) { return static_cast<size_t>((head.num_tokens + TILE - 1) / TILE); }
+
+// -- writing ----------------------------------------------------------------------------------------------------------
+
+size_t record_bytes(const uint8_t* tile) {
+    const int count = header(tile).count;
+    int32_t positions[TILE];
+    read_positions(tile, positions);
+    return sizeof(RecordHead) + static_cast<size_t>(position_bytes_for(positions, count) * (count - 1)) +
+           payload_bytes(layout(tile), count);
+}
+
+// Returns the end of what was written.
+uint8_t* write_record(const uint8_t* tile, uint8_t* to) {
+    const TileLayout& l = layout(tile);
+    const int count = header(tile).count;
+    int32_t positions[TILE];
+    read_positions(tile, positions);
+    const int each = position_bytes_for(positions, count);
+    const RecordHead head{static_cast<uint8_t>(l.key), static_cast<uint8_t>(l.value), kind_of(l),
+                          static_cast<uint8_t>(each), positions[0]};
+    const auto write = [&](const void* from, size_t bytes) {
+        std::memcpy(to, from, bytes);
+        to += bytes;
+    };
+    write(&head, sizeof(head));
+    for (int i = 1; i < count && each; ++i) {
+        const int32_t number = each == 4 ? positions[i] : positions[i] - positions[i - 1];
+        write(&number, static_cast<size_t>(each));
+    }
+    for_parts(l, count, [&](size_t begin, size_t bytes) { write(tile + begin, bytes); });
+    return to;
+}
+
+// -- reading ----------------------------------------------------------------------------------------------------------
+
+// Bytes that are read once, from the front.
+struct Bytes {
+    const uint8_t* at;
+    size_t left;
+
+    const uint8_t* take(size_t bytes) {
+        if (bytes > left) require(false, "tiles must hold " + std::to_string(bytes) + " bytes more of a head", left);
+        const uint8_t* const from = at;
+        at += bytes;
+        left -= bytes;
+        return from;
+    }
+};
+
+}  // namespace
+
+// What a tile is made of, checked but for its scales. Bytes of a mapped file may change behind it: whatever says where
+// to read and write is here, read once.
+struct Store::Record {
+    const TileLayout* layout;
+    const uint8_t* payload;
+    int count;
+    int32_t positions[TILE];
+};
+
+namespace {
+
+void take_positions(const RecordHead& head, Bytes& from, int64_t next_position, int count, int32_t* to) {
+    const int each = head.position_bytes;
+    require(each == 0 || each == 1 || each == 2 || each == 4, "bytes of a position must be 0, 1, 2 or 4", each);
+    const uint8_t* numbers = from.take(static_cast<size_t>(each * (count - 1)));
+    int64_t position = head.base;
+    for (int i = 0;; ++i) {
+        if (position < 0 || position >= next_position) {
+            require(false, "positions must be at least 0 and below " + std::to_string(next_position), position);
+        }
+        to[i] = static_cast<int32_t>(position);
+        if (i == count - 1) return;
+        int32_t number = each ? 0 : 1;
+        std::memcpy(&number, numbers + each * i, static_cast<size_t>(each));
+        position = each == 4 ? number : position + number;
+    }
+}
+
+// f16 numbers as the codecs make them: of any scale a finite number above 0, of any minimum a finite one.
+void check_halves(const uint8_t* from, size_t bytes, bool is_scale) {
+    constexpr uint16_t INFINITE = 0x7c00;
+    for (size_t i = 0; i < bytes; i += 2) {
+        uint16_t bits;
+        std::memcpy(&bits, from + i, sizeof(bits));
+        const bool finite = (bits & INFINITE) != INFINITE;
+        if (is_scale) {
+            require(finite && bits > 0 && bits < INFINITE, "scales must be finite and above 0", bits);
+        } else {
+            require(finite, "minima must be finite", bits);
+        }
+    }
+}
+
+void check_scales(const uint8_t* tile) {
+    const TileLayout& l = layout(tile);
+    for_parts(l, header(tile).count, [&](size_t begin, size_t bytes) {
+        const bool of_keys = is_quantised(l.key), of_values = is_quantised(l.value);
+        const bool scale = (of_keys && begin == l.key_scale) || (of_values && begin == l.value_scale);
+        const bool min = (of_keys && begin == l.key_min) || (of_values && begin == l.value_min);
+        if (scale || min) check_halves(tile + begin, bytes, scale);
+    });
+}
+
+void check_codec(const char* of, uint8_t got, Codec codec) {
+    const int own = static_cast<int>(codec);
+    if (got != own)
+        require(false, std::string(of) + " codec of a tile must be this store's " + std::to_string(own), got);
+}
+
+void check_row(const DumpedHead& row, size_t left, int64_t next_position) {
+    require(row.num_tokens >= 0 && row.num_tokens <= INT_MAX, "tokens of a head must be in 0..2147483647",
+            row.num_tokens);
+    require(row.num_settled >= 0 && row.num_settled <= row.num_tokens / TILE,
+            "settled tiles of a head must be in 0.." + std::to_string(row.num_tokens / TILE), row.num_settled);
+    require(row.bytes >= 0 && static_cast<uint64_t>(row.bytes) <= left,
+            "bytes of a head must be in 0.." + std::to_string(left), row.bytes);
+    require(row.next_position == next_position && next_position >= 0 && next_position <= INT_MAX,
+            "next_position must be in 0..2147483647, and the same for all heads", row.next_position);
+}
+
+}  // namespace
+
+// -- the store --------------------------------------------------------------------------------------------------------
+
+Dump Store::dump(int32_t id) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Sequence& sequence = sequence_locked(id);
+    require(sequence.staged_tokens == 0, "sequence must be adopted before it is dumped", id);
+    Dump dump;
+    std::vector<size_t> begins;
+    size_t end = 0;
+    for (const Head& head : sequence.heads) {
+        begins.push_back(end);
+        for (size_t i = 0; i < num_filled(head); ++i) end += record_bytes(head.tiles[i]);
+        dump.heads.push_back(
+            {head.num_tokens, head.num_settled, static_cast<int64_t>(end - begins.back()), sequence.next_position});
+    }
+    dump.tiles.resize(end);
+    run(sequence.heads.size(), [&](size_t h) {
+        uint8_t* to = dump.tiles.data() + begins[h];
+        const Head& head = sequence.heads[h];
+        for (size_t i = 0; i < num_filled(head); ++i) to = write_record(head.tiles[i], to);
+    });
+    return dump;
+}
+
+void Store::read_records(size_t h, const DumpedHead& row, const uint8_t* tiles, std::vector<Record>& records) const {
+    Bytes from{tiles, static_cast<size_t>(row.bytes)};
+    // As many as the head says, unless the bytes end before: memory is taken for what was read only.
+    for (int64_t begin = 0; begin < row.num_tokens; begin += TILE) {
+        RecordHead head;
+        std::memcpy(&head, from.take(sizeof(head)), sizeof(head));
+        require(head.kind < NUM_KINDS, "kind of a tile must be 0 or 1", head.kind);
+        const auto kind = static_cast<Kind>(head.kind);
+        Record record;
+        record.layout = &new_layout(h, begin / TILE < row.num_settled, kind == LISTED);
+        check_codec("key", head.key, record.layout->key);
+        check_codec("value", head.value, record.layout->value);
+        record.count = static_cast<int>(std::min<int64_t>(TILE, row.num_tokens - begin));
+        take_positions(head, from, row.next_position, record.count, record.positions);
+        require(can_hold(kind, record.positions, record.count), "kind of a tile must be one for its positions",
+                head.kind);
+        record.payload = from.take(payload_bytes(*record.layout, record.count));
+        records.push_back(record);
+    }
+    require(from.left == 0, "tiles must hold nothing beyond the records of a head", from.left);
+}
+
+void Store::make_tiles(const std::vector<Record>& records, std::vector<uint8_t*>& tiles) {
+    tiles.reserve(records.size());
+    for (const Record& record : records) {
+        uint8_t* tile = arena_.take(record.layout->bytes);
+        make_empty(tile, *record.layout);
+        tiles.push_back(tile);
+        header(tile).count = record.count;
+        for (int i = 0; i < record.count; ++i) set_position(tile, i, record.positions[i]);
+        const uint8_t* from = record.payload;
+        for_parts(*record.layout, record.count, [&](size_t begin, size_t bytes) {
+            std::memcpy(tile + begin, from, bytes);
+            from += bytes;
+        });
+        check_scales(tile);
+    }
+}
+
+int32_t Store::load(const std::vector<DumpedHead>& rows, const uint8_t* tiles, size_t num_bytes, int64_t capture_rows,
+                    size_t keep_free) {
+    auto sequence = new_sequence(capture_rows);
+    const size_t num_heads = rows.size();
+    require(num_heads == layer_of_.size(),
+            "heads must have a row for each of the " + std::to_string(layer_of_.size()) + " KV heads of all layers",
+            num_heads);
+    std::vector<size_t> begins;
+    size_t end = 0;
+    for (const DumpedHead& row : rows) {
+        check_row(row, num_bytes - end, rows[0].next_position);
+        begins.push_back(end);
+        end += static_cast<size_t>(row.bytes);
+    }
+    require(end == num_bytes, "tiles must have " + std::to_string(end) + " bytes, as heads tells", num_bytes);
+
+    std::vector<std::vector<Record>> records(num_heads);
+    run(num_heads, [&](size_t h) { read_records(h, rows[h], tiles + begins[h], records[h]); });
+    size_t bytes = 0;
+    for (const std::vector<Record>& head : records) {
+        for (const Record& record : head) bytes += record.layout->bytes;
+    }
+    if (!arena_.claim(bytes, 0, keep_free)) {
+        throw StoreFull("max_bytes must leave room for " + std::to_string(bytes) + " bytes, got " +
+                        std::to_string(config_.max_bytes) + " with " + std::to_string(arena_.used()) + " in use and " +
+                        std::to_string(keep_free) + " to be kept free");
+    }
+    sequence->next_position = rows[0].next_position;
+    try {
+        run(num_heads, [&](size_t h) {
+            make_tiles(records[h], sequence->heads[h].tiles);
+            sequence->heads[h].num_tokens = rows[h].num_tokens;
+            sequence->heads[h].num_settled = rows[h].num_settled;
+        });
+        const std::lock_guard<std::mutex> lock(mutex_);
+        sequences_.emplace(last_id_ + 1, nullptr).first->second = std::move(sequence);
+        return ++last_id_;
+    } catch (...) {
+        for (const Head& head : sequence->heads) {
+            for (uint8_t* tile : head.tiles) unref(tile);
+        }
+        arena_.unclaim(bytes);
+        throw;
+    }
+}
+
+}  // namespace crush

@@ -1,0 +1,256 @@
+#include "store/store.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <numeric>
+
+#include "store/require.hpp"
+#include "store/tokens.hpp"
+
+namespace crush {
+namespace {
+
+constexpr int64_t MAX_CAPTURE_ROWS = 65536;
+
+void check_layer(const LayerShape& l) {
+    require(l.num_kv_heads >= 1, "num_kv_heads must be at least 1", l.num_kv_heads);
+    require(l.num_heads >= 1 && l.num_heads % l.num_kv_heads == 0,
+            "num_heads must be a multiple of " + std::to_string(l.num_kv_heads) + " KV heads", l.num_heads);
+    require(l.head_size >= 16 && l.head_size <= MAX_HEAD_SIZE && l.head_size % 16 == 0,
+            "head_size must be a multiple of 16 in 16..256", l.head_size);
+    require(l.window >= 0, "window must be at least 0", l.window);
+    require(std::isfinite(l.scale), "scale must be finite", l.scale);
+}
+
+bool same_codes(const TileLayout& a, const TileLayout& b) { return a.key == b.key && a.value == b.value; }
+
+}  // namespace
+
+Store::Store(StoreConfig config, ParallelFor parallel)
+    : config_(std::move(config)),
+      kernels_(&crush::kernels(config_.isa)),
+      parallel_(std::move(parallel)),
+      arena_(config_.max_bytes) {
+    const StoreConfig& c = config_;
+    require(!c.layers.empty(), "layers must hold at least one layer", 0);
+    require(!is_quantised(c.recent), "recent must be f32, bf16 or f16", code_bits(c.recent));
+    require(c.recent_tokens >= 0, "recent_tokens must be at least 0", c.recent_tokens);
+    require(c.group_size >= 16 && c.group_size % 16 == 0, "group_size must be a multiple of 16", c.group_size);
+    first_head_.push_back(0);
+    for (const LayerShape& shape : c.layers) {
+        check_layer(shape);
+        const int group = std::gcd(c.group_size, shape.head_size);
+        Layouts l{};
+        for (const bool listed : {false, true}) {
+            l.target[listed] = make_layout(c.key, c.value, shape.head_size, group, listed);
+            l.recent[listed] = make_layout(c.recent, c.recent, shape.head_size, group, listed);
+        }
+        layer_of_.insert(layer_of_.end(), static_cast<size_t>(shape.num_kv_heads), layouts_.size());
+        first_head_.push_back(layer_of_.size());
+        layouts_.push_back(l);
+    }
+    same_codecs_ = same_codes(layouts_[0].target[0], layouts_[0].recent[0]);
+}
+
+Store::~Store() = default;  // the arena's slabs go whole
+
+void Store::run(size_t n, const std::function<void(size_t)>& task) const {
+    std::mutex mutex;
+    std::exception_ptr first;
+    parallel_(n, [&](size_t i) {
+        try {
+            task(i);
+        } catch (...) {
+            const std::lock_guard<std::mutex> lock(mutex);
+            if (!first) first = std::current_exception();
+        }
+    });
+    if (first) std::rethrow_exception(first);
+}
+
+// -- sequences --------------------------------------------------------------------------------------------------------
+
+Sequence& Store::sequence_locked(int32_t id) {
+    return const_cast<Sequence&>(static_cast<const Store*>(this)->sequence_locked(id));
+}
+
+const Sequence& Store::sequence_locked(int32_t id) const {
+    const auto found = sequences_.find(id);
+    require(found != sequences_.end(), "sequence must be one that was created and not released", id);
+    return *found->second;
+}
+
+std::unique_ptr<Sequence> Store::new_sequence(int64_t capture_rows) const {
+    require(capture_rows >= 0 && capture_rows <= MAX_CAPTURE_ROWS, "capture_rows must be in 0..65536", capture_rows);
+    auto sequence = std::make_unique<Sequence>();
+    sequence->heads.resize(layer_of_.size());
+    sequence->capture_rows = capture_rows;
+    if (capture_rows) sequence->captures.resize(layouts_.size());
+    return sequence;
+}
+
+int32_t Store::create(int64_t capture_rows) {
+    auto sequence = new_sequence(capture_rows);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    sequences_.emplace(last_id_ + 1, std::move(sequence));
+    return ++last_id_;
+}
+
+void Store::release(int32_t id) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    size_t freed = 0;
+    for (const Head& head : sequence_locked(id).heads) {
+        for (uint8_t* tile : head.tiles) freed += unref(tile);
+    }
+    arena_.unclaim(freed);
+    sequences_.erase(id);
+}
+
+size_t Store::unref(uint8_t* tile) noexcept {
+    if (header(tile).refs.fetch_sub(1) != 1) return 0;
+    const size_t bytes = layout(tile).bytes;
+    arena_.put(tile, bytes);
+    return bytes;
+}
+
+// -- what is in it ----------------------------------------------------------------------------------------------------
+
+size_t Store::nbytes() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return arena_.used();
+}
+
+size_t Store::nbytes_of(int32_t id) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    size_t bytes = 0;
+    for (const Head& head : sequence_locked(id).heads) {
+        for (const uint8_t* tile : head.tiles) bytes += layout(tile).bytes;
+    }
+    return bytes;
+}
+
+size_t Store::reserved_bytes() const { return arena_.reserved(); }
+
+size_t Store::num_sequences() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return sequences_.size();
+}
+
+int64_t Store::num_target_tiles(int64_t num_tokens) const {
+    return std::max<int64_t>(0, num_tokens - config_.recent_tokens) / TILE;
+}
+
+size_t Store::bytes_for(int64_t num_tokens) const {
+    require(num_tokens >= 0 && num_tokens <= INT32_MAX, "num_tokens must be at least 0", num_tokens);
+    const int64_t target = num_target_tiles(num_tokens);
+    const int64_t recent = (num_tokens - target * TILE + TILE - 1) / TILE;
+    size_t bytes = 0;
+    for (const size_t layer : layer_of_) {
+        bytes += static_cast<size_t>(target) * layouts_[layer].target[0].bytes;
+        bytes += static_cast<size_t>(recent) * layouts_[layer].recent[0].bytes;
+    }
+    return bytes;
+}
+
+const TileLayout& Store::new_layout(size_t head, bool target, bool listed) const {
+    const Layouts& l = layouts_[layer_of_[head]];
+    // One layout where both are alike: the kernels take tiles of one layout together, whoever made them.
+    return target && !same_codecs_ ? l.target[listed] : l.recent[listed];
+}
+
+size_t Store::check_head(size_t layer, size_t head) const {
+    require(layer < layouts_.size(), "layer must be below " + std::to_string(layouts_.size()), layer);
+    const size_t num_heads = first_head_[layer + 1] - first_head_[layer];
+    require(head < num_heads, "head must be below " + std::to_string(num_heads), head);
+    return first_head_[layer] + head;
+}
+
+int64_t Store::num_tokens(int32_t id, size_t layer, size_t head) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return sequence_locked(id).heads[check_head(layer, head)].num_tokens;
+}
+
+std::vector<int32_t> Store::positions(int32_t id, size_t layer, size_t head) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Head& h = sequence_locked(id).heads[check_head(layer, head)];
+    std::vector<int32_t> positions(static_cast<size_t>(h.num_tokens));
+    for (size_t i = 0; i < positions.size(); i += TILE) read_positions(h.tiles[i / TILE], &positions[i]);
+    return positions;
+}
+
+HeadTokens Store::read(int32_t id, size_t layer, size_t head) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Head& h = sequence_locked(id).heads[check_head(layer, head)];
+    const auto width = static_cast<size_t>(config_.layers[layer].head_size);
+    HeadTokens tokens;
+    tokens.k.reserve(static_cast<size_t>(h.num_tokens) * width);
+    tokens.v.reserve(static_cast<size_t>(h.num_tokens) * width);
+    const auto reader = std::make_unique<TokenReader>(*kernels_, h.tiles);
+    const auto buffer = std::make_unique<TokenBuffer>();
+    for (int64_t i = 0; i < h.num_tokens; ++i) {
+        buffer->count = 0;
+        reader->read(i, *buffer);
+        tokens.k.insert(tokens.k.end(), buffer->k, buffer->k + width);
+        tokens.v.insert(tokens.v.end(), buffer->v, buffer->v + width);
+        tokens.positions.push_back(buffer->positions[0]);
+    }
+    return tokens;
+}
+
+std::vector<HeadView> Store::views_locked(const Sequence& sequence, size_t layer) const {
+    std::vector<HeadView> views;
+    for (size_t h = first_head_[layer]; h < first_head_[layer + 1]; ++h) {
+        const Head& head = sequence.heads[h];
+        views.push_back({head.tiles.data(), static_cast<size_t>((head.num_tokens + TILE - 1) / TILE)});
+    }
+    return views;
+}
+
+// -- captured queries -------------------------------------------------------------------------------------------------
+
+void Store::set_capture(int32_t id, int64_t rows) {
+    require(rows >= 0 && rows <= MAX_CAPTURE_ROWS, "capture_rows must be in 0..65536", rows);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Sequence& sequence = sequence_locked(id);
+    if (rows == sequence.capture_rows) return;
+    sequence.capture_rows = rows;
+    sequence.captures.assign(rows ? layouts_.size() : 0, Capture{});
+}
+
+void Store::capture_locked(Sequence& sequence, size_t layer, const float* q, int64_t n, int32_t first_position) {
+    const int64_t capacity = sequence.capture_rows;
+    if (capacity == 0) return;
+    const LayerShape& shape = config_.layers[layer];
+    const size_t width = static_cast<size_t>(shape.num_heads) * static_cast<size_t>(shape.head_size);
+    Capture& ring = sequence.captures[layer];
+    const auto held = static_cast<size_t>(std::min(capacity, ring.seen + n));  // a long window of a short text is short
+    if (ring.position.size() < held) {
+        ring.q.resize(held * width);
+        ring.position.resize(held);
+    }
+    for (int64_t i = std::max<int64_t>(0, n - capacity); i < n; ++i) {
+        const auto slot = static_cast<size_t>((ring.seen + i) % capacity);
+        std::memcpy(&ring.q[slot * width], q + static_cast<size_t>(i) * width, width * sizeof(float));
+        ring.position[slot] = first_position + static_cast<int32_t>(i);
+    }
+    ring.seen += n;
+}
+
+void Store::captured_locked(const Sequence& sequence, size_t layer, std::vector<float>& rows,
+                            std::vector<int32_t>& positions) const {
+    const int64_t capacity = sequence.capture_rows;
+    if (capacity == 0) return;
+    const Capture& ring = sequence.captures[layer];
+    const LayerShape& shape = config_.layers[layer];
+    const size_t width = static_cast<size_t>(shape.num_heads) * static_cast<size_t>(shape.head_size);
+    for (int64_t i = std::max<int64_t>(0, ring.seen - capacity); i < ring.seen; ++i) {
+        const auto slot = static_cast<size_t>(i % capacity);
+        const auto row = ring.q.begin() + static_cast<std::ptrdiff_t>(slot * width);
+        rows.insert(rows.end(), row, row + static_cast<std::ptrdiff_t>(width));
+        positions.push_back(ring.position[slot]);
+    }
+}
+
+}  // namespace crush
