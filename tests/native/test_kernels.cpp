@@ -487,8 +487,9 @@ void check_codec(const Kernels& kernels, const Case& c, unsigned seed) {
     if (is_quantised(c.key) || is_quantised(c.value)) return;
     kernels.encode(other.get(), x.data(), stride, y.data(), stride, 0);
     for (int t = 0; t < count; ++t)
-        kernels.put(other.get(), t, &x[static_cast<size_t>(t * D)], &y[static_cast<size_t>(t * D)]);
-    expect(!std::memcmp(tile.get() + 64, other.get() + 64, l.bytes - 64), "%s: put is not encode", name.c_str());
+        kernels.append_token(other.get(), t, &x[static_cast<size_t>(t * D)], &y[static_cast<size_t>(t * D)]);
+    expect(!std::memcmp(tile.get() + 64, other.get() + 64, l.bytes - 64), "%s: append_token is not encode",
+           name.c_str());
 }
 
 void check_half() {

@@ -29,7 +29,7 @@ inline TileConfig digits_config(int rows) {
     return config;
 }
 
-// Integers of DEPTH channels of queries, or of TILE tokens' weights: WIDTH of each row.
+// Bytes of 16-bit integers, WIDTH of each row: queries of DEPTH channels, or weights of TILE tokens.
 template <int WIDTH>
 struct Digits {
     alignas(ALIGNMENT) uint8_t bytes[DIGIT_ROWS][WIDTH];
@@ -37,18 +37,18 @@ struct Digits {
 using KeyDigits = Digits<DEPTH>;
 using ValueDigits = Digits<TILE>;
 
-// Sums of products with 16 columns of codes, of the bytes apart.
+// Sums of products with 16 columns of codes, of high and low bytes separately.
 struct Sums {
     alignas(ALIGNMENT) int32_t of[DIGIT_ROWS][16];
 
-    // Of the integers of row r: the nearest floats.
+    // Sums of the 16-bit integers of row r, as the nearest floats.
     __m512 row(int r) const {
         const __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(of[2 * r]));
         const __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(of[2 * r + 1]));
         return _mm512_fmadd_ps(high, _mm512_set1_ps(256.f), low);
     }
 };
-// Of 16 columns, or 32 (both). Cleared right before they are used: idle in between they cost time.
+// The sums of 16 columns, or 32 (both). Clear them right before use: idle in between they cost time.
 inline void clear_sums(bool both) {
     tile_zero<SUMS>();
     if (both) tile_zero<SUMS_2>();
@@ -62,7 +62,7 @@ inline void store_sums(Sums* sums, bool both) {
 template <int WIDTH, int DIGITS, int CODES, bool IS_SIGNED>
 class Products {
 public:
-    // Of `blocks` Digits with 16 columns of codes, or 32 (both); dwords of 4 codes are `stride` bytes apart.
+    // `blocks` Digits times 16 columns of codes, or 32 (both); rows of dwords of 4 codes are `stride` bytes apart.
     void start(const Digits<WIDTH>* digits, const uint8_t* codes, int stride, bool both, int blocks = 1) {
         digits_ = digits;
         codes_ = codes;
@@ -103,31 +103,31 @@ private:
 using KeyProducts = Products<DEPTH, KEY_DIGITS, KEY_CODES, true>;
 using ValueProducts = Products<TILE, VALUE_DIGITS, VALUE_CODES, false>;
 
-// Cuts floats whose mantissas end with 16-bit integers into their bytes.
-class Cutter {
+// Splits 16-bit integers, which are the ends of the mantissas of floats, into their bytes.
+class DigitSplitter {
 public:
-    // Of 16 channels each. Both bytes are signed, so the integers are what was meant plus 128.
-    void cut(__m512 a, __m512 b, __m512 c, __m512 d, KeyDigits& digits, int row) const {
+    // 16 channels each. Both bytes are signed, so the caller has added 128 to each integer.
+    void split(__m512 a, __m512 b, __m512 c, __m512 d, KeyDigits& digits, int row) const {
         const __m512i ab = words(a, b), cd = words(c, d);
         const __m512i high = _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(high_, ab), UPPER, high_, cd);
         const __m512i low = _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(low_, ab), UPPER, low_, cd);
         _mm512_store_si512(digits.bytes[2 * row], high);
         _mm512_store_si512(digits.bytes[2 * row + 1], _mm512_xor_si512(low, _mm512_set1_epi8(-128)));
     }
-    // Of 16 tokens each, unsigned.
-    void cut(__m512 a, __m512 b, ValueDigits& digits, int row) const {
+    // 16 tokens each, unsigned.
+    void split(__m512 a, __m512 b, ValueDigits& digits, int row) const {
         _mm512_store_si512(digits.bytes[2 * row], _mm512_permutexvar_epi8(high_low_, words(a, b)));
     }
 
 private:
     static constexpr __mmask64 UPPER = 0xffffffff00000000u;
 
-    // Lane i: those of a_i and b_i.
+    // Dword i: the integers of a_i (low half) and b_i (high half).
     static __m512i words(__m512 a, __m512 b) {
         const __m512i upper = _mm512_slli_epi32(_mm512_castps_si512(b), 16);
         return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_castps_si512(a), upper);
     }
-    // To the lower half one byte of all of a and then of b, to the upper half another one.
+    // Byte indices into words(a, b): byte `lower` of every a, then of every b; behind them byte `upper` likewise.
     static __m512i index(int lower, int upper) {
         const __m128i a = _mm_setr_epi8(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
         const __m256i both = _mm256_set_m128i(_mm_add_epi8(a, _mm_set1_epi8(2)), a);

@@ -1,4 +1,5 @@
-// AMX tile registers, and what prepares their contents. (No standard library: see attend_impl.hpp)
+// AMX tile registers and their instructions, and reductions of eight registers at a time. (No standard library: see
+// attend_impl.hpp)
 #pragma once
 
 #include "kernels/kernels.hpp"
@@ -46,7 +47,7 @@ inline void multiply_bf16() {
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(LEFT), "i"(CODES));
 }
 
-// Sets the tile registers up, and puts back on destruction what other code of this thread had set.
+// Configures the tile registers, and restores the configuration of other code of this thread on destruction.
 class TileSetup {
 public:
     explicit TileSetup(const TileConfig& config) {
@@ -66,7 +67,7 @@ private:
     TileConfig before_;
 };
 
-// All registers of 16 rows of 64 bytes, as products of bf16 have them.
+// All registers with 16 rows of 64 bytes, for bf16 products.
 inline TileConfig whole_tiles() {
     TileConfig config;
     for (int i = 0; i < 8; ++i) {
@@ -83,7 +84,7 @@ struct Max {
     __m512 operator()(__m512 x, __m512 y) const { return _mm512_max_ps(x, y); }
 };
 
-// Over the lanes of each of 8 registers.
+// Reduces the lanes of each of 8 registers by f: lane i of the result is of register i.
 template <class F>
 inline __m256 reduce8(const __m512* x, F f) {
     __m512 four[4], two[2];

@@ -59,7 +59,7 @@ struct AttendImpl {
     }
     static V f16_at(const uint8_t* p) { return I::load_f16(reinterpret_cast<const uint16_t*>(p)); }
 
-    // Rows of one register block: the rest is split evenly.
+    // RowBounds of one register block: the rest is split evenly.
     static constexpr int block_rows(int rest) {
         const int blocks = (rest + I::BLOCK_ROWS - 1) / I::BLOCK_ROWS;
         return (rest + blocks - 1) / blocks;
@@ -69,7 +69,7 @@ struct AttendImpl {
 
     template <int R, Codec C>
     static void score_block(const uint8_t* codes, int head_size, const float* q, const float* bias, float* s,
-                            Ahead<I>& ahead) {
+                            TilePrefetcher<I>& prefetcher) {
         constexpr int U = I::BLOCK_UNITS;
         for (int unit = 0; unit < TILE / 16; unit += U) {
             V acc[R][U];
@@ -80,7 +80,7 @@ struct AttendImpl {
             const uint8_t* p = codes + unit * unit_bytes<C>();
             for (int c = 0; c < head_size; c += ROWS<C>, p += step_bytes<C>(TILE)) {
                 for_codes<C, U>(p, TILE, [&](int i, const V* k) __attribute__((always_inline)) {
-                    if (i % 4 == 0) ahead.step();
+                    if (i % 4 == 0) prefetcher.step();
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
                         const V x = I::set1(q[r * STRIDE + c + i]);
@@ -98,14 +98,16 @@ struct AttendImpl {
 
     template <int R, Codec C>
     static void score_blocks(const uint8_t* codes, int head_size, const float* q, const float* bias, float* s,
-                             Ahead<I>& ahead) {
+                             TilePrefetcher<I>& prefetcher) {
         constexpr int B = block_rows(R);
-        score_block<B, C>(codes, head_size, q, bias, s, ahead);
-        if constexpr (R > B) score_blocks<R - B, C>(codes, head_size, q + B * STRIDE, bias + B, s + B * STRIDE, ahead);
+        score_block<B, C>(codes, head_size, q, bias, s, prefetcher);
+        if constexpr (R > B)
+            score_blocks<R - B, C>(codes, head_size, q + B * STRIDE, bias + B, s + B * STRIDE, prefetcher);
     }
 
     template <int R, Codec C>
-    static void score_tile(const uint8_t* tile, const TileLayout& l, const float* q, float* s, Ahead<I>& ahead) {
+    static void score_tile(const uint8_t* tile, const TileLayout& l, const float* q, float* s,
+                           TilePrefetcher<I>& prefetcher) {
         float bias[R] = {};
         if constexpr (is_quantised(C)) {
             // q . (min + code * scale) = q . min + (q * scale) . code
@@ -122,9 +124,9 @@ struct AttendImpl {
                 }
             }
             for (int r = 0; r < R; ++r) bias[r] = I::reduce_add(dot[r]);
-            score_blocks<R, C>(tile + l.key_codes, l.head_size, scaled, bias, s, ahead);
+            score_blocks<R, C>(tile + l.key_codes, l.head_size, scaled, bias, s, prefetcher);
         } else {
-            score_blocks<R, C>(tile + l.key_codes, l.head_size, q, bias, s, ahead);
+            score_blocks<R, C>(tile + l.key_codes, l.head_size, q, bias, s, prefetcher);
         }
     }
 
@@ -132,8 +134,8 @@ struct AttendImpl {
     // on ----
 
     template <int R, Codec C, int U>
-    static void value_block(const Visible* tiles, int num_tiles, int c, const float* p, const float* keep, float* acc,
-                            Ahead<I>& ahead) {
+    static void value_block(const VisibleTile* tiles, int num_tiles, int c, const float* p, const float* keep,
+                            float* acc, TilePrefetcher<I>& prefetcher) {
         const TileLayout& l = *tiles[0].layout;
         V sum[R][U], min_sum[R];
 #pragma GCC unroll 8
@@ -167,7 +169,7 @@ struct AttendImpl {
             }
             for (int t = 0; t < TILE; t += ROWS<C>, codes += step_bytes<C>(l.head_size)) {
                 for_codes<C, U>(codes, l.head_size, [&](int j, const V* v) __attribute__((always_inline)) {
-                    if (j % 4 == 0) ahead.step();
+                    if (j % 4 == 0) prefetcher.step();
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
                         const V x = I::set1(weight[r * S + t + j]);
@@ -186,19 +188,19 @@ struct AttendImpl {
     }
 
     template <int R, Codec C>
-    static void value_blocks(const Visible* tiles, int num_tiles, const float* p, const float* keep, float* acc,
-                             Ahead<I>& ahead) {
+    static void value_blocks(const VisibleTile* tiles, int num_tiles, const float* p, const float* keep, float* acc,
+                             TilePrefetcher<I>& prefetcher) {
         constexpr int B = block_rows(R), U = I::BLOCK_UNITS;
         const TileLayout& l = *tiles[0].layout;
         const bool whole = !is_quantised(C) || l.group_size % (16 * U) == 0;  // a block lies in one group
         int c = 0;
         if (whole)
             for (; c + 16 * U <= l.head_size; c += 16 * U)
-                value_block<B, C, U>(tiles, num_tiles, c, p, keep, acc, ahead);
+                value_block<B, C, U>(tiles, num_tiles, c, p, keep, acc, prefetcher);
         if constexpr (U > 1)
-            for (; c < l.head_size; c += 16) value_block<B, C, 1>(tiles, num_tiles, c, p, keep, acc, ahead);
+            for (; c < l.head_size; c += 16) value_block<B, C, 1>(tiles, num_tiles, c, p, keep, acc, prefetcher);
         if constexpr (R > B)
-            value_blocks<R - B, C>(tiles, num_tiles, p + B * STRIDE, keep + B, acc + B * l.head_size, ahead);
+            value_blocks<R - B, C>(tiles, num_tiles, p + B * STRIDE, keep + B, acc + B * l.head_size, prefetcher);
     }
 
     // s = exp(s - max) of n scores; keep = by what to multiply what was summed before.
@@ -231,7 +233,7 @@ struct AttendImpl {
 
     template <int R, Codec... C>
     static constexpr auto score_table() {
-        using F = void (*)(const uint8_t*, const TileLayout&, const float*, float*, Ahead<I>&);
+        using F = void (*)(const uint8_t*, const TileLayout&, const float*, float*, TilePrefetcher<I>&);
         struct Table {
             F of[sizeof...(C)];
         };
@@ -239,21 +241,23 @@ struct AttendImpl {
     }
     template <int R, Codec... C>
     static constexpr auto value_table() {
-        using F = void (*)(const Visible*, int, const float*, const float*, float*, Ahead<I>&);
+        using F = void (*)(const VisibleTile*, int, const float*, const float*, float*, TilePrefetcher<I>&);
         struct Table {
             F of[sizeof...(C)];
         };
         return Table{{&value_blocks<R, C>...}};
     }
     template <int R>
-    static void score(const uint8_t* tile, const TileLayout& l, const float* q, float* s, Ahead<I>& ahead) {
+    static void score(const uint8_t* tile, const TileLayout& l, const float* q, float* s,
+                      TilePrefetcher<I>& prefetcher) {
         constexpr auto table = score_table<R, Codec::f32, Codec::bf16, Codec::f16, Codec::u8, Codec::u4, Codec::u2>();
-        table.of[static_cast<int>(l.key)](tile, l, q, s, ahead);
+        table.of[static_cast<int>(l.key)](tile, l, q, s, prefetcher);
     }
     template <int R>
-    static void values(const Visible* tiles, int n, const float* p, const float* keep, float* acc, Ahead<I>& ahead) {
+    static void values(const VisibleTile* tiles, int n, const float* p, const float* keep, float* acc,
+                       TilePrefetcher<I>& prefetcher) {
         constexpr auto table = value_table<R, Codec::f32, Codec::bf16, Codec::f16, Codec::u8, Codec::u4, Codec::u2>();
-        table.of[static_cast<int>(tiles[0].layout->value)](tiles, n, p, keep, acc, ahead);
+        table.of[static_cast<int>(tiles[0].layout->value)](tiles, n, p, keep, acc, prefetcher);
     }
 
     static void copy_rows(const float* q, int rows, int head_size, float* to) {
@@ -264,21 +268,21 @@ struct AttendImpl {
     template <int R>
     static void attend_rows(const AttendArgs& a) {
         alignas(ALIGNMENT) float q[R * STRIDE], s[R * STRIDE];
-        const Rows rows(a);
-        Visible chunks[2][CHUNK];
+        const RowBounds rows(a);
+        VisibleTile chunks[2][CHUNK];
         size_t next = 0;
-        int n = collect<I>(a, rows, next, chunks[0]);
+        int n = collect_visible<I>(a, rows, next, chunks[0]);
         if (n == 0) return;
         copy_rows(a.q, R, chunks[0][0].layout->head_size, q);
         for (int side = 0; n > 0; side ^= 1) {
-            const Visible *chunk = chunks[side], *after = chunks[side ^ 1];
-            const int num_next = collect<I>(a, rows, next, chunks[side ^ 1]);
-            const int num_ahead = num_next > 0 ? num_next : peek<I>(a, chunks[side ^ 1]);
+            const VisibleTile *chunk = chunks[side], *after = chunks[side ^ 1];
+            const int num_next = collect_visible<I>(a, rows, next, chunks[side ^ 1]);
+            const int num_prefetched = num_next > 0 ? num_next : collect_next<I>(a, chunks[side ^ 1]);
             // Steps of a tile: one per 4 channels and one per 4 tokens and block of channels.
             const int steps_per_tile = chunk[0].layout->head_size / 4;
-            Ahead<I> ahead(after, num_ahead, n * steps_per_tile);
+            TilePrefetcher<I> prefetcher(after, num_prefetched, n * steps_per_tile);
             for (int i = 0; i < n; ++i) {
-                score<R>(chunk[i].tile, *chunk[i].layout, q, s + i * TILE, ahead);
+                score<R>(chunk[i].tile, *chunk[i].layout, q, s + i * TILE, prefetcher);
                 if (chunk[i].masked) mask<I>(chunk[i], rows, R, s + i * TILE);
             }
             float keep[R], one[R];
@@ -288,7 +292,7 @@ struct AttendImpl {
             }
             for (int i = 0, end; i < n; i = end) {
                 for (end = i + 1; end < n && chunk[end].layout == chunk[i].layout;) ++end;
-                values<R>(chunk + i, end - i, s + i * TILE, i == 0 ? keep : one, a.acc, ahead);
+                values<R>(chunk + i, end - i, s + i * TILE, i == 0 ? keep : one, a.acc, prefetcher);
             }
             n = num_next;
         }
@@ -323,9 +327,9 @@ struct AttendImpl {
         for (size_t i = 0; i < num_tiles; ++i, s += TILE) {
             const int count = header(tiles[i]).count;
             const TileLayout& l = layout(tiles[i]);
-            const Visible after{tiles[i + 1 < num_tiles ? i + 1 : i], &l, false};
-            Ahead<I> ahead(&after, i + 1 < num_tiles, l.head_size / 2);
-            score<R>(tiles[i], l, rows, part, ahead);
+            const VisibleTile after{tiles[i + 1 < num_tiles ? i + 1 : i], &l, false};
+            TilePrefetcher<I> prefetcher(&after, i + 1 < num_tiles, l.head_size / 2);
+            score<R>(tiles[i], l, rows, part, prefetcher);
             for (int r = 0; r < R; ++r)
                 for (int t = 0; t < TILE; ++t) s[r * stride + t] = t < count ? part[r * STRIDE + t] : 0.f;
         }

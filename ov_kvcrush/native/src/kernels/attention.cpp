@@ -24,7 +24,7 @@ struct Unit {
     const AttendSpan* span;
     int head;
     size_t first_row, rows;
-    size_t first_part, num_parts, part_tiles;
+    size_t first_part, num_parts;
 };
 
 struct Part {
@@ -32,13 +32,14 @@ struct Part {
     size_t state;  // of its running max, sum and acc: floats from the start of all states
 };
 
-// How the work is cut depends on each request's own shape only, so its result does not depend on the rest of the batch.
-struct Plan {
+// How the work is split depends on each request's own shape only, so its result does not depend on the rest of the
+// batch.
+struct WorkPlan {
     std::vector<Unit> units;
     std::vector<Part> parts;
     size_t state_floats = 0;
 
-    Plan(const LayerShape& shape, const std::vector<AttendSpan>& spans) {
+    WorkPlan(const LayerShape& shape, const std::vector<AttendSpan>& spans) {
         const size_t group = static_cast<size_t>(shape.num_heads / shape.num_kv_heads);
         for (const AttendSpan& span : spans)
             for (int head = 0; head < shape.num_kv_heads; ++head) {
@@ -57,7 +58,7 @@ private:
         size_t per_part = std::max(ceil_div(tiles, MAX_PARTS), MIN_PART);
         if (num_units >= 8) per_part = std::max<size_t>(tiles, 1);
         const size_t num_parts = std::max<size_t>(ceil_div(tiles, per_part), 1);
-        units.push_back({&span, head, first_row, rows, parts.size(), num_parts, per_part});
+        units.push_back({&span, head, first_row, rows, parts.size(), num_parts});
         for (size_t p = 0; p < num_parts; ++p) {
             const size_t from = p * per_part;
             parts.push_back({units.size() - 1, from, std::min(per_part, tiles - std::min(from, tiles)), state_floats});
@@ -67,15 +68,15 @@ private:
 };
 
 // Running max, sum and acc of some rows.
-struct State {
+struct SoftmaxState {
     float *max, *sum, *acc;
-    State(float* at, size_t rows) : max(at), sum(at + rows), acc(at + 2 * rows) {}
+    SoftmaxState(float* at, size_t rows) : max(at), sum(at + rows), acc(at + 2 * rows) {}
 };
 
-class Attend {
+class AttendJob {
 public:
-    Attend(const Kernels& kernels, const LayerShape& shape, const std::vector<AttendSpan>& spans, const float* q,
-           float* out)
+    AttendJob(const Kernels& kernels, const LayerShape& shape, const std::vector<AttendSpan>& spans, const float* q,
+              float* out)
         : kernels_(kernels),
           shape_(shape),
           size_(static_cast<size_t>(shape.head_size)),
@@ -94,7 +95,7 @@ public:
     void work() {
         std::vector<float> q(UNIT_ROWS * size_), state(UNIT_ROWS * (size_ + 2));
         std::vector<int32_t> positions(UNIT_ROWS);
-        // The next part is claimed early, so that its tiles can be on their way.
+        // The next part is claimed early, so that its tiles can be prefetched.
         size_t next = claim();
         while (next < plan_.parts.size()) {
             const Part& part = plan_.parts[next];
@@ -109,7 +110,7 @@ private:
 
     void run(const Part& part, const Part* next, float* q, int32_t* positions, float* own_state) {
         const Unit& unit = plan_.units[part.unit];
-        const State state(unit.num_parts > 1 ? &states_[part.state] : own_state, unit.rows);
+        const SoftmaxState state(unit.num_parts > 1 ? &states_[part.state] : own_state, unit.rows);
         std::fill_n(state.max, unit.rows, NONE);
         std::fill_n(state.sum, unit.rows, 0.f);
         std::fill_n(state.acc, unit.rows * size_, 0.f);
@@ -142,7 +143,7 @@ private:
                 args.acc = state.acc + row * size_;
                 kernels_.attend(args);
             }
-        // The one that ends last puts the parts together, in their order.
+        // Whoever ends the last part merges all of them, in their order.
         if (unit.num_parts == 1)
             finish(unit, &state, 1);
         else if (open_parts_[part.unit].fetch_sub(1, std::memory_order_acq_rel) == 1)
@@ -164,13 +165,13 @@ private:
     }
 
     void merge(const Unit& unit) const {
-        std::vector<State> states;
+        std::vector<SoftmaxState> states;
         for (size_t p = 0; p < unit.num_parts; ++p)
             states.emplace_back(&states_[plan_.parts[unit.first_part + p].state], unit.rows);
         finish(unit, states.data(), states.size());
     }
 
-    void finish(const Unit& unit, const State* states, size_t n) const {
+    void finish(const Unit& unit, const SoftmaxState* states, size_t n) const {
         for (size_t r = 0; r < unit.rows; ++r) {
             float* to = out_ + q_offset(unit, r);
             float max = NONE, sum = 0.f;
@@ -190,7 +191,7 @@ private:
     const Kernels& kernels_;
     const LayerShape& shape_;
     const size_t size_, group_;
-    const Plan plan_;
+    const WorkPlan plan_;
     const float* q_;
     float* out_;
     std::unique_ptr<float[]> states_;
@@ -198,7 +199,7 @@ private:
     std::atomic<size_t> next_part_{0};
 };
 
-void check(const LayerShape& shape) {
+void check_shape(const LayerShape& shape) {
     if (shape.num_kv_heads < 1 || shape.num_heads < 1 || shape.num_heads % shape.num_kv_heads)
         throw std::invalid_argument("num_heads must be a multiple of num_kv_heads, got " +
                                     std::to_string(shape.num_heads) + " and " + std::to_string(shape.num_kv_heads));
@@ -276,8 +277,8 @@ private:
 
 void attend(const Kernels& kernels, const LayerShape& shape, const std::vector<AttendSpan>& spans, const float* q,
             float* out, int num_threads, const ParallelFor& parallel) {
-    check(shape);
-    Attend job(kernels, shape, spans, q, out);
+    check_shape(shape);
+    AttendJob job(kernels, shape, spans, q, out);
     const size_t workers = std::min(static_cast<size_t>(std::max(num_threads, 1)), job.num_parts());
     if (workers <= 1)
         job.work();
@@ -296,7 +297,7 @@ size_t num_scores(const LayerShape& shape, const std::vector<HeadView>& heads) {
 void attention_scores(const Kernels& kernels, const LayerShape& shape, const HeadView* heads, const float* q,
                       const int32_t* row_position, size_t num_rows, Reduce reduce, float* out,
                       const ParallelFor& parallel) {
-    check(shape);
+    check_shape(shape);
     const size_t group = static_cast<size_t>(shape.num_heads / shape.num_kv_heads);
     std::vector<float*> to;  // [H]
     for (int k = 0; k < shape.num_kv_heads; ++k) {

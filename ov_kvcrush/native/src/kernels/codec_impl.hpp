@@ -170,7 +170,7 @@ struct CodecImpl {
     }
 
     // Row c of the keys and row `slot` of the values are matrices of floats here.
-    static void put(uint8_t* tile, int slot, const float* k, const float* v) {
+    static void append_token(uint8_t* tile, int slot, const float* k, const float* v) {
         const TileLayout& l = layout(tile);
         const int item = code_bits(l.key) / 8, value_item = code_bits(l.value) / 8;
         alignas(ALIGNMENT) uint8_t codes[64];

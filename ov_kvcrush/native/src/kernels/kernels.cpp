@@ -17,7 +17,7 @@ extern const Kernels KERNELS_AVX2, KERNELS_AVX512, KERNELS_AMX;
 namespace {
 
 #if defined(__x86_64__)
-// Linux lends the tile registers to a process that asks for them.
+// A process must ask Linux for permission to use the tile registers.
 bool may_use_amx() {
 #if defined(__linux__)
     constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

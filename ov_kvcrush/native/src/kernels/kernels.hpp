@@ -1,4 +1,4 @@
-// The kernels of one instruction set. All take and give float32; tiles say their own layout.
+// The kernels of one instruction set. Arguments and results are float32; a tile's header has its layout.
 #pragma once
 
 #include <string>
@@ -16,7 +16,7 @@ constexpr int CHUNK = 16;    // tiles of one softmax step: their scores stay in 
 struct AttendArgs {
     const uint8_t* const* tiles;
     size_t num_tiles;
-    const uint8_t* const* next_tiles;  // what this thread will read after that, to prefetch: num_next tiles
+    const uint8_t* const* next_tiles;  // [num_next] tiles that this thread reads next, to prefetch
     size_t num_next;
     int rows;                     // 1..MAX_ROWS
     const float* q;               // [rows, D], already times the softmax scale
@@ -87,15 +87,15 @@ struct Kernels {
     // k, v [32, D] of all slots.
     void (*decode)(const uint8_t* tile, float* k, float* v);
     // Write one token into `slot` of a tile with float codecs (f32, bf16, f16).
-    void (*put)(uint8_t* tile, int slot, const float* k, const float* v);
+    void (*append_token)(uint8_t* tile, int slot, const float* k, const float* v);
     // Null where there is none: then staged keys are scored as tiles.
     void (*staged_scores)(const StagedScores&);
     // Null where there is none: then prompts go through PagedAttention.
     void (*prefill)(const Prefill&);
 };
 
-// The best kernels of this machine, or those named ("scalar", "avx2", "avx512", ...). Throws std::invalid_argument
-// naming what there is if the name is unknown or this CPU cannot run it.
+// The best kernels of this CPU, or those of a name ("scalar", "avx2", "avx512", "amx"). Throws std::invalid_argument
+// with the names this CPU can run for any other one.
 const Kernels& kernels(const std::string& isa = "");
 std::vector<std::string> available_isas();  // slowest first
 

@@ -15,7 +15,7 @@ constexpr Kernels make_kernels() {
             &AttendImpl<I>::softmax,
             &CodecImpl<I>::encode,
             &CodecImpl<I>::decode,
-            &CodecImpl<I>::put,
+            &CodecImpl<I>::append_token,
             nullptr,
             nullptr};
 }

@@ -2,9 +2,9 @@
 // columns, so maxima, sums and factors of rows are vectors, and nothing is reduced across lanes:
 //   logits [tokens, rows] = keys [tokens, D] . queries [D, rows]
 //   out [D, rows] += values [D, tokens] . powers of the logits [tokens, rows]
-// Keys are a factor as they lie in their blocks; values are turned once for all rows of a call.
+// Keys are a factor as they lie in their blocks; values are transposed once for all rows of a call.
 // Cost for 128 tokens and 32 rows: 64 products of 16 cycles, and 256 registers of powers, some 11 instructions each.
-// The products for the rows before and the rows after are made between the powers.
+// The products for the rows before and the rows after are interleaved with the powers.
 #include "kernels/amx_tiles.hpp"
 #include "kernels/visibility.hpp"
 
@@ -17,7 +17,7 @@ namespace {
 using I = SimdAvx512;
 using V = I::V;
 
-constexpr int COLUMNS = PREFILL_COLUMNS;  // query rows that are computed at a time
+constexpr int COLUMNS = PREFILL_COLUMNS;  // query rows of a pass
 constexpr int STEP = PREFILL_STEP;        // tokens that they see at a time
 constexpr int STEP_BLOCKS = STEP / TILE;
 constexpr int PAIRS = 4;              // of tokens, whose powers are taken in a row
@@ -25,12 +25,12 @@ constexpr int PRODUCT = 256;          // floats of a tile register
 constexpr float FLOOR = -1e30f;       // the reference of a row that saw nothing so far
 constexpr float TOO_LARGE = 0x1p80f;  // for a sum of powers: then a row gets another reference
 // 2^x on [0, 1), relative error 7.5e-5 (minimax): powers are rounded to bf16, which takes 2e-3
-constexpr float POLY[4] = {0.9999251962f, 0.6958335042f, 0.2260671705f, 0.07802452147f};
+constexpr float SHORT_EXP2_POLY[4] = {0.9999251962f, 0.6958335042f, 0.2260671705f, 0.07802452147f};
 
-// Tile registers: sums of two times two tiles, and the factors.
+// Tile registers: sums of two by two tiles, and the factors.
 enum { SUM_00, SUM_01, SUM_10, SUM_11, LEFT, LEFT_2, RIGHT, RIGHT_2 };
 
-// Of 16 rows of 16 dwords.
+// Transposes 16 rows of 16 dwords.
 inline void transpose(__m512i* r) {
     __m512i t[16];
 #pragma GCC unroll 8
@@ -66,13 +66,13 @@ inline __m512i to_bf16(V low, V high) {
 // 2^t of t <= 80, 0 for -inf
 inline V power(V t) {
     const V f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    V p = I::fma(I::set1(POLY[3]), f, I::set1(POLY[2]));
-    p = I::fma(p, f, I::set1(POLY[1]));
-    p = I::fma(p, f, I::set1(POLY[0]));
+    V p = I::fma(I::set1(SHORT_EXP2_POLY[3]), f, I::set1(SHORT_EXP2_POLY[2]));
+    p = I::fma(p, f, I::set1(SHORT_EXP2_POLY[1]));
+    p = I::fma(p, f, I::set1(SHORT_EXP2_POLY[0]));
     return _mm512_scalef_ps(p, t);
 }
 
-// Products of 32 rows, first with values, then those of others with keys, made between other work.
+// Products of a pass with values, then those of another pass with keys, interleaved with other work.
 class Products {
 public:
     struct Keys {
@@ -96,8 +96,8 @@ public:
         left_keys_ = 2 * parts_ * blocks_;
         count();
     }
-    // Called once for every 2 * PAIRS tokens of 16 rows: all is done after as many tokens as there are in the blocks.
-    void between() {
+    // Call once for every 2 * PAIRS tokens of 16 rows: all products are made after the tokens of all blocks.
+    void interleave() {
         for (due_ += total_; due_ >= calls_; due_ -= calls_) step();
     }
     void finish() {
@@ -186,14 +186,14 @@ private:
 
 class Prefiller {
 public:
-    explicit Prefiller(const Prefill& a)
-        : a_(a),
-          size_(a.head_size),
-          num_columns_(a.num_rows * a.group),
+    explicit Prefiller(const Prefill& args)
+        : args_(args),
+          size_(args.head_size),
+          num_columns_(args.num_rows * args.group),
           num_passes_((num_columns_ + COLUMNS - 1) / COLUMNS),
-          scale_(I::set1(a.scale * LOG2E)) {
-        const auto at = reinterpret_cast<uintptr_t>(a.scratch);
-        out_ = a.scratch + (ALIGNMENT - at % ALIGNMENT) % ALIGNMENT / sizeof(float);
+          scale_(I::set1(args.scale * LOG2E)) {
+        const auto at = reinterpret_cast<uintptr_t>(args.scratch);
+        out_ = args.scratch + (ALIGNMENT - at % ALIGNMENT) % ALIGNMENT / sizeof(float);
         reference_ = out_ + num_passes_ * size_ * COLUMNS;
         sum_ = reference_ + num_passes_ * COLUMNS;
         logits_ = sum_ + num_passes_ * COLUMNS;
@@ -205,21 +205,22 @@ public:
     void run() {
         const TileSetup setup(whole_tiles());
         for (int pass = 0; pass < num_passes_; ++pass) begin(pass);
-        const int64_t last = int64_t{a_.first_position} + a_.num_rows - 1;
-        const int64_t first = a_.window > 0 ? int64_t{a_.first_position} - a_.window + 1 : 0;
+        const int64_t last = int64_t{args_.first_position} + args_.num_rows - 1;
+        const int64_t first = args_.window > 0 ? int64_t{args_.first_position} - args_.window + 1 : 0;
         for (int64_t token = (first > 0 ? first : 0) / STEP * STEP; token <= last; token += STEP) {
             const int64_t left = (last - token) / TILE + 1;
             const int blocks = left < STEP_BLOCKS ? static_cast<int>(left) : STEP_BLOCKS;
-            turn_values(token, blocks);
-            see(token, blocks);
+            transpose_values(token, blocks);
+            attend_step(token, blocks);
         }
         for (int pass = 0; pass < num_passes_; ++pass) finish(pass);
     }
 
 private:
-    int64_t position(int column) const { return int64_t{a_.first_position} + column / a_.group; }
+    int64_t position(int column) const { return int64_t{args_.first_position} + column / args_.group; }
     size_t offset(int column) const {
-        return static_cast<size_t>(column / a_.group) * a_.stride + static_cast<size_t>(column % a_.group * size_);
+        return static_cast<size_t>(column / args_.group) * args_.stride +
+               static_cast<size_t>(column % args_.group * size_);
     }
 
     // Columns beyond the last are queries of zeros, and are not written.
@@ -236,7 +237,7 @@ private:
                 __m512i rows[16];
                 for (int i = 0; i < 16; ++i) {
                     const int column = pass * COLUMNS + 16 * half + i;
-                    const float* q = a_.q + (column < num_columns_ ? offset(column) + static_cast<size_t>(c) : 0);
+                    const float* q = args_.q + (column < num_columns_ ? offset(column) + static_cast<size_t>(c) : 0);
                     rows[i] = column < num_columns_ ? to_bf16(I::load(q), I::load(q + 16)) : _mm512_setzero_si512();
                 }
                 transpose(rows);
@@ -245,10 +246,10 @@ private:
     }
 
     // values_: [D][STEP] bf16; zeros for tokens that are not there (what lies in their place may be no number)
-    void turn_values(int64_t token, int blocks) {
+    void transpose_values(int64_t token, int blocks) {
         for (int block = 0; block < blocks; ++block) {
-            const uint8_t* from = a_.values[token / TILE + block];
-            const int64_t count = static_cast<int64_t>(a_.num_tokens) - token - block * TILE;
+            const uint8_t* from = args_.values[token / TILE + block];
+            const int64_t count = static_cast<int64_t>(args_.num_tokens) - token - block * TILE;
             for (int c = 0; c < size_; c += 16) {
                 const auto row = [&](int t) {
                     const uint8_t* at =
@@ -266,11 +267,11 @@ private:
     }
 
     // All rows that see some of these tokens.
-    void see(int64_t token, int blocks) {
+    void attend_step(int64_t token, int blocks) {
         int begin = 0, end = num_passes_;
         while (begin < end && position(last_column(begin)) < token) ++begin;
-        if (a_.window > 0)
-            while (end > begin && position((end - 1) * COLUMNS) - a_.window >= token + blocks * TILE - 1) --end;
+        if (args_.window > 0)
+            while (end > begin && position((end - 1) * COLUMNS) - args_.window >= token + blocks * TILE - 1) --end;
         if (begin == end) return;
         Products products(size_, blocks);
         products.add_keys(keys_of(begin, token));
@@ -289,7 +290,7 @@ private:
         return (end < num_columns_ ? end : num_columns_) - 1;
     }
     Products::Keys keys_of(int pass, int64_t token) const {
-        return {a_.keys + token / TILE, queries_ + pass * size_ * COLUMNS / 2, logits(pass)};
+        return {args_.keys + token / TILE, queries_ + pass * size_ * COLUMNS / 2, logits(pass)};
     }
     Products::Values values_of(int pass) const { return {values_, powers(pass), out_ + pass * size_ * COLUMNS}; }
     float* logits(int pass) const { return logits_ + pass % 2 * STEP * COLUMNS; }
@@ -301,7 +302,7 @@ private:
         for (int i = 0; i < 16; ++i) {
             const int64_t at = position(column + i);
             high[i] = static_cast<int32_t>(at);
-            low[i] = a_.window > 0 ? static_cast<int32_t>(at - a_.window) : -1;
+            low[i] = args_.window > 0 ? static_cast<int32_t>(at - args_.window) : -1;
         }
         const __m512i highs = _mm512_load_si512(high), lows = _mm512_load_si512(low);
         for (int t = 0; t < n; ++t, s += COLUMNS) {
@@ -316,8 +317,8 @@ private:
     // depends on its neighbours: how a prompt is cut into steps of the engine changes no result.
     void take_powers(int pass, int64_t token, int blocks, Products& products) {
         const int column = pass * COLUMNS, n = blocks * TILE;
-        const bool is_masked =
-            token + n - 1 > position(column) || (a_.window > 0 && token <= position(last_column(pass)) - a_.window);
+        const bool is_masked = token + n - 1 > position(column) ||
+                               (args_.window > 0 && token <= position(last_column(pass)) - args_.window);
         for (int half = 0; half < 2; ++half) {
             float* s = logits(pass) + 16 * half;
             uint32_t* p = powers(pass) + 16 * half;
@@ -363,7 +364,7 @@ private:
                 const __m512i high = _mm512_add_epi32(_mm512_castps_si512(y), half);
                 _mm512_store_si512(p, _mm512_ternarylogic_epi32(upper, high, low, 0xca));  // upper ? high : low
             }
-            products.between();
+            products.interleave();
         }
         return I::add(sum[0], sum[1]);
     }
@@ -379,12 +380,12 @@ private:
                         I::mul(I::load(out_ + (pass * size_ + c + i) * COLUMNS + 16 * half), factor));
                 transpose(rows);
                 for (int i = 0; i < 16 && first + i < num_columns_; ++i)
-                    I::store(a_.out + offset(first + i) + c, _mm512_castsi512_ps(rows[i]));
+                    I::store(args_.out + offset(first + i) + c, _mm512_castsi512_ps(rows[i]));
             }
         }
     }
 
-    const Prefill& a_;
+    const Prefill& args_;
     const int size_, num_columns_, num_passes_;
     const V scale_;
     float *out_, *reference_, *sum_, *logits_;
@@ -393,6 +394,6 @@ private:
 
 }  // namespace
 
-void prefill_amx(const Prefill& a) { Prefiller(a).run(); }
+void prefill_amx(const Prefill& args) { Prefiller(args).run(); }
 
 }  // namespace crush

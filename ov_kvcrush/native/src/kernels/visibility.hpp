@@ -1,4 +1,4 @@
-// Which tiles some row of a call sees, in steps of a few tiles, and their way into the cache. (No standard library: see
+// Which tiles some row of a call sees, CHUNK at a time, and prefetching of the next ones. (No standard library: see
 // attend_impl.hpp)
 #pragma once
 
@@ -14,18 +14,18 @@ constexpr float EXP2_POLY[6] = {1.f, 0.6931530833f, 0.2401536107f, 0.05582631752
 
 constexpr int STRIDE = CHUNK * TILE + 16;  // floats from row to row of a buffer; + 16: not in the same cache set
 
-struct Visible {
+struct VisibleTile {
     const uint8_t* tile;
     const TileLayout* layout;
     bool masked;  // some row does not see some slot
 };
 
-// Brings the tiles of the next step into the L2 cache, a few lines at a time between arithmetic. (Bursts, or the L1
-// cache as goal, run into the limit of 16 outstanding lines.)
+// Prefetches the tiles of the next step into the L2 cache, a few lines at a time between arithmetic. (Bursts, and
+// prefetches to the L1 cache, run into the limit of 16 outstanding lines.)
 template <class I>
-class Ahead {
+class TilePrefetcher {
 public:
-    Ahead(const Visible* tiles, int num_tiles, int steps) : tile_(tiles), end_tile_(tiles + num_tiles) {
+    TilePrefetcher(const VisibleTile* tiles, int num_tiles, int steps) : tile_(tiles), end_tile_(tiles + num_tiles) {
         size_t bytes = 0;
         for (int i = 0; i < num_tiles; ++i) bytes += tiles[i].layout->bytes;
         lines_ = static_cast<int>(bytes / ALIGNMENT) / (steps > 0 ? steps : 1) + 1;
@@ -46,16 +46,16 @@ private:
         end_ = line_ + tile_->layout->bytes;
         ++tile_;
     }
-    const Visible *tile_, *end_tile_;
+    const VisibleTile *tile_, *end_tile_;
     const uint8_t *line_ = nullptr, *end_ = nullptr;
     int lines_;
 };
 
-struct Rows {
+struct RowBounds {
     int32_t low[MAX_ROWS], high[MAX_ROWS];  // row r sees positions low[r] < position <= high[r]
     int32_t min_low, max_low, min_high, max_high;
 
-    explicit Rows(const AttendArgs& a) {
+    explicit RowBounds(const AttendArgs& a) {
         for (int r = 0; r < a.rows; ++r) {
             high[r] = a.row_position[r] < INT32_MAX ? a.row_position[r] : INT32_MAX - 1;
             low[r] = a.window > 0 && high[r] >= INT32_MIN + a.window ? high[r] - a.window : INT32_MIN;
@@ -67,9 +67,9 @@ struct Rows {
     }
 };
 
-// Up to CHUNK tiles that some row sees, from tile `next` on.
+// Up to CHUNK tiles that some row sees, from tile `next` on, which is moved behind them.
 template <class I>
-int collect(const AttendArgs& a, const Rows& rows, size_t& next, Visible* out) {
+int collect_visible(const AttendArgs& a, const RowBounds& rows, size_t& next, VisibleTile* out) {
     int n = 0;
     for (; next < a.num_tiles && n < CHUNK; ++next) {
         if (next + CHUNK < a.num_tiles)
@@ -83,9 +83,9 @@ int collect(const AttendArgs& a, const Rows& rows, size_t& next, Visible* out) {
     }
     return n;
 }
-// The tiles after the last: only to be prefetched.
+// The first of the next tiles of this thread: only to be prefetched.
 template <class I>
-int peek(const AttendArgs& a, Visible* out) {
+int collect_next(const AttendArgs& a, VisibleTile* out) {
     int n = 0;
     for (; n < CHUNK && static_cast<size_t>(n) < a.num_next; ++n)
         out[n] = {a.next_tiles[n], &layout(a.next_tiles[n]), false};
@@ -93,7 +93,7 @@ int peek(const AttendArgs& a, Visible* out) {
 }
 
 template <class I>
-void mask(const Visible& v, const Rows& rows, int num_rows, float* s) {
+void mask(const VisibleTile& v, const RowBounds& rows, int num_rows, float* s) {
     int32_t at[TILE];
     read_positions(v.tile, at);
     for (int t = header(v.tile).count; t < TILE; ++t) at[t] = INT32_MAX;

@@ -159,7 +159,7 @@ void Store::append_head(Head& head, const float* k, const float* v, size_t strid
         } else {
             for (int t = 0; t < count; ++t) {
                 const size_t row = static_cast<size_t>(t) * stride;
-                kernels_->put(tile, slot + t, first_k + row, first_v + row);
+                kernels_->append_token(tile, slot + t, first_k + row, first_v + row);
             }
         }
         head.num_tokens += count;
