@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from covering import covering, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -82,8 +83,7 @@ KINDS = ["flat", "zero", "ramp", "normal", "outlier", "huge", "offset", "tiny"]
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n", [1, 31, 32])
+@pytest.mark.parametrize(("kind", "n"), covering(KINDS, [1, 31, 32]))
 def test_codes_equal_the_references(isa: str, kind: str, n: int) -> None:
     for key in PRECISIONS:
         for value in PRECISIONS:
@@ -95,8 +95,7 @@ def test_codes_equal_the_references(isa: str, kind: str, n: int) -> None:
                     np.testing.assert_array_equal(mine, theirs, f"{name} of {key}/{value}, groups of {group_size}")
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("head_size", range(16, 257, 16))
+@pytest.mark.parametrize(("isa", "head_size"), covering(ISAS, range(16, 257, 16)))
 def test_every_head_size_has_its_codes(isa: str, head_size: int) -> None:
     """Sizes that are no multiple of a vector: no channel is lost, none takes its neighbour's scale."""
     k, v = data("outlier", 32, head_size), data("ramp", 32, head_size)
@@ -109,8 +108,7 @@ def test_every_head_size_has_its_codes(isa: str, head_size: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("precision", QUANTISED)
+@pytest.mark.parametrize(("kind", "precision"), covering(KINDS, QUANTISED))
 def test_error_is_at_most_half_a_step(isa: str, kind: str, precision: str) -> None:
     """The bound by definition of the step, (max - min) / levels, widened by what f16 takes from minimum and scale."""
     k, v = data(kind), data(kind) * np.float32(0.5)
@@ -128,7 +126,7 @@ NUMBERS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     drawn=st.integers(1, 32).flatmap(lambda n: hnp.arrays(np.float32, (n, 16), elements=NUMBERS)),
     factor=st.sampled_from([1.0, 1e-3, 1e-30]),
@@ -145,7 +143,7 @@ def test_any_numbers_have_the_references_codes(isa: str, drawn: Array, factor: f
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     x=hnp.arrays(np.float32, (3, 16), elements=st.floats(-60_000, 60_000, width=32, allow_subnormal=False)),
     precision=st.sampled_from(["f32", "bf16", "f16"]),
@@ -169,8 +167,7 @@ def test_bytes_of_a_tile_follow_the_formula() -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("head_size", [32, 48, 64, 80, 96, 112, 128, 256])
+@pytest.mark.parametrize(("precision", "head_size"), covering(PRECISIONS[::-1], [32, 48, 64, 80, 96, 112, 128, 256]))
 def test_attention_equals_the_reference(isa: str, precision: str, head_size: int) -> None:
     """One decode row of sequences of ragged lengths; old tokens in tiles of the precision, the newest in bf16."""
     rng = np.random.default_rng(head_size)
@@ -182,8 +179,7 @@ def test_attention_equals_the_reference(isa: str, precision: str, head_size: int
     assert_attends(cache, isa, spans, q)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("group", range(1, 17))
+@pytest.mark.parametrize(("isa", "group"), covering(ISAS, range(1, 17)))
 def test_any_group_of_query_heads_reads_its_kv_head(isa: str, group: int) -> None:
     rng = np.random.default_rng(group)
     cache = Cache(layer(3 * group, 3, 32), key="u8", value="u4", isa=isa)
@@ -194,11 +190,13 @@ def test_any_group_of_query_heads_reads_its_kv_head(isa: str, group: int) -> Non
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("window", [0, 1, 31, 32, 33, 100])
-@pytest.mark.parametrize(("key", "value"), [("u8", "u4"), ("u4", "u2"), ("u2", "u8"), ("bf16", "f16")])
-def test_rows_see_what_came_before_within_the_window(isa: str, window: int, key: str, value: str) -> None:
+@pytest.mark.parametrize(
+    ("window", "precisions"), covering([0, 1, 31, 32, 33, 100], ["u8/u4", "u4/u2", "u2/u8", "bf16/f16"])
+)
+def test_rows_see_what_came_before_within_the_window(isa: str, window: int, precisions: str) -> None:
     """Rows from the first to the last of a sequence in one call: more than a kernel takes at once."""
     rng = np.random.default_rng(window)
+    key, value = precisions.split("/")
     cache = Cache(layer(4, 2, 64, window), key=key, value=value, isa=isa)
     seq = cache.new(rng, 150)
     q = gaussian(rng, 150, 4 * 64)
@@ -220,8 +218,7 @@ def test_thousands_of_tokens(isa: str, sharpness: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("num_rows", [1, 4, 30])
+@pytest.mark.parametrize(("precision", "num_rows"), covering(PRECISIONS, [1, 4, 30]))
 def test_channels_of_any_size_keep_their_precision(isa: str, precision: str, num_rows: int) -> None:
     """Queries with a channel that is a hundred times the others, and keys with another one."""
     rng = np.random.default_rng(3)
@@ -280,7 +277,7 @@ def test_rows_of_no_span_and_rows_that_see_nothing_are_zero() -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(case=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_any_batch_equals_the_reference(isa: str, case: Any, seed: int) -> None:
     """Sequences with holes of their own in every head, forks, turns of many rows: one call serves them all."""
@@ -335,8 +332,7 @@ def test_a_request_alone_equals_the_same_in_a_batch(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("how", ["mean", "max", "sum_squares"])
-@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize(("how", "window"), covering(["mean", "max", "sum_squares"], [0, 20]))
 def test_scores_equal_the_reference(isa: str, how: str, window: int) -> None:
     rng = np.random.default_rng(4)
     cache = Cache(layer(6, 2, 64, window), key="u4", value="u2", isa=isa)
@@ -349,7 +345,7 @@ def test_scores_equal_the_reference(isa: str, how: str, window: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(case=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_scores_of_heads_with_holes(isa: str, case: Any, seed: int) -> None:
     """Heads of different lengths, rows at positions in any order: one probability per query head and kept token."""
@@ -405,8 +401,7 @@ def check_staged(cache: Cache, prompt: list[tuple[Array, Array]], q: list[Array]
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("staged_as", ["f32", "bf16", "f16"])
-@pytest.mark.parametrize("group", range(1, 9))
+@pytest.mark.parametrize(("staged_as", "group"), covering(["f32", "bf16", "f16"], range(1, 9)))
 def test_staged_prompts_of_any_shape_have_scores(isa: str, staged_as: str, group: int) -> None:
     """Any number of last rows, more than there are tokens too, and windows that hide the first tokens."""
     rng = np.random.default_rng(group)
@@ -421,8 +416,7 @@ def test_staged_prompts_of_any_shape_have_scores(isa: str, staged_as: str, group
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("scale", [-0.3, 0.0, 0.125])
-@pytest.mark.parametrize("kept_bits", [8, 16, 24])
+@pytest.mark.parametrize(("scale", "kept_bits"), covering([-0.3, 0.0, 0.125], [8, 16, 24]))
 def test_scores_of_staged_keys_are_exact_for_queries_of_any_precision(isa: str, scale: float, kept_bits: int) -> None:
     """Also where a channel of the queries is a hundred times the others, and another one of the keys."""
     rng = np.random.default_rng(kept_bits)
@@ -438,8 +432,7 @@ def test_scores_of_staged_keys_are_exact_for_queries_of_any_precision(isa: str, 
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("staged_as", ["f32", "bf16"])
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("staged_as", "sign"), covering(["f32", "bf16"], [1, -1]))
 def test_staged_logits_far_apart_are_no_overflow(isa: str, staged_as: str, sign: int) -> None:
     """Each block of keys has logits that are hundreds above (or below) those of the block before."""
     cache = Cache(layer(2, 1, 32), isa=isa)

@@ -6,6 +6,7 @@ from itertools import accumulate
 
 import numpy as np
 import pytest
+from covering import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_stores import ISAS, Array, Cache, flat, gaussian, layer, require_native
@@ -108,7 +109,7 @@ def text(request: pytest.FixtureRequest) -> Text:
     return Text(request.param)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     gaps=st.lists(GAPS, min_size=1, max_size=200),
     more=st.lists(GAPS, max_size=80),

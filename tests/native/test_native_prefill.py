@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from covering import covering, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_stores import ISAS, Array, Cache, LayerTuple, Span, gaussian, keys_values, layer, require_native
@@ -14,7 +15,7 @@ from native_stores import ISAS, Array, Cache, LayerTuple, Span, gaussian, keys_v
 from ov_kvcrush import native
 from reference import codec as reference
 
-pytestmark = pytest.mark.skipif("amx" not in ISAS, reason="the kernel is for AMX: without it nothing is prefilled here")
+needs_amx = pytest.mark.skipif("amx" not in ISAS, reason="the kernel is for AMX: without it nothing is prefilled here")
 
 # Powers are rounded to bf16, 2^-9 of each at most; so is what they sum to, in units of the values.
 BOUND = 2**-8
@@ -72,9 +73,10 @@ class Prompts:
         np.testing.assert_allclose(got, self.expected(index), rtol=0, atol=BOUND * values)
 
 
-@pytest.mark.parametrize("head_size", [32, 64, 96, 128, 256])
-@pytest.mark.parametrize("group", [1, 3, 7, 16])
-@pytest.mark.parametrize("window", [0, 1, 45, 300])
+@needs_amx
+@pytest.mark.parametrize(
+    ("head_size", "group", "window"), covering([32, 64, 96, 128, 256], [1, 3, 7, 16], [0, 1, 45, 300])
+)
 def test_a_prompt_attends_as_the_reference_says(head_size: int, group: int, window: int) -> None:
     prompts = Prompts(layer(2 * group, 2, head_size, window), [333])
     prompts.assert_close(
@@ -82,13 +84,14 @@ def test_a_prompt_attends_as_the_reference_says(head_size: int, group: int, wind
     )
 
 
-@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 127, 128, 129, 700])
-@pytest.mark.parametrize("sharpness", [0.1, 1, 30])
+@needs_amx
+@pytest.mark.parametrize(("length", "sharpness"), covering([1, 2, 31, 32, 33, 127, 128, 129, 700], [0.1, 1, 30]))
 def test_prompts_of_any_length_and_sharpness(length: int, sharpness: float) -> None:
     prompts = Prompts(layer(6, 2, 64), [length], sharpness)
     prompts.assert_close(0, prompts.read([(0, 0, length)])[0])
 
 
+@needs_amx
 def test_logits_that_rise_along_the_prompt() -> None:
     """Each step of tokens outweighs all before by more than floats can hold: the reference of a row follows."""
     prompts = Prompts(layer(2, 1, 32), [600])
@@ -98,7 +101,8 @@ def test_logits_that_rise_along_the_prompt() -> None:
     prompts.assert_close(0, prompts.read([(0, 0, 600)])[0])
 
 
-@settings(max_examples=40, deadline=None)
+@needs_amx
+@settings(max_examples=examples(40), deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_neither_pieces_nor_neighbours_change_a_bit(data: Any, seed: int) -> None:
     """However prompts are cut and whoever is read beside them, each row is what it is alone."""
@@ -124,6 +128,7 @@ def test_neither_pieces_nor_neighbours_change_a_bit(data: Any, seed: int) -> Non
         whole.assert_close(index, expected)
 
 
+@needs_amx
 def test_rows_are_staged_as_the_nearest_bf16() -> None:
     prompts = Prompts(layer(2, 2, 32), [50])
     seq, _, k, v = prompts.rows[0]
@@ -173,6 +178,7 @@ def test_what_cannot_be_asked_is_refused(shape: LayerTuple, staging: str, isa: s
         native.can_prefill([shape], staging, isa)
 
 
+@needs_amx
 @pytest.mark.parametrize(
     ("span", "message"),
     [
@@ -192,6 +198,7 @@ def test_wrong_rows_are_refused(span: Span, message: str) -> None:
     prompts.assert_close(0, prompts.read([(0, 0, 40)])[0])
 
 
+@needs_amx
 def test_a_sequence_that_is_not_staged_is_refused() -> None:
     prompts = Prompts(layer(), [40])
     _, q, k, v = prompts.rows[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from covering import covering, examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -218,7 +219,7 @@ class Stores(RuleBasedStateMachine):
 
 
 TestStores = Stores.TestCase
-TestStores.settings = settings(max_examples=120, stateful_step_count=25, deadline=None)
+TestStores.settings = settings(max_examples=examples(120), stateful_step_count=25, deadline=None)
 
 
 # -- bytes -------------------------------------------------------------------------------------------------------------
@@ -383,8 +384,9 @@ def test_memory_of_the_process_is_what_the_store_says_and_goes_back() -> None:
 # -- forks and threads -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_tokens", [1, 31, 32, 33, 64, 100])
-@pytest.mark.parametrize("change", ["append", "settle", "compact", "release"])
+@pytest.mark.parametrize(
+    ("num_tokens", "change"), covering([1, 31, 32, 33, 64, 100], ["append", "settle", "compact", "release"])
+)
 def test_a_fork_is_a_copy(num_tokens: int, change: str) -> None:
     """Whatever becomes of one of them, the other stays as it is, bit for bit."""
     rng = np.random.default_rng(num_tokens)

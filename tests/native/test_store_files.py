@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from covering import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_stores import PRECISIONS, Array, Cache, flat, gaussian, keys_values, layer, require_native
@@ -96,7 +97,7 @@ def go_on(pairs: list[tuple[Cache, int]], seed: int) -> list[tuple[Cache, int]]:
 steps_of = st.lists(st.sampled_from(["append", "jump", "settle", "fork", "tiles", "tokens"]), max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     precisions=st.tuples(*[st.sampled_from(PRECISIONS)] * 2, st.sampled_from(FLOATS)),
     recent_tokens=st.sampled_from([0, 1, 32, 40]),
@@ -363,7 +364,7 @@ def load_or_none(cache: Cache, heads: Array, tiles: Array) -> int | None:
         return None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     precisions=st.tuples(*[st.sampled_from(PRECISIONS)] * 2, st.sampled_from(FLOATS)),
     steps=steps_of,
