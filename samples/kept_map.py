@@ -121,10 +121,10 @@ def kept_map(policy: Policy, attention: list[np.ndarray], num_kv_heads: int) -> 
     """uint8 (layers * KV heads, tokens): EVICTED, REPRESENTATIVE or KEPT."""
     length = attention[0].shape[1]
     positions = np.arange(length, dtype=np.int32)
-    carried = np.zeros(length, np.float32) if policy.inputs.carried else None
+    zeros = np.zeros(length, np.float32) if policy.inputs.state else None
     state = CacheState(
         layers=tuple(
-            tuple(HeadState(positions, attention=heads, carried=carried) for heads in np.split(layer, num_kv_heads))
+            tuple(HeadState(positions, attention=heads, state=zeros) for heads in np.split(layer, num_kv_heads))
             for layer in attention
         ),
         length=length,

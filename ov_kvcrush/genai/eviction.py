@@ -168,8 +168,8 @@ def _problems(policy: Policy, block: int) -> Iterator[str]:
         field = "scorer" if isinstance(policy, KVCrush) else "policy"
         yield f"{field} must be one of snapkv, h2o{', kvcrush' if field == 'policy' else ''}, got {name!r}"
         return
-    if not isinstance(policy.splitter, Uniform):
-        yield f"split must be 'uniform', got {policy.splitter.name!r}"
+    if not isinstance(policy.allocator, Uniform):
+        yield f"split must be 'uniform', got {policy.allocator.name!r}"
     yield from _size_problems(policy, block)
     if isinstance(policy, KVCrush):
         yield from _crush_problems(policy, block)

@@ -63,7 +63,7 @@ class Inputs:
     keys: bool = False
     values: bool = False
     queries: bool = False
-    carried: bool = False
+    state: bool = False
     replay: Replay | None = None
 
     def __or__(self, other: Inputs) -> Inputs:
@@ -76,7 +76,7 @@ class Inputs:
             keys=self.keys or other.keys,
             values=self.values or other.values,
             queries=self.queries or other.queries,
-            carried=self.carried or other.carried,
+            state=self.state or other.state,
             replay=self.replay or other.replay,
         )
 
@@ -99,7 +99,7 @@ class HeadState:
     keys: np.ndarray | None = None
     values: np.ndarray | None = None
     queries: np.ndarray | None = None
-    carried: np.ndarray | None = None
+    state: np.ndarray | None = None
     replayed: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -196,13 +196,13 @@ class Scorer(Component):
     def score(self, layer: LayerState, index: int, length: int) -> list[np.ndarray]:
         """[K] float32 (S,), higher = keep, finite. index: which layer; length: tokens of the text so far."""
 
-    def observe(self, layer: LayerState, index: int, length: int) -> list[np.ndarray] | None:
+    def update(self, layer: LayerState, index: int, length: int) -> list[np.ndarray] | None:
         """[K] float32 (S,), to be remembered for the tokens that stay; None unless `needs.carried`."""
         return None
 
     def update_all(self, state: CacheState) -> list[list[np.ndarray]]:
         """The same for all layers, of a scorer that carries."""
-        seen = [self.observe(layer, index, state.length) for index, layer in enumerate(state.layers)]
+        seen = [self.update(layer, index, state.length) for index, layer in enumerate(state.layers)]
         return [layer for layer in seen if layer is not None]
 
 
@@ -211,7 +211,7 @@ class BudgetAllocator(Component):
     """Says how many tokens each KV head keeps."""
 
     @abstractmethod
-    def split(self, state: CacheState, scores: Scores, tokens: int) -> list[list[int]]:
+    def allocate(self, state: CacheState, scores: Scores, tokens: int) -> list[list[int]]:
         """[layer][KV head] tokens to keep: at least the head's protected ones, at most all.
 
         tokens: the mean over all heads. The numbers sum to `tokens` times the heads, exactly; to all that is cached
@@ -268,7 +268,7 @@ class Policy(Component):
         stays.
         """
 
-    def observe(self, state: CacheState) -> list[list[np.ndarray]] | None:
+    def update(self, state: CacheState) -> list[list[np.ndarray]] | None:
         """[layer][KV head] float32 (S,) to be remembered for the tokens that stay; None unless `needs.carried`."""
         return None
 

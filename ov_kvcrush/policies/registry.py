@@ -9,8 +9,8 @@ from typing import Any
 from ov_kvcrush.errors import CrushError, nearest
 from ov_kvcrush.policies.base import Budget, BudgetAllocator, Policy, Scorer
 from ov_kvcrush.policies.budgets.ada_kv import AdaKV
-from ov_kvcrush.policies.budgets.global_threshold import Global
-from ov_kvcrush.policies.budgets.kv_compress import Pages
+from ov_kvcrush.policies.budgets.global_threshold import GlobalThreshold
+from ov_kvcrush.policies.budgets.kv_compress import PageAllocator
 from ov_kvcrush.policies.budgets.pyramid_kv import PyramidKV
 from ov_kvcrush.policies.budgets.uniform import Uniform
 from ov_kvcrush.policies.budgets.whole_heads import WholeHeads
@@ -36,19 +36,19 @@ PolicyLike = Policy | str | Mapping[str, Setting] | None  # itself, its name, it
 SCORERS: Mapping[str, type[Scorer]] = {
     cls.name: cls for cls in (SnapKV, H2O, TOVA, StreamingLLM, Knorm, KeyDiff, ExpectedAttention, Random, RKV, KVzip)
 }
-SPLITTERS: Mapping[str, type[BudgetAllocator]] = {
-    cls.name: cls for cls in (Uniform, PyramidKV, AdaKV, Global, Pages, WholeHeads)
+ALLOCATORS: Mapping[str, type[BudgetAllocator]] = {
+    cls.name: cls for cls in (Uniform, PyramidKV, AdaKV, GlobalThreshold, PageAllocator, WholeHeads)
 }
 # Field of a policy that holds a part: the setting that chooses the part, and what there is to choose from.
 CHOICES: Mapping[str, tuple[str, Mapping[str, type[Any]]]] = {
     "scorer": ("scorer", SCORERS),
-    "splitter": ("split", SPLITTERS),
+    "allocator": ("split", ALLOCATORS),
 }
 DEFAULT_KEPT = 0.25
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PolicyRecipe:
     """What a name stands for.
 
     policy: its class. about: classes whose docstrings say what it does. presets: settings other than the classes' own.
@@ -180,23 +180,23 @@ def name_of(policy: Policy) -> str:
         return policy.name
 
 
-def _parts(scorer: type[Scorer], splitter: type[BudgetAllocator]) -> Settings:
-    return {"kept": DEFAULT_KEPT, "scorer": scorer.name, "split": splitter.name}
+def _parts(scorer: type[Scorer], allocator: type[BudgetAllocator]) -> Settings:
+    return {"kept": DEFAULT_KEPT, "scorer": scorer.name, "split": allocator.name}
 
 
-def _scored(scorer: type[Scorer], splitter: type[BudgetAllocator] = Uniform, **presets: Setting) -> Recipe:
-    about = (scorer,) if splitter is Uniform else (scorer, splitter)
-    return Recipe(Scored, about, {**_parts(scorer, splitter), **presets}, open=("split",))
+def _scored(scorer: type[Scorer], allocator: type[BudgetAllocator] = Uniform, **presets: Setting) -> PolicyRecipe:
+    about = (scorer,) if allocator is Uniform else (scorer, allocator)
+    return PolicyRecipe(Scored, about, {**_parts(scorer, allocator), **presets}, open=("split",))
 
 
-def _recipes() -> dict[str, Recipe]:
+def _recipes() -> dict[str, PolicyRecipe]:
     return {
-        "none": Recipe(KeepAll, (KeepAll,), {}),
-        "kvcrush": Recipe(KVCrush, (KVCrush,), _parts(SnapKV, Uniform), open=("scorer", "split")),
+        "none": PolicyRecipe(KeepAll, (KeepAll,), {}),
+        "kvcrush": PolicyRecipe(KVCrush, (KVCrush,), _parts(SnapKV, Uniform), open=("scorer", "split")),
         "snapkv": _scored(SnapKV),
         "pyramidkv": _scored(SnapKV, PyramidKV),
         "adakv": _scored(SnapKV, AdaKV),
-        "kv_compress": _scored(SnapKV, Pages, reduce="sum_squares", pooling="max", aggregate="sum"),
+        "kv_compress": _scored(SnapKV, PageAllocator, reduce="sum_squares", pooling="max", aggregate="sum"),
         "h2o": _scored(H2O),
         "tova": _scored(TOVA),
         "streaming_llm": _scored(StreamingLLM),
@@ -206,11 +206,11 @@ def _recipes() -> dict[str, Recipe]:
         "random": _scored(Random),
         "rkv": _scored(RKV),
         # Without a floor, heads that a repetition hardly uses starve: needles keep their numbers and lose their names.
-        "kvzip": _scored(KVzip, Global, floor=0.06),
+        "kvzip": _scored(KVzip, GlobalThreshold, floor=0.06),
     }
 
 
-def _recipe(name: str) -> Recipe:
+def _recipe(name: str) -> PolicyRecipe:
     recipes = _recipes()
     check_choice("policy", name, recipes)
     return recipes[name]
@@ -236,19 +236,19 @@ def _values(*parts: Any) -> Settings:
     return values
 
 
-def _can_have(recipe: Recipe, parts: Mapping[str, Any]) -> bool:
+def _can_have(recipe: PolicyRecipe, parts: Mapping[str, Any]) -> bool:
     """Whether the recipe can make a policy of these parts, given by the settings that choose them."""
     registered = all(dict(CHOICES.values())[setting].get(part.name) is type(part) for setting, part in parts.items())
     bound = [setting for setting in parts if setting not in recipe.open]
     return registered and all(recipe.presets[setting] == parts[setting].name for setting in bound)
 
 
-def _hint(recipe: Recipe, key: str, known: Mapping[str, Setting]) -> str:
+def _hint(recipe: PolicyRecipe, key: str, known: Mapping[str, Setting]) -> str:
     """What the caller may have meant: another choice that has the setting, or the nearest known one."""
     return "".join(_owners(recipe, key)) or nearest(key, known)
 
 
-def _owners(recipe: Recipe, key: str) -> Iterator[str]:
+def _owners(recipe: PolicyRecipe, key: str) -> Iterator[str]:
     for setting, classes in CHOICES.values():
         owners = [name for name, cls in classes.items() if key in _scalars(cls)]
         if setting in recipe.open and owners:

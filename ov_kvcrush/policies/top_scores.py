@@ -1,4 +1,4 @@
-"""A policy of one scorer and one splitter: most methods are no more than that."""
+"""A policy of one scorer and one budget allocator: most methods are no more than that."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ov_kvcrush.policies.budgets.uniform import Uniform
 
 @dataclass(frozen=True)
 class Scored(Policy):
-    """The best tokens of every head, by a scorer, as many as a splitter says.
+    """The best tokens of every head, by a scorer, as many as a budget allocator says.
 
     Needs what its parts need; costs what they cost and O(cached tokens).
 
-    scorer: how much each token matters. splitter: how many tokens each head keeps.
+    scorer: how much each token matters. allocator: how many tokens each head keeps.
     """
 
     name: ClassVar[str] = "scored"
     scorer: Scorer = field(kw_only=True)
-    splitter: BudgetAllocator = field(default_factory=Uniform, kw_only=True)
+    allocator: BudgetAllocator = field(default_factory=Uniform, kw_only=True)
 
     @property
     def inputs(self) -> Inputs:
-        return self.scorer.inputs | self.splitter.inputs
+        return self.scorer.inputs | self.allocator.inputs
 
     def select(self, state: CacheState, tokens: int) -> Selection:
         scores = [self.scorer.score(layer, index, state.length) for index, layer in enumerate(state.layers)]
-        counts = self.splitter.split(state, scores, tokens)
+        counts = self.allocator.allocate(state, scores, tokens)
         kept = [
             [
                 top_with_protected(values, state.is_protected(head), count)
@@ -40,5 +40,5 @@ class Scored(Policy):
         ]
         return Selection(kept)
 
-    def observe(self, state: CacheState) -> list[list[np.ndarray]] | None:
-        return self.scorer.update_all(state) if self.inputs.carried else None
+    def update(self, state: CacheState) -> list[list[np.ndarray]] | None:
+        return self.scorer.update_all(state) if self.inputs.state else None

@@ -60,7 +60,7 @@ def head_state(rng: np.random.Generator, inputs: Inputs, kind: str, positions: n
         keys=numbers(rng, kind, size, D) if inputs.keys else None,
         values=numbers(rng, kind, size, D) if inputs.values else None,
         queries=numbers(rng, kind, rows, GROUPS, D) if inputs.queries else None,
-        carried=frozen(seen) if inputs.carried else None,
+        state=frozen(seen) if inputs.state else None,
         replayed=attention(rng, kind, size, head) if inputs.replay else None,
     )
 

@@ -20,7 +20,7 @@ from ov_kvcrush.policies.budgets.uniform import Uniform
 from ov_kvcrush.policies.kvcrush import bits as kvcrush_bits
 from ov_kvcrush.policies.kvcrush import buckets as kvcrush_buckets
 from ov_kvcrush.policies.kvcrush.policy import KVCrush
-from ov_kvcrush.policies.registry import SPLITTERS
+from ov_kvcrush.policies.registry import ALLOCATORS
 from ov_kvcrush.policies.scorers.h2o import H2O
 from ov_kvcrush.policies.scorers.knorm import Knorm
 from ov_kvcrush.policies.scorers.snapkv import SnapKV
@@ -93,7 +93,7 @@ def in_text_both(state: CacheState, selection: Selection) -> list[Any]:
 
 def slow_select(crush: KVCrush, state: CacheState, tokens: int) -> list[Any]:
     scores = [crush.scorer.score(layer, index, state.length) for index, layer in enumerate(state.layers)]
-    counts = crush.splitter.split(state, scores, tokens)
+    counts = crush.allocator.allocate(state, scores, tokens)
     return [SlowLayer(crush, state, i, scores[i], counts[i]).choose() for i in range(len(state.layers))]
 
 
@@ -215,7 +215,7 @@ OPTIONS = st.fixed_dictionaries(
         "share_mode": st.sampled_from(["static", "adaptive"]),
         "mass": st.sampled_from([0.1, 0.5, 0.9, 1.0]),
         "bits": st.sampled_from(["attention", "scores"]),
-        "splitter": st.sampled_from([cls() for cls in SPLITTERS.values()]),
+        "allocator": st.sampled_from([cls() for cls in ALLOCATORS.values()]),
     }
 )
 
@@ -244,11 +244,11 @@ def test_pages_of_one_token_are_tokens(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"page": 16}, {"page": 16, "page_rule": "genai"}])
-@pytest.mark.parametrize("splitter", SPLITTERS)
+@pytest.mark.parametrize("allocator", ALLOCATORS)
 @pytest.mark.parametrize("answering", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_budget_is_met(kind: str, answering: bool, splitter: str, options: dict[str, Any]) -> None:
-    crush = policy(scorer=SnapKV(), splitter=SPLITTERS[splitter](), **options)
+def test_the_budget_is_met(kind: str, answering: bool, allocator: str, options: dict[str, Any]) -> None:
+    crush = policy(scorer=SnapKV(), allocator=ALLOCATORS[allocator](), **options)
     state = cache_state(9, crush.inputs, kind, crush.protected(300, [(40, 60)]), (2, 2, 3), answering=answering)
     cached = [len(head) for layer in state.layers for head in layer]
     protected = sum(int(state.is_protected(head).sum()) for layer in state.layers for head in layer)
@@ -257,18 +257,18 @@ def test_the_budget_is_met(kind: str, answering: bool, splitter: str, options: d
         assert sum(kept) == max(protected, min(sum(cached), tokens * len(cached)))
 
 
-@pytest.mark.parametrize("splitter", SPLITTERS)
+@pytest.mark.parametrize("allocator", ALLOCATORS)
 @pytest.mark.parametrize("options", [{}, {"page": 8}, {"page": 8, "page_rule": "genai"}, {"bits": "scores"}])
 def test_at_the_prompt_s_end_all_heads_of_a_layer_have_the_same_representatives(
-    options: dict[str, Any], splitter: str
+    options: dict[str, Any], allocator: str
 ) -> None:
-    crush = policy(scorer=SnapKV(), splitter=SPLITTERS[splitter](), **options)
+    crush = policy(scorer=SnapKV(), allocator=ALLOCATORS[allocator](), **options)
     state = cache_state(4, crush.inputs, "random", crush.protected(500), (2, 3), answering=False)
     selection = crush.select(state, 125)
     assert selection.representatives is not None
     for layer in selection.representatives:
         assert all(np.array_equal(layer[0], head) for head in layer)
-    if splitter == "uniform":
+    if allocator == "uniform":
         size = options.get("page", 1)
         assert {len(layer[0]) for layer in selection.representatives} == {31 // size * size}
 
@@ -292,7 +292,7 @@ def test_representatives_are_of_different_kinds() -> None:
 @pytest.mark.parametrize("answering", [False, True])
 def test_without_a_share_it_is_its_host(pattern: str, answering: bool) -> None:
     crush = policy(scorer=SnapKV(), share=0)
-    host = Scored(crush.budget, 2, 4, scorer=SnapKV(), splitter=Uniform())
+    host = Scored(crush.budget, 2, 4, scorer=SnapKV(), allocator=Uniform())
     state = cache(1, pattern, crush.protected(200), 3, answering)
     assert in_text(state, crush.select(state, 60).kept) == in_text(state, host.select(state, 60).kept)
 
@@ -366,20 +366,20 @@ def test_needs_are_those_of_the_parts_and_the_attention_of_the_bits() -> None:
     assert policy(scorer=SnapKV(window=8, reduce="max")).inputs == Inputs(window=8, reduce="max")
     assert policy(scorer=Knorm()).inputs == Knorm().inputs | Inputs(window=16)
     assert policy(scorer=Knorm(), bits="scores").inputs == Knorm().inputs
-    assert policy(scorer=H2O()).inputs.carried
+    assert policy(scorer=H2O()).inputs.state
 
 
 def test_what_the_host_remembers_is_passed_on() -> None:
     crush = policy(scorer=H2O())
     state = cache_state(2, crush.inputs, "random", crush.protected(50), (2, 2), answering=True)
-    seen = crush.observe(state)
+    seen = crush.update(state)
     assert seen is not None
     for index, layer in enumerate(state.layers):
-        expected = crush.scorer.observe(layer, index, state.length)
+        expected = crush.scorer.update(layer, index, state.length)
         assert expected is not None
         for one, two in zip(seen[index], expected, strict=True):
             np.testing.assert_array_equal(one, two)
-    assert policy().observe(state) is None
+    assert policy().update(state) is None
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from policy_states import KINDS, cache_state
 
 from ov_kvcrush.policies.base import CacheState, HeadState, Policy, Selection
-from ov_kvcrush.policies.registry import SCORERS, SPLITTERS, build, names
+from ov_kvcrush.policies.registry import ALLOCATORS, SCORERS, build, names
 
 SMALL = {"sink_tokens": 2, "recent_tokens": 5, "min_tokens": 8}
 VARIANTS: list[dict[str, Any]] = [
     *({"name": name} for name in names() if name != "none"),
-    *({"name": "snapkv", "split": split} for split in SPLITTERS),
+    *({"name": "snapkv", "split": split} for split in ALLOCATORS),
     *({"name": "kvcrush", "scorer": scorer} for scorer in SCORERS),
-    *({"name": "kvcrush", "split": split} for split in SPLITTERS),
+    *({"name": "kvcrush", "split": split} for split in ALLOCATORS),
     {"name": "kvcrush", "page": 8},
     {"name": "kvcrush", "page": 8, "split": "ada"},
 ]
@@ -154,9 +154,9 @@ def test_a_budget_below_what_is_protected_keeps_just_that(
 def test_what_is_remembered_is_a_number_a_token(variant: dict[str, Any], moment: Moment) -> None:
     policy = policy_of(variant)
     state = moment.state(policy)
-    seen = policy.observe(state)
-    assert (seen is not None) == policy.inputs.carried
-    for layer, layer_seen in zip(state.layers, seen or [], strict=policy.inputs.carried):
+    seen = policy.update(state)
+    assert (seen is not None) == policy.inputs.state
+    for layer, layer_seen in zip(state.layers, seen or [], strict=policy.inputs.state):
         for head, values in zip(layer, layer_seen, strict=True):
             assert values.dtype == np.float32
             assert values.shape == (len(head),)
@@ -178,8 +178,8 @@ def test_equal_scores_leave_the_lower_positions() -> None:
     for name in ("h2o", "tova", "knorm"):
         policy = policy_of({"name": name})
         state = Moment(3, "constant", 40, (2, 2), 17, False, (0, 0)).state(policy)
-        if state.layers[0][0].carried is not None:
-            heads = [HeadState(**{**vars(h), "carried": None}) for h in state.layers[0]]
+        if state.layers[0][0].state is not None:
+            heads = [HeadState(**{**vars(h), "state": None}) for h in state.layers[0]]
             state = CacheState((tuple(heads),), state.length, state.protected)
         for _, kept in pairs(state, policy.select(state, 17)):
             assert kept.tolist() == [*range(12), *range(35, 40)]

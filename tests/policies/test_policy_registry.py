@@ -11,8 +11,8 @@ import pytest
 
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies.base import Budget, BudgetAllocator, Policy
-from ov_kvcrush.policies.budgets.global_threshold import Global
-from ov_kvcrush.policies.budgets.kv_compress import Pages
+from ov_kvcrush.policies.budgets.global_threshold import GlobalThreshold
+from ov_kvcrush.policies.budgets.kv_compress import PageAllocator
 from ov_kvcrush.policies.budgets.pyramid_kv import PyramidKV
 from ov_kvcrush.policies.keep_all import KeepAll
 from ov_kvcrush.policies.kvcrush.policy import KVCrush
@@ -95,15 +95,17 @@ def test_names_of_combinations_are_the_shortest_ones() -> None:
     assert settings_of(build("snapkv", split="pyramid"))["name"] == "pyramidkv"
     assert settings_of(build("adakv", split="uniform"))["name"] == "snapkv"
     assert settings_of(build("snapkv", split="kv_compress"))["name"] == "snapkv"
-    by_hand = Scored(Budget(kept_tokens=99), scorer=SnapKV(window=4), splitter=PyramidKV(beta=2))
+    by_hand = Scored(Budget(kept_tokens=99), scorer=SnapKV(window=4), allocator=PyramidKV(beta=2))
     assert build(**settings_of(by_hand)) == by_hand
 
 
 def test_methods_that_are_combinations() -> None:
     assert build("kv_compress") == Scored(
-        Budget(kept=0.25), scorer=SnapKV(reduce="sum_squares", pooling="max", aggregate="sum"), splitter=Pages()
+        Budget(kept=0.25),
+        scorer=SnapKV(reduce="sum_squares", pooling="max", aggregate="sum"),
+        allocator=PageAllocator(),
     )
-    assert build("pyramidkv") == Scored(Budget(kept=0.25), scorer=SnapKV(), splitter=PyramidKV())
+    assert build("pyramidkv") == Scored(Budget(kept=0.25), scorer=SnapKV(), allocator=PyramidKV())
     assert build("snapkv", split="global", floor=0.1).inputs == build("snapkv").inputs
     assert build("kvcrush") == KVCrush(Budget(kept=0.25))
     assert build("none") == KeepAll()
@@ -112,11 +114,11 @@ def test_methods_that_are_combinations() -> None:
 def test_parts_share_no_setting_that_means_two_things() -> None:
     """The settings are one flat list: what two parts of a policy both have goes to both."""
     own = {name: set(inspect.signature(cls).parameters) for name, cls in SCORERS.items()}
-    for name, cls in CHOICES["splitter"][1].items():
-        fields_of_splitter = set(inspect.signature(cls).parameters)
+    for name, cls in CHOICES["allocator"][1].items():
+        fields_of_allocator = set(inspect.signature(cls).parameters)
         for policy in (Policy, KVCrush):
-            assert not fields_of_splitter & (set(inspect.signature(policy).parameters) - {"scorer", "splitter"}), name
-        assert not any(fields_of_splitter & fields_of_scorer for fields_of_scorer in own.values()), name
+            assert not fields_of_allocator & (set(inspect.signature(policy).parameters) - {"scorer", "allocator"}), name
+        assert not any(fields_of_allocator & fields_of_scorer for fields_of_scorer in own.values()), name
     for name, fields_of_scorer in own.items():
         assert fields_of_scorer & set(inspect.signature(KVCrush).parameters) <= {"seed"}, name
 
@@ -172,17 +174,17 @@ def test_settings_of_what_the_registry_does_not_know_are_refused() -> None:
     class Mine(BudgetAllocator):
         name = "uniform"
 
-        def split(self, *_: Any) -> list[list[int]]:
+        def allocate(self, *_: Any) -> list[list[int]]:
             return []
 
     with pytest.raises(CrushError, match="policy must be made of the registry's parts"):
-        settings_of(Scored(scorer=SnapKV(), splitter=Mine()))
+        settings_of(Scored(scorer=SnapKV(), allocator=Mine()))
     with pytest.raises(CrushError, match="seed must be the same in all parts of a policy, got 1 and 2"):
         settings_of(KVCrush(scorer=Random(seed=2), seed=1))
 
 
 def test_a_policy_put_together_without_a_budget_is_said_to_keep_all() -> None:
-    settings = settings_of(Scored(scorer=SnapKV(), splitter=Global()))
+    settings = settings_of(Scored(scorer=SnapKV(), allocator=GlobalThreshold()))
     assert settings["kept"] == 1.0
     assert build(**settings).budget.tokens(5000) == 5000
 

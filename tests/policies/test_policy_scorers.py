@@ -69,7 +69,7 @@ def numbers(rng: np.random.Generator, kind: str, *shape: int) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def layer_of(case: Case, *, carried: bool = False) -> LayerState:
+def layer_of(case: Case, *, state: bool = False) -> LayerState:
     """The layer of a case. What a head carries is not 0 for all tokens but the newest 5."""
     rng = np.random.default_rng(3)
     heads = []
@@ -91,7 +91,7 @@ def layer_of(case: Case, *, carried: bool = False) -> LayerState:
                 keys=numbers(rng, case.kind, size, D),
                 values=numbers(rng, case.kind, size, D),
                 queries=numbers(rng, case.kind, case.rows, case.groups * D).reshape(case.rows, case.groups, D),
-                carried=seen.astype(np.float32) if carried else np.zeros(size, np.float32),
+                state=seen.astype(np.float32) if state else np.zeros(size, np.float32),
                 replayed=attention[:, ::-1].astype(np.float32),
             )
         )
@@ -112,7 +112,7 @@ def assert_scores(got: list[np.ndarray], expected: list[list[float]], rtol: floa
 @ALL
 @EVERY_CASE
 def test_scores_are_finite_float32_one_a_token_and_the_same_again(scorer: Scorer, case: Case) -> None:
-    layer = layer_of(case, carried=True)
+    layer = layer_of(case, state=True)
     before = copy.deepcopy(layer)
     scores = scorer.score(layer, 1, case.length)
     again = scorer.score(layer, 1, case.length)
@@ -136,19 +136,19 @@ def test_what_was_not_asked_for_is_not_looked_at(scorer: Scorer) -> None:
         "keys": inputs.keys,
         "values": inputs.values,
         "queries": inputs.queries,
-        "carried": inputs.carried,
+        "state": inputs.state,
         "replayed": inputs.replay is not None,
     }
-    full = layer_of(case, carried=True)
+    full = layer_of(case, state=True)
     bare = tuple(HeadState(**{n: getattr(h, n) if on else None for n, on in wanted.items()}) for h in full)
     for one, two in zip(scorer.score(full, 0, 60), scorer.score(bare, 0, 60), strict=True):
         np.testing.assert_array_equal(one, two)
 
 
 @ALL
-def test_only_scorers_that_carry_observe(scorer: Scorer) -> None:
-    observed = scorer.observe(layer_of(Case((7, 3), "random")), 0, 60)
-    assert (observed is not None) == scorer.inputs.carried
+def test_only_scorers_that_keep_state_update(scorer: Scorer) -> None:
+    updated = scorer.update(layer_of(Case((7, 3), "random")), 0, 60)
+    assert (updated is not None) == scorer.inputs.state
 
 
 @pytest.mark.parametrize("scorer", [Knorm(), KeyDiff()], ids=lambda scorer: scorer.name)
@@ -225,7 +225,7 @@ def test_snapkv_equals_slow(case: Case, pooling: str, kernel: int, aggregate: st
 
 def test_snapkv_asks_for_what_it_was_told() -> None:
     inputs = SnapKV(window=7, reduce="sum_squares").inputs
-    assert (inputs.window, inputs.reduce, inputs.keys, inputs.carried) == (7, "sum_squares", False, False)
+    assert (inputs.window, inputs.reduce, inputs.keys, inputs.state) == (7, "sum_squares", False, False)
 
 
 @settings(deadline=None)
@@ -257,21 +257,21 @@ def test_equal_neighbourhoods_pool_to_equal_scores(x: np.ndarray, before: int, p
 
 
 @EVERY_CASE
-@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("window", [1, 4, 100])
-def test_h2o_equals_slow(case: Case, carried: bool, window: int) -> None:
-    layer = layer_of(case, carried=carried)
+def test_h2o_equals_slow(case: Case, state: bool, window: int) -> None:
+    layer = layer_of(case, state=state)
     expected = []
     for head in layer:
-        new = sum(1 for c in head.carried if c == 0)
+        new = sum(1 for c in head.state if c == 0)
         sums = []
         for s in range(len(head)):
             mean = sum(float(row[s]) for row in head.attention) / len(head.attention)
-            sums.append(float(head.carried[s]) + mean * min(window, new))
+            sums.append(float(head.state[s]) + mean * min(window, new))
         expected.append(sums)
     scorer = H2O(window=window)
     assert_scores(scorer.score(layer, 0, case.length), expected)
-    assert_scores(scorer.observe(layer, 0, case.length), expected)
+    assert_scores(scorer.update(layer, 0, case.length), expected)
 
 
 def causal(rng: np.random.Generator, groups: int, length: int) -> np.ndarray:
@@ -282,26 +282,26 @@ def causal(rng: np.random.Generator, groups: int, length: int) -> np.ndarray:
 
 def h2o_sums(scorer: H2O, full: np.ndarray, moments: list[int]) -> np.ndarray:
     """What H2O carries after choices at these lengths, if nothing is ever dropped."""
-    carried = np.zeros(0, np.float32)
+    state = np.zeros(0, np.float32)
     for length in moments:
-        carried = np.concatenate([carried, np.zeros(length - len(carried), np.float32)])
+        state = np.concatenate([state, np.zeros(length - len(state), np.float32)])
         attention = full[:, max(0, length - scorer.window) : length, :length].mean(axis=1).astype(np.float32)
-        head = HeadState(np.arange(length, dtype=np.int32), attention, carried=carried)
-        (carried,) = scorer.observe((head,), 0, length)
-    return carried
+        head = HeadState(np.arange(length, dtype=np.int32), attention, state=state)
+        (state,) = scorer.update((head,), 0, length)
+    return state
 
 
 def test_h2o_with_a_window_of_the_prompt_is_the_papers_sum() -> None:
     full = causal(np.random.default_rng(1), 3, 50)
-    carried = h2o_sums(H2O(window=50), full, [50])
+    state = h2o_sums(H2O(window=50), full, [50])
     expected = [sum(full[g, r, s] for g in range(3) for r in range(50)) / 3 for s in range(50)]
-    np.testing.assert_allclose(carried, expected, rtol=1e-5)
+    np.testing.assert_allclose(state, expected, rtol=1e-5)
 
 
 def test_h2o_with_windows_that_touch_is_the_papers_sum() -> None:
     full = causal(np.random.default_rng(2), 2, 64)
-    carried = h2o_sums(H2O(window=16), full, [16, 32, 40 + 8, 64])
-    np.testing.assert_allclose(carried, full.sum(axis=1).mean(axis=0), rtol=1e-5)
+    state = h2o_sums(H2O(window=16), full, [16, 32, 40 + 8, 64])
+    np.testing.assert_allclose(state, full.sum(axis=1).mean(axis=0), rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=40)
@@ -310,8 +310,8 @@ def test_h2o_counts_each_new_row_once_and_at_most_the_window(window: int, steps:
     """The attention of a row sums to 1, so the sums tell how many rows were counted."""
     moments = np.cumsum(steps).tolist()
     full = causal(np.random.default_rng(7), 2, moments[-1])
-    carried = h2o_sums(H2O(window=window), full, moments)
-    assert carried.sum() == pytest.approx(sum(min(window, step) for step in steps), rel=1e-4)
+    state = h2o_sums(H2O(window=window), full, moments)
+    assert state.sum() == pytest.approx(sum(min(window, step) for step in steps), rel=1e-4)
 
 
 def test_h2o_remembers_that_it_saw_a_token_nothing_looked_at() -> None:
@@ -319,10 +319,10 @@ def test_h2o_remembers_that_it_saw_a_token_nothing_looked_at() -> None:
     positions = np.arange(8, dtype=np.int32)
     attention = np.zeros((2, 8), np.float32)
     attention[:, 0] = 1
-    (carried,) = scorer.observe((HeadState(positions, attention, carried=np.zeros(8, np.float32)),), 0, 8)
-    assert (carried > 0).all()
-    (again,) = scorer.observe((HeadState(positions, attention, carried=carried),), 0, 8)
-    np.testing.assert_array_equal(again, carried)  # no token since then, so no row to count
+    (state,) = scorer.update((HeadState(positions, attention, state=np.zeros(8, np.float32)),), 0, 8)
+    assert (state > 0).all()
+    (again,) = scorer.update((HeadState(positions, attention, state=state),), 0, 8)
+    np.testing.assert_array_equal(again, state)  # no token since then, so no row to count
 
 
 # -- TOVA --------------------------------------------------------------------------------------------------------------
@@ -368,7 +368,7 @@ def test_kvzip_equals_slow(case: Case) -> None:
 def test_kvzip_asks_for_the_reading_that_it_was_told() -> None:
     inputs = KVzip(chunk=64, sees="all").inputs
     assert inputs.replay is not None
-    assert (inputs.replay.chunk, inputs.replay.sees, inputs.window, inputs.carried) == (64, "all", 0, False)
+    assert (inputs.replay.chunk, inputs.replay.sees, inputs.window, inputs.state) == (64, "all", 0, False)
 
 
 # -- without attention -------------------------------------------------------------------------------------------------

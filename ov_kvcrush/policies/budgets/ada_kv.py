@@ -32,7 +32,7 @@ class AdaKV(BudgetAllocator):
     def __post_init__(self) -> None:
         check_fraction("floor", self.floor, zero=True)
 
-    def split(self, state: CacheState, scores: Scores, tokens: int) -> list[list[int]]:
+    def allocate(self, state: CacheState, scores: Scores, tokens: int) -> list[list[int]]:
         bounds = Bounds.of(state)
         ends = np.cumsum([len(layer) for layer in state.layers])
         heads = [bounds.slice(end - len(layer), end) for end, layer in zip(ends, state.layers, strict=True)]

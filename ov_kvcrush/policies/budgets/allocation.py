@@ -1,4 +1,4 @@
-"""Numbers of tokens per head that add up: what the splitters share."""
+"""Numbers of tokens per head that add up: what the budget allocators share."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from ov_kvcrush.utils.checks import check_fraction
 
 
 @dataclass(frozen=True)
-class Global(BudgetAllocator):
+class GlobalThreshold(BudgetAllocator):
     """One threshold over all layers and heads: the best scores stay, wherever they are.
 
     As in KVzip, https://arxiv.org/abs/2505.23416. Needs scores that compare between layers and heads; O(cached tokens).
@@ -25,6 +25,6 @@ class Global(BudgetAllocator):
     def __post_init__(self) -> None:
         check_fraction("floor", self.floor, zero=True)
 
-    def split(self, state: CacheState, scores: Scores, tokens: int) -> list[list[int]]:
+    def allocate(self, state: CacheState, scores: Scores, tokens: int) -> list[list[int]]:
         bounds = Bounds.of(state)
         return by_layer(state, Rivals.of(state, scores).compete(bounds, bounds.total(tokens), self.floor))

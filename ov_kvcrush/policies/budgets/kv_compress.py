@@ -13,7 +13,7 @@ from ov_kvcrush.utils.checks import check_integer
 
 
 @dataclass(frozen=True)
-class Pages(BudgetAllocator):
+class PageAllocator(BudgetAllocator):
     """The cheapest pages of all heads go.
 
     Paper: https://arxiv.org/abs/2410.00161. The tokens of a head that are not protected are sorted by score, and cut
@@ -32,7 +32,7 @@ class Pages(BudgetAllocator):
     def __post_init__(self) -> None:
         check_integer("page_tokens", self.page_tokens, 1)
 
-    def split(self, state: CacheState, scores: Scores, tokens: int) -> list[list[int]]:
+    def allocate(self, state: CacheState, scores: Scores, tokens: int) -> list[list[int]]:
         bounds = Bounds.of(state)
         evicted = int(bounds.high.sum()) - bounds.total(tokens)
         costs, sizes, order, heads = self._pages(Rivals.of(state, scores).scores)

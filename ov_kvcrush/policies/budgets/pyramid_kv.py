@@ -31,7 +31,7 @@ class PyramidKV(BudgetAllocator):
     def __post_init__(self) -> None:
         check_integer("beta", self.beta, 1)
 
-    def split(self, state: CacheState, scores: Scores, tokens: int) -> list[list[int]]:
+    def allocate(self, state: CacheState, scores: Scores, tokens: int) -> list[list[int]]:
         bounds = Bounds.of(state)
         always = float(bounds.low.mean())
         line = always + self._line(tokens - always, state.length - always, state.length, len(state.layers))

@@ -21,7 +21,7 @@ class Uniform(BudgetAllocator):
 
     name: ClassVar[str] = "uniform"
 
-    def split(self, state: CacheState, scores: Scores, tokens: int) -> list[list[int]]:
+    def allocate(self, state: CacheState, scores: Scores, tokens: int) -> list[list[int]]:
         bounds = Bounds.of(state)
         wanted = np.full(len(bounds.low), float(tokens))
         return by_layer(state, fit(wanted, bounds, bounds.total(tokens)))

@@ -24,7 +24,7 @@ class WholeHeads(BudgetAllocator):
 
     name: ClassVar[str] = "heads"
 
-    def split(self, state: CacheState, scores: Scores, tokens: int) -> list[list[int]]:
+    def allocate(self, state: CacheState, scores: Scores, tokens: int) -> list[list[int]]:
         bounds = Bounds.of(state)
         pairs = [
             (head, values)

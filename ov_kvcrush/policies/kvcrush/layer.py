@@ -10,7 +10,7 @@ import numpy as np
 from ov_kvcrush.policies.base import HeadState, LayerState
 
 Index = slice | np.ndarray
-Chosen = tuple[list[np.ndarray], list[np.ndarray]]  # kept, representatives: [KV head] int32, ascending
+KeptOfLayer = tuple[list[np.ndarray], list[np.ndarray]]  # kept, representatives: [KV head] int32, ascending
 
 
 @dataclass(frozen=True)

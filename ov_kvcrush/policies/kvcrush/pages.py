@@ -15,7 +15,7 @@ import numpy as np
 from ov_kvcrush.policies.base import top
 from ov_kvcrush.policies.kvcrush.bits import first_anchor, hamming
 from ov_kvcrush.policies.kvcrush.buckets import order_by_distance, stride_picks
-from ov_kvcrush.policies.kvcrush.layer import Chosen, LayerChoice, layer_table
+from ov_kvcrush.policies.kvcrush.layer import KeptOfLayer, LayerChoice, layer_table
 
 POOLED = 7  # tokens that openvino_genai's eviction takes the highest score of
 
@@ -85,7 +85,7 @@ def fill(scores: np.ndarray, of_token: np.ndarray, free: np.ndarray, room: int, 
     return chosen
 
 
-def keep_pages(choice: LayerChoice, pages: Pages, represents: np.ndarray, shared: np.ndarray | None) -> Chosen:
+def keep_pages(choice: LayerChoice, pages: Pages, represents: np.ndarray, shared: np.ndarray | None) -> KeptOfLayer:
     """What every head keeps: protected tokens, the representatives that it holds, and its own best pages.
 
     represents: bool (P,). shared: float (E,), scores for all heads, equal pages the later first; None: each its own.

@@ -21,7 +21,7 @@ from ov_kvcrush.policies.base import (
 from ov_kvcrush.policies.budgets.uniform import Uniform
 from ov_kvcrush.policies.kvcrush.bits import ANCHORS, THRESHOLDS, anchor_distances, threshold_bits
 from ov_kvcrush.policies.kvcrush.buckets import REPRESENTATIVES, centroid_picks, even_picks, order_by_distance
-from ov_kvcrush.policies.kvcrush.layer import Chosen, LayerChoice, layer_table
+from ov_kvcrush.policies.kvcrush.layer import KeptOfLayer, LayerChoice, layer_table
 from ov_kvcrush.policies.kvcrush.pages import (
     Pages,
     dropped_pages,
@@ -67,7 +67,7 @@ class KVCrush(Policy):
     random anchors go on from one eviction to the next, these begin anew; pages of equal distance keep their order,
     which it leaves open.
 
-    scorer: the host. splitter: how many tokens each head keeps.
+    scorer: the host. allocator: how many tokens each head keeps.
     threshold: "median", "mean", "quantile" (with `quantile`, in [0, 1]) or "topk" (with `topk` bits of 1 a head).
     anchor: "mean", "inverse_mean", "alternating" (0, 1, 0, ...), "random" (with `seed`), "zeros" or "ones".
     num_anchors: with more than one, tokens are ordered by the nearest anchor, then by the distance to it;
@@ -83,7 +83,7 @@ class KVCrush(Policy):
 
     name: ClassVar[str] = "kvcrush"
     scorer: Scorer = field(default_factory=SnapKV, kw_only=True)
-    splitter: BudgetAllocator = field(default_factory=Uniform, kw_only=True)
+    allocator: BudgetAllocator = field(default_factory=Uniform, kw_only=True)
     threshold: str = field(default="median", kw_only=True)
     quantile: float = field(default=0.5, kw_only=True)
     topk: int = field(default=128, kw_only=True)
@@ -125,14 +125,14 @@ class KVCrush(Policy):
 
     @property
     def inputs(self) -> Inputs:
-        inputs = self.scorer.inputs | self.splitter.inputs
+        inputs = self.scorer.inputs | self.allocator.inputs
         if self.bits == "attention" and not inputs.window and not inputs.replay:
             inputs |= Inputs(window=DEFAULT_WINDOW, reduce=inputs.reduce)
         return inputs
 
     def select(self, state: CacheState, tokens: int) -> Selection:
         scores = [self.scorer.score(layer, index, state.length) for index, layer in enumerate(state.layers)]
-        counts = self.splitter.split(state, scores, tokens)
+        counts = self.allocator.allocate(state, scores, tokens)
         chosen = []
         for index, layer in enumerate(state.layers):
             table = layer_table(layer, state.protected)
@@ -140,10 +140,10 @@ class KVCrush(Policy):
             chosen.append(self._choose_pages(choice) if self.page else self._choose_tokens(choice))
         return Selection([kept for kept, _ in chosen], [representatives for _, representatives in chosen])
 
-    def observe(self, state: CacheState) -> list[list[np.ndarray]] | None:
-        return self.scorer.update_all(state) if self.inputs.carried else None
+    def update(self, state: CacheState) -> list[list[np.ndarray]] | None:
+        return self.scorer.update_all(state) if self.inputs.state else None
 
-    def _choose_tokens(self, choice: LayerChoice) -> Chosen:
+    def _choose_tokens(self, choice: LayerChoice) -> KeptOfLayer:
         table = choice.table
         represents = np.zeros(len(table), bool)
         places = self._places(choice)
@@ -160,7 +160,7 @@ class KVCrush(Policy):
         ]
         return kept, [np.flatnonzero(own).astype(np.int32) for own in held]
 
-    def _choose_pages(self, choice: LayerChoice) -> Chosen:
+    def _choose_pages(self, choice: LayerChoice) -> KeptOfLayer:
         pages = Pages.of(choice.table.positions, self.page)
         places = self._places(choice) // self.page
         genai = self.page_rule == "genai"

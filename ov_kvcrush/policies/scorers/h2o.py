@@ -17,12 +17,12 @@ SEEN = np.finfo(np.float32).tiny
 class H2O(Scorer):
     """Running sum of the attention that a token got, averaged over the G query heads.
 
-    Paper: https://arxiv.org/abs/2306.14048. Needs: attention of `window` query rows, and the sums it carries. Cost:
-    O(S * G) a head; the attention of all rows of a prompt is what makes the original slow.
+    Paper: https://arxiv.org/abs/2306.14048. Needs: attention of `window` query rows, and its sums so far as state.
+    Cost: O(S * G) a head; the attention of all rows of a prompt is what makes the original slow.
 
-    Only rows that were in a window count. `score` and `observe` return the same, the carried sums plus what the newest
-    rows add: the window's mean times the rows that are new, as many as the tokens since the last choice but at most
-    `window`. Both are called with the state before the choice, `observe` once a choice.
+    Only rows that were in a window count. `score` and `update` return the same, the sums so far plus what the newest
+    rows add: the window's mean times the number of new rows, which is the number of tokens since the last choice but
+    at most `window`. Both are called with the state before the choice, `update` once a choice.
 
     Departures:
     - The sums are the paper's where the window has all new rows and no others: one of at least the prompt, or as long
@@ -42,17 +42,17 @@ class H2O(Scorer):
 
     @property
     def inputs(self) -> Inputs:
-        return Inputs(window=self.window, carried=True)
+        return Inputs(window=self.window, state=True)
 
     def score(self, layer: LayerState, index: int, length: int) -> list[np.ndarray]:
         return [self._sums(head) for head in layer]
 
-    def observe(self, layer: LayerState, index: int, length: int) -> list[np.ndarray]:
+    def update(self, layer: LayerState, index: int, length: int) -> list[np.ndarray]:
         return [self._sums(head) for head in layer]
 
     def _sums(self, head: HeadState) -> np.ndarray:
         assert head.attention is not None
-        carried = np.zeros(len(head), np.float32) if head.carried is None else head.carried
-        # Whatever was seen before carries at least SEEN, so zeros are the tokens since then.
-        rows = min(self.window, len(head) - np.count_nonzero(carried))
-        return np.maximum(carried + head.attention.mean(axis=0) * np.float32(rows), SEEN)
+        sums = np.zeros(len(head), np.float32) if head.state is None else head.state
+        # Whatever was seen before has at least SEEN, so zeros are the tokens since then.
+        rows = min(self.window, len(head) - np.count_nonzero(sums))
+        return np.maximum(sums + head.attention.mean(axis=0) * np.float32(rows), SEEN)

@@ -1,4 +1,4 @@
-"""Splitters: each equals a slow, obvious one, adds up exactly, and keeps what is protected, at most what is there."""
+"""Budget allocators: each equals a slow, obvious one, adds up exactly, and keeps what is protected, at most what is there."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from policy_states import cache_state
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies.base import BudgetAllocator, CacheState, Inputs, Scores
 from ov_kvcrush.policies.budgets.ada_kv import AdaKV
-from ov_kvcrush.policies.budgets.global_threshold import Global
-from ov_kvcrush.policies.budgets.kv_compress import Pages
+from ov_kvcrush.policies.budgets.global_threshold import GlobalThreshold
+from ov_kvcrush.policies.budgets.kv_compress import PageAllocator
 from ov_kvcrush.policies.budgets.pyramid_kv import PyramidKV
 from ov_kvcrush.policies.budgets.uniform import Uniform
 from ov_kvcrush.policies.budgets.whole_heads import WholeHeads
@@ -74,13 +74,13 @@ CASES = [
     Case("empty heads", length=3, protected=0, answering=True, seed=2),
 ]
 TOKENS = (1, 7, 30, 61, 111, 119, 120, 1000)
-SPLITTERS = [
-    Uniform(), PyramidKV(), PyramidKV(beta=1), PyramidKV(beta=3), AdaKV(), AdaKV(floor=0), AdaKV(floor=1.0), Global(),
-    Global(floor=0.3), Pages(), Pages(page_tokens=1), Pages(page_tokens=7), Pages(page_tokens=500),
-    WholeHeads(),
+ALLOCATORS = [
+    Uniform(), PyramidKV(), PyramidKV(beta=1), PyramidKV(beta=3), AdaKV(), AdaKV(floor=0), AdaKV(floor=1.0),
+    GlobalThreshold(), GlobalThreshold(floor=0.3), PageAllocator(), PageAllocator(page_tokens=1),
+    PageAllocator(page_tokens=7), PageAllocator(page_tokens=500), WholeHeads(),
 ]  # fmt: skip
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-ALL = pytest.mark.parametrize("splitter", SPLITTERS, ids=repr)
+ALL = pytest.mark.parametrize("allocator", ALLOCATORS, ids=repr)
 
 
 # -- the slow ones -----------------------------------------------------------------------------------------------------
@@ -214,31 +214,31 @@ SLOW: dict[str, Callable[..., Counts]] = {
 
 @ALL
 @EVERY_CASE
-def test_equals_the_slow_one(splitter: BudgetAllocator, case: Case) -> None:
+def test_equals_the_slow_one(allocator: BudgetAllocator, case: Case) -> None:
     state = case.state()
     scores = case.values(state)
     heads = heads_of(state, scores)
     for tokens in TOKENS:
-        counts = splitter.split(state, scores, tokens)
+        counts = allocator.allocate(state, scores, tokens)
         assert [len(layer) for layer in counts] == list(case.heads)
-        assert flat(counts) == SLOW[splitter.name](heads, case.length, tokens, *vars(splitter).values())
+        assert flat(counts) == SLOW[allocator.name](heads, case.length, tokens, *vars(allocator).values())
 
 
 @ALL
 @EVERY_CASE
-def test_adds_up_inside_the_bounds_of_every_head(splitter: BudgetAllocator, case: Case) -> None:
+def test_adds_up_inside_the_bounds_of_every_head(allocator: BudgetAllocator, case: Case) -> None:
     state = case.state()
     scores = case.values(state)
     heads = heads_of(state, scores)
     for tokens in TOKENS:
-        counts = flat(splitter.split(state, scores, tokens))
+        counts = flat(allocator.allocate(state, scores, tokens))
         assert sum(counts) == slow_total(heads, tokens)
         assert all(type(n) is int and head.low <= n <= head.high for n, head in zip(counts, heads, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(30))
 @ALL
-def test_equals_the_slow_one_on_random_caches(splitter: BudgetAllocator, seed: int) -> None:
+def test_equals_the_slow_one_on_random_caches(allocator: BudgetAllocator, seed: int) -> None:
     rng = np.random.default_rng(seed)
     case = Case(
         "random",
@@ -252,25 +252,25 @@ def test_equals_the_slow_one_on_random_caches(splitter: BudgetAllocator, seed: i
     state = case.state()
     scores = case.values(state)
     tokens = int(rng.integers(1, case.length + 1))
-    counts = flat(splitter.split(state, scores, tokens))
-    assert counts == SLOW[splitter.name](heads_of(state, scores), case.length, tokens, *vars(splitter).values())
+    counts = flat(allocator.allocate(state, scores, tokens))
+    assert counts == SLOW[allocator.name](heads_of(state, scores), case.length, tokens, *vars(allocator).values())
 
 
-@pytest.mark.parametrize("splitter", [AdaKV(), AdaKV(floor=0), Global()], ids=repr)
-def test_heads_that_cannot_be_told_apart_keep_the_same(splitter: BudgetAllocator) -> None:
+@pytest.mark.parametrize("allocator", [AdaKV(), AdaKV(floor=0), GlobalThreshold()], ids=repr)
+def test_heads_that_cannot_be_told_apart_keep_the_same(allocator: BudgetAllocator) -> None:
     """Also where every token of every head has the same score, as after an underflow."""
     case = Case("equal", "constant", heads=(4, 4))
     state = case.state()
-    assert splitter.split(state, case.values(state), 40) == [[40] * 4] * 2
+    assert allocator.allocate(state, case.values(state), 40) == [[40] * 4] * 2
 
 
-@pytest.mark.parametrize("splitter", [AdaKV(floor=0), Global(), Pages(), WholeHeads()], ids=repr)
-def test_a_head_that_dominates_takes_all_that_is_not_protected(splitter: BudgetAllocator) -> None:
+@pytest.mark.parametrize("allocator", [AdaKV(floor=0), GlobalThreshold(), PageAllocator(), WholeHeads()], ids=repr)
+def test_a_head_that_dominates_takes_all_that_is_not_protected(allocator: BudgetAllocator) -> None:
     case = Case("dominated", "one head dominates", heads=(2, 2))
     state = case.state()
     low = case.protected
-    taken = splitter.split(state, case.values(state), 30)[1]
-    rivals = 2 if splitter.name == "ada" else 4
+    taken = allocator.allocate(state, case.values(state), 30)[1]
+    rivals = 2 if allocator.name == "ada" else 4
     assert taken == [low, low + rivals * 20]
 
 
@@ -283,14 +283,14 @@ def test_scores_of_protected_tokens_do_not_count() -> None:
         for layer, layer_scores in zip(state.layers, other, strict=True):
             for head, values in zip(layer, layer_scores, strict=True):
                 values[state.is_protected(head)] = filler
-        for splitter in SPLITTERS:
-            assert splitter.split(state, other, 40) == splitter.split(state, scores, 40)
+        for allocator in ALLOCATORS:
+            assert allocator.allocate(state, other, 40) == allocator.allocate(state, scores, 40)
 
 
 def test_pyramid_falls_in_a_line_to_a_twentieth_of_the_mean() -> None:
     case = Case("pyramid", heads=(1,) * 11, length=1000, protected=50)
     state = case.state()
-    counts = [layer[0] - 50 for layer in PyramidKV().split(state, case.values(state), 250)]
+    counts = [layer[0] - 50 for layer in PyramidKV().allocate(state, case.values(state), 250)]
     assert (counts[0], counts[-1], sum(counts)) == (390, 10, 11 * 200)
     assert np.diff(counts).tolist() == [-38] * 10
 
@@ -298,7 +298,7 @@ def test_pyramid_falls_in_a_line_to_a_twentieth_of_the_mean() -> None:
 def test_pages_that_go_are_whole_but_for_one() -> None:
     case = Case("pages", heads=(3, 3), length=163, protected=3)
     state = case.state()
-    counts = np.array(Pages().split(state, case.values(state), 77))
+    counts = np.array(PageAllocator().allocate(state, case.values(state), 77))
     assert np.count_nonzero((163 - counts) % 16) <= 1
 
 
@@ -307,8 +307,8 @@ def test_pages_that_go_are_whole_but_for_one() -> None:
     [
         (lambda: PyramidKV(beta=0), "beta must be an integer of at least 1, got 0"),
         (lambda: AdaKV(floor=1.5), "floor must be a fraction"),
-        (lambda: Global(floor=-0.1), "floor must be a fraction"),
-        (lambda: Pages(page_tokens=0), "page_tokens must be an integer of at least 1, got 0"),
+        (lambda: GlobalThreshold(floor=-0.1), "floor must be a fraction"),
+        (lambda: PageAllocator(page_tokens=0), "page_tokens must be an integer of at least 1, got 0"),
     ],
 )
 def test_bad_fields_are_refused(build: Callable[[], BudgetAllocator], text: str) -> None:
