@@ -19,7 +19,11 @@ def covering(*values: Iterable[Any]) -> list[Any]:
     By default run those that cover: every value of every parameter at least once. The others are marked exhaustive.
     """
     lists = [list(each) for each in values]
-    covered = {tuple(row % len(each) for each in lists) for row in range(max(map(len, lists)))}
+    # Shifted after each round, so that two lists of the same length do not always pair the same values.
+    covered = {
+        tuple((row + row // len(each) * shift) % len(each) for shift, each in enumerate(lists))
+        for row in range(max(map(len, lists)))
+    }
     return [
         pytest.param(*chosen, marks=() if where in covered else pytest.mark.exhaustive)
         for where, chosen in zip(product(*(range(len(each)) for each in lists)), product(*lists), strict=True)

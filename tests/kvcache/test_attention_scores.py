@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import openvino_genai as ov_genai
 import pytest
+from covering import covering
 from eager_attention import eager_attentions
 from tiny_models import KINDS, VOCAB_SIZE, tiny_tokenizer
 
@@ -49,8 +50,7 @@ def assert_equal(ours: AttentionScores, eager: list[np.ndarray], window: ScoreWi
         np.testing.assert_allclose(np.concatenate(heads), expected, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("reduce", list(REDUCE))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "reduce"), covering(KINDS, REDUCE))
 def test_scores_equal_eager_attention(
     kind: str, reduce: str, tiny_hf: Callable[[str], Path], tiny_ir: Callable[[str], Path]
 ) -> None:
