@@ -74,7 +74,7 @@ class Store:
         """Take the staged tokens: all, or indices[offsets[h]:offsets[h + 1]] for head h, counted through all layers.
         offsets: int64 (heads + 1,). Raises StoreFull."""
     def compact(self, seq: int, offsets: Array, indices: Int32) -> Int32:
-        """Keep these cached tokens, told as for adopt. Returns (len(indices),): for each new cached index the old one,
+        """Keep these cached tokens, selected as for commit_prefill. Returns (len(indices),): for each new cached index the old one,
         head by head, since tiles of which all is kept move to the front. Raises StoreFull."""
     def append(self, seq: int, layer: int, k: Float32, v: Float32, first_position: int) -> None:
         """k, v (T, K * D) at positions first_position, ...; RuntimeError without a reserve before."""
@@ -106,7 +106,7 @@ class Store:
     def nbytes_of(self, seq: int) -> int:
         """Bytes of the tiles that a sequence can reach, shared ones in full."""
     def bytes_for(self, num_tokens: int) -> int:
-        """Bytes of a sequence that adopts num_tokens whole."""
+        """Bytes of a sequence that commits a prompt of num_tokens whole."""
 
 def info() -> dict[str, Any]: ...
 def can_prefill(layers: list[tuple[int, int, int, int, float]], staging: str, isa: str = "") -> bool:

@@ -315,7 +315,7 @@ def test_a_store_that_is_full_says_both_numbers_and_changes_nothing() -> None:
 
 
 def test_a_settle_that_does_not_fit_waits() -> None:
-    """A shared tile is settled beside itself: without the bytes for that, a sequence goes on with what it has."""
+    """A shared tile is quantised beside itself: without the bytes for that, a sequence goes on with what it has."""
     shared = ReferenceStore(layers=[layer()], **{**DEFAULTS, "recent_tokens": 1000}).bytes_for(96)
     limit = shared + reference.tile_bytes("u8", "u8", 32, 32)
     cache = Cache(layer(), max_bytes=limit)

@@ -151,7 +151,7 @@ private:
         if (models_.empty() || (what < 8 && models_.size() < 8)) {
             const int32_t id = store_.create(what % 2);
             models_[id].heads.resize(head_sizes_.size());
-            if (pick(3)) adopt(id);
+            if (pick(3)) commit_prefill(id);
             return;
         }
         auto it = models_.begin();
@@ -161,7 +161,7 @@ private:
         if (what < 18) return fork(id);
         if (what < 22) return reload(id);
         if (what < 34) return compact(id);
-        if (what < 46) return store_.settle(id);
+        if (what < 46) return store_.quantize_aged(id);
         if (what < 50) return bad_calls(id);
         append(id);
         if (pick(4) == 0 && models_.count(id)) check_tokens(id);
@@ -173,11 +173,11 @@ private:
         check_throws<std::invalid_argument>([&] { store_.release(id); });
     }
 
-    void adopt(int32_t id) {
+    void commit_prefill(int32_t id) {
         std::vector<int32_t> blocks;
         for (int i = 1 + pick(4); i > 0; --i) blocks.push_back(pick(NUM_BLOCKS));
         const int n = static_cast<int>(blocks.size()) * TILE - pick(TILE);
-        store_.stage(id, blocks, n);
+        store_.attach_prefill(id, blocks, n);
         check_staged_views(id, blocks, n);
         std::vector<std::vector<int32_t>> kept(head_sizes_.size());
         const bool all = pick(3) == 0;
@@ -192,10 +192,10 @@ private:
         const Selection selection{offsets.data(), offsets.size(), indices.data(), indices.size()};
         const size_t keep_free = pick(4) ? 0 : static_cast<size_t>(pick(60000));
         try {
-            store_.adopt(id, all && pick(2) ? nullptr : &selection, keep_free);
+            store_.commit_prefill(id, all && pick(2) ? nullptr : &selection, keep_free);
         } catch (const StoreFull&) {
             CHECK(setting_.max_bytes > 0);
-            store_.stage(id, {}, 0);
+            store_.attach_prefill(id, {}, 0);
             return;
         }
         CHECK(!setting_.max_bytes || store_.nbytes() + keep_free <= setting_.max_bytes);
@@ -314,7 +314,7 @@ private:
         for (int i = 1 + pick(3); i > 0; --i) {
             DumpedHead& head = dump.heads[static_cast<size_t>(pick(static_cast<int>(dump.heads.size())))];
             const int64_t numbers[] = {-1, 0, 1, 31, 33, INT_MAX, INT64_MAX, pick(300)};
-            int64_t* const columns[] = {&head.num_tokens, &head.num_settled, &head.bytes, &head.next_position};
+            int64_t* const columns[] = {&head.num_tokens, &head.num_target, &head.bytes, &head.next_position};
             if (pick(2)) *columns[pick(4)] = numbers[pick(8)];
             if (!tiles.empty()) {
                 const int begin = pick(static_cast<int>(tiles.size()));
@@ -335,7 +335,7 @@ private:
         }
         if (made) {
             for (size_t layer = 0; layer < 2; ++layer) store_.read(made, layer, 0);
-            store_.settle(made);
+            store_.quantize_aged(made);
             store_.release(made);
         }
         CHECK(store_.nbytes() == before);
@@ -404,9 +404,10 @@ private:
         compact(num_heads + 1, 1);
         offsets[1] = INT64_MAX;
         compact(num_heads + 1, 1);
-        check_throws<std::invalid_argument>([&] { store_.adopt(id); });
-        check_throws<std::invalid_argument>([&] { store_.stage(id, {0, static_cast<int32_t>(NUM_BLOCKS)}, 64); });
-        check_throws<std::invalid_argument>([&] { store_.stage(id, {0}, 33); });
+        check_throws<std::invalid_argument>([&] { store_.commit_prefill(id); });
+        check_throws<std::invalid_argument>(
+            [&] { store_.attach_prefill(id, {0, static_cast<int32_t>(NUM_BLOCKS)}, 64); });
+        check_throws<std::invalid_argument>([&] { store_.attach_prefill(id, {0}, 33); });
         check_throws<std::invalid_argument>([&] { store_.reserve(id, -1); });
         check_throws<std::invalid_argument>([&] { store_.num_tokens(id, 2, 0); });
         check_throws<std::invalid_argument>([&] { store_.read(id, 1, 1); });
@@ -487,7 +488,7 @@ private:
             for (size_t h = 0; h < sequence.heads.size(); ++h) {
                 const Head& head = sequence.heads[h];
                 CHECK(head.num_tokens == static_cast<int64_t>(model.heads[h].size()));
-                CHECK(head.num_settled * TILE <= head.num_tokens);
+                CHECK(head.num_target * TILE <= head.num_tokens);
                 for (size_t i = 0; i < head.tiles.size(); ++i) {
                     ++owners[head.tiles[i]];
                     check_tile(head, static_cast<int64_t>(i));
@@ -506,7 +507,7 @@ private:
     void check_tile(const Head& head, int64_t i) const {
         const uint8_t* tile = head.tiles[static_cast<size_t>(i)];
         const TileHeader& h = header(tile);
-        const bool target = i < head.num_settled;
+        const bool target = i < head.num_target;
         CHECK(h.layout->key == (target ? setting_.key : setting_.recent));
         CHECK(h.layout->value == (target ? setting_.value : setting_.recent));
         CHECK(h.count == std::clamp<int64_t>(head.num_tokens - i * TILE, 0, TILE));
@@ -563,7 +564,7 @@ void test_arena(int steps) {
             const auto [slot, bytes] = slots[i];
             const auto mark = static_cast<uint8_t>(reinterpret_cast<uintptr_t>(slot) >> 6);
             for (size_t b = 0; b < bytes; b += 32) CHECK(slot[b] == mark);
-            arena.put(slot, bytes);
+            arena.free(slot, bytes);
             arena.unclaim(bytes);
             slots[i] = slots.back();
             slots.pop_back();
@@ -573,7 +574,7 @@ void test_arena(int steps) {
             if (grow == (random() % 4 != 0) || slots.empty()) {
                 const size_t bytes = SIZES[random() % 3];
                 if (!arena.claim(bytes)) continue;
-                uint8_t* slot = arena.take(bytes);
+                uint8_t* slot = arena.allocate(bytes);
                 CHECK(reinterpret_cast<uintptr_t>(slot) % ALIGNMENT == 0);
                 std::memset(slot, static_cast<int>(reinterpret_cast<uintptr_t>(slot) >> 6 & 255), bytes);
                 slots.emplace_back(slot, bytes);
@@ -647,7 +648,7 @@ void test_threads(int steps) {
                 if (store.reserve(twin, 30)) {
                     for (size_t layer = 0; layer < 2; ++layer)
                         store.append(twin, layer, rows.data(), rows.data(), 30, 100);
-                    store.settle(twin);
+                    store.quantize_aged(twin);
                     CHECK(store.read(twin, 1, 1).positions.size() == 130);
                     const Dump dump = store.dump(twin);
                     try {

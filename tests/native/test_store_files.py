@@ -194,7 +194,7 @@ def test_a_staged_sequence_is_refused() -> None:
     rng = np.random.default_rng(4)
     seq = cache.store.create()
     cache.attach_prefill(seq, [keys_values(rng, 20, shape.num_kv_heads * shape.head_size) for shape in cache.layers])
-    with pytest.raises(ValueError, match="must be adopted before it is dumped"):
+    with pytest.raises(ValueError, match="must be committed before it is dumped"):
         cache.store.dump(seq)
 
 
@@ -244,8 +244,8 @@ def changed(array: Array, where: Any, value: Any) -> Array:
         (0, 2**40, "tokens of a head must be in"),
         (0, 91, "positions must be at least 0 and below 90, got 90"),
         (0, 89, "tiles must hold nothing beyond"),
-        (1, -1, "settled tiles of a head must be in"),
-        (1, 99, "settled tiles of a head must be in"),
+        (1, -1, "target tiles of a head must be in"),
+        (1, 99, "target tiles of a head must be in"),
         (1, 0, "codec of a tile must be this store's"),
         (2, -1, "bytes of a head must be in"),
         (2, 2**62, "bytes of a head must be in"),

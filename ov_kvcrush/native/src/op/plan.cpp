@@ -23,7 +23,6 @@ Plan Plan::parse(const int32_t* data, size_t size, size_t num_rows) {
     require(data[3] >= 0 && size == HEADER + ENTRY * static_cast<size_t>(data[3]), "must have 6 numbers per entry",
             static_cast<int64_t>(size));
     Plan plan;
-    plan.num_rows = num_rows;
     plan.num_prompt_rows = static_cast<size_t>(data[2]);
     int64_t next_own = data[2], next_staged = 0;
     for (int32_t i = 0; i < data[3]; ++i) {
@@ -37,7 +36,7 @@ Plan Plan::parse(const int32_t* data, size_t size, size_t num_rows) {
         require(entry.reduce >= 0 && entry.reduce <= 3, "must have reductions 0..3", entry.reduce);
         const bool own = entry.kind != PlanEntry::staged;
         int64_t& next = own ? next_own : next_staged;
-        // Every row of our own belongs to exactly one entry; prompt rows without an entry are nobody's business here.
+        // Every row behind the prompt rows belongs to exactly one entry; prompt rows may have none.
         require(own ? entry.row_begin == next : entry.row_begin >= next, "must have rows in order", entry.row_begin);
         next = static_cast<int64_t>(entry.row_begin) + entry.num_rows;
         require(next <= (own ? data[1] : data[2]), "must have rows within the step", next);

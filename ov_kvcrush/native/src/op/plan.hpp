@@ -1,4 +1,4 @@
-// What one inference does with the rows of its step: an int32 tensor made by the engine, checked before it is believed.
+// The plan of a step: which rows of an inference belong to which sequence. An int32 tensor from the engine, checked.
 #pragma once
 
 #include <cstddef>
@@ -32,7 +32,6 @@ struct PlanEntry {
 struct Plan {
     static constexpr int32_t VERSION = 1;
 
-    size_t num_rows = 0;
     size_t num_prompt_rows = 0;
     std::vector<PlanEntry> entries;
 

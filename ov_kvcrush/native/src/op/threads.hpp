@@ -9,7 +9,7 @@ namespace crush {
 
 inline int num_threads() { return parallel_get_max_threads(); }
 
-// Tasks go to whoever is idle: their sizes differ, and a neighbour on the machine may hold a core up.
+// Idle threads take the next task: sizes differ, and other processes may slow a core down.
 inline ParallelFor parallel_for() {
     return [](size_t n, const std::function<void(size_t)>& task) {
 #if OV_THREAD == OV_THREAD_TBB || OV_THREAD == OV_THREAD_TBB_AUTO || OV_THREAD == OV_THREAD_TBB_ADAPTIVE

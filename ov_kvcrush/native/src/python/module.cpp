@@ -72,10 +72,10 @@ NB_MODULE(_crush, m) {
         .def("fork", &S::fork, "seq"_a, "num_tokens"_a = nb::none())
         .def("reserve", &S::reserve, "seq"_a, "num_tokens"_a, "keep_free"_a = 0)
         .def("free_slots", &S::free_slots, "seq"_a)
-        .def("quantize_aged", &S::settle, "seq"_a)
+        .def("quantize_aged", &S::quantize_aged, "seq"_a)
         .def("set_staging", &S::set_staging, "layer"_a, "keys"_a, "values"_a, "num_blocks"_a, "precision"_a)
-        .def("attach_prefill", &S::stage, "seq"_a, "blocks"_a, "num_tokens"_a)
-        .def("commit_prefill", &S::adopt, "seq"_a, "offsets"_a = nb::none(), "indices"_a = nb::none(),
+        .def("attach_prefill", &S::attach_prefill, "seq"_a, "blocks"_a, "num_tokens"_a)
+        .def("commit_prefill", &S::commit_prefill, "seq"_a, "offsets"_a = nb::none(), "indices"_a = nb::none(),
              "keep_free"_a = 0)
         .def("compact", &S::compact, "seq"_a, "offsets"_a, "indices"_a)
         .def("append", &S::append, "seq"_a, "layer"_a, "k"_a, "v"_a, "first_position"_a)

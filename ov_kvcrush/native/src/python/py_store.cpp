@@ -188,10 +188,10 @@ int64_t PyStore::free_slots(int64_t seq) const {
     return s->free_slots(id_of(seq));
 }
 
-void PyStore::settle(int64_t seq) {
+void PyStore::quantize_aged(int64_t seq) {
     const auto s = store();
     const Release release;
-    s->settle(id_of(seq));
+    s->quantize_aged(id_of(seq));
 }
 
 void PyStore::set_staging(int64_t layer, const Writable& keys, const Writable& values, int64_t num_blocks,
@@ -210,16 +210,16 @@ void PyStore::set_staging(int64_t layer, const Writable& keys, const Writable& v
     staging_[static_cast<size_t>(layer)] = {keys, values};
 }
 
-void PyStore::stage(int64_t seq, const Input& blocks, int64_t num_tokens) {
+void PyStore::attach_prefill(int64_t seq, const Input& blocks, int64_t num_tokens) {
     const auto s = store();
     const auto* data = data_of<int32_t>(blocks, "blocks", {ANY});
     std::vector<int32_t> ids(data, data + blocks.shape(0));
     const Release release;
-    s->stage(id_of(seq), std::move(ids), num_tokens);
+    s->attach_prefill(id_of(seq), std::move(ids), num_tokens);
 }
 
-void PyStore::adopt(int64_t seq, const std::optional<Input>& offsets, const std::optional<Input>& indices,
-                    int64_t keep_free) {
+void PyStore::commit_prefill(int64_t seq, const std::optional<Input>& offsets, const std::optional<Input>& indices,
+                             int64_t keep_free) {
     const auto s = store();
     const size_t free = size_of("keep_free", keep_free);
     if (offsets.has_value() != indices.has_value()) {
@@ -227,12 +227,12 @@ void PyStore::adopt(int64_t seq, const std::optional<Input>& offsets, const std:
     }
     if (!offsets) {
         const Release release;
-        s->adopt(id_of(seq), nullptr, free);
+        s->commit_prefill(id_of(seq), nullptr, free);
         return;
     }
     const Selection selection = selection_of(*offsets, *indices);
     const Release release;
-    s->adopt(id_of(seq), &selection, free);
+    s->commit_prefill(id_of(seq), &selection, free);
 }
 
 Output<int32_t> PyStore::compact(int64_t seq, const Input& offsets, const Input& indices) {
@@ -266,7 +266,7 @@ std::pair<Output<int64_t>, Output<uint8_t>> PyStore::dump(int64_t seq) const {
         const Release release;
         dump = s->dump(id_of(seq));
         for (const DumpedHead& h : dump.heads) {
-            heads.insert(heads.end(), {h.num_tokens, h.num_settled, h.bytes, h.next_position});
+            heads.insert(heads.end(), {h.num_tokens, h.num_target, h.bytes, h.next_position});
         }
     }
     const size_t num_heads = dump.heads.size(), num_bytes = dump.tiles.size();

@@ -39,12 +39,12 @@ public:
     int32_t fork(int64_t seq, std::optional<int64_t> num_tokens);
     bool reserve(int64_t seq, int64_t num_tokens, int64_t keep_free);
     int64_t free_slots(int64_t seq) const;
-    void settle(int64_t seq);
+    void quantize_aged(int64_t seq);
     void set_staging(int64_t layer, const Writable& keys, const Writable& values, int64_t num_blocks,
                      const std::string& precision);
-    void stage(int64_t seq, const Input& blocks, int64_t num_tokens);
-    void adopt(int64_t seq, const std::optional<Input>& offsets, const std::optional<Input>& indices,
-               int64_t keep_free);
+    void attach_prefill(int64_t seq, const Input& blocks, int64_t num_tokens);
+    void commit_prefill(int64_t seq, const std::optional<Input>& offsets, const std::optional<Input>& indices,
+                        int64_t keep_free);
     Output<int32_t> compact(int64_t seq, const Input& offsets, const Input& indices);
     void append(int64_t seq, int64_t layer, const Input& k, const Input& v, int64_t first_position);
     std::pair<Output<int64_t>, Output<uint8_t>> dump(int64_t seq) const;

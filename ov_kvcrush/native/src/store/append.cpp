@@ -1,4 +1,4 @@
-// Tokens that come one after the other: room for them, appending them, and moving the older ones into the target codec.
+// Slots for new tokens, appending tokens, and quantizing those that have left the recent window.
 #include <algorithm>
 #include <climits>
 
@@ -10,7 +10,7 @@ namespace crush {
 namespace {
 
 constexpr int64_t MAX_ROWS_AT_ONCE = 1 << 24;
-constexpr int64_t SMALL = 4;  // appending so few tokens is not worth waking other threads or encoding a tile whole
+constexpr int64_t FEW_TOKENS = 4;  // appending no more than this is not worth waking threads or encoding a whole tile
 
 int64_t tiles_for(int64_t num_tokens) { return (num_tokens + TILE - 1) / TILE; }
 
@@ -18,13 +18,13 @@ int filled(const Head& head) { return static_cast<int>(head.num_tokens % TILE); 
 
 bool shared(const uint8_t* tile) { return header(tile).refs.load() > 1; }
 
-// Whether the partly filled last tile of a head must become one that lists its positions to take this one.
+// Whether the partly filled last tile of a head must list its positions to take this one.
 bool needs_list(const Head& head, int64_t position) {
     const uint8_t* tile = head.tiles[static_cast<size_t>(head.num_tokens / TILE)];
     return !layout(tile).listed && !can_follow(tile, position);
 }
 
-void make_room(std::vector<uint8_t*>& tiles, size_t size) {
+void reserve_capacity(std::vector<uint8_t*>& tiles, size_t size) {
     if (size > tiles.capacity()) tiles.reserve(std::max(size, 2 * tiles.capacity()));
 }
 
@@ -55,7 +55,7 @@ bool Store::reserve_heads(Sequence& sequence, size_t begin, size_t end, int64_t 
                           size_t keep_free) {
     if (num_tokens == 0) return true;
     size_t add = 0, remove = 0;
-    std::vector<NewTile> wanted;
+    std::vector<NewTile> new_tiles;
     for (size_t h = begin; h < end; ++h) {
         Head& head = sequence.heads[h];
         const auto last = static_cast<size_t>(head.num_tokens / TILE);
@@ -64,7 +64,7 @@ bool Store::reserve_heads(Sequence& sequence, size_t begin, size_t end, int64_t 
             const bool list = needs_list(head, position);
             if (list || shared(tile)) {
                 const TileLayout& to = new_layout(h, false, list || layout(tile).listed);
-                wanted.push_back({&head, last, &to, nullptr});
+                new_tiles.push_back({&head, last, &to, nullptr});
                 add += to.bytes;
                 if (!shared(tile)) remove += layout(tile).bytes;
             }
@@ -77,28 +77,28 @@ bool Store::reserve_heads(Sequence& sequence, size_t begin, size_t end, int64_t 
         for (size_t h = begin; h < end; ++h) {
             Head& head = sequence.heads[h];
             const auto needed = static_cast<size_t>(tiles_for(head.num_tokens + num_tokens));
-            make_room(head.tiles, needed);
+            reserve_capacity(head.tiles, needed);
             for (size_t i = head.tiles.size(); i < needed; ++i) {
-                wanted.push_back({&head, i, &new_layout(h, false, false), nullptr});
+                new_tiles.push_back({&head, i, &new_layout(h, false, false), nullptr});
             }
         }
-        for (NewTile& want : wanted) want.tile = arena_.take(want.layout->bytes);
+        for (NewTile& added : new_tiles) added.tile = arena_.allocate(added.layout->bytes);
     } catch (...) {
-        for (const NewTile& want : wanted) {
-            if (want.tile) arena_.put(want.tile, want.layout->bytes);
+        for (const NewTile& added : new_tiles) {
+            if (added.tile) arena_.free(added.tile, added.layout->bytes);
         }
         arena_.unclaim(add, remove);
         throw;
     }
-    for (const NewTile& want : wanted) {
-        std::vector<uint8_t*>& tiles = want.head->tiles;
-        if (want.index == tiles.size()) {
-            make_empty(want.tile, *want.layout);
-            tiles.push_back(want.tile);
+    for (const NewTile& added : new_tiles) {
+        std::vector<uint8_t*>& tiles = added.head->tiles;
+        if (added.index == tiles.size()) {
+            make_empty(added.tile, *added.layout);
+            tiles.push_back(added.tile);
         } else {
-            copy_tile(want.tile, *want.layout, tiles[want.index]);
-            unref(tiles[want.index]);
-            tiles[want.index] = want.tile;
+            copy_tile(added.tile, *added.layout, tiles[added.index]);
+            drop_owner(tiles[added.index]);
+            tiles[added.index] = added.tile;
         }
     }
     return true;
@@ -115,7 +115,7 @@ void Store::append_locked(Sequence& sequence, size_t layer, const float* k, cons
                           int32_t first_position) {
     if (n == 0) return;
     require(n > 0 && n <= MAX_ROWS_AT_ONCE, "rows must be at least 0", n);
-    require(sequence.staged_tokens == 0, "sequence must be adopted before it takes other tokens",
+    require(sequence.staged_tokens == 0, "sequence must be committed before it takes other tokens",
             sequence.staged_tokens);
     require(first_position >= 0 && first_position <= INT_MAX - n, "first_position must be at least 0", first_position);
     const size_t begin = first_head_[layer], end = first_head_[layer + 1];
@@ -137,10 +137,10 @@ void Store::append_locked(Sequence& sequence, size_t layer, const float* k, cons
     const auto task = [&](size_t i) {
         append_head(sequence.heads[begin + i], k + i * width, v + i * width, stride, n, first_position);
     };
-    if (n <= SMALL) {
+    if (n <= FEW_TOKENS) {
         for (size_t i = 0; i < end - begin; ++i) task(i);
     } else {
-        run(end - begin, task);
+        run_parallel(end - begin, task);
     }
     sequence.next_position = std::max<int64_t>(sequence.next_position, first_position + n);
 }
@@ -154,7 +154,7 @@ void Store::append_head(Head& head, const float* k, const float* v, size_t strid
         const float *first_k = k + static_cast<size_t>(i) * stride, *first_v = v + static_cast<size_t>(i) * stride;
         for (int t = 0; t < count; ++t) set_position(tile, slot + t, first_position + static_cast<int32_t>(i) + t);
         header(tile).count = slot + count;
-        if (slot == 0 && count > SMALL) {
+        if (slot == 0 && count > FEW_TOKENS) {
             kernels_->encode(tile, first_k, stride, first_v, stride, count);
         } else {
             for (int t = 0; t < count; ++t) {
@@ -167,47 +167,47 @@ void Store::append_head(Head& head, const float* k, const float* v, size_t strid
     }
 }
 
-void Store::settle(int32_t id) {
+void Store::quantize_aged(int32_t id) {
     const std::lock_guard<std::mutex> lock(mutex_);
     Sequence& sequence = sequence_locked(id);
-    std::vector<size_t> due;  // heads that have a tile to move
+    std::vector<size_t> due;  // heads with tiles to quantize
     for (size_t h = 0; h < sequence.heads.size(); ++h) {
         Head& head = sequence.heads[h];
         const int64_t num_tiles = num_target_tiles(head.num_tokens);
-        if (num_tiles <= head.num_settled) continue;
+        if (num_tiles <= head.num_target) continue;
         if (same_codecs_) {
-            head.num_settled = num_tiles;
+            head.num_target = num_tiles;
         } else {
             due.push_back(h);
         }
     }
     const auto task = [&](size_t i) {
         Head& head = sequence.heads[due[i]];
-        settle_head(due[i], head, num_target_tiles(head.num_tokens));
+        quantize_aged_head(due[i], head, num_target_tiles(head.num_tokens));
     };
-    if (!due.empty()) run(due.size(), task);
+    if (!due.empty()) run_parallel(due.size(), task);
 }
 
-void Store::settle_head(size_t h, Head& head, int64_t num_tiles) {
+void Store::quantize_aged_head(size_t h, Head& head, int64_t num_tiles) {
     const auto reader = std::make_unique<TokenReader>(*kernels_, head.tiles);
     const auto buffer = std::make_unique<TokenBuffer>();
-    while (head.num_settled < num_tiles) {
-        uint8_t*& tile = head.tiles[static_cast<size_t>(head.num_settled)];
+    while (head.num_target < num_tiles) {
+        uint8_t*& tile = head.tiles[static_cast<size_t>(head.num_target)];
         buffer->count = 0;
-        for (int t = 0; t < TILE; ++t) reader->read(head.num_settled * TILE + t, *buffer);
+        for (int t = 0; t < TILE; ++t) reader->read(head.num_target * TILE + t, *buffer);
         const TileLayout& to = new_layout(h, true, must_list(buffer->positions, TILE));
         const size_t remove = shared(tile) ? 0 : layout(tile).bytes;
         if (!arena_.claim(to.bytes, remove)) return;
         try {
-            uint8_t* settled = arena_.take(to.bytes);
-            write_tile(*kernels_, settled, to, *buffer);
-            unref(tile);
-            tile = settled;
+            uint8_t* quantized = arena_.allocate(to.bytes);
+            write_tile(*kernels_, quantized, to, *buffer);
+            drop_owner(tile);
+            tile = quantized;
         } catch (const std::bad_alloc&) {
             arena_.unclaim(to.bytes, remove);
             return;
         }
-        ++head.num_settled;
+        ++head.num_target;
     }
 }
 

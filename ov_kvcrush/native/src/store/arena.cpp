@@ -20,7 +20,7 @@ namespace {
 constexpr size_t SLAB = size_t{2} << 20;  // also the size of a huge page
 
 uint8_t* map_slab() {
-    // Twice the size holds an aligned slab; what is around it goes back.
+    // Twice the size holds an aligned slab; the rest around it is unmapped.
     void* memory = mmap(nullptr, 2 * SLAB, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     auto* begin = static_cast<uint8_t*>(memory);
@@ -75,14 +75,14 @@ size_t Arena::reserved() const {
 
 Arena::~Arena() = default;
 
-uint8_t* Arena::take(size_t bytes) {
+uint8_t* Arena::allocate(size_t bytes) {
     auto* slot = static_cast<uint8_t*>(::operator new(bytes, std::align_val_t{ALIGNMENT}));
     const std::lock_guard<std::mutex> lock(mutex_);
     reserved_ += bytes;
     return slot;
 }
 
-void Arena::put(uint8_t* slot, size_t bytes) noexcept {
+void Arena::free(uint8_t* slot, size_t bytes) noexcept {
     ::operator delete(slot, std::align_val_t{ALIGNMENT});
     const std::lock_guard<std::mutex> lock(mutex_);
     reserved_ -= bytes;
@@ -144,7 +144,7 @@ void Arena::free_slab(SizeClass& sizes, Slab* slab) noexcept {
     reserved_ -= SLAB;
 }
 
-uint8_t* Arena::take(size_t bytes) {
+uint8_t* Arena::allocate(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     SizeClass& sizes = classes_[bytes];
     Slab* slab = sizes.with_room ? sizes.with_room : new_slab(sizes, bytes);
@@ -161,7 +161,7 @@ uint8_t* Arena::take(size_t bytes) {
     return slot;
 }
 
-void Arena::put(uint8_t* slot, size_t bytes) noexcept {
+void Arena::free(uint8_t* slot, size_t bytes) noexcept {
     const std::lock_guard<std::mutex> lock(mutex_);
     SizeClass& sizes = classes_.find(bytes)->second;
     Slab* slab = Slab::of(slot);

@@ -8,8 +8,8 @@
 
 namespace crush {
 
-// Bytes and slots go separate ways: who needs many slots claims all their bytes first, so that the limit refuses before
-// anything has changed. Every function is safe to call from any thread.
+// Bytes are claimed apart from slots: who needs many slots claims all their bytes first, so that the limit refuses
+// before anything has changed. Every function is safe to call from any thread.
 class Arena {
 public:
     explicit Arena(size_t max_bytes) : max_bytes_(max_bytes) {}  // 0 = no limit
@@ -17,16 +17,16 @@ public:
     Arena(const Arena&) = delete;
     Arena& operator=(const Arena&) = delete;
 
-    // Account for `add` bytes more and `remove` bytes less; false, without a change, if more than max_bytes - keep_free
-    // would be in use.
+    // Adds `add` bytes and removes `remove` bytes of those in use; false, without a change, if that would exceed
+    // max_bytes - keep_free.
     bool claim(size_t add, size_t remove = 0, size_t keep_free = 0);
-    // Undo a claim, or give back the bytes of tiles that are gone.
+    // Undoes a claim, or unclaims the bytes of tiles that were freed.
     void unclaim(size_t add, size_t remove = 0);
 
     // A slot for a tile whose bytes are claimed: 64-byte aligned, contents undefined. Throws std::bad_alloc.
-    uint8_t* take(size_t bytes);
-    // Give a slot back; the claim stays. A slab without any tile returns to the operating system; one per size is kept.
-    void put(uint8_t* slot, size_t bytes) noexcept;
+    uint8_t* allocate(size_t bytes);
+    // Frees a slot; its claim stays. A slab without tiles returns to the operating system, but for one of each size.
+    void free(uint8_t* slot, size_t bytes) noexcept;
 
     size_t used() const;      // claimed bytes
     size_t reserved() const;  // of the operating system's memory

@@ -1,4 +1,4 @@
-// Sequences made of others: the tokens that a selection keeps, and twins.
+// Sequences made of others: compact keeps the tokens of a selection, fork shares tiles.
 #include <algorithm>
 #include <string>
 
@@ -39,16 +39,15 @@ void Store::check_selection(const Selection& s, const std::function<int64_t(size
 
 // -- compact ----------------------------------------------------------------------------------------------------------
 
-// What becomes of one head. Tiles in their new order: kept ones by their old index, new ones (-1) take the next of
-// `moved`.
+// The new tiles of one head.
 struct Store::CompactPlan {
     bool unchanged = false;
-    std::vector<int64_t> tiles;  // old index or -1
-    std::vector<int32_t> moved;  // tokens that are written again: old cached indices
-    std::vector<int32_t> order;  // for each new cached index the old one
+    std::vector<int64_t> tiles;  // in their new order: the old index of a kept one, -1 = a new one
+    std::vector<int32_t> moved;  // old cached indices of the tokens of new tiles, 32 each
+    std::vector<int32_t> order;  // old cached index of each new one
     std::vector<const TileLayout*> new_layouts;
-    int64_t num_tokens = 0, num_settled = 0;
-    size_t add = 0, remove = 0;  // bytes of new tiles, and of old ones that nobody holds any more
+    int64_t num_tokens = 0, num_target = 0;
+    size_t add = 0, remove = 0;  // bytes of new tiles, and of old ones that lose their last owner
 };
 
 Store::CompactPlan Store::plan_compact(size_t h, const Head& head, const int32_t* kept, int64_t num_kept) const {
@@ -59,32 +58,32 @@ Store::CompactPlan Store::plan_compact(size_t h, const Head& head, const int32_t
         plan.order.assign(kept, kept + num_kept);
         return plan;
     }
-    // Kept indices from i on are all tokens of tile `tile`, `count` in number: ascending, so first and last tell.
+    // Whether the kept indices from i on begin with the `count` tokens of a tile. They ascend: first and last suffice.
     const auto whole = [&](const int32_t* i, const int32_t* end, int64_t tile, int64_t count) {
         return end - i >= count && i[0] == tile * TILE && i[count - 1] == tile * TILE + count - 1;
     };
-    std::vector<int32_t> loose;
+    std::vector<int32_t> rewritten;
     const int32_t* const end = kept + num_kept;
     for (const int32_t* i = kept; i < end;) {
         const int64_t tile = *i / TILE;
-        if (tile < head.num_settled && whole(i, end, tile, TILE)) {
+        if (tile < head.num_target && whole(i, end, tile, TILE)) {
             plan.tiles.push_back(tile);
             plan.order.insert(plan.order.end(), i, i + TILE);
             i += TILE;
         } else {
-            loose.push_back(*i++);
+            rewritten.push_back(*i++);
         }
     }
-    plan.num_settled = std::max(static_cast<int64_t>(plan.tiles.size()), num_target_tiles(num_kept));
-    plan.order.insert(plan.order.end(), loose.begin(), loose.end());
+    plan.num_target = std::max(static_cast<int64_t>(plan.tiles.size()), num_target_tiles(num_kept));
+    plan.order.insert(plan.order.end(), rewritten.begin(), rewritten.end());
 
     PositionReader reader(head.tiles);
-    const int32_t* const last = loose.data() + loose.size();
-    for (const int32_t* i = loose.data(); i < last;) {
-        const bool target = static_cast<int64_t>(plan.tiles.size()) < plan.num_settled;
+    const int32_t* const last = rewritten.data() + rewritten.size();
+    for (const int32_t* i = rewritten.data(); i < last;) {
+        const bool target = static_cast<int64_t>(plan.tiles.size()) < plan.num_target;
         const int64_t count = std::min<int64_t>(TILE, last - i), tile = *i / TILE;
         const bool all = count == std::min<int64_t>(TILE, head.num_tokens - tile * TILE) && whole(i, last, tile, count);
-        if (all && tile >= head.num_settled && (!target || same_codecs_)) {
+        if (all && tile >= head.num_target && (!target || same_codecs_)) {
             plan.tiles.push_back(tile);
         } else {
             int32_t positions[TILE];
@@ -106,7 +105,7 @@ Store::CompactPlan Store::plan_compact(size_t h, const Head& head, const int32_t
     return plan;
 }
 
-void Store::compact_head(size_t, Head& head, CompactPlan& plan) {
+void Store::compact_head(Head& head, CompactPlan& plan) {
     if (plan.unchanged) return;
     const auto reader = std::make_unique<TokenReader>(*kernels_, head.tiles);
     const auto buffer = std::make_unique<TokenBuffer>();
@@ -121,20 +120,20 @@ void Store::compact_head(size_t, Head& head, CompactPlan& plan) {
             written.push_back(write_new(*plan.new_layouts[i / TILE], *buffer));
         }
     } catch (...) {
-        for (uint8_t* tile : written) unref(tile);
+        for (uint8_t* tile : written) drop_owner(tile);
         arena_.unclaim(plan.add, plan.remove);
         throw;
     }
     size_t next = 0;
     for (const int64_t tile : plan.tiles) {
         tiles.push_back(tile < 0 ? written[next++] : head.tiles[static_cast<size_t>(tile)]);
-        // A kept tile has two owners until the old list lets go of it.
+        // A kept tile has two owners until the old list drops it.
         if (tile >= 0) header(tiles.back()).refs.fetch_add(1);
     }
-    for (uint8_t* tile : head.tiles) unref(tile);
+    for (uint8_t* tile : head.tiles) drop_owner(tile);
     head.tiles = std::move(tiles);
     head.num_tokens = plan.num_tokens;
-    head.num_settled = plan.num_settled;
+    head.num_target = plan.num_target;
 }
 
 std::vector<int32_t> Store::compact(int32_t id, const Selection& selection) {
@@ -142,7 +141,7 @@ std::vector<int32_t> Store::compact(int32_t id, const Selection& selection) {
     Sequence& sequence = sequence_locked(id);
     check_selection(selection, [&](size_t h) { return sequence.heads[h].num_tokens; });
     std::vector<CompactPlan> plans(sequence.heads.size());
-    run(plans.size(), [&](size_t h) {
+    run_parallel(plans.size(), [&](size_t h) {
         plans[h] = plan_compact(h, sequence.heads[h], selection.indices + selection.offsets[h],
                                 selection.offsets[h + 1] - selection.offsets[h]);
     });
@@ -158,7 +157,7 @@ std::vector<int32_t> Store::compact(int32_t id, const Selection& selection) {
         throw StoreFull("max_bytes must leave room for " + std::to_string(add - remove) + " bytes, got " +
                         std::to_string(config_.max_bytes) + " with " + std::to_string(arena_.used()) + " in use");
     }
-    run(plans.size(), [&](size_t h) { compact_head(h, sequence.heads[h], plans[h]); });
+    run_parallel(plans.size(), [&](size_t h) { compact_head(sequence.heads[h], plans[h]); });
     return order;
 }
 
@@ -179,17 +178,17 @@ void Store::check_prefix(const Sequence& sequence, int64_t num_tokens) const {
     }
 }
 
-// Makes the twin hold the positions below num_tokens: full tiles shared, the one with the cut written again.
-void Store::cut(Sequence& twin, const Sequence& sequence, int64_t num_tokens) {
+// Gives `forked` the positions below num_tokens: full tiles are shared, a truncated one is written anew.
+void Store::truncate(Sequence& forked, const Sequence& sequence, int64_t num_tokens) {
     const auto num_full = static_cast<size_t>(num_tokens / TILE);
     const int rest = static_cast<int>(num_tokens % TILE);
-    std::vector<size_t> cuts;  // heads in which the cut is within a tile
+    std::vector<size_t> cuts;  // heads with a tile to truncate
     size_t add = 0;
-    for (size_t h = 0; h < twin.heads.size(); ++h) {
+    for (size_t h = 0; h < forked.heads.size(); ++h) {
         const Head& from = sequence.heads[h];
-        Head& to = twin.heads[h];
+        Head& to = forked.heads[h];
         to.num_tokens = num_tokens;
-        to.num_settled = std::min(from.num_settled, static_cast<int64_t>(num_full));
+        to.num_target = std::min(from.num_target, static_cast<int64_t>(num_full));
         to.tiles.assign(from.tiles.begin(), from.tiles.begin() + static_cast<std::ptrdiff_t>(num_full));
         if (rest == 0) continue;
         if (from.num_tokens == num_tokens) {
@@ -205,8 +204,8 @@ void Store::cut(Sequence& twin, const Sequence& sequence, int64_t num_tokens) {
     }
     std::vector<uint8_t*> written(cuts.size(), nullptr);
     try {
-        for (const size_t h : cuts) twin.heads[h].tiles.reserve(num_full + 1);
-        run(cuts.size(), [&](size_t i) {
+        for (const size_t h : cuts) forked.heads[h].tiles.reserve(num_full + 1);
+        run_parallel(cuts.size(), [&](size_t i) {
             const auto reader = std::make_unique<TokenReader>(*kernels_, sequence.heads[cuts[i]].tiles);
             const auto buffer = std::make_unique<TokenBuffer>();
             for (int64_t t = num_tokens - rest; t < num_tokens; ++t) reader->read(t, *buffer);
@@ -214,45 +213,45 @@ void Store::cut(Sequence& twin, const Sequence& sequence, int64_t num_tokens) {
         });
     } catch (...) {
         for (uint8_t* tile : written) {
-            if (tile) unref(tile);
+            if (tile) drop_owner(tile);
         }
         arena_.unclaim(add);
         throw;
     }
-    for (Head& head : twin.heads) {
+    for (Head& head : forked.heads) {
         for (uint8_t* tile : head.tiles) header(tile).refs.fetch_add(1);
     }
-    for (size_t i = 0; i < cuts.size(); ++i) twin.heads[cuts[i]].tiles.push_back(written[i]);
+    for (size_t i = 0; i < cuts.size(); ++i) forked.heads[cuts[i]].tiles.push_back(written[i]);
 }
 
 int32_t Store::fork(int32_t id, std::optional<int64_t> num_tokens) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Sequence& sequence = sequence_locked(id);
-    require(sequence.staged_tokens == 0, "sequence must be adopted before it is forked", id);
-    auto twin = std::make_unique<Sequence>();
-    twin->capture_rows = sequence.capture_rows;
-    twin->next_position = num_tokens.value_or(sequence.next_position);
-    const bool cut_short = num_tokens.has_value();
-    if (cut_short) {
+    require(sequence.staged_tokens == 0, "sequence must be committed before it is forked", id);
+    auto forked = std::make_unique<Sequence>();
+    forked->capture_rows = sequence.capture_rows;
+    forked->next_position = num_tokens.value_or(sequence.next_position);
+    const bool is_truncated = num_tokens.has_value();
+    if (is_truncated) {
         check_prefix(sequence, *num_tokens);
-        twin->captures.resize(sequence.captures.size());
-        twin->heads.resize(sequence.heads.size());
+        forked->captures.resize(sequence.captures.size());
+        forked->heads.resize(sequence.heads.size());
     } else {
-        twin->captures = sequence.captures;
-        twin->heads = sequence.heads;
-        for (Head& head : twin->heads) head.tiles.resize(static_cast<size_t>((head.num_tokens + TILE - 1) / TILE));
+        forked->captures = sequence.captures;
+        forked->heads = sequence.heads;
+        for (Head& head : forked->heads) head.tiles.resize(static_cast<size_t>((head.num_tokens + TILE - 1) / TILE));
     }
-    Sequence& made = *sequences_.emplace(last_id_ + 1, std::move(twin)).first->second;
+    Sequence& stored = *sequences_.emplace(last_id_ + 1, std::move(forked)).first->second;
     ++last_id_;
-    if (cut_short) {
+    if (is_truncated) {
         try {
-            cut(made, sequence, *num_tokens);
+            truncate(stored, sequence, *num_tokens);
         } catch (...) {
             sequences_.erase(last_id_);
             throw;
         }
     } else {
-        for (Head& head : made.heads) {
+        for (Head& head : stored.heads) {
             for (uint8_t* tile : head.tiles) header(tile).refs.fetch_add(1);
         }
     }

@@ -1,4 +1,5 @@
-// Rows of fresh prompts that do not go through PagedAttention: written to their staging blocks, and attended to there.
+// Rows of fresh prompts that bypass PagedAttention: keys and values go to staging blocks, and attention reads them
+// there.
 #include <algorithm>
 #include <atomic>
 
@@ -64,7 +65,7 @@ void Store::prefill_locked(size_t layer, const std::vector<PrefillSpan>& spans, 
         }
     }
 
-    run(tasks.size(), [&](size_t i) {
+    run_parallel(tasks.size(), [&](size_t i) {
         const Task& task = tasks[i];
         for (size_t row = task.first, end = task.first + task.count; row < end;) {
             const size_t token = static_cast<size_t>(task.span->first_position) + row, slot = token % TILE;
@@ -77,13 +78,13 @@ void Store::prefill_locked(size_t layer, const std::vector<PrefillSpan>& spans, 
         }
     });
 
-    // The last rows see the most: first.
+    // Longest tasks first: the last rows see the most tokens.
     std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) {
         return a.span->first_position + static_cast<int64_t>(a.first) >
                b.span->first_position + static_cast<int64_t>(b.first);
     });
     std::atomic<size_t> next{0};
-    run(std::min(static_cast<size_t>(std::max(num_threads, 1)), tasks.size()), [&](size_t) {
+    run_parallel(std::min(static_cast<size_t>(std::max(num_threads, 1)), tasks.size()), [&](size_t) {
         const std::unique_ptr<float[]> scratch(
             new float[prefill_scratch(shape.head_size, static_cast<int>(most_rows * group))]);
         for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks.size();) {

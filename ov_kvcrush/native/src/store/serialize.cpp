@@ -1,9 +1,9 @@
-// Sequences as numbers and bytes, for files: what a sequence holds, without anything that is of this process; and back,
-// with nothing believed that was not checked.
+// Sequences as numbers and bytes, for files: dump writes what a sequence holds, without addresses of this process; load
+// checks everything that it reads.
 //
-// A tile is a record, numbers little endian: RecordHead, positions of the tokens behind the first, the tile's parts in
-// their order without what lies between them. Of float codes only those of tokens are there; quantised tiles are full.
-// How many tokens a tile has follows from the head: 32, but for the last one.
+// A tile is a record, numbers little endian: RecordHeader, positions of the tokens behind the first, the tile's parts
+// in their order without the padding between them. Float codes are those of tokens only; quantised tiles are full. The
+// number of tokens of a tile follows from the head: 32, but for the last one.
 #include <algorithm>
 #include <climits>
 #include <cstring>
@@ -15,17 +15,16 @@
 namespace crush {
 namespace {
 
-struct RecordHead {
+struct RecordHeader {
     uint8_t key, value;      // Codec
     uint8_t kind;            // how the tile stores positions, see kind_of
     uint8_t position_bytes;  // of each position behind the first: 0 = they are consecutive, 1 and 2 = its distance
                              // from the one before, 4 = itself
     int32_t base;            // position of the first token
 };
-static_assert(sizeof(RecordHead) == 8);
+static_assert(sizeof(RecordHeader) == 8);
 
-// How a tile stores positions decides its bytes, and what can be appended to it without another one. Numbers of the
-// file.
+// How a tile stores positions: it decides its size, and which tokens can be appended in place. Numbers of the file.
 enum Kind : uint8_t { ASCENDING = 0, LISTED = 1, NUM_KINDS = 2 };
 
 Kind kind_of(const TileLayout& l) { return l.listed ? LISTED : ASCENDING; }
@@ -47,9 +46,9 @@ size_t bytes_of(Codec codec, int numbers) {
     return static_cast<size_t>(numbers) * static_cast<size_t>(code_bits(codec)) / 8;
 }
 
-// Calls part(begin, bytes) for each piece of a tile of `count` tokens that says something, in their order.
+// Calls part(begin, bytes) for each piece of a tile of `count` tokens that is in its record, in order.
 template <class Part>
-void for_parts(const TileLayout& l, int count, const Part& part) {
+void for_each_part(const TileLayout& l, int count, const Part& part) {
     if (count == TILE) {
         part(l.key_codes, bytes_of(l.key, l.head_size * TILE));
     } else {
@@ -71,7 +70,7 @@ void for_parts(const TileLayout& l, int count, const Part& part) {
 
 size_t payload_bytes(const TileLayout& l, int count) {
     size_t sum = 0;
-    for_parts(l, count, [&](size_t, size_t bytes) { sum += bytes; });
+    for_each_part(l, count, [&](size_t, size_t bytes) { sum += bytes; });
     return sum;
 }
 
@@ -83,7 +82,7 @@ size_t record_bytes(const uint8_t* tile) {
     const int count = header(tile).count;
     int32_t positions[TILE];
     read_positions(tile, positions);
-    return sizeof(RecordHead) + static_cast<size_t>(position_bytes_for(positions, count) * (count - 1)) +
+    return sizeof(RecordHeader) + static_cast<size_t>(position_bytes_for(positions, count) * (count - 1)) +
            payload_bytes(layout(tile), count);
 }
 
@@ -93,26 +92,26 @@ uint8_t* write_record(const uint8_t* tile, uint8_t* to) {
     const int count = header(tile).count;
     int32_t positions[TILE];
     read_positions(tile, positions);
-    const int each = position_bytes_for(positions, count);
-    const RecordHead head{static_cast<uint8_t>(l.key), static_cast<uint8_t>(l.value), kind_of(l),
-                          static_cast<uint8_t>(each), positions[0]};
+    const int width = position_bytes_for(positions, count);
+    const RecordHeader head{static_cast<uint8_t>(l.key), static_cast<uint8_t>(l.value), kind_of(l),
+                            static_cast<uint8_t>(width), positions[0]};
     const auto write = [&](const void* from, size_t bytes) {
         std::memcpy(to, from, bytes);
         to += bytes;
     };
     write(&head, sizeof(head));
-    for (int i = 1; i < count && each; ++i) {
-        const int32_t number = each == 4 ? positions[i] : positions[i] - positions[i - 1];
-        write(&number, static_cast<size_t>(each));
+    for (int i = 1; i < count && width; ++i) {
+        const int32_t number = width == 4 ? positions[i] : positions[i] - positions[i - 1];
+        write(&number, static_cast<size_t>(width));
     }
-    for_parts(l, count, [&](size_t begin, size_t bytes) { write(tile + begin, bytes); });
+    for_each_part(l, count, [&](size_t begin, size_t bytes) { write(tile + begin, bytes); });
     return to;
 }
 
 // -- reading ----------------------------------------------------------------------------------------------------------
 
-// Bytes that are read once, from the front.
-struct Bytes {
+// Reads bytes once, front to back, and throws at the end.
+struct ByteReader {
     const uint8_t* at;
     size_t left;
 
@@ -127,8 +126,8 @@ struct Bytes {
 
 }  // namespace
 
-// What a tile is made of, checked but for its scales. Bytes of a mapped file may change behind it: whatever says where
-// to read and write is here, read once.
+// A parsed record, checked but for the scales in its payload. The bytes of a mapped file may change under us: all that
+// decides where to read and write is read once, into here.
 struct Store::Record {
     const TileLayout* layout;
     const uint8_t* payload;
@@ -138,10 +137,10 @@ struct Store::Record {
 
 namespace {
 
-void take_positions(const RecordHead& head, Bytes& from, int64_t next_position, int count, int32_t* to) {
-    const int each = head.position_bytes;
-    require(each == 0 || each == 1 || each == 2 || each == 4, "bytes of a position must be 0, 1, 2 or 4", each);
-    const uint8_t* numbers = from.take(static_cast<size_t>(each * (count - 1)));
+void take_positions(const RecordHeader& head, ByteReader& from, int64_t next_position, int count, int32_t* to) {
+    const int width = head.position_bytes;
+    require(width == 0 || width == 1 || width == 2 || width == 4, "bytes of a position must be 0, 1, 2 or 4", width);
+    const uint8_t* numbers = from.take(static_cast<size_t>(width * (count - 1)));
     int64_t position = head.base;
     for (int i = 0;; ++i) {
         if (position < 0 || position >= next_position) {
@@ -149,13 +148,13 @@ void take_positions(const RecordHead& head, Bytes& from, int64_t next_position, 
         }
         to[i] = static_cast<int32_t>(position);
         if (i == count - 1) return;
-        int32_t number = each ? 0 : 1;
-        std::memcpy(&number, numbers + each * i, static_cast<size_t>(each));
-        position = each == 4 ? number : position + number;
+        int32_t number = width ? 0 : 1;
+        std::memcpy(&number, numbers + width * i, static_cast<size_t>(width));
+        position = width == 4 ? number : position + number;
     }
 }
 
-// f16 numbers as the codecs make them: of any scale a finite number above 0, of any minimum a finite one.
+// Checks f16 numbers: the codecs write finite scales above 0 and finite minima.
 void check_halves(const uint8_t* from, size_t bytes, bool is_scale) {
     constexpr uint16_t INFINITE = 0x7c00;
     for (size_t i = 0; i < bytes; i += 2) {
@@ -172,7 +171,7 @@ void check_halves(const uint8_t* from, size_t bytes, bool is_scale) {
 
 void check_scales(const uint8_t* tile) {
     const TileLayout& l = layout(tile);
-    for_parts(l, header(tile).count, [&](size_t begin, size_t bytes) {
+    for_each_part(l, header(tile).count, [&](size_t begin, size_t bytes) {
         const bool of_keys = is_quantised(l.key), of_values = is_quantised(l.value);
         const bool scale = (of_keys && begin == l.key_scale) || (of_values && begin == l.value_scale);
         const bool min = (of_keys && begin == l.key_min) || (of_values && begin == l.value_min);
@@ -186,11 +185,11 @@ void check_codec(const char* of, uint8_t got, Codec codec) {
         require(false, std::string(of) + " codec of a tile must be this store's " + std::to_string(own), got);
 }
 
-void check_row(const DumpedHead& row, size_t left, int64_t next_position) {
+void check_head_row(const DumpedHead& row, size_t left, int64_t next_position) {
     require(row.num_tokens >= 0 && row.num_tokens <= INT_MAX, "tokens of a head must be in 0..2147483647",
             row.num_tokens);
-    require(row.num_settled >= 0 && row.num_settled <= row.num_tokens / TILE,
-            "settled tiles of a head must be in 0.." + std::to_string(row.num_tokens / TILE), row.num_settled);
+    require(row.num_target >= 0 && row.num_target <= row.num_tokens / TILE,
+            "target tiles of a head must be in 0.." + std::to_string(row.num_tokens / TILE), row.num_target);
     require(row.bytes >= 0 && static_cast<uint64_t>(row.bytes) <= left,
             "bytes of a head must be in 0.." + std::to_string(left), row.bytes);
     require(row.next_position == next_position && next_position >= 0 && next_position <= INT_MAX,
@@ -204,7 +203,7 @@ void check_row(const DumpedHead& row, size_t left, int64_t next_position) {
 Dump Store::dump(int32_t id) const {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Sequence& sequence = sequence_locked(id);
-    require(sequence.staged_tokens == 0, "sequence must be adopted before it is dumped", id);
+    require(sequence.staged_tokens == 0, "sequence must be committed before it is dumped", id);
     Dump dump;
     std::vector<size_t> begins;
     size_t end = 0;
@@ -212,10 +211,10 @@ Dump Store::dump(int32_t id) const {
         begins.push_back(end);
         for (size_t i = 0; i < num_filled(head); ++i) end += record_bytes(head.tiles[i]);
         dump.heads.push_back(
-            {head.num_tokens, head.num_settled, static_cast<int64_t>(end - begins.back()), sequence.next_position});
+            {head.num_tokens, head.num_target, static_cast<int64_t>(end - begins.back()), sequence.next_position});
     }
     dump.tiles.resize(end);
-    run(sequence.heads.size(), [&](size_t h) {
+    run_parallel(sequence.heads.size(), [&](size_t h) {
         uint8_t* to = dump.tiles.data() + begins[h];
         const Head& head = sequence.heads[h];
         for (size_t i = 0; i < num_filled(head); ++i) to = write_record(head.tiles[i], to);
@@ -224,15 +223,15 @@ Dump Store::dump(int32_t id) const {
 }
 
 void Store::read_records(size_t h, const DumpedHead& row, const uint8_t* tiles, std::vector<Record>& records) const {
-    Bytes from{tiles, static_cast<size_t>(row.bytes)};
-    // As many as the head says, unless the bytes end before: memory is taken for what was read only.
+    ByteReader from{tiles, static_cast<size_t>(row.bytes)};
+    // num_tokens is not trusted: a record takes memory only once its bytes are read.
     for (int64_t begin = 0; begin < row.num_tokens; begin += TILE) {
-        RecordHead head;
+        RecordHeader head;
         std::memcpy(&head, from.take(sizeof(head)), sizeof(head));
         require(head.kind < NUM_KINDS, "kind of a tile must be 0 or 1", head.kind);
         const auto kind = static_cast<Kind>(head.kind);
         Record record;
-        record.layout = &new_layout(h, begin / TILE < row.num_settled, kind == LISTED);
+        record.layout = &new_layout(h, begin / TILE < row.num_target, kind == LISTED);
         check_codec("key", head.key, record.layout->key);
         check_codec("value", head.value, record.layout->value);
         record.count = static_cast<int>(std::min<int64_t>(TILE, row.num_tokens - begin));
@@ -248,13 +247,13 @@ void Store::read_records(size_t h, const DumpedHead& row, const uint8_t* tiles, 
 void Store::make_tiles(const std::vector<Record>& records, std::vector<uint8_t*>& tiles) {
     tiles.reserve(records.size());
     for (const Record& record : records) {
-        uint8_t* tile = arena_.take(record.layout->bytes);
+        uint8_t* tile = arena_.allocate(record.layout->bytes);
         make_empty(tile, *record.layout);
         tiles.push_back(tile);
         header(tile).count = record.count;
         for (int i = 0; i < record.count; ++i) set_position(tile, i, record.positions[i]);
         const uint8_t* from = record.payload;
-        for_parts(*record.layout, record.count, [&](size_t begin, size_t bytes) {
+        for_each_part(*record.layout, record.count, [&](size_t begin, size_t bytes) {
             std::memcpy(tile + begin, from, bytes);
             from += bytes;
         });
@@ -272,14 +271,14 @@ int32_t Store::load(const std::vector<DumpedHead>& rows, const uint8_t* tiles, s
     std::vector<size_t> begins;
     size_t end = 0;
     for (const DumpedHead& row : rows) {
-        check_row(row, num_bytes - end, rows[0].next_position);
+        check_head_row(row, num_bytes - end, rows[0].next_position);
         begins.push_back(end);
         end += static_cast<size_t>(row.bytes);
     }
     require(end == num_bytes, "tiles must have " + std::to_string(end) + " bytes, as heads tells", num_bytes);
 
     std::vector<std::vector<Record>> records(num_heads);
-    run(num_heads, [&](size_t h) { read_records(h, rows[h], tiles + begins[h], records[h]); });
+    run_parallel(num_heads, [&](size_t h) { read_records(h, rows[h], tiles + begins[h], records[h]); });
     size_t bytes = 0;
     for (const std::vector<Record>& head : records) {
         for (const Record& record : head) bytes += record.layout->bytes;
@@ -291,17 +290,17 @@ int32_t Store::load(const std::vector<DumpedHead>& rows, const uint8_t* tiles, s
     }
     sequence->next_position = rows[0].next_position;
     try {
-        run(num_heads, [&](size_t h) {
+        run_parallel(num_heads, [&](size_t h) {
             make_tiles(records[h], sequence->heads[h].tiles);
             sequence->heads[h].num_tokens = rows[h].num_tokens;
-            sequence->heads[h].num_settled = rows[h].num_settled;
+            sequence->heads[h].num_target = rows[h].num_target;
         });
         const std::lock_guard<std::mutex> lock(mutex_);
         sequences_.emplace(last_id_ + 1, nullptr).first->second = std::move(sequence);
         return ++last_id_;
     } catch (...) {
         for (const Head& head : sequence->heads) {
-            for (uint8_t* tile : head.tiles) unref(tile);
+            for (uint8_t* tile : head.tiles) drop_owner(tile);
         }
         arena_.unclaim(bytes);
         throw;

@@ -1,4 +1,4 @@
-// Prompts that PagedAttention wrote into staging blocks: looking at their keys, and taking them into the store.
+// Prompts in staging blocks: attention scores over their keys, and their commit into the store.
 #include <algorithm>
 #include <climits>
 #include <cstring>
@@ -64,7 +64,7 @@ void Store::check_staged(const Sequence& sequence, size_t layer) const {
     }
 }
 
-void Store::stage(int32_t id, std::vector<int32_t> blocks, int64_t num_tokens) {
+void Store::attach_prefill(int32_t id, std::vector<int32_t> blocks, int64_t num_tokens) {
     const std::lock_guard<std::mutex> lock(mutex_);
     Sequence& sequence = sequence_locked(id);
     const auto room = static_cast<int64_t>(blocks.size()) * TILE;
@@ -93,7 +93,7 @@ std::vector<HeadView> Store::staged_views_locked(const Sequence& sequence, size_
     storage.resize(num_heads * num_tiles * keys.bytes + ALIGNMENT);
     pointers.resize(num_heads * num_tiles);
     const size_t shift = (ALIGNMENT - reinterpret_cast<uintptr_t>(storage.data()) % ALIGNMENT) % ALIGNMENT;
-    run(pointers.size(), [&](size_t i) {
+    run_parallel(pointers.size(), [&](size_t i) {
         const size_t head = i / num_tiles, tile = i % num_tiles;
         uint8_t* to = storage.data() + shift + i * keys.bytes;
         auto* h = new (to) TileHeader{};
@@ -154,10 +154,10 @@ bool Store::score_blocks(const Sequence& sequence, size_t layer, StagedScores ro
     rows.q_stride = static_cast<size_t>(shape.num_heads) * size;
     rows.window = shape.window;
     rows.scale = shape.scale;
-    // One head at a time, or as many as are scored at once.
+    // Each task takes as many query heads of a KV head as fit the lanes of the kernel.
     const auto at_once = std::clamp<size_t>(STAGED_LANES / staged_lanes(std::max(rows.num_rows, 1)), 1, group);
     const size_t parts = (group + at_once - 1) / at_once;
-    run(num_kv_heads * parts, [&](size_t i) {
+    run_parallel(num_kv_heads * parts, [&](size_t i) {
         const size_t kv_head = i / parts, first = i % parts * at_once, head = kv_head * group + first;
         const std::unique_ptr<float[]> scratch(new float[staged_scratch(num_tokens)]);
         StagedScores part = rows;
@@ -189,7 +189,7 @@ void Store::read_staged(const Sequence& sequence, size_t layer, size_t head, con
 
 namespace {
 
-// The selected tokens of a head, 32 by 32.
+// The selected tokens of a head in chunks of 32.
 struct Chunks {
     const int32_t* indices;  // null: all, 0, 1, 2, ...
     int64_t num_tokens;
@@ -212,12 +212,12 @@ Chunks chunks_of(const Selection* selection, size_t head, int64_t num_staged) {
 }  // namespace
 
 uint8_t* Store::write_new(const TileLayout& layout, const TokenBuffer& tokens) {
-    uint8_t* tile = arena_.take(layout.bytes);
+    uint8_t* tile = arena_.allocate(layout.bytes);
     write_tile(*kernels_, tile, layout, tokens);
     return tile;
 }
 
-void Store::adopt_head(const Sequence& sequence, size_t h, const Selection* selection, std::vector<uint8_t*>& tiles) {
+void Store::commit_head(const Sequence& sequence, size_t h, const Selection* selection, std::vector<uint8_t*>& tiles) {
     const Chunks chunks = chunks_of(selection, h, sequence.staged_tokens);
     const size_t layer = layer_of_[h];
     const auto buffer = std::make_unique<TokenBuffer>();
@@ -231,17 +231,17 @@ void Store::adopt_head(const Sequence& sequence, size_t h, const Selection* sele
     }
 }
 
-void Store::adopt(int32_t id, const Selection* selection, size_t keep_free) {
+void Store::commit_prefill(int32_t id, const Selection* selection, size_t keep_free) {
     const std::lock_guard<std::mutex> lock(mutex_);
     Sequence& sequence = sequence_locked(id);
-    require(sequence.staged_tokens > 0, "sequence must be staged to be adopted", id);
+    require(sequence.staged_tokens > 0, "sequence must be staged to be committed", id);
     for (const Head& head : sequence.heads) {
-        require(head.num_tokens == 0, "sequence must be empty to adopt staged tokens", head.num_tokens);
+        require(head.num_tokens == 0, "sequence must be empty to commit staged tokens", head.num_tokens);
     }
     for (size_t layer = 0; layer < layouts_.size(); ++layer) check_staged(sequence, layer);
     if (selection) check_selection(*selection, [&](size_t) { return sequence.staged_tokens; });
 
-    size_t bytes = 0, spare = 0;  // spare: empty tiles of an early reserve
+    size_t bytes = 0, spare = 0;  // spare: of empty tiles that were reserved before
     for (size_t h = 0; h < sequence.heads.size(); ++h) {
         const Chunks chunks = chunks_of(selection, h, sequence.staged_tokens);
         const int64_t num_target = num_target_tiles(chunks.num_tokens);
@@ -255,19 +255,19 @@ void Store::adopt(int32_t id, const Selection* selection, size_t keep_free) {
     }
     std::vector<std::vector<uint8_t*>> tiles(sequence.heads.size());
     try {
-        run(tiles.size(), [&](size_t h) { adopt_head(sequence, h, selection, tiles[h]); });
+        run_parallel(tiles.size(), [&](size_t h) { commit_head(sequence, h, selection, tiles[h]); });
     } catch (...) {
         for (const std::vector<uint8_t*>& head : tiles) {
-            for (uint8_t* tile : head) unref(tile);
+            for (uint8_t* tile : head) drop_owner(tile);
         }
         arena_.unclaim(bytes, spare);
         throw;
     }
     for (size_t h = 0; h < tiles.size(); ++h) {
         Head& head = sequence.heads[h];
-        for (uint8_t* tile : head.tiles) unref(tile);
+        for (uint8_t* tile : head.tiles) drop_owner(tile);
         head.num_tokens = chunks_of(selection, h, sequence.staged_tokens).num_tokens;
-        head.num_settled = num_target_tiles(head.num_tokens);
+        head.num_target = num_target_tiles(head.num_tokens);
         head.tiles = std::move(tiles[h]);
     }
     sequence.next_position = std::max(sequence.next_position, sequence.staged_tokens);

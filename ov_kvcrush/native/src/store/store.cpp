@@ -54,9 +54,9 @@ Store::Store(StoreConfig config, ParallelFor parallel)
     same_codecs_ = same_codes(layouts_[0].target[0], layouts_[0].recent[0]);
 }
 
-Store::~Store() = default;  // the arena's slabs go whole
+Store::~Store() = default;  // the arena frees whole slabs
 
-void Store::run(size_t n, const std::function<void(size_t)>& task) const {
+void Store::run_parallel(size_t n, const std::function<void(size_t)>& task) const {
     std::mutex mutex;
     std::exception_ptr first;
     parallel_(n, [&](size_t i) {
@@ -102,20 +102,20 @@ void Store::release(int32_t id) {
     const std::lock_guard<std::mutex> lock(mutex_);
     size_t freed = 0;
     for (const Head& head : sequence_locked(id).heads) {
-        for (uint8_t* tile : head.tiles) freed += unref(tile);
+        for (uint8_t* tile : head.tiles) freed += drop_owner(tile);
     }
     arena_.unclaim(freed);
     sequences_.erase(id);
 }
 
-size_t Store::unref(uint8_t* tile) noexcept {
+size_t Store::drop_owner(uint8_t* tile) noexcept {
     if (header(tile).refs.fetch_sub(1) != 1) return 0;
     const size_t bytes = layout(tile).bytes;
-    arena_.put(tile, bytes);
+    arena_.free(tile, bytes);
     return bytes;
 }
 
-// -- what is in it ----------------------------------------------------------------------------------------------------
+// -- contents ----------------------------------------------------------------------------------------------------
 
 size_t Store::nbytes() const {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -156,7 +156,7 @@ size_t Store::bytes_for(int64_t num_tokens) const {
 
 const TileLayout& Store::new_layout(size_t head, bool target, bool listed) const {
     const Layouts& l = layouts_[layer_of_[head]];
-    // One layout where both are alike: the kernels take tiles of one layout together, whoever made them.
+    // Where both codecs are alike all tiles share one layout, since kernels process runs of tiles of one layout.
     return target && !same_codecs_ ? l.target[listed] : l.recent[listed];
 }
 

@@ -20,7 +20,7 @@
 
 namespace crush {
 
-// The limit in bytes would be passed. The text has both numbers.
+// Thrown where nbytes would exceed max_bytes. The text has both numbers.
 struct StoreFull : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
@@ -28,8 +28,8 @@ struct StoreFull : std::runtime_error {
 struct StoreConfig {
     std::vector<LayerShape> layers;
     Codec key = Codec::u8, value = Codec::u8;
-    Codec recent = Codec::bf16;  // f32, bf16 or f16: of keys and values of the recent window
-    int recent_tokens = 32;      // at least so many of the newest tokens of a head are in the recent codec
+    Codec recent = Codec::bf16;  // of keys and values of the recent window: f32, bf16 or f16
+    int recent_tokens = 32;      // the newest tokens of a head that are in the recent codec, at least
     int group_size = 32;   // channels per scale of quantised values; a layer with another D takes gcd(group_size, D)
     size_t max_bytes = 0;  // hard limit of nbytes; 0 = none
     std::string isa;       // "" = the best
@@ -52,24 +52,24 @@ struct Staging {
     Codec codec = Codec::bf16;
 };
 
-// One head's tokens: tiles in this order: those of the target codec, all full; then those of the recent codec, all full
-// but the last; then empty ones that `reserve` got. Tokens are numbered through the tiles ("cached index").
+// The tokens of one KV head. Its tiles in order: full ones of the target codec; ones of the recent codec, of which the
+// last may be partly filled; empty ones from `reserve`. A token's number through all tiles is its cached index.
 struct Head {
     std::vector<uint8_t*> tiles;
     int64_t num_tokens = 0;
-    int64_t num_settled = 0;  // tiles of the target codec, at the front
+    int64_t num_target = 0;  // tiles of the target codec, at the front
 };
 
-// Queries of the last rows of a sequence, one layer: a ring [capacity, H * D].
+// Queries of the last rows of a sequence in one layer: a ring buffer [capacity, H * D].
 struct Capture {
     std::vector<float> q;
     std::vector<int32_t> position;
-    int64_t seen = 0;
+    int64_t seen = 0;  // rows so far; row i is in slot i % capacity
 };
 
 struct Sequence {
-    std::vector<Head> heads;    // of all layers, numbered through
-    int64_t next_position = 0;  // 1 + the largest position that any head ever held
+    std::vector<Head> heads;    // of all layers, layer by layer
+    int64_t next_position = 0;  // 1 + the largest position of a token so far, dropped ones included
     int64_t capture_rows = 0;
     std::vector<Capture> captures;       // [layers] if capture_rows > 0
     std::vector<int32_t> staged_blocks;  // block table of a fresh prompt
@@ -82,11 +82,11 @@ struct HeadTokens {
     std::vector<int32_t> positions;
 };
 
-// What a sequence holds, for files. Row h of `heads` is about head h, counted through all layers.
+// What a sequence holds, for files. Entry h of `heads` describes head h, numbered as in Sequence.
 struct DumpedHead {
-    int64_t num_tokens, num_settled;  // as in Head
-    int64_t bytes;                    // of its tiles
-    int64_t next_position;            // of the sequence: the same for all heads
+    int64_t num_tokens, num_target;  // as in Head
+    int64_t bytes;                   // of its tiles
+    int64_t next_position;           // of the sequence: the same for all heads
 };
 struct Dump {
     std::vector<DumpedHead> heads;
@@ -102,10 +102,10 @@ struct PrefillSpan {
 
 struct TokenBuffer;
 
-// Every public function takes the lock; the *_locked ones are for the op, which holds it for a whole layer.
-// Whether these kernels read prompts of such a layer that are staged as `staging`: see Store::prefill_locked.
+// Whether Store::prefill_locked works with these kernels for such a layer, with staging blocks of this codec.
 bool can_prefill(const Kernels& kernels, const LayerShape& shape, Codec staging);
 
+// Every public function takes the lock, but for the *_locked ones: their caller holds it, for a whole layer.
 class Store {
 public:
     Store(StoreConfig config, ParallelFor parallel);  // throws std::invalid_argument naming the field
@@ -118,41 +118,42 @@ public:
 
     int32_t create(int64_t capture_rows = 0);
     void release(int32_t id);
-    // A twin that shares all tiles; with num_tokens only the tokens whose position is below it: then every head must
-    // hold exactly the positions 0..n-1, n >= num_tokens, and the tile in which the cut falls is decoded into a tile of
-    // the recent codec. Throws StoreFull where that tile does not fit. What was captured is copied, but not to a twin
-    // that is cut.
+    // A new sequence that shares all tiles with this one. With num_tokens it has only the positions below num_tokens:
+    // every head must hold exactly the positions 0..n-1, n >= num_tokens, and the tile that is truncated is decoded
+    // into a new tile of the recent codec. Throws StoreFull where that tile does not fit. Captured queries are copied,
+    // unless num_tokens is given.
     int32_t fork(int32_t id, std::optional<int64_t> num_tokens = std::nullopt);
 
-    // Room for num_tokens more tokens in every head: new tiles, and a copy of the last one where it is shared and
-    // partly filled, or where it must list its positions to take the next one. All or nothing; false if nbytes would
-    // pass max_bytes - keep_free.
+    // Allocates slots for num_tokens more tokens in every head: new tiles, and a copy of the last one where it is
+    // partly filled and shared, or must list its positions to take the next one. All or nothing: false, without a
+    // change, if nbytes would exceed max_bytes - keep_free.
     bool reserve(int32_t id, int64_t num_tokens, size_t keep_free = 0);
-    // Tokens that can be appended at the next position to every head without a reserve.
+    // Tokens that every head can take at the next position without another reserve.
     int64_t free_slots(int32_t id) const;
-    // Append rows k, v [n, K * D] to a layer, as append_locked.
+    // append_locked, with the lock.
     void append(int32_t id, size_t layer, const float* k, const float* v, int64_t n, int64_t first_position);
-    // Move what left the recent window of each head into tiles of the target codec. Never fails: a shared tile that
-    // cannot be replaced within the limit waits.
-    void settle(int32_t id);
+    // Encodes tokens that have left the recent window of each head into tiles of the target codec. Never fails: a tile
+    // that cannot be replaced within the limit stays as it is until the next call.
+    void quantize_aged(int32_t id);
 
     void set_staging(size_t layer, Staging staging);
-    // The prompt of an empty sequence lies in these blocks. No tokens: it is not staged any more.
-    void stage(int32_t id, std::vector<int32_t> blocks, int64_t num_tokens);
-    // Take the staged tokens (all, or the selection by token index) into the empty sequence, which is not staged then.
-    // Throws StoreFull, leaving it as it was.
-    void adopt(int32_t id, const Selection* selection = nullptr, size_t keep_free = 0);
-    // Keep only the selected cached tokens. Order of a head of which not all is kept: target tiles of which all 32
-    // stay, untouched; then the other tokens in their order, the oldest in new target tiles, the newest in recent
-    // tiles. Empty tiles are freed. Returns for each new cached index the old one, head by head as in the selection.
-    // Throws StoreFull, with nothing changed, if the result does not fit (it can be larger than what was there, where
-    // tiles are shared).
+    // The prompt of an empty sequence lies in these staging blocks. num_tokens = 0 detaches it.
+    void attach_prefill(int32_t id, std::vector<int32_t> blocks, int64_t num_tokens);
+    // Encodes the staged tokens (all, or a selection by token index) into tiles of the sequence, and detaches the
+    // staging blocks. Throws StoreFull, with nothing changed.
+    void commit_prefill(int32_t id, const Selection* selection = nullptr, size_t keep_free = 0);
+    // Keeps only the selected cached tokens. New order of a head that loses some: first its target tiles that keep all
+    // 32 tokens, untouched; then the other tokens in their order, the oldest in new target tiles, the newest in recent
+    // tiles. Empty tiles are freed. Returns the old cached index of each new one, head by head as in the selection.
+    // Throws StoreFull, with nothing changed, if the result does not fit (where tiles are shared it can take more
+    // bytes than before).
     std::vector<int32_t> compact(int32_t id, const Selection& selection);
 
-    // What a sequence holds, but for empty tiles and captured queries. Same content, same bytes. Not of a staged one.
+    // What a sequence holds, without empty tiles and captured queries. Same content, same bytes. Throws for a staged
+    // one.
     Dump dump(int32_t id) const;
-    // A new sequence of what was dumped in a store of the same layers, codecs and group size. Throws
-    // std::invalid_argument for anything that this store would not have made, StoreFull where it does not fit.
+    // A new sequence from the dump of a store with the same layers, codecs and group size. Throws
+    // std::invalid_argument for anything that this store would not have written, StoreFull where it does not fit.
     int32_t load(const std::vector<DumpedHead>& heads, const uint8_t* tiles, size_t num_bytes, int64_t capture_rows = 0,
                  size_t keep_free = 0);
 
@@ -163,34 +164,33 @@ public:
     size_t nbytes() const;  // bytes of all tiles in use, each counted once: the sum of their layouts' bytes
     size_t nbytes_of(int32_t id) const;          // bytes of the tiles that a sequence can reach, shared ones in full
     size_t reserved_bytes() const;               // what the arena holds of the operating system's memory
-    size_t bytes_for(int64_t num_tokens) const;  // of a sequence of num_tokens adopted whole
+    size_t bytes_for(int64_t num_tokens) const;  // of a sequence that commits a prompt of num_tokens whole
     size_t num_sequences() const;
 
-    // For the op, under the lock.
+    // For callers that hold the lock.
     std::mutex& mutex() const { return mutex_; }
     Sequence& sequence_locked(int32_t id);  // throws std::invalid_argument "sequence must be ..., got ..."
     const Sequence& sequence_locked(int32_t id) const;
-    // Append rows k, v [n, K * D] at positions first_position.. to a layer. Throws std::logic_error without a reserve
-    // before; StoreFull where the rows do not go on at the sequence's next position, must have tiles that list their
-    // positions, and those do not fit.
+    // Appends rows k, v [n, K * D] at positions first_position, ... to a layer. Throws std::logic_error where slots for
+    // them are not reserved. Rows that do not continue at the sequence's next position may need tiles that list their
+    // positions: throws StoreFull where those do not fit.
     void append_locked(Sequence&, size_t layer, const float* k, const float* v, int64_t n, int32_t first_position);
     void capture_locked(Sequence&, size_t layer, const float* q, int64_t n, int32_t first_position);
-    // How many query rows are captured from now on. Those there are stay only where the number does.
+    // Sets how many query rows are captured. A new number drops those captured so far.
     void set_capture(int32_t id, int64_t rows);
     // The captured queries of a layer, oldest first: rows [n, H * D] and their positions are appended to the vectors.
     void captured_locked(const Sequence&, size_t layer, std::vector<float>& rows,
                          std::vector<int32_t>& positions) const;
-    // Write rows k, v [rows, K * D] of staged prompts to their blocks, and attend to all of each prompt up to the row
-    // itself: out [rows, H * D] of q.
+    // Writes rows k, v [rows, K * D] of staged prompts to their blocks, and attends with q [rows, H * D] to all tokens
+    // of its prompt up to the row itself: out [rows, H * D].
     void prefill_locked(size_t layer, const std::vector<PrefillSpan>&, const float* q, const float* k, const float* v,
                         float* out, int num_threads) const;
-    // Filled tiles only; the storage belongs to `views` and lives as long as the tiles are not changed.
+    // The filled tiles of each KV head. Valid until the sequence changes.
     std::vector<HeadView> views_locked(const Sequence&, size_t layer) const;
-    // For a staged prompt: tiles with its keys alone, made of its staging blocks, for scores only.
+    // Tiles with the keys of a staged prompt only, copied from its staging blocks into `storage`: for scores.
     std::vector<HeadView> staged_views_locked(const Sequence&, size_t layer, std::vector<uint8_t>& storage,
                                               std::vector<const uint8_t*>& pointers) const;
-    // attention_scores of rows q [num_rows, H * D] over what a sequence holds in a layer, stored or staged: appended to
-    // `out`.
+    // Appends to `out` the attention_scores of rows q [num_rows, H * D] over a layer of a sequence, stored or staged.
     void scores_locked(const Sequence&, size_t layer, const float* q, const int32_t* row_position, size_t num_rows,
                        Reduce, std::vector<float>& out) const;
 
@@ -200,7 +200,7 @@ private:
         TileLayout staged;                // keys only, as staged
         Staging staging;
     };
-    struct NewTile {  // a tile that a head is to get, at `index`; replaces what is there
+    struct NewTile {  // for place `index` of a head's tiles; replaces a tile that is there
         Head* head;
         size_t index;
         const TileLayout* layout;
@@ -210,28 +210,29 @@ private:
     struct Record;
 
     std::unique_ptr<Sequence> new_sequence(int64_t capture_rows) const;
-    void run(size_t n,
-             const std::function<void(size_t)>& task) const;  // parallel; the first exception is thrown afterwards
-    size_t check_head(size_t layer, size_t head) const;       // its number
+    void run_parallel(
+        size_t n,
+        const std::function<void(size_t)>& task) const;  // throws the first exception of a task at the end
+    size_t check_head(size_t layer, size_t head) const;  // its number
     void check_selection(const Selection&, const std::function<int64_t(size_t)>& num_tokens) const;
     int64_t num_target_tiles(int64_t num_tokens) const;
     const TileLayout& new_layout(size_t head, bool target, bool listed) const;
-    size_t unref(uint8_t* tile) noexcept;  // bytes that are free now; they stay claimed
+    size_t drop_owner(uint8_t* tile) noexcept;  // returns the bytes this frees; they stay claimed
     bool reserve_heads(Sequence&, size_t begin, size_t end, int64_t num_tokens, int64_t position, size_t keep_free);
     void append_head(Head&, const float* k, const float* v, size_t stride, int64_t n, int32_t first_position) const;
-    void settle_head(size_t head, Head&, int64_t num_tiles);
+    void quantize_aged_head(size_t head, Head&, int64_t num_tiles);
     void check_staged(const Sequence&, size_t layer) const;
     void read_staged(const Sequence&, size_t layer, size_t head, const int32_t* tokens, int count, TokenBuffer&) const;
-    // Appends the scores of a staged prompt without making tiles of it. False if the kernels cannot.
+    // Appends the scores of a staged prompt straight from its blocks. False if the kernels cannot.
     bool score_blocks(const Sequence&, size_t layer, StagedScores, std::vector<float>& out) const;
     uint8_t* write_new(const TileLayout&, const TokenBuffer&);
-    void adopt_head(const Sequence&, size_t head, const Selection*, std::vector<uint8_t*>& tiles);
+    void commit_head(const Sequence&, size_t head, const Selection*, std::vector<uint8_t*>& tiles);
     CompactPlan plan_compact(size_t head, const Head&, const int32_t* kept, int64_t num_kept) const;
-    void compact_head(size_t head, Head&, CompactPlan&);
+    void compact_head(Head&, CompactPlan&);
     void read_records(size_t head, const DumpedHead&, const uint8_t* tiles, std::vector<Record>&) const;
     void make_tiles(const std::vector<Record>&, std::vector<uint8_t*>& tiles);
     void check_prefix(const Sequence&, int64_t num_tokens) const;
-    void cut(Sequence& twin, const Sequence&, int64_t num_tokens);
+    void truncate(Sequence& forked, const Sequence&, int64_t num_tokens);
 
     StoreConfig config_;
     const Kernels* kernels_;
@@ -240,13 +241,13 @@ private:
     std::vector<Layouts> layouts_;    // [layers]
     std::vector<size_t> first_head_;  // [layers + 1]
     std::vector<size_t> layer_of_;    // [heads]
-    bool same_codecs_;                // target and recent tiles are alike
+    bool same_codecs_;                // of target and recent tiles
     Arena arena_;
     std::unordered_map<int32_t, std::unique_ptr<Sequence>> sequences_;
     int32_t last_id_ = 0;
 };
 
-// Stores by id, for the op: the graph carries an int32, which no stale value can turn into a pointer.
+// Stores by id, for the op: a stale int32 in the graph finds no store, where a stale pointer would be followed.
 class StoreRegistry {
 public:
     static int32_t add(std::shared_ptr<Store>);

@@ -1,4 +1,4 @@
-// Tokens on their way between tiles: 32 of them as float32, and the tiles they are written to and read from.
+// Reading and writing the tokens of tiles: up to 32 of them as float32, with their positions.
 #pragma once
 
 #include <cstdint>
@@ -27,9 +27,9 @@ bool can_follow(const uint8_t* tile, int64_t position);
 void make_empty(uint8_t* tile, const TileLayout&);
 // Makes `tile` one of this layout that holds the buffer's tokens.
 void write_tile(const Kernels&, uint8_t* tile, const TileLayout&, const TokenBuffer&);
-// Makes `tile` a copy of `source` for one owner. The layout may list positions where the source does not.
+// Copies `source` to `tile`, with one owner. The layout may list positions where the source does not.
 void copy_tile(uint8_t* tile, const TileLayout&, const uint8_t* source);
-// Slot `slot`, the one behind all that are filled, gets this position, which can follow in a tile that is not listed.
+// Sets the position of slot `slot`, the first unfilled one. If the tile does not list positions, can_follow must hold.
 // Updates the bounds, not the count.
 void set_position(uint8_t* tile, int slot, int32_t position);
 
