@@ -17,22 +17,29 @@ from ov_kvcrush.bench.help import HELP
 from ov_kvcrush.bench.plot import check_plot, read_reports, write_plot
 from ov_kvcrush.bench.process import WorkerError
 from ov_kvcrush.bench.report import (
-    Row,
-    check_writable,
+    BenchRow,
     make_attention_report,
     make_ratios,
     make_report,
     make_rows,
-    write_json,
 )
-from ov_kvcrush.bench.settings import BenchSettings, check_at_least, parse_numbers, parse_properties
+from ov_kvcrush.bench.settings import BenchSettings
 from ov_kvcrush.bench.table import attention_table, ratios_table, rows_table
 from ov_kvcrush.cli.console import out, progress
 from ov_kvcrush.cli.environment import describe_environment
-from ov_kvcrush.cli.policy_options import NAME_OR_LIST, Kept, KeptTokens, Others, PolicyOptions, explain_if_asked
+from ov_kvcrush.cli.parse import check_at_least, parse_numbers, parse_properties
+from ov_kvcrush.cli.policy_options import (
+    NAME_OR_LIST,
+    KeptOption,
+    KeptTokensOption,
+    OtherOptions,
+    PolicyOptions,
+    explain_if_asked,
+)
 from ov_kvcrush.config import PRECISIONS
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.model.default import default_model_path
+from ov_kvcrush.utils.json_file import check_writable, write_json
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -79,13 +86,13 @@ def bench(
             help="What stays in our KV cache; everything if left out.",
         ),
     ] = None,
-    kept: Kept = None,
-    kept_tokens: KeptTokens = None,
+    kept: KeptOption = None,
+    kept_tokens: KeptTokensOption = None,
     min_tokens: Annotated[
         int | None,
         typer.Option(metavar="N", help="A prompt of as many tokens is kept whole. Default: 128, or --kept-tokens."),
     ] = None,
-    policy_options: Others = None,
+    policy_options: OtherOptions = None,
     runs: Annotated[
         int | None,
         typer.Option(metavar="R", help="Measured runs per engine, after a warm-up: 3, with --attention 15."),
@@ -246,7 +253,7 @@ def _write(report: dict[str, Any], json_path: Path | None, plot: Path | None, co
         console.print(Text(f"written to {plot}"))
 
 
-def _measure(settings: BenchSettings, console: Console) -> list[Row]:
+def _measure(settings: BenchSettings, console: Console) -> list[BenchRow]:
     """Measure all cells and print them, also those that were complete when something went wrong."""
     results: list[CellResult] = []
     try:
@@ -259,7 +266,7 @@ def _measure(settings: BenchSettings, console: Console) -> list[Row]:
     return rows
 
 
-def _print_tables(rows: list[Row]) -> None:
+def _print_tables(rows: list[BenchRow]) -> None:
     if not rows:
         return
     console = out()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from ov_kvcrush.bench.measure import RunResult, Storage
 from ov_kvcrush.bench.process import worker
 from ov_kvcrush.bench.settings import BenchSettings, Cell
+from ov_kvcrush.cli.console import Report
 
 WARM_UP_TOKENS = 16
-
-Report = Callable[[str], None]
 
 
 @dataclass

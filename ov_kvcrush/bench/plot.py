@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import IO, Any
+from typing import Any
 
-from ov_kvcrush.bench.report import check_writable, write_whole
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.utils.json_file import check_writable, write_file
 
 AXES = {"context": "cached tokens per request", "batch": "requests together", "threads": "threads"}
 _MAX_JSON_BYTES = 64 << 20
@@ -184,11 +185,9 @@ def write_plot(path: Path, reports: Sequence[Mapping[str, Any]]) -> None:
     figure.suptitle(_subject(reports[0]), fontsize=10)
     for part, kind in zip(figure.subfigures(len(kinds), 1, squeeze=False)[:, 0], kinds, strict=True):
         _draw_row(part, [panel for panel in panels if panel.kind == kind], columns)
-
-    def save(file: IO[bytes]) -> None:
-        figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)
-
-    write_whole(path, "plot", save)
+    file = io.BytesIO()
+    figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)
+    write_file(path, "plot", file.getvalue())
 
 
 def _draw_row(part: Any, panels: Sequence[Panel], columns: int) -> None:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import IO, Any
+from typing import Any
 
 from ov_kvcrush.bench.attention.measure import AttentionRow, AttentionSettings
 from ov_kvcrush.bench.compare import CellResult, EngineRuns
 from ov_kvcrush.bench.measure import RunResult
 from ov_kvcrush.bench.settings import EVICTING, OURS, BenchSettings, Cell
-from ov_kvcrush.errors import CrushError
 from ov_kvcrush.genai.eviction import nearest
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import name_of, settings_of
@@ -28,7 +23,7 @@ COMPARED = {"ttft_s": False, "tpot_ms": False, "tokens_per_s": True, "kv_bytes":
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One engine in one cell; times, rates and bytes are medians over the runs, but peak_rss_bytes is of the process.
 
     policy: its name; of "genai-policy" that of what openvino_genai has instead. kept_tokens: tokens of the prompt that
@@ -78,7 +73,7 @@ class Quotients:
     pairs_max: float
 
 
-def make_row(cell: Cell, settings: BenchSettings, engine: EngineRuns) -> Row:
+def make_row(cell: Cell, settings: BenchSettings, engine: EngineRuns) -> BenchRow:
     """Summarise the runs of one engine in one cell."""
 
     def middle(value: Callable[[RunResult], float]) -> float:
@@ -91,7 +86,7 @@ def make_row(cell: Cell, settings: BenchSettings, engine: EngineRuns) -> Row:
     stored = engine.storage
     kept = middle_if_told(lambda run: run.kept_tokens)
     asked = (settings.key_precision, stored.key_precision), (settings.value_precision, stored.value_precision)
-    return Row(
+    return BenchRow(
         engine=engine.engine,
         attention=stored.attention,
         key_precision=stored.key_precision,
@@ -141,7 +136,7 @@ def quotients(ours: Sequence[float], theirs: Sequence[float], more_is_better: bo
     )
 
 
-def make_ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def make_ratios(rows: Sequence[BenchRow]) -> list[dict[str, Any]]:
     """One entry for each row of another engine that follows the row of ours for the same cell."""
     ratios: list[dict[str, Any]] = []
     for ours, theirs in pairwise(rows):
@@ -161,18 +156,18 @@ def make_ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return ratios
 
 
-def _values(row: Row, name: str) -> list[Any]:
+def _values(row: BenchRow, name: str) -> list[Any]:
     """The field's value in each run; a field that only the process has counts as one run."""
     return [getattr(row, name)] if name == "peak_rss_bytes" else [getattr(run, name) for run in row.runs]
 
 
-def make_rows(results: Sequence[CellResult], settings: BenchSettings) -> list[Row]:
+def make_rows(results: Sequence[CellResult], settings: BenchSettings) -> list[BenchRow]:
     """All rows, the engines of a cell next to each other."""
     return [make_row(r.cell, settings, engine) for r in results for engine in r.engines]
 
 
 def make_report(
-    rows: Sequence[Row], settings: BenchSettings, environment: Mapping[str, Any], command: str
+    rows: Sequence[BenchRow], settings: BenchSettings, environment: Mapping[str, Any], command: str
 ) -> dict[str, Any]:
     """The content of the JSON file."""
     return {
@@ -202,46 +197,3 @@ def make_attention_report(
         "settings": {**asdict(settings), "model": str(model)},
         "command": command,
     }
-
-
-def check_writable(path: Path, option: str = "json") -> None:
-    """Raise CrushError naming the option unless a file can be written at `path`; leaves nothing there."""
-    if path.is_dir():
-        raise CrushError(f"--{option} must be a file to write, got the folder {str(path)!r}")
-    try:
-        tempfile.TemporaryFile(dir=path.absolute().parent).close()
-    except OSError as error:
-        raise _not_writable(path, option, error) from None
-
-
-def write_json(path: Path, report: Mapping[str, Any]) -> None:
-    """Write the report as `write_whole` does."""
-
-    def write(file: IO[bytes]) -> None:
-        text = io.TextIOWrapper(file, encoding="utf-8")
-        json.dump(report, text, indent=2)
-        text.write("\n")
-        text.detach()
-
-    write_whole(path, "json", write)
-
-
-def write_whole(path: Path, option: str, write: Callable[[IO[bytes]], None]) -> None:
-    """Let `write` fill the file whole or not at all; one that is there is replaced. Raises CrushError if that fails."""
-    path = path.absolute()
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                write(file)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise _not_writable(path, option, error) from None
-
-
-def _not_writable(path: Path, option: str, error: OSError) -> CrushError:
-    return CrushError(f"--{option} must be a file that can be written, got {str(path)!r}: {error.strerror}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ov_kvcrush.cli.parse import Property, check_at_least, check_numbers
 from ov_kvcrush.config import ENGINES, PRECISIONS
 from ov_kvcrush.errors import CrushError, ModelError
 from ov_kvcrush.genai.eviction import nearest
@@ -24,8 +24,6 @@ RIVALS = (*(name for name in ENGINES if name != OURS), EVICTING)
 
 # Properties of cache precision, which --key-precision and --value-precision stand for.
 _PRECISION_PROPERTIES = ("KV_CACHE_PRECISION", "KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION")
-
-Property = str | int
 
 
 @dataclass(frozen=True)
@@ -143,30 +141,6 @@ class BenchSettings:
         }
 
 
-def parse_numbers(option: str, text: str) -> tuple[int, ...]:
-    """Return the numbers of "1024,4096", without repetitions. Raises CrushError naming the option."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"[+-]?\d+", part) for part in parts):
-        raise CrushError(f"--{option} must be whole numbers separated by commas, got {text!r}")
-    return tuple(dict.fromkeys(int(part) for part in parts))
-
-
-def parse_properties(texts: Iterable[str], **named: str | None) -> dict[str, Property]:
-    """Return OpenVINO properties from KEY=VALUE texts and from options with a name of their own.
-
-    named: property -> value, None where the option was not given. Whole numbers become int, all else stays text.
-    Raises CrushError for a text without key or value, and for a key that is given twice.
-    """
-    pairs = [(key, value) for key, value in named.items() if value is not None]
-    pairs += checks.key_values("--property", texts)
-    properties: dict[str, Property] = {}
-    for key, value in pairs:
-        if key in properties:
-            raise CrushError(f"property {key} must be given once, got {properties[key]!r} and {value!r}")
-        properties[key] = int(value) if re.fullmatch(r"-?\d+", value) else value
-    return properties
-
-
 def _vocab_size_of_graph(model: Path) -> int:
     import openvino as ov
 
@@ -175,20 +149,6 @@ def _vocab_size_of_graph(model: Path) -> int:
         return int(output.partial_shape[-1].get_length())
     except RuntimeError:
         raise ModelError(f"model must be an LLM with an output 'logits' of known size, got {str(model)!r}") from None
-
-
-def check_at_least(option: str, value: int, minimum: int) -> None:
-    """Raise CrushError naming the option if its value is below `minimum`."""
-    if value < minimum:
-        raise CrushError(f"--{option} must be at least {minimum}, got {value}")
-
-
-def check_numbers(option: str, values: tuple[int, ...]) -> None:
-    """Raise CrushError naming the option unless there are numbers and all are at least 1."""
-    if not values:
-        raise CrushError(f"--{option} must have at least one number, got none")
-    for value in values:
-        check_at_least(option, value, 1)
 
 
 def check_choice(option: str, value: str | None, choices: tuple[str, ...]) -> None:

@@ -9,14 +9,14 @@ from rich import box
 from rich.table import Table
 
 from ov_kvcrush.bench.attention.measure import AttentionRow
-from ov_kvcrush.bench.report import COMPARED, Row
+from ov_kvcrush.bench.report import COMPARED, BenchRow
 from ov_kvcrush.bench.settings import OURS
 
 MIB = 1 << 20
 _COSTS = ("KV\nMiB", "KV bytes\n/token", "peak\nMiB", "growth\nMiB", "overhead\nms/step", "policy\n%")
 
 
-def rows_table(rows: Sequence[Row]) -> Table:
+def rows_table(rows: Sequence[BenchRow]) -> Table:
     """One line per engine and cell."""
     names = ("keys\n/values", "context", "batch", "kept\ntokens", "TTFT\ns", "TPOT\nms", "tokens\n/s", *_COSTS)
     table = _table("medians", "engine", *names)
@@ -62,7 +62,7 @@ def attention_table(rows: Sequence[AttentionRow]) -> Table:
     return table
 
 
-def _remarks(rows: Sequence[Row]) -> list[str]:
+def _remarks(rows: Sequence[BenchRow]) -> list[str]:
     """What a reader must know lest the table misleads."""
     remarks = []
     if not all(row.is_as_asked for row in rows):

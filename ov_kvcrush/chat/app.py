@@ -16,15 +16,15 @@ from rich.markup import escape
 from ov_kvcrush.chat.context_option import ContextWish, context_wish, open_context
 from ov_kvcrush.chat.conversation import ChatPipeline, ContextConversation, Conversation
 from ov_kvcrush.chat.help import EXAMPLES, HELP
-from ov_kvcrush.chat.options import DEFAULT_MIN_TOKENS, DEFAULT_POLICY, ChatOptions
+from ov_kvcrush.chat.options import DEFAULT_CHAT_POLICY, DEFAULT_MIN_TOKENS, ChatOptions
 from ov_kvcrush.chat.output import AnswerWriter, Messages, json_line, stats_line
-from ov_kvcrush.chat.prompt import is_interactive, one_prompt
+from ov_kvcrush.chat.reader import is_interactive, one_prompt
 from ov_kvcrush.chat.session import Session, length_note, tell_kept
 from ov_kvcrush.cli.policy_options import (
     NAME_OR_LIST,
-    Kept,
-    KeptTokens,
-    Others,
+    KeptOption,
+    KeptTokensOption,
+    OtherOptions,
     PolicyOptions,
     explain_if_asked,
     list_policies,
@@ -177,12 +177,12 @@ def parse(
             metavar=NAME_OR_LIST,
             callback=explain_if_asked,
             is_eager=True,
-            help=f"What stays in the KV cache of a long text; none keeps everything. Default: {DEFAULT_POLICY}; of a "
-            f"--context {CONTEXT_POLICY}; with engine genai none.",
+            help="What stays in the KV cache of a long text; none keeps everything. Default: "
+            f"{DEFAULT_CHAT_POLICY}; of a --context {CONTEXT_POLICY}; with engine genai none.",
         ),
     ] = None,
-    kept: Kept = None,
-    kept_tokens: KeptTokens = None,
+    kept: KeptOption = None,
+    kept_tokens: KeptTokensOption = None,
     min_tokens: Annotated[
         int | None,
         typer.Option(
@@ -191,7 +191,7 @@ def parse(
             f"{DEFAULT_MIN_TOKENS}; with --kept-tokens as many as these.",
         ),
     ] = None,
-    policy_options: Others = None,
+    policy_options: OtherOptions = None,
     show_kept: Annotated[
         bool, typer.Option("--show-kept", help="Show after each answer what the cache kept of its prompt, in colours.")
     ] = False,

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ov_kvcrush.chat.prompt import MAX_STDIN_BYTES
+from ov_kvcrush.chat.reader import MAX_STDIN_BYTES
 from ov_kvcrush.cli.policy_options import PolicyOptions
 from ov_kvcrush.config import check_engine
 from ov_kvcrush.contexts.context import DEFAULT_POLICY, Context

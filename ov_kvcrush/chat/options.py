@@ -14,7 +14,7 @@ from ov_kvcrush.genai.backend import genai_cache_properties
 from ov_kvcrush.genai.eviction import translate
 from ov_kvcrush.policies.base import Policy
 
-DEFAULT_POLICY = "kvcrush"
+DEFAULT_CHAT_POLICY = "kvcrush"
 DEFAULT_MIN_TOKENS = 1024  # a chat of as many tokens keeps all of them
 _MIB_PER_GIB = 1024
 
@@ -89,7 +89,7 @@ class ChatOptions:
             raise CrushError(f"policy must be given with {min(settings)}: engine='genai' has none by default, got none")
         if name is None and not settings and (is_genai or native.why_unavailable()):
             return None
-        policy = self.policy.build(name or DEFAULT_POLICY, DEFAULT_MIN_TOKENS)
+        policy = self.policy.build(name or DEFAULT_CHAT_POLICY, DEFAULT_MIN_TOKENS)
         return policy if policy.evicts else None
 
     def scheduler_config(self) -> SchedulerConfig | None:

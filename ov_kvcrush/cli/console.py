@@ -1,15 +1,15 @@
-"""Where the bench prints: tables to standard output, progress to standard error."""
+"""Where a command prints: tables to standard output, progress to standard error."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ov_kvcrush.bench.compare import Report
+Report = Callable[[str], None]  # told what begins now
 
 
 def out() -> Console:

@@ -16,11 +16,13 @@ from ov_kvcrush.utils.checks import key_values
 LIST = "help"  # in place of a policy's name: say which there are
 NAME_OR_LIST = f"NAME|{LIST}"
 
-Kept = Annotated[
+KeptOption = Annotated[
     float | None, typer.Option(metavar="F", help="Keep this fraction of the text, in (0, 1]. Default: 0.25.")
 ]
-KeptTokens = Annotated[int | None, typer.Option(metavar="N", help="Instead: keep N tokens, however long the text.")]
-Others = Annotated[
+KeptTokensOption = Annotated[
+    int | None, typer.Option(metavar="N", help="Instead: keep N tokens, however long the text.")
+]
+OtherOptions = Annotated[
     list[str] | None,
     typer.Option("--policy-option", metavar="KEY=VALUE", help="Another setting of the policy; repeatable."),
 ]

@@ -1,134 +1,31 @@
-"""From predictions to rows: score, the full cache's score beside it, and the interval of their difference."""
+"""From predictions to result rows: score, the full cache's score beside it, and the interval of their difference."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ov_kvcrush.config import ENGINES, PRECISIONS
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.bootstrap import RESAMPLES, bootstrap_means, generator, interval
-from ov_kvcrush.eval.fields import check_number, check_object, check_text
-from ov_kvcrush.utils.checks import check_choice, check_fraction, check_integer
+from ov_kvcrush.eval.records import AVERAGE, FULL, Prediction, PredictionKey, Setting, bits
+from ov_kvcrush.utils.checks import (
+    check_choice,
+    check_fraction,
+    check_integer,
+    check_number,
+    check_object,
+    check_string,
+)
 
-QUERIES = ("aware", "agnostic")
-FULL = "none"  # the policy that keeps everything
-AVERAGE = "average"
-_BITS = {"f32": 32, "bf16": 16, "f16": 16, "u8": 8, "u4": 4, "u2": 2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """One way to hold the cache.
-
-    policy: its name, "none" = the full cache. policy_settings: of the policy, besides the budget. kept, kept_tokens:
-    the budget as it was asked for, a fraction of the prompt or a number of tokens; the full cache has neither.
-    query: "aware" = the policy sees the question, "agnostic" = it sees the context alone.
-    Raises CrushError for anything else.
-    """
-
-    engine: str
-    policy: str
-    key_precision: str
-    value_precision: str
-    query: str = "aware"
-    kept: float | None = None
-    kept_tokens: int | None = None
-    policy_settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_choice("engine", self.engine, ENGINES)
-        check_choice("key_precision", self.key_precision, PRECISIONS)
-        check_choice("value_precision", self.value_precision, PRECISIONS)
-        check_choice("query", self.query, QUERIES)
-        check_text("policy", self.policy)
-        check_object("policy_settings", self.policy_settings)
-        if self.kept is not None:
-            check_fraction("kept", self.kept)
-        if self.kept_tokens is not None:
-            check_integer("kept_tokens", self.kept_tokens, 1)
-        if (self.kept is not None) + (self.kept_tokens is not None) != (self.policy != FULL):
-            rule = "left out" if self.policy == FULL else "given, or kept_tokens instead"
-            raise CrushError(
-                f"kept must be {rule} with policy {self.policy!r}, got kept={self.kept} and "
-                f"kept_tokens={self.kept_tokens}"
-            )
-
-    @property
-    def precisions(self) -> str:
-        """As a row has them."""
-        return f"{self.key_precision}/{self.value_precision}"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """As a row has them."""
-        asked = {} if self.kept_tokens is None else {"kept_tokens": self.kept_tokens}
-        return {**self.policy_settings, **asked}
-
-    @property
-    def key(self) -> str:
-        """A name for files: the same for equal settings, today and tomorrow, another for others."""
-        values = {name: _canonical(value) for name, value in asdict(self).items()}
-        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
-        budget = "full" if self.policy == FULL else f"{self.kept or self.kept_tokens:g}"
-        return f"{self.engine}-{self.policy}-{budget}-{self.key_precision}-{self.value_precision}-{self.query}-{digest}"
-
-
-class PredictionKey(NamedTuple):
-    """What was asked of which setting; nothing is asked twice in a run."""
-
-    task: str
-    item_id: str
-    question_index: int
-    setting_key: str
+RESAMPLES = 10_000
+_TAILS = (0.025, 0.975)
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """One answer and what it cost.
-
-    turn: of a conversation, from 0 on; 0 where there is none. score: of `text` by the task's metric, or a loss.
-    kept_tokens: cached tokens of a head, on average, when the prompt had been read and the policy had chosen; bytes:
-    of the whole cache of this request then. prompt_tokens: all that was read, earlier turns included.
-    seconds: from the adopted cache to the end of the answer. Raises CrushError for wrong types and negative numbers.
-    """
-
-    item_id: str
-    task: str
-    question_index: int
-    turn: int
-    setting_key: str
-    text: str
-    score: float
-    kept_tokens: float
-    prompt_tokens: int
-    bytes: int
-    seconds: float
-
-    def __post_init__(self) -> None:
-        for name in ("item_id", "task", "setting_key"):
-            check_text(name, getattr(self, name))
-        if not isinstance(self.text, str):
-            raise CrushError(f"text must be a string, got {self.text!r}")
-        for name, minimum in (("question_index", 0), ("turn", 0), ("prompt_tokens", 1), ("bytes", 0)):
-            check_integer(name, getattr(self, name), minimum)
-        check_number("score", self.score)
-        check_number("kept_tokens", self.kept_tokens, 0)
-        check_number("seconds", self.seconds, 0)
-
-    @property
-    def key(self) -> PredictionKey:
-        """What this is the answer to."""
-        return PredictionKey(self.task, self.item_id, self.question_index, self.setting_key)
-
-
-@dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One setting on one task, or on the average of all tasks (task = "average": mean of the tasks' means).
 
     kept: fraction that was asked for, 1.0 = full cache, None where tokens were asked for (settings["kept_tokens"]).
@@ -157,7 +54,7 @@ class Row:
 
     def __post_init__(self) -> None:
         for name in ("suite", "task", "engine", "policy", "query", "precisions"):
-            check_text(name, getattr(self, name))
+            check_string(name, getattr(self, name))
         check_object("settings", self.settings)
         bits(self.precisions)
         if self.kept is not None:
@@ -169,14 +66,14 @@ class Row:
             check_number(name, getattr(self, name))
 
 
-def rows_of(
+def result_rows(
     predictions: Iterable[Prediction],
     settings: Sequence[Setting],
     suite: str,
     *,
     seed: int = 0,
     resamples: int = RESAMPLES,
-) -> list[Row]:
+) -> list[ResultRow]:
     """A row for every setting on every task, then on the average; tasks in the order in which they first appear.
 
     The order of the predictions of a task changes nothing. Raises CrushError if there are none, for a setting whose
@@ -184,7 +81,7 @@ def rows_of(
     """
     check_integer("resamples", resamples, 1)
     full = [settings.index(full_cache_of(setting, settings)) for setting in settings]
-    rows: list[Row] = []
+    rows: list[ResultRow] = []
     draws: list[np.ndarray] = []
     numbers: list[np.ndarray] = []
     num_items = 0
@@ -208,14 +105,6 @@ def full_cache_of(setting: Setting, settings: Sequence[Setting]) -> Setting:
     if not found:
         raise CrushError(f"settings must have the full cache of engine {setting.engine!r} to compare with, got none")
     return min(found, key=lambda full: (full.query != setting.query, -bits(full.precisions)))
-
-
-def bits(precisions: str) -> int:
-    """Bits of a key's and a value's number together, scales left out. Raises CrushError unless it is "keys/values"."""
-    names = precisions.split("/")
-    for name in names:
-        check_choice("precisions", name, PRECISIONS)
-    return sum(_BITS[name] for name in names)
 
 
 class _Means(NamedTuple):
@@ -274,11 +163,11 @@ def _rows(
     numbers: np.ndarray,
     full: Sequence[int],
     intervals: np.ndarray,
-) -> list[Row]:
+) -> list[ResultRow]:
     """numbers: score, kept tokens, bytes per token, float64 (S, 3). full: each one's full cache. intervals: (S, 2)."""
     scores = numbers[:, 0].tolist()
     return [
-        Row(
+        ResultRow(
             suite=suite,
             task=task,
             engine=setting.engine,
@@ -302,8 +191,24 @@ def _rows(
     ]
 
 
-def _canonical(value: Any) -> Any:
-    """Equal values in one form: 1 and 1.0 are the same setting."""
-    if isinstance(value, dict):
-        return {name: _canonical(inner) for name, inner in value.items()}
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def generator(seed: int, task: str) -> np.random.Generator:
+    """What draws the items of a task: its own, so that a task's interval does not depend on what else was run."""
+    return np.random.default_rng([seed, zlib.crc32(task.encode())])
+
+
+def bootstrap_means(values: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
+    """Means of items drawn with replacement, the same items for every setting: float64 (resamples, S).
+
+    values: float64 (S, n), one row per setting. O(resamples * n * S), as one product of matrices.
+    """
+    n = values.shape[1]
+    drawn = rng.integers(0, n, (resamples, n)) + np.arange(resamples)[:, None] * n
+    counts = np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n)
+    # About the mean: what does not differ from item to item has no spread, not even that of rounding.
+    centre = values.mean(axis=1)
+    return centre + counts.astype(np.float64) @ (values - centre[:, None]).T / n
+
+
+def interval(draws: np.ndarray) -> np.ndarray:
+    """The middle 95 % of means (resamples, S): float64 (S, 2), low and high."""
+    return np.quantile(draws, _TAILS, axis=0).T

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -27,6 +28,26 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise CrushError(f"{name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}")
+
+
+def check_number(name: str, value: Any, minimum: float = -math.inf) -> None:
+    """Raise CrushError unless value is a finite number of at least minimum."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < minimum:
+        least = "" if minimum == -math.inf else f" of at least {minimum:g}"
+        raise CrushError(f"{name} must be a finite number{least}, got {value!r}")
+
+
+def check_string(name: str, value: Any) -> None:
+    """Raise CrushError unless value is a string that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise CrushError(f"{name} must be a string that is not empty, got {value!r}")
+
+
+def check_object(name: str, value: Any) -> None:
+    """Raise CrushError unless value is a mapping from strings."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise CrushError(f"{name} must be an object with names, got {value!r}")
 
 
 def known_options(options: dict[str, Any], cls: Any, what: str) -> dict[str, Any]:

@@ -24,13 +24,15 @@ from ov_kvcrush.bench.cli import app
 from ov_kvcrush.bench.compare import EngineRuns, measure, num_stages
 from ov_kvcrush.bench.measure import RunResult, Storage, random_prompts, run_once, summarise
 from ov_kvcrush.bench.process import WorkerError, worker
-from ov_kvcrush.bench.report import check_writable, make_ratios, make_row, make_rows, quotients, write_json
-from ov_kvcrush.bench.settings import BenchSettings, Cell, parse_numbers, parse_properties
+from ov_kvcrush.bench.report import make_ratios, make_row, make_rows, quotients
+from ov_kvcrush.bench.settings import BenchSettings, Cell
 from ov_kvcrush.cli.environment import describe_environment
+from ov_kvcrush.cli.parse import parse_numbers, parse_properties
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.model.default import default_model_path
 from ov_kvcrush.model.precision import plugin_precisions
 from ov_kvcrush.policies.registry import build, settings_of
+from ov_kvcrush.utils.json_file import check_writable, write_json
 
 ROW_FIELDS = {
     *("engine", "policy", "context", "batch", "kept_tokens", "ttft_s", "tpot_ms", "tokens_per_s", "kv_bytes"),

@@ -22,15 +22,13 @@ import pytest
 from rich.console import Console
 
 from ov_kvcrush import CacheConfig, LLMPipeline, RequestError, SchedulerConfig, native
-from ov_kvcrush.chat import prompt as prompt_module
 from ov_kvcrush.chat import reader as reader_module
 from ov_kvcrush.chat.app import run
 from ov_kvcrush.chat.conversation import Conversation
 from ov_kvcrush.chat.kept_view import EVICTED, KEPT, KEPT_BY_FEW, STANDS, STANDS_FOR_FEW, fates, pieces, show_kept
 from ov_kvcrush.chat.options import ChatOptions
 from ov_kvcrush.chat.output import AnswerWriter, Messages, visible
-from ov_kvcrush.chat.prompt import one_prompt
-from ov_kvcrush.chat.reader import Message, MessageReader
+from ov_kvcrush.chat.reader import Message, MessageReader, one_prompt
 from ov_kvcrush.chat.session import Session
 from ov_kvcrush.cli.policy_options import PolicyOptions
 from ov_kvcrush.core.outputs import KeptTokens
@@ -276,7 +274,7 @@ def test_bad_input_of_a_process_has_no_traceback() -> None:
 
 
 def test_standard_input_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_module, "MAX_STDIN_BYTES", 10)
+    monkeypatch.setattr(reader_module, "MAX_STDIN_BYTES", 10)
     set_stdin(monkeypatch, b"a" * 10)
     assert one_prompt(None) == "a" * 10
     set_stdin(monkeypatch, b"a" * 11)

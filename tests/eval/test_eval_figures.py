@@ -12,15 +12,16 @@ import pytest
 from eval_runs import FULL, SETTINGS, answers, config, item_id
 
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.eval.records import AVERAGE
 from ov_kvcrush.eval.report import figures
 from ov_kvcrush.eval.report.document import write_results
 from ov_kvcrush.eval.report.figures import accuracy_figure, needle_figure, task_figure, write_figures
 from ov_kvcrush.eval.report.tables import policy_label, row_label
 from ov_kvcrush.eval.runs.run_folder import RunFolder
-from ov_kvcrush.eval.statistics import AVERAGE, rows_of
+from ov_kvcrush.eval.statistics import result_rows
 
 ANSWERS = [*answers(), *answers(tasks=["needle"], items=6, seed=1)]
-ROWS = rows_of(ANSWERS, SETTINGS, "ruler", resamples=50)
+ROWS = result_rows(ANSWERS, SETTINGS, "ruler", resamples=50)
 
 
 def finished(path: Path) -> Path:
@@ -109,7 +110,7 @@ def test_accuracy_has_a_point_for_every_setting_and_names_its_axes() -> None:
 
 def test_queries_have_a_panel_each() -> None:
     both = [FULL, SETTINGS[2], *(type(FULL)(**{**vars(s), "query": "agnostic"}) for s in (FULL, SETTINGS[2]))]
-    rows = rows_of(answers(both), both, "ruler", resamples=10)
+    rows = result_rows(answers(both), both, "ruler", resamples=10)
     assert [axes.get_title() for axes in accuracy_figure(rows).axes] == ["ruler, query-aware", "ruler, query-agnostic"]
 
 
@@ -130,7 +131,7 @@ def test_bars_are_shares_of_the_full_cache() -> None:
 
 def test_a_task_that_the_full_cache_fails_has_no_bar() -> None:
     made = [type(p)(**{**vars(p), "score": 0.0 if p.task == "qa" else p.score}) for p in answers()]
-    axes = task_figure(rows_of(made, SETTINGS, "ruler", resamples=10)).axes[0]
+    axes = task_figure(result_rows(made, SETTINGS, "ruler", resamples=10)).axes[0]
     assert all(np.isnan(bars[1].get_height()) and bars[2].get_height() > 0 for bars in axes.containers)
 
 

@@ -12,9 +12,10 @@ import pytest
 from eval_runs import MACHINE, SETTINGS, answers, config
 
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.eval.records import Prediction
 from ov_kvcrush.eval.runs.run_config import RunConfig
 from ov_kvcrush.eval.runs.run_folder import CONFIG, METRICS, PREDICTIONS, RunFolder, default_folder, read_run, report_of
-from ov_kvcrush.eval.statistics import Prediction, rows_of
+from ov_kvcrush.eval.statistics import result_rows
 
 ANSWERS = answers(items=3)
 
@@ -27,7 +28,7 @@ def run(path: Path, made: list[Prediction], stop_after: int | None = None) -> No
         for prediction in todo[:stop_after]:
             folder.add(prediction)
         if stop_after is None:
-            folder.finish(rows_of(folder.predictions, SETTINGS, "ruler", resamples=20))
+            folder.finish(result_rows(folder.predictions, SETTINGS, "ruler", resamples=20))
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -57,7 +58,7 @@ def test_an_answer_is_on_disk_at_once(tmp_path: Path) -> None:
 
 
 def test_a_run_reads_back_as_it_was_written(tmp_path: Path) -> None:
-    rows = rows_of(ANSWERS, SETTINGS, "ruler", resamples=20)
+    rows = result_rows(ANSWERS, SETTINGS, "ruler", resamples=20)
     with RunFolder(tmp_path / "run", config()) as folder:
         for prediction in ANSWERS:
             folder.add(prediction)

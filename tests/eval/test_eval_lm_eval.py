@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from ov_kvcrush import ContinuousBatchingPipeline, CrushError, RequestError
-from ov_kvcrush.eval.likelihood.lm_eval import MODEL_NAME, model_class, register
+from ov_kvcrush.eval.likelihood.lm_eval import LM_EVAL_MODEL_NAME, model_class, register
 from ov_kvcrush.eval.likelihood.lm_eval_arguments import generation_options, sort_arguments
 from ov_kvcrush.eval.likelihood.scoring import Score, scores_of
 
@@ -60,7 +60,7 @@ def load(folder: Path) -> Load:
     """The model as lm-eval makes it of --model_args."""
 
     def make(**arguments: Any) -> Any:
-        cls = import_module("lm_eval.api.registry").get_model(MODEL_NAME)
+        cls = import_module("lm_eval.api.registry").get_model(LM_EVAL_MODEL_NAME)
         return cls.create_from_arg_obj({"pretrained": str(folder), **EXACT, **arguments}, {"device": None})
 
     return make

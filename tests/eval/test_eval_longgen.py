@@ -20,16 +20,17 @@ from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.benchmarks.haystack import Haystack
 from ov_kvcrush.eval.benchmarks.items import Item, Question, score
-from ov_kvcrush.eval.benchmarks.longgen import CONTINUE, TASKS, likelihood, longgen_items, loss_text, losses
+from ov_kvcrush.eval.benchmarks.longgen import CONTINUE, TASKS, likelihood, longgen_items, loss_text
 from ov_kvcrush.eval.benchmarks.metrics import lines_in_order
 from ov_kvcrush.eval.benchmarks.sizing import item_tokens
 from ov_kvcrush.eval.benchmarks.suites import SuiteOptions, load_suite
 from ov_kvcrush.eval.cli.app import app
 from ov_kvcrush.eval.likelihood.forcing import force
+from ov_kvcrush.eval.report.likelihood import losses
+from ov_kvcrush.eval.runs.answers import Answer
 from ov_kvcrush.eval.runs.long_answers import LongRuns, check_long, long_runs
 from ov_kvcrush.eval.runs.plan import Planned, PlanOptions, caches_of, make_plan
 from ov_kvcrush.eval.runs.prompts import ItemEncoder, ItemPrompts, encode_items
-from ov_kvcrush.eval.runs.replies import Reply
 from ov_kvcrush.eval.runs.run_folder import read_run
 from ov_kvcrush.model.load import load_model
 from ov_kvcrush.pipelines.base import load_tokenizer
@@ -156,7 +157,7 @@ def plan() -> list[Planned]:
     return make_plan(PlanOptions(**options, precisions=(("f32", "f32"), ("u8", "u4"))))  # type: ignore[arg-type]
 
 
-Answers = dict[str, list[Reply]]
+Answers = dict[str, list[Answer]]
 
 
 @pytest.fixture(scope="module")
@@ -177,32 +178,32 @@ class TestRuns:
         pipe = LLMPipeline(folder, "CPU", dict(EXACT), cache_config=cache)
         for task in ("copy", "list"):
             ids, asked = whole(prompts[task]), prompts[task].asked[0].question
-            exact = [reply for reply in answers[task] if reply.planned.setting.precisions == "f32/f32"]
-            for reply in exact:
+            exact = [answer for answer in answers[task] if answer.planned.setting.precisions == "f32/f32"]
+            for answer in exact:
                 said = pipe.generate(
                     ov.Tensor(ids[None]),
-                    policy=reply.planned.policy,
+                    policy=answer.planned.policy,
                     max_new_tokens=asked.max_new_tokens,
                     do_sample=False,
                 )
-                assert pipe.get_tokenizer().decode(said.tokens[0]) == reply.text
-                assert reply.prompt_tokens == len(ids) + len(said.tokens[0])
-                assert reply.kept_tokens == said.perf_metrics.kept_tokens
-                assert reply.num_bytes == said.perf_metrics.kv_bytes
+                assert pipe.get_tokenizer().decode(said.tokens[0]) == answer.text
+                assert answer.prompt_tokens == len(ids) + len(said.tokens[0])
+                assert answer.kept_tokens == said.perf_metrics.kept_tokens
+                assert answer.num_bytes == said.perf_metrics.kv_bytes
 
     def test_every_setting_is_answered_once_and_keeps_its_budget_to_the_end(
         self, answers: Answers, plan: list[Planned]
     ) -> None:
         for replies in answers.values():
             assert sorted(r.planned.setting.key for r in replies) == sorted(p.setting.key for p in plan)
-            for reply in replies:
-                if reply.planned.policy.evicts:
-                    assert BUDGET <= reply.kept_tokens <= BUDGET + STRIDE
+            for answer in replies:
+                if answer.planned.policy.evicts:
+                    assert BUDGET <= answer.kept_tokens <= BUDGET + STRIDE
                 else:
-                    assert reply.kept_tokens == reply.prompt_tokens - 1  # the last token of an answer is not run
+                    assert answer.kept_tokens == answer.prompt_tokens - 1  # the last token of an answer is not run
             full = [r.num_bytes for r in replies if not r.planned.policy.evicts]
-            for reply in (r for r in replies if r.planned.policy.evicts):
-                assert reply.num_bytes < full[reply.planned.setting.precisions != "f32/f32"]
+            for answer in (r for r in replies if r.planned.policy.evicts):
+                assert answer.num_bytes < full[answer.planned.setting.precisions != "f32/f32"]
 
     def test_loss_of_the_full_cache_is_that_of_the_text_read_token_by_token(
         self, answers: Answers, prompts: dict[str, ItemPrompts], folder: Path
@@ -226,14 +227,14 @@ class TestRuns:
         assert len({round(loss, 4) for loss in found.values()}) == len(found)
 
     @staticmethod
-    def loss(reply: Reply) -> float:
-        return -math.log(likelihood(reply.text, reply.asked.question))
+    def loss(answer: Answer) -> float:
+        return -math.log(likelihood(answer.text, answer.asked.question))
 
     def test_a_budget_that_holds_everything_is_the_full_cache(
         self, prompts: dict[str, ItemPrompts], folder: Path
     ) -> None:
         plan = make_plan(
-            PlanOptions(policies=("snapkv",), kept_tokens=(4000,), precisions=(("f32", "f32"),), floors=False)
+            PlanOptions(policies=("snapkv",), kept_tokens=(4000,), precisions=(("f32", "f32"),), baselines=False)
         )
         runs = LongRuns(folder, caches_of(plan), EXACT)
         for task in ("list", CONTINUE):

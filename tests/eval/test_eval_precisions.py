@@ -13,11 +13,11 @@ from eval_runs import config, stop_at
 from ov_kvcrush import LLMPipeline
 from ov_kvcrush.eval.benchmarks.items import Item, Question, Task
 from ov_kvcrush.eval.benchmarks.metrics import string_match_all
+from ov_kvcrush.eval.records import Prediction
 from ov_kvcrush.eval.runs.plan import Planned, PlanOptions, make_plan
 from ov_kvcrush.eval.runs.prompts import ItemEncoder, ItemPrompts, encode_items
 from ov_kvcrush.eval.runs.run_folder import Run, RunFolder
 from ov_kvcrush.eval.runs.runner import run_suite
-from ov_kvcrush.eval.statistics import Prediction
 from ov_kvcrush.pipelines.base import load_tokenizer
 
 TASK = Task("boats", string_match_all)
@@ -46,7 +46,9 @@ def prompts(model: Path) -> list[ItemPrompts]:
 
 def plan_of(*precisions: tuple[str, str]) -> list[Planned]:
     policies = ("kvzip:chunk=64", "snapkv:window=16", "kvzip:chunk=64;sample=0.5")
-    return make_plan(PlanOptions(policies=policies, kept=(0.3,), precisions=precisions, queries=QUERIES, floors=False))
+    return make_plan(
+        PlanOptions(policies=policies, kept=(0.3,), precisions=precisions, queries=QUERIES, baselines=False)
+    )
 
 
 Answer = Callable[..., Run]

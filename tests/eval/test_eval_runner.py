@@ -19,12 +19,12 @@ from ov_kvcrush.eval.benchmarks.items import Item, Question, Task
 from ov_kvcrush.eval.benchmarks.metrics import string_match_all
 from ov_kvcrush.eval.benchmarks.suites import SUITES, SuiteOptions, load_suite
 from ov_kvcrush.eval.cli.app import app
+from ov_kvcrush.eval.records import Prediction
 from ov_kvcrush.eval.runs.genai import GenaiRuns
 from ov_kvcrush.eval.runs.plan import Planned, PlanOptions, make_plan, pairs
 from ov_kvcrush.eval.runs.prompts import ItemEncoder, ItemPrompts, encode_items
 from ov_kvcrush.eval.runs.run_folder import RunFolder, read_run
 from ov_kvcrush.eval.runs.runner import run_suite
-from ov_kvcrush.eval.statistics import Prediction
 from ov_kvcrush.pipelines.base import load_tokenizer
 
 TASK = Task("log", string_match_all)
@@ -55,7 +55,7 @@ def prompts(smollm2: Path) -> list[ItemPrompts]:
 
 @pytest.fixture(scope="module")
 def plan() -> list[Planned]:
-    return make_plan(PlanOptions(policies=POLICIES, kept=(KEPT,), queries=("aware", "agnostic"), floors=False))
+    return make_plan(PlanOptions(policies=POLICIES, kept=(KEPT,), queries=("aware", "agnostic"), baselines=False))
 
 
 Answer = Callable[..., tuple[Prediction, ...]]
@@ -178,7 +178,7 @@ def test_plan_has_everything_once_and_a_full_cache_of_each_kind() -> None:
             precisions=(("u8", "u8"), ("u4", "u2")),
             queries=("agnostic",),
             engines=("crush", "genai"),
-            floors=False,
+            baselines=False,
         )
     )
     settings = [planned.setting for planned in made]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from ov_kvcrush.eval.records import Prediction, Setting
 from ov_kvcrush.eval.runs.run_config import RunConfig
 from ov_kvcrush.eval.runs.run_folder import RunFolder
-from ov_kvcrush.eval.statistics import Prediction, Setting
 
 FULL = Setting(engine="crush", policy="none", key_precision="bf16", value_precision="bf16")
 U8 = {"key_precision": "u8", "value_precision": "u8"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -15,8 +15,10 @@ from ov_kvcrush import native
 from ov_kvcrush.bench.attention.graph import Shape, Tokens
 from ov_kvcrush.bench.attention.memory_speed import MemoryReader, reader_bytes
 from ov_kvcrush.bench.attention.steps import CrushAttention, StockAttention
-from ov_kvcrush.bench.settings import Property, check_at_least, check_numbers, check_precisions
+from ov_kvcrush.bench.settings import check_precisions
+from ov_kvcrush.cli.console import Report
 from ov_kvcrush.cli.environment import usable_threads
+from ov_kvcrush.cli.parse import Property, check_at_least, check_numbers
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError, ModelError, reason_of
 from ov_kvcrush.kvcache.block_tensors import free_memory_bytes
@@ -27,8 +29,6 @@ from ov_kvcrush.model.precision import plugin_precisions
 
 STOCK_PRECISION = "u8"
 _WARM_UP = 2  # steps
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import math
 import random
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
 from types import MappingProxyType
 
 from ov_kvcrush.errors import CrushError
@@ -19,10 +18,8 @@ from ov_kvcrush.eval.benchmarks.haystack import Haystack
 from ov_kvcrush.eval.benchmarks.items import Item, Question, Task
 from ov_kvcrush.eval.benchmarks.metrics import lines_in_order
 from ov_kvcrush.eval.benchmarks.niah import require_essays
-from ov_kvcrush.eval.benchmarks.sizing import DEFAULT_SEED, CountTokens, Recipe, fit
+from ov_kvcrush.eval.benchmarks.sizing import DEFAULT_SEED, CountTokens, ItemRecipe, fit
 from ov_kvcrush.eval.benchmarks.words import Words, load_words
-from ov_kvcrush.eval.runs.run_folder import Run
-from ov_kvcrush.eval.statistics import Row, rows_of
 from ov_kvcrush.utils.checks import check_choice, check_integer
 
 SUITE = "longgen"
@@ -86,18 +83,9 @@ def longgen_items(
     )
 
 
-def losses(run: Run) -> list[Row]:
-    """Rows of the mean next-token loss of `continue`, nats: less is better. Empty for a run without that task."""
-    found = [p for p in run.predictions if p.task == CONTINUE]
-    if run.config.suite != SUITE or not found:
-        return []
-    nats = [replace(p, score=-math.log(p.score)) for p in found]
-    return rows_of(nats, run.config.settings, "perplexity", seed=run.config.seed)
-
-
 def _recipe(
     task: str, item_id: str, seed: str, words: Words | None, text: Haystack | None, count_tokens: CountTokens
-) -> Recipe:
+) -> ItemRecipe:
     if task == CONTINUE:
         assert text is not None, "the caller checks that there is a text"
         return _continue(item_id, seed, text, count_tokens)
@@ -110,7 +98,7 @@ def _recipe(
         max_new_tokens = math.ceil(_MORE * count_tokens("\n".join(rest))) + 1
         return Item(item_id, task, context, (Question(asked, tuple(rest), max_new_tokens, f"{first}\n"),))
 
-    return Recipe(build, smallest=3)
+    return ItemRecipe(build, smallest=3)
 
 
 def _copy(rng: random.Random, words: Words, size: int) -> tuple[str, str, list[str]]:
@@ -134,7 +122,7 @@ def _list(rng: random.Random, words: Words, size: int) -> tuple[str, str, list[s
     return context, asked, lines
 
 
-def _continue(item_id: str, seed: str, text: Haystack, count_tokens: CountTokens) -> Recipe:
+def _continue(item_id: str, seed: str, text: Haystack, count_tokens: CountTokens) -> ItemRecipe:
     def build(size: int) -> Item:
         start = random.Random(seed).randrange(len(text.sentences))
         words = " ".join(text.first(size, start)).split()
@@ -145,4 +133,4 @@ def _continue(item_id: str, seed: str, text: Haystack, count_tokens: CountTokens
         return Item(item_id, CONTINUE, " ".join(context), (question,), chat=False)
 
     num_words = sum(len(sentence.split()) for sentence in text.sentences)
-    return Recipe(build, smallest=min(4 * _SAID_FIRST, num_words), largest=num_words)
+    return ItemRecipe(build, smallest=min(4 * _SAID_FIRST, num_words), largest=num_words)

@@ -11,7 +11,7 @@ from ov_kvcrush.eval.benchmarks.haystack import Haystack
 from ov_kvcrush.eval.benchmarks.items import Item, Task
 from ov_kvcrush.eval.benchmarks.metrics import string_match_all
 from ov_kvcrush.eval.benchmarks.niah import MAX_NEW_TOKENS_SHORT, Draw, ask, insert, needle, opening, require_essays
-from ov_kvcrush.eval.benchmarks.sizing import DEFAULT_SEED, CountTokens, Recipe, fit
+from ov_kvcrush.eval.benchmarks.sizing import DEFAULT_SEED, CountTokens, ItemRecipe, fit
 from ov_kvcrush.eval.benchmarks.words import Words, load_words
 from ov_kvcrush.utils.checks import check_integer
 
@@ -50,7 +50,7 @@ def length_and_depth(item_id: str) -> tuple[int, float]:
     return int(length), float(depth)
 
 
-def _recipe(length: int, depth: float, index: int, essays: Haystack, words: Words, seed: int) -> Recipe:
+def _recipe(length: int, depth: float, index: int, essays: Haystack, words: Words, seed: int) -> ItemRecipe:
     def build(size: int) -> Item:
         draw = Draw(random.Random(f"{seed}/{TASK.name}/{index}"), words)
         key, value = draw.text("words"), draw.text("numbers")
@@ -63,7 +63,7 @@ def _recipe(length: int, depth: float, index: int, essays: Haystack, words: Word
             questions=(ask("numbers", [key], [value], MAX_NEW_TOKENS_SHORT),),
         )
 
-    return Recipe(build, smallest=50)
+    return ItemRecipe(build, smallest=50)
 
 
 def nearest_end(sentences: Sequence[str], depth: float) -> int:

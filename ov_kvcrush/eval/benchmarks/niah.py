@@ -16,7 +16,7 @@ from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.benchmarks.haystack import HOW_TO_GET, Haystack
 from ov_kvcrush.eval.benchmarks.items import Item, Question, Task
 from ov_kvcrush.eval.benchmarks.metrics import string_match_all
-from ov_kvcrush.eval.benchmarks.sizing import DEFAULT_SEED, CountTokens, Recipe, fit
+from ov_kvcrush.eval.benchmarks.sizing import DEFAULT_SEED, CountTokens, ItemRecipe, fit
 from ov_kvcrush.eval.benchmarks.words import Words, load_words
 from ov_kvcrush.utils.checks import check_integer
 
@@ -145,7 +145,7 @@ def _worded(template: str, kind: Kind, single: bool, query: str = "") -> str:
     return template.format(kind=kind[:-1] if single else kind, query=query)
 
 
-def niah_recipe(task: NeedleTask, item_id: str, seed: str, material: Material) -> Recipe:
+def niah_recipe(task: NeedleTask, item_id: str, seed: str, material: Material) -> ItemRecipe:
     """An item of a task. Its size is words of the essays, or lines."""
 
     def build(size: int) -> Item:
@@ -159,7 +159,7 @@ def niah_recipe(task: NeedleTask, item_id: str, seed: str, material: Material) -
         context = f"{opening(task.values, len(question.answers) == 1)}{haystack}\n"
         return Item(id=item_id, task=task.name, context=context, questions=(question,))
 
-    return Recipe(build, smallest=50 if task.haystack == "essays" else 5)
+    return ItemRecipe(build, smallest=50 if task.haystack == "essays" else 5)
 
 
 def _hide(task: NeedleTask, draw: Draw, needles: list[str], size: int, essays: Haystack | None) -> str:
@@ -202,7 +202,7 @@ def needles(
     return (fit(recipe, length, count_tokens) for recipe in recipes)
 
 
-def _needles_recipe(item_id: str, seed: str, num_needles: int, essays: Haystack, words: Words) -> Recipe:
+def _needles_recipe(item_id: str, seed: str, num_needles: int, essays: Haystack, words: Words) -> ItemRecipe:
     def build(size: int) -> Item:
         draw = Draw(random.Random(seed), words)
         hidden = [(key, value) for key, (value,) in draw.needles("words", "numbers", num_needles, 1).items()]
@@ -213,7 +213,7 @@ def _needles_recipe(item_id: str, seed: str, num_needles: int, essays: Haystack,
         context = f"{opening('numbers', num_needles == 1)}{haystack}\n"
         return Item(id=item_id, task=NEEDLES.name, context=context, questions=questions)
 
-    return Recipe(build, smallest=50)
+    return ItemRecipe(build, smallest=50)
 
 
 def require_essays(essays: Haystack | None, task: str) -> Haystack:

@@ -20,7 +20,7 @@ from ov_kvcrush.eval.benchmarks.haystack import Haystack
 from ov_kvcrush.eval.benchmarks.items import Item, Question, Task
 from ov_kvcrush.eval.benchmarks.metrics import string_match_all
 from ov_kvcrush.eval.benchmarks.niah import NIAH_TASKS, NOISE, Material, insert, niah_recipe, require_essays
-from ov_kvcrush.eval.benchmarks.sizing import DEFAULT_SEED, CountTokens, Recipe, fit, largest
+from ov_kvcrush.eval.benchmarks.sizing import DEFAULT_SEED, CountTokens, ItemRecipe, fit, largest
 from ov_kvcrush.eval.benchmarks.words import Words, load_words
 from ov_kvcrush.utils.checks import check_choice, check_integer
 
@@ -85,7 +85,7 @@ def ruler_items(
     return (fit(recipe, length, count_tokens) for recipe in recipes)
 
 
-def _recipe(task: str, index: int, length: int, count_tokens: CountTokens, material: Material, seed: int) -> Recipe:
+def _recipe(task: str, index: int, length: int, count_tokens: CountTokens, material: Material, seed: int) -> ItemRecipe:
     item_id, item_seed = f"{task}-{length}-{index}", f"{seed}/{task}/{index}"
     if task == "vt":
         return _vt_recipe(item_id, item_seed, length, count_tokens)
@@ -97,7 +97,7 @@ def _recipe(task: str, index: int, length: int, count_tokens: CountTokens, mater
     return niah_recipe(next(t for t in NIAH_TASKS if t.name == task), item_id, item_seed, material)
 
 
-def _vt_recipe(item_id: str, seed: str, length: int, count_tokens: CountTokens) -> Recipe:
+def _vt_recipe(item_id: str, seed: str, length: int, count_tokens: CountTokens) -> ItemRecipe:
     """Variable tracking: a number handed on through NUM_HOPS variables. Its size is lines of noise."""
     budget = min(VT_EXAMPLE_TOKENS, length // 8)
     example, _ = largest(partial(_vt_example, f"{seed}/example"), count_tokens, budget, NUM_HOPS + 1)
@@ -106,7 +106,7 @@ def _vt_recipe(item_id: str, seed: str, length: int, count_tokens: CountTokens) 
         context, question = _chain(random.Random(seed), size, num_letters=5)
         return Item(id=item_id, task="vt", context=f"{example}\n\n{context}", questions=(question,))
 
-    return Recipe(build, smallest=NUM_HOPS + 1)
+    return ItemRecipe(build, smallest=NUM_HOPS + 1)
 
 
 def _vt_example(seed: str, num_lines: int) -> str:
@@ -134,7 +134,7 @@ def _chain(rng: random.Random, num_lines: int, num_letters: int) -> tuple[str, Q
     return context, question
 
 
-def _cwe_recipe(item_id: str, seed: str, length: int, words: Words) -> Recipe:
+def _cwe_recipe(item_id: str, seed: str, length: int, words: Words) -> ItemRecipe:
     """Common words: ten words come ten times as often as the others, in short lists six. Its size is distinct words."""
     vocabulary = words.every()
     short = length < 4096
@@ -147,7 +147,7 @@ def _cwe_recipe(item_id: str, seed: str, length: int, words: Words) -> Recipe:
         context = solved + CWE_CONTEXT.format(context=context)
         return Item(id=item_id, task="cwe", context=context, questions=(question,))
 
-    return Recipe(build, smallest=2 * NUM_COMMON, largest=len(vocabulary))
+    return ItemRecipe(build, smallest=2 * NUM_COMMON, largest=len(vocabulary))
 
 
 def _word_list(
@@ -163,7 +163,7 @@ def _numbered(words: Sequence[str]) -> str:
     return " ".join(f"{number}. {word}" for number, word in enumerate(words, 1))
 
 
-def _fwe_recipe(item_id: str, seed: str, length: int) -> Recipe:
+def _fwe_recipe(item_id: str, seed: str, length: int) -> ItemRecipe:
     """Frequent words: made-up words, the k-th as often as 1 / k^2. Its size is their number, but for rounding down."""
     rng = random.Random(f"{seed}/words")
     vocabulary: dict[str, None] = {"...": None}  # the most frequent is noise, which RULER writes as dots
@@ -180,4 +180,4 @@ def _fwe_recipe(item_id: str, seed: str, length: int) -> Recipe:
         return Item(id=item_id, task="fwe", context=context, questions=(question,))
 
     # From 100 on the fourth rank is more frequent than the fifth.
-    return Recipe(build, smallest=100)
+    return ItemRecipe(build, smallest=100)

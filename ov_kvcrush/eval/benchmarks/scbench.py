@@ -42,7 +42,7 @@ _Build = Callable[[random.Random, int], tuple[str, tuple[Question, ...]]]
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class _TaskRecipe:
     """build takes sizes from smallest to greatest, None = any."""
 
     build: _Build
@@ -87,7 +87,7 @@ def gold_text(question: Question) -> str:
 
 
 def _fitted(task: str, length: int, seed: str, count_tokens: CountTokens, multi_turn: bool, index: int) -> Item:
-    recipe, mode = _RECIPES[task], "-turns" if multi_turn else ""
+    recipe, mode = _TASK_RECIPES[task], "-turns" if multi_turn else ""
 
     def build(size: int) -> Item:
         context, questions = recipe.build(random.Random(seed), size)
@@ -217,14 +217,16 @@ def _passkey(rng: random.Random, size: int) -> tuple[str, tuple[Question, ...]]:
     )
 
 
-_RECIPES: Mapping[str, _Recipe] = MappingProxyType(
+_TASK_RECIPES: Mapping[str, _TaskRecipe] = MappingProxyType(
     {
-        "kv": _Recipe(_kv, substring, TURNS),
-        "prefix_suffix": _Recipe(_prefix_suffix, substring, 3 * TURNS),
-        "vt": _Recipe(_vt, variable_fraction, 1),
-        "mf": _Recipe(_mf, first_number, 2, 4_499),
-        "passkey": _Recipe(_passkey, first_number, 1),
+        "kv": _TaskRecipe(_kv, substring, TURNS),
+        "prefix_suffix": _TaskRecipe(_prefix_suffix, substring, 3 * TURNS),
+        "vt": _TaskRecipe(_vt, variable_fraction, 1),
+        "mf": _TaskRecipe(_mf, first_number, 2, 4_499),
+        "passkey": _TaskRecipe(_passkey, first_number, 1),
     }
 )
 
-TASKS: Mapping[str, Task] = MappingProxyType({name: Task(name, recipe.metric) for name, recipe in _RECIPES.items()})
+TASKS: Mapping[str, Task] = MappingProxyType(
+    {name: Task(name, recipe.metric) for name, recipe in _TASK_RECIPES.items()}
+)

@@ -18,7 +18,7 @@ DEFAULT_SEED = 42
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ItemRecipe:
     """How to make one item. build: the item of a size between smallest and largest; the same size, the same item."""
 
     build: Callable[[int], Item]
@@ -26,7 +26,7 @@ class Recipe:
     largest: int | None = None
 
 
-def fit(recipe: Recipe, length: int, count_tokens: CountTokens) -> Item:
+def fit(recipe: ItemRecipe, length: int, count_tokens: CountTokens) -> Item:
     """The largest item of a recipe whose tokens, answer included, are at most `length`.
 
     Raises CrushError if even the smallest is longer, or if the largest there is fills less than nine tenths.

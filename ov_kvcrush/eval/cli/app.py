@@ -13,12 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ov_kvcrush.bench.report import check_writable, write_json
-from ov_kvcrush.bench.settings import parse_properties
 from ov_kvcrush.cli.environment import describe_environment
+from ov_kvcrush.cli.parse import parse_properties
 from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.eval.cli.suites import add_suites
-from ov_kvcrush.eval.likelihood.perplexity import DEFAULT_PRECISIONS, Row, parse_precisions, perplexity
+from ov_kvcrush.eval.likelihood.perplexity import DEFAULT_PRECISIONS, PerplexityRow, parse_precisions, perplexity
+from ov_kvcrush.utils.json_file import check_writable, write_json
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True)
 
@@ -104,7 +104,7 @@ def perplexity_command(
         raise typer.Exit(2) from None
 
 
-def _report(rows: list[Row], settings: dict[str, Any]) -> dict[str, Any]:
+def _report(rows: list[PerplexityRow], settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "command": shlex.join(["ov_kvcrush-eval", *sys.argv[1:]]),
         "suite": "perplexity",
@@ -114,7 +114,7 @@ def _report(rows: list[Row], settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _table(rows: list[Row]) -> Table:
+def _table(rows: list[PerplexityRow]) -> Table:
     table = Table(title="next-token distribution against the f32 cache")
     for name in ("keys/values", "KL", "loss", "top-1 %", "bytes/token", "settled"):
         table.add_column(name, justify="left" if name == "keys/values" else "right")

@@ -81,7 +81,7 @@ the first precision; --no-floors leaves them out.
 
 Every answer is written at once into the folder --out: a run that was stopped goes on with the same command."""
 
-HALVES = """\
+HOLDOUT = """\
 Choose settings on one half of a finished run's items, and show them by the other.
 
 The items of each task, ordered by their ids, go in turn to the first and to the second half. Of the settings of one \

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ov_kvcrush.bench.settings import parse_numbers, parse_properties
+from ov_kvcrush.cli.parse import parse_numbers, parse_properties
 from ov_kvcrush.config import PRECISIONS
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.benchmarks.sizing import DEFAULT_SEED
@@ -114,7 +114,7 @@ _OWN: dict[str, tuple[Callable[..., None], ...]] = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class SuiteArguments:
     """All that a command line of a suite says."""
 
     model: Path | None
@@ -125,7 +125,7 @@ class Asked:
     json_path: Path | None
 
     @classmethod
-    def of(cls, given: dict[str, Any]) -> Asked:
+    def of(cls, given: dict[str, Any]) -> SuiteArguments:
         """From the values of the options. Raises CrushError naming one that cannot be read."""
         suite = SuiteOptions(
             lengths=parse_numbers("length", given["length"]) if given["length"] else (),
@@ -145,7 +145,7 @@ class Asked:
             precisions=pairs(_listed("key-precision", given), _listed("value-precision", given)),
             queries=_listed("query", given),
             engines=_listed("engine", given),
-            floors=given["floors"],
+            baselines=given["floors"],
         )
         properties = parse_properties(given["properties"] or ())
         return cls(given["model"], suite, plan, dict(properties), given["out"], given["json_path"])

@@ -15,18 +15,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ov_kvcrush.bench.report import check_writable, write_json
 from ov_kvcrush.cli.console import out
 from ov_kvcrush.cli.environment import describe_environment
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.benchmarks.longgen import SUITE as LONGGEN
-from ov_kvcrush.eval.benchmarks.longgen import losses
 from ov_kvcrush.eval.benchmarks.suites import SUITES, Suite, load_suite
-from ov_kvcrush.eval.cli.help import HALVES, HELP, RESULTS
-from ov_kvcrush.eval.cli.options import Asked, command_of
-from ov_kvcrush.eval.report.by_turn import by_place
+from ov_kvcrush.eval.cli.help import HELP, HOLDOUT, RESULTS
+from ov_kvcrush.eval.cli.options import SuiteArguments, command_of
+from ov_kvcrush.eval.report.by_turn import by_turn
 from ov_kvcrush.eval.report.document import write_results
-from ov_kvcrush.eval.report.holdout import chosen_grid, halves_of, judged_grid, write_page
+from ov_kvcrush.eval.report.holdout import chosen_grid, holdout_of, judged_grid, write_page
+from ov_kvcrush.eval.report.likelihood import losses
 from ov_kvcrush.eval.report.tables import by_task, summary, tasks_of
 from ov_kvcrush.eval.runs.long_answers import check_long
 from ov_kvcrush.eval.runs.plan import Planned, left_out, make_plan
@@ -39,6 +38,7 @@ from ov_kvcrush.model.fingerprints import model_fingerprint
 from ov_kvcrush.model.folder import check_model_folder
 from ov_kvcrush.model.info import read_model_info
 from ov_kvcrush.pipelines.base import load_tokenizer
+from ov_kvcrush.utils.json_file import check_writable, write_json
 
 _TASK_COLUMNS = 6  # of one table, so that names of settings stay readable
 
@@ -47,21 +47,21 @@ def add_suites(app: typer.Typer) -> None:
     """Add a command for every suite, `halves` and `results`."""
     for suite in SUITES:
         app.command(name=suite, help=HELP[suite])(command_of(suite, _run_command))
-    app.command(name="halves", help=HALVES)(_halves_command)
+    app.command(name="halves", help=HOLDOUT)(_holdout_command)
     app.command(name="results", help=RESULTS)(_results_command)
 
 
 def _run_command(suite: str, given: dict[str, Any]) -> None:
     console = Console(stderr=True)
     with _errors(console):
-        run = evaluate(suite, Asked.of(given), console)
+        run = evaluate(suite, SuiteArguments.of(given), console)
         show(run)
         if given["json_path"] is not None:
             write_json(given["json_path"], report_of(run))
             console.print(Text(f"written to {given['json_path']}"))
 
 
-def _halves_command(
+def _holdout_command(
     folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     engine: Annotated[str | None, typer.Option(metavar="crush|genai", help="Only this engine's settings.")] = None,
     json_path: Annotated[
@@ -75,15 +75,15 @@ def _halves_command(
             if path is not None:
                 check_writable(path, option)
         run = read_run(folder)
-        halves = halves_of(run, engine)
-        out().print(judged_grid(halves).rich("differences to the full cache on both halves of the items"))
-        if halves.chosen:
-            out().print(chosen_grid(halves).rich("chosen on the first half, shown on the second"))
+        holdout = holdout_of(run, engine)
+        out().print(judged_grid(holdout).rich("differences to the full cache on both halves of the items"))
+        if holdout.chosen:
+            out().print(chosen_grid(holdout).rich("chosen on the first half, shown on the second"))
         if json_path is not None:
-            write_json(json_path, {"command": _command(), "suite": run.config.suite, **halves.json})
+            write_json(json_path, {"command": _command(), "suite": run.config.suite, **holdout.json})
             console.print(Text(f"written to {json_path}"))
         if page is not None:
-            write_page(halves, page)
+            write_page(holdout, page)
             console.print(Text(f"written to {page}"))
 
 
@@ -97,7 +97,7 @@ def _results_command(
             console.print(Text(f"written to {path}"))
 
 
-def evaluate(name: str, asked: Asked, console: Console) -> Run:
+def evaluate(name: str, asked: SuiteArguments, console: Console) -> Run:
     """Run a suite, or go on with it, into its folder. Raises CrushError before a model is loaded for what cannot be."""
     plan = make_plan(asked.plan)
     for line in left_out(asked.plan, plan):
@@ -128,12 +128,12 @@ def show(run: Run) -> None:
     nats = losses(run)
     if nats:
         console.print(summary(nats).rich("next-token loss of continue, nats"))
-    places = by_place(run)
-    if places:
-        console.print(by_task(places.rows).rich(f"scores by {places.name}"))
+    turns = by_turn(run)
+    if turns:
+        console.print(by_task(turns.rows).rich(f"scores by {turns.name}"))
 
 
-def _items(name: str, asked: Asked, model: Path) -> tuple[Suite, list[ItemPrompts]]:
+def _items(name: str, asked: SuiteArguments, model: Path) -> tuple[Suite, list[ItemPrompts]]:
     info = read_model_info(model)
     context_length = info.context_length if info else None
     encoder = ItemEncoder(load_tokenizer(model, {}))
@@ -141,7 +141,7 @@ def _items(name: str, asked: Asked, model: Path) -> tuple[Suite, list[ItemPrompt
     return suite, encode_items(suite.items, encoder, context_length, suite.max_tokens)
 
 
-def _config(suite: Suite, asked: Asked, model: Path, plan: list[Planned]) -> RunConfig:
+def _config(suite: Suite, asked: SuiteArguments, model: Path, plan: list[Planned]) -> RunConfig:
     return RunConfig(
         command=_command(),
         suite=suite.name,

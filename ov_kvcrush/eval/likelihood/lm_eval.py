@@ -22,7 +22,7 @@ from ov_kvcrush.eval.likelihood.lm_eval_arguments import generation_options, sor
 from ov_kvcrush.eval.likelihood.pipeline import ScoringPipeline
 from ov_kvcrush.eval.likelihood.scoring import Score, scores_of
 
-MODEL_NAME = "ov_kvcrush"
+LM_EVAL_MODEL_NAME = "ov_kvcrush"
 INSTALL = "pip install ov-kvcrush[lm-eval]"
 _TOGETHER = 32  # requests that are given to the engine at once, where the user leaves it to us
 
@@ -201,8 +201,8 @@ def register() -> None:
     """Make the model known to lm-eval. Raises CrushError if lm-eval is not installed."""
     _lm_eval("models")  # registers lm-eval's own, which it does later only where there are none
     registry = _lm_eval("api.registry")
-    if MODEL_NAME not in registry.MODEL_REGISTRY:
-        registry.register_model(MODEL_NAME)(model_class())
+    if LM_EVAL_MODEL_NAME not in registry.MODEL_REGISTRY:
+        registry.register_model(LM_EVAL_MODEL_NAME)(model_class())
 
 
 def _lm_eval(module: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ov_kvcrush.bench.settings import check_at_least
+from ov_kvcrush.cli.parse import check_at_least
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.eval.likelihood.forcing import Forced, force, kl_divergence
@@ -20,7 +20,7 @@ DEFAULT_PRECISIONS = ("bf16/bf16", "u8/u8", "u8/u4", "u4/u4", "u4/u2", "u2/u2")
 
 
 @dataclass(frozen=True)
-class Row:
+class PerplexityRow:
     """One pair of precisions. kl, loss: mean nats per position. top1: share of positions. Bytes are of all layers."""
 
     key_precision: str
@@ -53,7 +53,7 @@ def perplexity(
     configs: list[CacheConfig],
     properties: dict[str, Any],
     advance: Callable[[int], None] = lambda rows: None,
-) -> list[Row]:
+) -> list[PerplexityRow]:
     """Measure each config against the f32 cache. Raises CrushError for a text that is too short or cannot be read."""
     check_at_least("context", num_context, 1)
     check_at_least("positions", num_positions, 1)
@@ -83,7 +83,9 @@ def _read(model_folder: Path, text: Path, count: int) -> np.ndarray:
     return ids[:count]
 
 
-def _row(model: LoadedModel, config: CacheConfig, reference: Forced, forced: Forced, next_ids: np.ndarray) -> Row:
+def _row(
+    model: LoadedModel, config: CacheConfig, reference: Forced, forced: Forced, next_ids: np.ndarray
+) -> PerplexityRow:
     from ov_kvcrush.native import tile_bytes
 
     kl = kl_divergence(reference.logprobs, forced.logprobs)
@@ -93,7 +95,7 @@ def _row(model: LoadedModel, config: CacheConfig, reference: Forced, forced: For
         for x in model.layers
     )
     agree = forced.logprobs.argmax(axis=1) == reference.logprobs.argmax(axis=1)
-    return Row(
+    return PerplexityRow(
         key_precision=config.key_precision,
         value_precision=config.value_precision,
         kl=float(kl.mean()),

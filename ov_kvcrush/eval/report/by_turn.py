@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ov_kvcrush.eval.records import AVERAGE, Prediction
 from ov_kvcrush.eval.runs.run_folder import Run
-from ov_kvcrush.eval.statistics import AVERAGE, Prediction, Row, rows_of
+from ov_kvcrush.eval.statistics import ResultRow, result_rows
 
 
 @dataclass(frozen=True)
-class Places:
+class ByTurn:
     """name: "turn" of conversations, "question" of items whose questions follow the context alone.
 
     rows: for `by_task`, with each place in place of a task; the average is that of the run.
     """
 
     name: str
-    rows: tuple[Row, ...]
+    rows: tuple[ResultRow, ...]
 
 
-def by_place(run: Run) -> Places | None:
+def by_turn(run: Run) -> ByTurn | None:
     """Rows for the first, the second, ... turn or question of items: averages of the tasks that have it.
 
     None where no item has two.
@@ -33,6 +34,6 @@ def by_place(run: Run) -> Places | None:
         return None
     rows = [row for row in run.rows if row.task == AVERAGE]
     for place in sorted(found):
-        made = rows_of(found[place], run.config.settings, run.config.suite, seed=run.config.seed)
+        made = result_rows(found[place], run.config.settings, run.config.suite, seed=run.config.seed)
         rows += [replace(row, task=f"{name} {place + 1}") for row in made if row.task == AVERAGE]
-    return Places(name, tuple(rows))
+    return ByTurn(name, tuple(rows))

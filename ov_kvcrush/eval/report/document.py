@@ -5,18 +5,17 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
-from ov_kvcrush.bench.report import write_whole
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.benchmarks.longgen import SUITE as LONGGEN
-from ov_kvcrush.eval.benchmarks.longgen import losses
-from ov_kvcrush.eval.bootstrap import RESAMPLES
-from ov_kvcrush.eval.report.by_turn import by_place
+from ov_kvcrush.eval.report.by_turn import by_turn
 from ov_kvcrush.eval.report.figures import check_figures, write_figures
-from ov_kvcrush.eval.report.holdout import halves_of, markdown, worth_showing
+from ov_kvcrush.eval.report.holdout import holdout_of, markdown, worth_showing
+from ov_kvcrush.eval.report.likelihood import losses
 from ov_kvcrush.eval.report.tables import by_task, in_percent, summary, tasks_of
 from ov_kvcrush.eval.runs.run_folder import Run, read_run
+from ov_kvcrush.eval.statistics import RESAMPLES
+from ov_kvcrush.utils.json_file import write_file
 
 NOTES = "notes.md"
 _MAX_TASK_COLUMNS = 20
@@ -56,12 +55,7 @@ def write_results(folders: Sequence[Path], target: Path, remake: str = "") -> li
         drawn = write_figures(stem, run.rows, run.predictions, run.config.settings)
         written += drawn
         parts.append(section(run, [path.relative_to(target.parent) for path in drawn]))
-    text = "\n".join(parts)
-
-    def write(file: IO[bytes]) -> None:
-        file.write(text.encode())
-
-    write_whole(target, "out", write)
+    write_file(target, "out", "\n".join(parts).encode())
     return [target, *written]
 
 
@@ -82,11 +76,11 @@ def section(run: Run, pictures: Sequence[Path]) -> str:
     nats = losses(run)
     if nats:
         parts += ["Next-token loss of `continue`, nats per token, less is better:\n", summary(nats).markdown()]
-    places = by_place(run)
-    if places:
-        parts += [f"By {places.name}, averages of the tasks:\n", by_task(places.rows).markdown()]
+    turns = by_turn(run)
+    if turns:
+        parts += [f"By {turns.name}, averages of the tasks:\n", by_task(turns.rows).markdown()]
     if worth_showing(run):
-        parts.append(markdown(halves_of(run)))
+        parts.append(markdown(holdout_of(run)))
     parts += [f"![{picture.stem}]({picture.as_posix()})\n" for picture in pictures]
     return "\n".join(parts)
 

@@ -6,22 +6,24 @@ The same rows give the same file: nothing of the time, or of the user's own styl
 from __future__ import annotations
 
 import importlib.util
+import io
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from ov_kvcrush.bench.report import write_whole
 from ov_kvcrush.config import ENGINES
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.benchmarks.needle_grid import TASK as NEEDLE
 from ov_kvcrush.eval.benchmarks.needle_grid import length_and_depth
+from ov_kvcrush.eval.records import AVERAGE, FULL, Prediction, Setting, bits
 from ov_kvcrush.eval.report.tables import in_percent, policy_label, row_label, sorted_rows, tasks_of
-from ov_kvcrush.eval.statistics import AVERAGE, FULL, Prediction, Row, Setting, bits
+from ov_kvcrush.eval.statistics import ResultRow
+from ov_kvcrush.utils.json_file import write_file
 
 _MARKERS = "osD^vP*X<>phd8"
 _MAX_SETTINGS = 16  # of colours that can be told apart
@@ -35,7 +37,7 @@ def check_figures() -> None:
 
 
 def write_figures(
-    stem: Path, rows: Sequence[Row], predictions: Sequence[Prediction], settings: Sequence[Setting]
+    stem: Path, rows: Sequence[ResultRow], predictions: Sequence[Prediction], settings: Sequence[Setting]
 ) -> list[Path]:
     """Draw what there is to show into STEM-accuracy.png, STEM-tasks.png and STEM-needles.png; return those written.
 
@@ -58,15 +60,13 @@ def write_figures(
 
 def save(figure: Any, path: Path) -> Path:
     """Write a picture whole or not at all, and return its path. Raises CrushError if that fails."""
-
-    def write(file: IO[bytes]) -> None:
-        figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
-
-    write_whole(path, "out", write)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
+    write_file(path, "out", file.getvalue())
     return path
 
 
-def accuracy_figure(rows: Sequence[Row]) -> Any:
+def accuracy_figure(rows: Sequence[ResultRow]) -> Any:
     """Score over bytes per prompt token on the average of all tasks: a line per policy, a marker per precision.
 
     A panel per query; openvino_genai's lines are dotted, its markers hollow.
@@ -91,7 +91,7 @@ def accuracy_figure(rows: Sequence[Row]) -> Any:
     return figure
 
 
-def ranking_figure(rows: Sequence[Row]) -> Any:
+def ranking_figure(rows: Sequence[ResultRow]) -> Any:
     """Difference to the full cache with its interval on the average of all tasks, a line per setting, best first."""
     average = [row for row in rows if row.task == AVERAGE]
     ranked = sorted(average, key=lambda row: row.score)
@@ -109,10 +109,10 @@ def ranking_figure(rows: Sequence[Row]) -> Any:
     return figure
 
 
-def task_figure(rows: Sequence[Row]) -> Any:
+def task_figure(rows: Sequence[ResultRow]) -> Any:
     """Score as a share of the full cache's, a group of bars for each task and the average; no bar where that is 0."""
     groups = [AVERAGE, *tasks_of(rows)]
-    table: dict[str, dict[str, Row]] = defaultdict(dict)
+    table: dict[str, dict[str, ResultRow]] = defaultdict(dict)
     for row in _compared(rows):
         table[row_label(row)][row.task] = row
     colours = _colours(list(table))
@@ -165,8 +165,10 @@ def needle_figure(predictions: Sequence[Prediction], settings: Sequence[Setting]
     return figure
 
 
-def _draw_lines(axes: Any, rows: Sequence[Row], colours: dict[str, Any], markers: dict[str, str]) -> dict[str, Any]:
-    lines: dict[str, list[Row]] = defaultdict(list)
+def _draw_lines(
+    axes: Any, rows: Sequence[ResultRow], colours: dict[str, Any], markers: dict[str, str]
+) -> dict[str, Any]:
+    lines: dict[str, list[ResultRow]] = defaultdict(list)
     for row in rows:
         lines[policy_label(row)].append(row)
     scale = 100 if in_percent(rows[0].suite) else 1
@@ -210,18 +212,18 @@ def _finish(axes: Any, title: str, xlabel: str) -> None:
     axes.grid(True, which="both", alpha=0.3)
 
 
-def _compared(rows: Sequence[Row]) -> list[Row]:
+def _compared(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """Everything but the full caches that the others are measured by."""
     full = [row for row in rows if row.policy == FULL and row.task == AVERAGE]
     measures = {row_label(row) for row in full if row.difference == row.low == row.high == 0}
     return [row for row in sorted_rows(rows) if row_label(row) not in measures]
 
 
-def _share(row: Row) -> float:
+def _share(row: ResultRow) -> float:
     return 100 * row.score / row.full_score if row.full_score else math.nan
 
 
-def _colour_name(row: Row) -> str:
+def _colour_name(row: ResultRow) -> str:
     """Both engines' lines of a policy have the same colour."""
     return policy_label(row).removeprefix(f"{row.engine} ")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from ov_kvcrush.bench.report import write_whole
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.eval.records import AVERAGE, FULL, Prediction
 from ov_kvcrush.eval.report.tables import (
     Grid,
     difference_cells,
@@ -20,8 +20,9 @@ from ov_kvcrush.eval.report.tables import (
     sorted_rows,
 )
 from ov_kvcrush.eval.runs.run_folder import Run
-from ov_kvcrush.eval.statistics import AVERAGE, FULL, Prediction, Row, rows_of
+from ov_kvcrush.eval.statistics import ResultRow, result_rows
 from ov_kvcrush.utils.checks import check_choice
+from ov_kvcrush.utils.json_file import write_file
 
 ENOUGH = 4  # settings of one budget: with as many, the best of them is likely to be one by luck
 
@@ -29,12 +30,12 @@ ENOUGH = 4  # settings of one budget: with as many, the best of them is likely t
 class Judged(NamedTuple):
     """A setting's averages over the tasks, on the first and on the second half."""
 
-    first: Row
-    second: Row
+    first: ResultRow
+    second: ResultRow
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Selection:
     """The best on the first half of the settings that evict with equal budget, precisions, query and engine.
 
     policy: they are settings of it alone; None: of all policies.
@@ -46,14 +47,14 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Halves:
+class Holdout:
     """judged: every setting, as tables have them.
 
     chosen: one of each budget, precisions, query and engine, and one of each policy that has ENOUGH settings there.
     """
 
     judged: tuple[Judged, ...]
-    chosen: tuple[Chosen, ...]
+    chosen: tuple[Selection, ...]
 
     @property
     def json(self) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def split(predictions: Iterable[Prediction]) -> tuple[list[Prediction], list[Pre
     return first, [p for p in predictions if half.get((p.task, p.item_id)) == 1]
 
 
-def halves_of(run: Run, engine: str | None = None) -> Halves:
+def holdout_of(run: Run, engine: str | None = None) -> Holdout:
     """Both halves of a run, of one engine or of all. Raises CrushError for an engine or a second item that it has not.
 
     Of settings that are equally good on the first half, the first of the run is chosen.
@@ -94,7 +95,7 @@ def halves_of(run: Run, engine: str | None = None) -> Halves:
     if not all(both):
         raise CrushError(f"run must have a task of two items to be halved, got none in {str(run.folder)!r}")
     first, second = (
-        [row for row in rows_of(half, settings, run.config.suite, seed=run.config.seed) if row.task == AVERAGE]
+        [row for row in result_rows(half, settings, run.config.suite, seed=run.config.seed) if row.task == AVERAGE]
         for half in both
     )
     judged = [Judged(*rows) for rows in zip(first, second, strict=True)]
@@ -102,11 +103,11 @@ def halves_of(run: Run, engine: str | None = None) -> Halves:
     for one in judged:
         if one.first.policy != FULL:
             groups.setdefault(_group(one.first), []).append(one)
-    places = {row_label(row): place for place, row in enumerate(sorted_rows(first))}
-    judged.sort(key=lambda one: places[row_label(one.first)])
+    order = {row_label(row): place for place, row in enumerate(sorted_rows(first))}
+    judged.sort(key=lambda one: order[row_label(one.first)])
     chosen = [one for group in groups.values() for one in _choose(group)]
-    chosen.sort(key=lambda one: (places[row_label(one.best.first)], one.policy is not None))
-    return Halves(tuple(judged), tuple(chosen))
+    chosen.sort(key=lambda one: (order[row_label(one.best.first)], one.policy is not None))
+    return Holdout(tuple(judged), tuple(chosen))
 
 
 def worth_showing(run: Run) -> bool:
@@ -118,9 +119,9 @@ def worth_showing(run: Run) -> bool:
     return max(groups.values(), default=0) >= ENOUGH and all(split(run.predictions))
 
 
-def chosen_grid(halves: Halves) -> Grid:
+def chosen_grid(holdout: Holdout) -> Grid:
     """A line for each choice: what was chosen on the first half, of how many, and what it shows on the second."""
-    rows = [one.best.second for one in halves.chosen]
+    rows = [one.best.second for one in holdout.chosen]
     engine, query = _several(rows, "engine"), _several(rows, "query")
     header = (
         *("kept", "keys/values"), *(("query",) if query else ()), *(("engine",) if engine else ()),
@@ -128,7 +129,7 @@ def chosen_grid(halves: Halves) -> Grid:
     )  # fmt: skip
     numbers = ("of settings", "difference there", "n", "score", "full score", "difference", "95 % interval")
     lines = []
-    for one in halves.chosen:
+    for one in holdout.chosen:
         row = one.best.second
         names = [kept_label(row), row.precisions, *([row.query] if query else ()), *([row.engine] if engine else ())]
         there = difference_cells(one.best.first)[0]
@@ -137,54 +138,50 @@ def chosen_grid(halves: Halves) -> Grid:
     return Grid((*header, *numbers), tuple(lines), len(header))
 
 
-def judged_grid(halves: Halves) -> Grid:
+def judged_grid(holdout: Holdout) -> Grid:
     """A line for each setting: its difference to the full cache on both halves."""
-    query = _several([one.first for one in halves.judged], "query")
+    query = _several([one.first for one in holdout.judged], "query")
     header = ("policy", "kept", "keys/values", *(("query",) if query else ()))
     numbers = (
         *("n first", "difference first", "95 % interval first"),
         *("n second", "difference second", "95 % interval second"),
     )
     lines = []
-    for first, second in halves.judged:
+    for first, second in holdout.judged:
         names = (policy_label(first), kept_label(first), first.precisions, *((first.query,) if query else ()))
         cells = (cell for row in (first, second) for cell in (str(row.n), *difference_cells(row)))
         lines.append((*names, *cells))
     return Grid((*header, *numbers), tuple(lines), len(header))
 
 
-def markdown(halves: Halves) -> str:
+def markdown(holdout: Holdout) -> str:
     """Both tables with what they are, for a page."""
     return "\n".join(
         (
-            "Chosen on the first half of the items (of every task, in turn by their ids), shown on the second:\n",
-            chosen_grid(halves).markdown(),
+            "Selection on the first half of the items (of every task, in turn by their ids), shown on the second:\n",
+            chosen_grid(holdout).markdown(),
             "Differences to the full cache on both halves:\n",
-            judged_grid(halves).markdown(),
+            judged_grid(holdout).markdown(),
         )
     )
 
 
-def write_page(halves: Halves, path: Path) -> None:
+def write_page(holdout: Holdout, path: Path) -> None:
     """Write `markdown` to a file, whole or not at all. Raises CrushError if that fails."""
-
-    def write(file: IO[bytes]) -> None:
-        file.write(markdown(halves).encode())
-
-    write_whole(path, "markdown", write)
+    write_file(path, "markdown", markdown(holdout).encode())
 
 
-def _choose(group: list[Judged]) -> Iterable[Chosen]:
-    yield Chosen(max(group, key=_gain), len(group))
+def _choose(group: list[Judged]) -> Iterable[Selection]:
+    yield Selection(max(group, key=_gain), len(group))
     by_policy: dict[str, list[Judged]] = {}
     for one in group:
         by_policy.setdefault(one.first.policy, []).append(one)
     for policy, its in by_policy.items():
         if ENOUGH <= len(its) < len(group):
-            yield Chosen(max(its, key=_gain), len(its), policy)
+            yield Selection(max(its, key=_gain), len(its), policy)
 
 
-def _group(row: Row) -> tuple[object, ...]:
+def _group(row: ResultRow) -> tuple[object, ...]:
     return row.engine, row.kept, row.settings.get("kept_tokens"), row.precisions, row.query
 
 
@@ -193,7 +190,7 @@ def _gain(one: Judged) -> float:
     return one.first.difference if in_percent(one.first.suite) else -one.first.difference
 
 
-def _several(rows: Sequence[Row], field: str) -> bool:
+def _several(rows: Sequence[ResultRow], field: str) -> bool:
     return len({getattr(row, field) for row in rows}) > 1
 
 

@@ -11,12 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ov_kvcrush.config import ENGINES
-from ov_kvcrush.eval.statistics import AVERAGE, FULL, Row, Setting, bits
+from ov_kvcrush.eval.records import AVERAGE, FULL, Setting, bits
+from ov_kvcrush.eval.statistics import ResultRow
 
 # Their scores are nats; all others go from 0 to 1 and are shown in percent.
 _NATS = ("perplexity",)
 
-Labelled = Row | Setting
+Labelled = ResultRow | Setting
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def _escape(cell: str) -> str:
     return cell.replace("|", "\\|")
 
 
-def summary(rows: Sequence[Row], task: str = AVERAGE) -> Grid:
+def summary(rows: Sequence[ResultRow], task: str = AVERAGE) -> Grid:
     """A line per setting on one task: score beside the full cache's, the difference and its interval, and the cost."""
     chosen = sorted_rows([row for row in rows if row.task == task])
     queries = len({row.query for row in chosen}) > 1
@@ -68,9 +69,9 @@ def summary(rows: Sequence[Row], task: str = AVERAGE) -> Grid:
     return Grid((*header, *numbers), tuple(lines), len(header))
 
 
-def by_task(rows: Sequence[Row], tasks: Sequence[str] = ()) -> Grid:
+def by_task(rows: Sequence[ResultRow], tasks: Sequence[str] = ()) -> Grid:
     """A line per setting, a column per task, of all if none are named: scores, the average first."""
-    settings: dict[str, dict[str, Row]] = {}
+    settings: dict[str, dict[str, ResultRow]] = {}
     for row in sorted_rows(rows):
         settings.setdefault(row_label(row), {})[row.task] = row
     tasks = tasks or tasks_of(rows)
@@ -78,15 +79,15 @@ def by_task(rows: Sequence[Row], tasks: Sequence[str] = ()) -> Grid:
     return Grid(("setting", AVERAGE, *tasks), tuple(lines), 1)
 
 
-def tasks_of(rows: Sequence[Row]) -> list[str]:
+def tasks_of(rows: Sequence[ResultRow]) -> list[str]:
     """Names of the tasks in the order of the rows, without the average."""
     return [task for task in dict.fromkeys(row.task for row in rows) if task != AVERAGE]
 
 
-def sorted_rows(rows: Sequence[Row]) -> list[Row]:
+def sorted_rows(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """Full caches first, then by what was kept, most first, and policy; openvino_genai's beside ours."""
 
-    def place(row: Row) -> tuple[object, ...]:
+    def place(row: ResultRow) -> tuple[object, ...]:
         kept = (row.kept is None, -(row.kept or row.settings["kept_tokens"]))
         engine = ENGINES.index(row.engine) if row.engine in ENGINES else len(ENGINES)
         return (
@@ -121,13 +122,13 @@ def row_label(row: Labelled) -> str:
     return f"{policy_label(row)}{kept} {row.precisions}{'' if row.query == 'aware' else f' {row.query}'}"
 
 
-def score_cells(row: Row) -> tuple[str, str, str, str]:
+def score_cells(row: ResultRow) -> tuple[str, str, str, str]:
     """Score, full score, difference and its interval."""
     scale, digits = _scale(row)
     return _score(row), f"{scale * row.full_score:.{digits}f}", *difference_cells(row)
 
 
-def difference_cells(row: Row) -> tuple[str, str]:
+def difference_cells(row: ResultRow) -> tuple[str, str]:
     """Difference and its interval; a full cache that is its own measure has none."""
     if row.policy == FULL and row.difference == row.low == row.high == 0:
         return "", ""
@@ -146,10 +147,10 @@ def _options(row: Labelled) -> str:
     return f" ({own})" if own else ""
 
 
-def _score(row: Row) -> str:
+def _score(row: ResultRow) -> str:
     scale, digits = _scale(row)
     return f"{scale * row.score:.{digits}f}"
 
 
-def _scale(row: Row) -> tuple[int, int]:
+def _scale(row: ResultRow) -> tuple[int, int]:
     return (100, 1) if in_percent(row.suite) else (1, 4)

@@ -13,9 +13,9 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.eval.benchmarks.items import Task
+from ov_kvcrush.eval.runs.answers import Answer, generation_config
 from ov_kvcrush.eval.runs.plan import Planned
-from ov_kvcrush.eval.runs.prompts import Asked, ItemPrompts
-from ov_kvcrush.eval.runs.replies import Reply, generation_config
+from ov_kvcrush.eval.runs.prompts import ItemPrompts, QuestionPrompt
 from ov_kvcrush.genai.eviction import GenaiEviction, block_size, nearest
 from ov_kvcrush.pipelines.llm import LLMPipeline
 
@@ -33,16 +33,16 @@ class GenaiRuns:
         self._properties = dict(properties)
         self._loaded: tuple[GenaiEviction | None, LLMPipeline] | None = None
 
-    def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Reply]:
+    def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Answer]:
         """Answers to all questions of an item, at the same kept tokens as our policy's budget.
 
         Raises CrushError for a budget that is less than openvino_genai's eviction can be told.
         """
         for one in planned:
             for asked in prompts.asked:
-                yield self._reply(task, one, asked, np.concatenate([prompts.ids, asked.ids]))
+                yield self._answer_one(task, one, asked, np.concatenate([prompts.ids, asked.ids]))
 
-    def _reply(self, task: Task, planned: Planned, asked: Asked, ids: np.ndarray) -> Reply:
+    def _answer_one(self, task: Task, planned: Planned, asked: QuestionPrompt, ids: np.ndarray) -> Answer:
         eviction = self._eviction(planned, len(ids))
         pipeline = self._pipeline_for(eviction)
         usage = _BytesAtFirstToken(pipeline)
@@ -55,7 +55,7 @@ class GenaiRuns:
         for stop in task.stop:  # it may be at the end of the ids
             text = text.split(stop)[0]
         num_tokens = self._num_tokens(ids, tokens)
-        return Reply(
+        return Answer(
             planned=planned,
             asked=asked,
             text=text,

@@ -15,10 +15,10 @@ from ov_kvcrush.eval.benchmarks.items import Task
 from ov_kvcrush.eval.benchmarks.longgen import SUITE, TASKS, loss_text
 from ov_kvcrush.eval.likelihood.pipeline import ScoringPipeline
 from ov_kvcrush.eval.likelihood.scoring import ForcedEngine
+from ov_kvcrush.eval.runs.answers import Answer, greedy
 from ov_kvcrush.eval.runs.genai import GenaiRuns
 from ov_kvcrush.eval.runs.plan import Planned, caches_of, grouped, precisions_of
-from ov_kvcrush.eval.runs.prompts import Asked, ItemPrompts
-from ov_kvcrush.eval.runs.replies import Reply, greedy
+from ov_kvcrush.eval.runs.prompts import ItemPrompts, QuestionPrompt
 from ov_kvcrush.genai.eviction import GenaiEviction, nearest
 from ov_kvcrush.pipelines.backend import CacheParams, Handle
 
@@ -32,7 +32,7 @@ class LongRuns:
         self._pipeline = ScoringPipeline(model, "CPU", "crush", next(iter(caches.values())), None, dict(properties))
         self._engines = {name: self._pipeline.make_engine(cache, SUITE) for name, cache in caches.items()}
 
-    def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Reply]:
+    def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Answer]:
         """Answers to all questions of an item. Policies see the prompt with the question, whatever the query."""
         for asked in prompts.asked:
             ids = np.concatenate([prompts.ids, asked.ids])
@@ -40,26 +40,26 @@ class LongRuns:
                 yield from self._batch(task, asked, ids, self._engines[precisions_of(same[0].setting)], same)
 
     def _batch(
-        self, task: Task, asked: Asked, ids: np.ndarray, engine: ForcedEngine, planned: Sequence[Planned]
-    ) -> list[Reply]:
+        self, task: Task, asked: QuestionPrompt, ids: np.ndarray, engine: ForcedEngine, planned: Sequence[Planned]
+    ) -> list[Answer]:
         uses = [CacheParams(policy=one.policy) for one in planned]
         start = time.perf_counter()
         run = self._forced if task.is_forced else self._written
         answers = run(task, asked, ids, engine, uses)
         seconds = (time.perf_counter() - start) / len(planned)
         return [
-            Reply(one, asked, a.text, float(a.kept_tokens), len(ids) + a.num_tokens, a.kv_bytes, seconds)
+            Answer(one, asked, a.text, float(a.kept_tokens), len(ids) + a.num_tokens, a.kv_bytes, seconds)
             for one, a in zip(planned, answers, strict=True)
         ]
 
     def _written(
-        self, task: Task, asked: Asked, ids: np.ndarray, engine: ForcedEngine, uses: Sequence[CacheParams]
+        self, task: Task, asked: QuestionPrompt, ids: np.ndarray, engine: ForcedEngine, uses: Sequence[CacheParams]
     ) -> list[_Answer]:
         config = greedy(self._pipeline.get_config(), task, asked.question.max_new_tokens)
         return [_answer(handle, self._pipeline) for handle in engine.write((ids, config, use) for use in uses)]
 
     def _forced(
-        self, task: Task, asked: Asked, ids: np.ndarray, engine: ForcedEngine, uses: Sequence[CacheParams]
+        self, task: Task, asked: QuestionPrompt, ids: np.ndarray, engine: ForcedEngine, uses: Sequence[CacheParams]
     ) -> list[_Answer]:
         answer = self._pipeline.encode(asked.question.answers[0], add_special_tokens=False)
         return [

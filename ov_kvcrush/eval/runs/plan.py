@@ -9,7 +9,7 @@ from typing import Any
 from ov_kvcrush.cli.policy_options import PolicyOptions
 from ov_kvcrush.config import ENGINES, PRECISIONS, CacheConfig
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.statistics import FULL, QUERIES, Setting
+from ov_kvcrush.eval.records import FULL, QUERIES, Setting
 from ov_kvcrush.genai.eviction import nearest
 from ov_kvcrush.model.precision import paged_precisions
 from ov_kvcrush.policies.base import Policy
@@ -19,7 +19,7 @@ from ov_kvcrush.utils.checks import check_choice, check_fraction
 # What openvino_genai has a method of the same name for.
 GENAI_POLICIES = ("kvcrush", "snapkv", "h2o")
 # What a policy has to beat to be worth anything; run beside all others.
-FLOORS = ("random", "streaming_llm")
+BASELINES = ("random", "streaming_llm")
 _MANY_TOKENS = 1 << 20
 
 
@@ -36,8 +36,8 @@ class PlanOptions:
     """Lists of what is compared; all with all, but for precisions, which are pairs.
 
     policies: NAME or NAME:KEY=VALUE;KEY=VALUE. kept: fractions; kept_tokens: numbers of tokens instead or beside.
-    policy_options: KEY=VALUE for all policies. precisions: keys and values. floors: FLOORS as well, with our engine, at
-    the first precisions, where any policy evicts and unless they are among the policies.
+    policy_options: KEY=VALUE for all policies. precisions: keys and values. baselines: run BASELINES
+    too, unless they are among the policies: on our engine, at the first precisions, if any policy evicts.
     """
 
     policies: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class PlanOptions:
     precisions: tuple[tuple[str, str], ...] = (("u8", "u8"),)
     queries: tuple[str, ...] = ("aware",)
     engines: tuple[str, ...] = field(default=ENGINES[:1])
-    floors: bool = True
+    baselines: bool = True
 
     def __post_init__(self) -> None:
         for precisions in self.precisions:
@@ -62,7 +62,7 @@ class PlanOptions:
 
 
 def make_plan(options: PlanOptions) -> list[Planned]:
-    """Every setting once, the full cache of each engine, precision and query before its policies, floors behind them.
+    """Every setting once: for each engine, precision and query the full cache, then its policies, then the baselines.
 
     openvino_genai, which sees the question by its nature, gets the policies that it has and the precisions that it can
     hold. Raises CrushError for a policy, setting or precision that there is not.
@@ -71,11 +71,11 @@ def make_plan(options: PlanOptions) -> list[Planned]:
     specs = [_parse(spec, options.policy_options) for spec in options.policies]
     evicting = [policy for name, own in specs for policy in _with_budgets(name, own, options)]
     full = Planned(_setting(FULL, {}), build(FULL))
-    floors = _floors(specs, evicting, options)
+    baselines = _baselines(specs, evicting, options)
     for precisions in options.precisions:
         if "crush" in options.engines:
             for query in options.queries:
-                for planned in (full, *evicting, *(floors if precisions == options.precisions[0] else ())):
+                for planned in (full, *evicting, *(baselines if precisions == options.precisions[0] else ())):
                     _add(found, planned, "crush", precisions, query)
     if "genai" in options.engines:
         able = [p for p in options.precisions if paged_precisions(*p, {})]
@@ -134,12 +134,14 @@ def caches_of(plan: Sequence[Planned]) -> dict[tuple[str, str], CacheConfig]:
     }
 
 
-def _floors(specs: Sequence[tuple[str, Settings]], evicting: Sequence[Planned], options: PlanOptions) -> list[Planned]:
-    """FLOORS that the user did not name, at every budget that evicts, with the options for all that they have."""
-    if not options.floors or not any(planned.policy.evicts for planned in evicting):
+def _baselines(
+    specs: Sequence[tuple[str, Settings]], evicting: Sequence[Planned], options: PlanOptions
+) -> list[Planned]:
+    """BASELINES that the user did not name, at every budget that evicts, with the options for all that they have."""
+    if not options.baselines or not any(planned.policy.evicts for planned in evicting):
         return []
     shared = PolicyOptions(others=options.policy_options).settings()
-    missing = [name for name in FLOORS if name not in dict(specs)]
+    missing = [name for name in BASELINES if name not in dict(specs)]
     own = {name: {key: value for key, value in shared.items() if key in describe(name).settings} for name in missing}
     return [p for name in missing for p in _with_budgets(name, own[name], options) if p.policy.evicts]
 

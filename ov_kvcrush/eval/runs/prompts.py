@@ -20,7 +20,7 @@ _PIECE = 20_000  # characters of a long text that are tokenized at a time
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class QuestionPrompt:
     """A question in its place: its prompt is the context's tokens and `ids`, int64 (T,), at least one.
 
     turn: of a conversation, whose earlier questions and references are in `ids`, too; else 0.
@@ -39,7 +39,7 @@ class ItemPrompts:
     item: Item
     ids: np.ndarray
     head: int
-    asked: tuple[Asked, ...]
+    asked: tuple[QuestionPrompt, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -72,7 +72,7 @@ class ItemEncoder:
             item = replace(item, context=self._pre_cut(item.context, max_tokens))
         state, ids, head = self._open(item)
         asked = tuple(
-            Asked(index, index if item.multi_turn else 0, question, self._rest(item, index, state))
+            QuestionPrompt(index, index if item.multi_turn else 0, question, self._rest(item, index, state))
             for index, question in enumerate(item.questions)
         )
         whole = ItemPrompts(item, ids, head, asked)

@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.fields import check_object, check_text
-from ov_kvcrush.eval.statistics import Setting
-from ov_kvcrush.utils.checks import check_integer, known_options
+from ov_kvcrush.eval.records import Setting
+from ov_kvcrush.utils.checks import check_integer, check_object, check_string, known_options
 
 # Of the environment, what may change a score; a run may go on where the rest differs.
 _DECISIVE = ("cpu", "kernel", "versions")
@@ -40,7 +39,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("command", "suite", "model", "fingerprint"):
-            check_text(name, getattr(self, name))
+            check_string(name, getattr(self, name))
         check_integer("num_items", self.num_items, 1)
         check_integer("seed", self.seed, 0)
         check_object("environment", self.environment)

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from ov_kvcrush.bench.report import write_whole
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.eval.records import Prediction, PredictionKey
 from ov_kvcrush.eval.runs.run_config import RunConfig, from_json
-from ov_kvcrush.eval.statistics import Prediction, PredictionKey, Row
+from ov_kvcrush.eval.statistics import ResultRow
 from ov_kvcrush.utils.atomic import try_lock
+from ov_kvcrush.utils.json_file import write_json
 
 CONFIG, PREDICTIONS, METRICS = "config.json", "predictions.jsonl", "metrics.json"
 
@@ -30,7 +31,7 @@ class Run:
     folder: Path
     config: RunConfig
     predictions: tuple[Prediction, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[ResultRow, ...]
 
 
 class RunFolder:
@@ -47,7 +48,7 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if not (path / CONFIG).exists():
-                write_object(path / CONFIG, config.json)
+                write_json(path / CONFIG, config.json, "out", allow_nan=False)
             self._file: IO[bytes] = open(path / PREDICTIONS, "a+b")  # noqa: SIM115 - kept open for the run
         except OSError as error:
             raise CrushError(f"--out must be a folder that can be written, got {str(path)!r}: {error}") from None
@@ -92,12 +93,12 @@ class RunFolder:
         self._predictions.append(prediction)
         self._done.add(prediction.key)
 
-    def finish(self, rows: Sequence[Row]) -> Run:
+    def finish(self, rows: Sequence[ResultRow]) -> Run:
         """Write the result, close, and return the run as `read_run` would."""
         self.close()
         seconds = sum(prediction.seconds for prediction in self._predictions)
         metrics = {"rows": [asdict(row) for row in rows], "num_predictions": len(self._predictions), "seconds": seconds}
-        write_object(self.path / METRICS, metrics)
+        write_json(self.path / METRICS, metrics, "out", allow_nan=False)
         return Run(self.path, self.config, self.predictions, tuple(rows))
 
     def close(self) -> None:
@@ -135,23 +136,13 @@ def read_run(path: Path) -> Run:
     if metrics.get("num_predictions") != len(predictions):
         told = metrics.get("num_predictions")
         raise CrushError(f"{path / PREDICTIONS} must have {told} lines by {METRICS}, got {len(predictions)}")
-    made = tuple(from_json(Row, row, f"{path / METRICS}: rows[{i}]") for i, row in enumerate(rows))
+    made = tuple(from_json(ResultRow, row, f"{path / METRICS}: rows[{i}]") for i, row in enumerate(rows))
     return Run(path, config, tuple(predictions), made)
 
 
 def report_of(run: Run) -> dict[str, Any]:
     """All but the predictions, for a file that others read."""
     return {**run.config.json, "rows": [asdict(row) for row in run.rows]}
-
-
-def write_object(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON whole or not at all. Raises CrushError if that fails."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-
-    def write(file: IO[bytes]) -> None:
-        file.write(text.encode("ascii"))
-
-    write_whole(path, "out", write)
 
 
 def _check_startable(path: Path, config: RunConfig) -> None:

@@ -17,13 +17,14 @@ from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.contexts.context import Context
 from ov_kvcrush.eval.benchmarks.items import Task, score
 from ov_kvcrush.eval.benchmarks.longgen import SUITE as LONGGEN
+from ov_kvcrush.eval.records import Prediction
+from ov_kvcrush.eval.runs.answers import Answer, generation_config
 from ov_kvcrush.eval.runs.genai import GenaiRuns
 from ov_kvcrush.eval.runs.long_answers import long_runs
 from ov_kvcrush.eval.runs.plan import Planned, caches_of, grouped, precisions_of
-from ov_kvcrush.eval.runs.prompts import Asked, ItemPrompts
-from ov_kvcrush.eval.runs.replies import Reply, generation_config
+from ov_kvcrush.eval.runs.prompts import ItemPrompts, QuestionPrompt
 from ov_kvcrush.eval.runs.run_folder import Run, RunFolder
-from ov_kvcrush.eval.statistics import Prediction, rows_of
+from ov_kvcrush.eval.statistics import result_rows
 from ov_kvcrush.pipelines.llm import LLMPipeline
 from ov_kvcrush.policies.base import Replay
 
@@ -34,7 +35,7 @@ Advance = Callable[[int], None]  # answers that are there now
 class Runs(Protocol):
     """An engine, and what it answers."""
 
-    def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Reply]: ...
+    def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Answer]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class _Question:
     """What goes into a batch: token ids int64 (T,) that follow a context."""
 
     planned: Planned
-    asked: Asked
+    asked: QuestionPrompt
     context: Context
     ids: np.ndarray
 
@@ -75,7 +76,7 @@ def run_suite(
                     advance(_add(folder, one, task, runs.answer(one, task, same_query)))
         del runs  # before the next model is loaded
     settings = folder.config.settings
-    return folder.finish(rows_of(folder.predictions, settings, folder.config.suite, seed=folder.config.seed))
+    return folder.finish(result_rows(folder.predictions, settings, folder.config.suite, seed=folder.config.seed))
 
 
 class CrushRuns:
@@ -91,7 +92,7 @@ class CrushRuns:
         self._reader = LLMPipeline(model, "CPU", dict(properties), cache_config=caches[first])
         self._pipelines = {first: self._reader, **{name: self._reader.beside(caches[name]) for name in others}}
 
-    def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Reply]:
+    def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Answer]:
         """Answers to all questions of an item under settings of one query."""
         if planned[0].setting.query == "agnostic":
             yield from self._ask(task, prompts.ids, prompts.head, [(a, a.ids) for a in prompts.asked], planned)
@@ -105,17 +106,17 @@ class CrushRuns:
         task: Task,
         context: np.ndarray,
         head: int,
-        questions: Sequence[tuple[Asked, np.ndarray]],
+        questions: Sequence[tuple[QuestionPrompt, np.ndarray]],
         planned: Sequence[Planned],
-    ) -> Iterator[Reply]:
-        replies: dict[tuple[str, int], Reply] = {}
+    ) -> Iterator[Answer]:
+        answers: dict[tuple[str, int], Answer] = {}
         with ExitStack() as stack:
             contexts = self._compress(context, head, planned, stack)
             for same in grouped(planned, precisions_of):
                 batch = [_Question(p, a, contexts[p.setting.key], ids) for p in same for a, ids in questions]
-                for reply in self._answer(task, self._pipelines[precisions_of(same[0].setting)], batch):
-                    replies[reply.planned.setting.key, reply.asked.index] = reply
-        yield from (replies[p.setting.key, a.index] for p in planned for a, _ in questions)
+                for answer in self._answer(task, self._pipelines[precisions_of(same[0].setting)], batch):
+                    answers[answer.planned.setting.key, answer.asked.index] = answer
+        yield from (answers[p.setting.key, a.index] for p in planned for a, _ in questions)
 
     def _compress(self, ids: np.ndarray, head: int, planned: Sequence[Planned], stack: ExitStack) -> dict[str, Context]:
         """A context for the key of each setting, closed with `stack`. One reading has one second reading at most."""
@@ -129,20 +130,20 @@ class CrushRuns:
             made.update((p.setting.key, stack.enter_context(c)) for p, c in zip(now, contexts, strict=True))
         return made
 
-    def _answer(self, task: Task, pipeline: LLMPipeline, questions: Sequence[_Question]) -> Iterator[Reply]:
+    def _answer(self, task: Task, pipeline: LLMPipeline, questions: Sequence[_Question]) -> Iterator[Answer]:
         for length in dict.fromkeys(q.asked.question.max_new_tokens for q in questions):
             same = [q for q in questions if q.asked.question.max_new_tokens == length]
             for begin in range(0, len(same), BATCH):
                 yield from _answer_batch(task, pipeline, length, same[begin : begin + BATCH])
 
 
-def _answer_batch(task: Task, pipeline: LLMPipeline, max_new_tokens: int, batch: Sequence[_Question]) -> list[Reply]:
+def _answer_batch(task: Task, pipeline: LLMPipeline, max_new_tokens: int, batch: Sequence[_Question]) -> list[Answer]:
     config = generation_config(pipeline, task, max_new_tokens)
     start = time.perf_counter()
     texts = pipeline.answer_each([(q.context, q.ids) for q in batch], config)
     seconds = (time.perf_counter() - start) / len(batch)
     return [
-        Reply(
+        Answer(
             planned=q.planned,
             asked=q.asked,
             text=text,
@@ -176,26 +177,26 @@ def _missing(folder: RunFolder, prompts: ItemPrompts, planned: Sequence[Planned]
     return any(key not in done for key in wanted)
 
 
-def _add(folder: RunFolder, prompts: ItemPrompts, task: Task, replies: Iterator[Reply]) -> int:
+def _add(folder: RunFolder, prompts: ItemPrompts, task: Task, answers: Iterator[Answer]) -> int:
     """Write what is not there yet, and return how many that were."""
-    done, made = folder.done(), [_prediction(prompts, task, reply) for reply in replies]
+    done, made = folder.done(), [_prediction(prompts, task, answer) for answer in answers]
     new = [prediction for prediction in made if prediction.key not in done]
     for prediction in new:
         folder.add(prediction)
     return len(new)
 
 
-def _prediction(prompts: ItemPrompts, task: Task, reply: Reply) -> Prediction:
+def _prediction(prompts: ItemPrompts, task: Task, answer: Answer) -> Prediction:
     return Prediction(
         item_id=prompts.item.id,
         task=prompts.item.task,
-        question_index=reply.asked.index,
-        turn=reply.asked.turn,
-        setting_key=reply.planned.setting.key,
-        text=reply.text,
-        score=score(task, reply.text, reply.asked.question),
-        kept_tokens=reply.kept_tokens,
-        prompt_tokens=reply.prompt_tokens,
-        bytes=reply.num_bytes,
-        seconds=reply.seconds,
+        question_index=answer.asked.index,
+        turn=answer.asked.turn,
+        setting_key=answer.planned.setting.key,
+        text=answer.text,
+        score=score(task, answer.text, answer.asked.question),
+        kept_tokens=answer.kept_tokens,
+        prompt_tokens=answer.prompt_tokens,
+        bytes=answer.num_bytes,
+        seconds=answer.seconds,
     )

@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.cli.app import app
-from ov_kvcrush.eval.report.by_turn import by_place
+from ov_kvcrush.eval.records import AVERAGE, Prediction, Setting
+from ov_kvcrush.eval.report.by_turn import by_turn
 from ov_kvcrush.eval.report.document import section
-from ov_kvcrush.eval.report.holdout import chosen_grid, halves_of, judged_grid, markdown, split, worth_showing
+from ov_kvcrush.eval.report.holdout import chosen_grid, holdout_of, judged_grid, markdown, split, worth_showing
 from ov_kvcrush.eval.report.tables import by_task, row_label
 from ov_kvcrush.eval.runs.run_folder import Run, RunFolder
-from ov_kvcrush.eval.statistics import AVERAGE, Prediction, Setting, rows_of
+from ov_kvcrush.eval.statistics import result_rows
 
 MANY = (
     FULL,
@@ -30,7 +31,7 @@ MANY = (
 
 
 def run_of(made: list[Prediction], settings: tuple[Setting, ...], path: Path = Path("run")) -> Run:
-    rows = rows_of(made, settings, "ruler", seed=7, resamples=50)
+    rows = result_rows(made, settings, "ruler", seed=7, resamples=50)
     return Run(path, config(settings), tuple(made), tuple(rows))
 
 
@@ -46,7 +47,7 @@ def mean_score(made: list[Prediction], setting: Setting) -> float:
     return sum(means) / len(means)
 
 
-class TestHalves:
+class TestHoldout:
     def test_every_item_is_in_one_half_with_all_its_answers(self) -> None:
         made = answers(items=7)
         first, second = split(made)
@@ -61,21 +62,21 @@ class TestHalves:
         made = answers(MANY)
         shuffled = random.Random(1).sample(made, len(made))
         shuffled.sort(key=lambda p: p.task != "qa")  # tasks come in their order
-        assert halves_of(run_of(shuffled, MANY)) == halves_of(run_of(made, MANY))
+        assert holdout_of(run_of(shuffled, MANY)) == holdout_of(run_of(made, MANY))
 
     def test_a_task_of_one_item_is_in_neither(self) -> None:
         made = [*answers(MANY, ["qa"]), *answers(MANY, ["code"], items=1)]
         assert {p.task for half in split(made) for p in half} == {"qa"}
-        assert halves_of(run_of(made, MANY)) == halves_of(run_of(answers(MANY, ["qa"]), MANY))
+        assert holdout_of(run_of(made, MANY)) == holdout_of(run_of(answers(MANY, ["qa"]), MANY))
         with pytest.raises(CrushError, match="run must have a task of two items to be halved, got none in 'run'"):
-            halves_of(run_of(answers(MANY, items=1), MANY))
+            holdout_of(run_of(answers(MANY, items=1), MANY))
 
     def test_differences_are_those_of_each_half_alone(self) -> None:
         run = run_of(answers(MANY), MANY)
-        halves = halves_of(run)
+        holdout = holdout_of(run)
         settings = {row_label(setting): setting for setting in MANY}
-        assert len(halves.judged) == len(MANY)
-        for one in halves.judged:
+        assert len(holdout.judged) == len(MANY)
+        for one in holdout.judged:
             setting = settings[row_label(one.first)]
             for row, half in zip(one, split(run.predictions), strict=True):
                 assert row.difference == pytest.approx(mean_score(half, setting) - mean_score(half, FULL), abs=1e-12)
@@ -86,16 +87,16 @@ class TestHalves:
         _, second = split(made)
         held_out = {id(p) for p in second}
         spoiled = [replace(p, score=1 - p.score) if id(p) in held_out else p for p in made]
-        chosen = [[row_label(c.best.first) for c in halves_of(run_of(x, MANY)).chosen] for x in (made, spoiled)]
+        chosen = [[row_label(c.best.first) for c in holdout_of(run_of(x, MANY)).chosen] for x in (made, spoiled)]
         assert chosen[0] == chosen[1]
-        halves = halves_of(run_of(made, MANY))
+        holdout = holdout_of(run_of(made, MANY))
         groups = {(s.kept, s.kept_tokens, s.precisions, s.query) for s in MANY if s.policy != "none"}
-        assert len(halves.chosen) == len(groups)
-        assert sum(c.num_settings for c in halves.chosen) == len(MANY) - 1
-        for c in halves.chosen:
+        assert len(holdout.chosen) == len(groups)
+        assert sum(c.num_settings for c in holdout.chosen) == len(MANY) - 1
+        for c in holdout.chosen:
             best = c.best.first
             rivals = [
-                o.first for o in halves.judged
+                o.first for o in holdout.judged
                 if (o.first.kept, o.first.settings.get("kept_tokens"), o.first.precisions, o.first.query)
                 == (best.kept, best.settings.get("kept_tokens"), best.precisions, best.query)
                 and o.first.policy != "none"
@@ -107,39 +108,39 @@ class TestHalves:
         evicting = [setting for setting in MANY if (setting.kept, setting.query) == (0.25, "aware")][:4]
         shares = [replace(evicting[0], policy_settings={"share": x}) for x in (0.1, 0.3, 0.5)]
         settings = (FULL, *evicting, *shares)
-        halves = halves_of(run_of(answers(settings), settings))
-        everything, own = sorted(halves.chosen, key=lambda c: c.policy is not None)
+        holdout = holdout_of(run_of(answers(settings), settings))
+        everything, own = sorted(holdout.chosen, key=lambda c: c.policy is not None)
         assert (everything.policy, everything.num_settings) == (None, 7)
         assert (own.policy, own.num_settings) == (evicting[0].policy, 4)
-        its = [one for one in halves.judged if one.first.policy == own.policy]
+        its = [one for one in holdout.judged if one.first.policy == own.policy]
         assert own.best in its
         assert own.best.first.difference == max(one.first.difference for one in its)
         alone = (FULL, evicting[0], *shares)  # then it is the same choice
-        assert [c.policy for c in halves_of(run_of(answers(alone), alone)).chosen] == [None]
+        assert [c.policy for c in holdout_of(run_of(answers(alone), alone)).chosen] == [None]
 
     def test_an_engine_alone_is_as_if_the_other_had_not_run(self) -> None:
         made = answers()
         ours = tuple(setting for setting in SETTINGS if setting.engine == "crush")
         keys = {setting.key for setting in ours}
         alone = run_of([p for p in made if p.setting_key in keys], ours)
-        assert halves_of(run_of(made, SETTINGS), "crush") == halves_of(alone)
+        assert holdout_of(run_of(made, SETTINGS), "crush") == holdout_of(alone)
         with pytest.raises(CrushError, match="--engine must be one of crush, got 'genai'"):
-            halves_of(alone, "genai")
+            holdout_of(alone, "genai")
 
     def test_tables_have_every_setting_and_every_choice(self) -> None:
-        halves = halves_of(run_of(answers(MANY), MANY))
-        assert len(judged_grid(halves).lines) == len(MANY)
-        assert len(chosen_grid(halves).lines) == len(halves.chosen) == 4
-        for grid in (judged_grid(halves), chosen_grid(halves)):
+        holdout = holdout_of(run_of(answers(MANY), MANY))
+        assert len(judged_grid(holdout).lines) == len(MANY)
+        assert len(chosen_grid(holdout).lines) == len(holdout.chosen) == 4
+        for grid in (judged_grid(holdout), chosen_grid(holdout)):
             assert {len(line) for line in grid.lines} == {len(grid.header)}
-        c = halves.chosen[0]
+        c = holdout.chosen[0]
         for cell in (f"{100 * c.best.first.difference:+.1f}", f"{100 * c.best.second.difference:+.1f}"):
-            assert f" {cell} " in markdown(halves)
+            assert f" {cell} " in markdown(holdout)
 
     def test_pages_have_them_where_a_budget_has_many_settings(self) -> None:
         made = run_of(answers(MANY), MANY)
         assert worth_showing(made)
-        assert markdown(halves_of(made)) in section(made, [])
+        assert markdown(holdout_of(made)) in section(made, [])
         for other in (run_of(answers(), SETTINGS), run_of(answers(MANY, items=1), MANY)):
             assert not worth_showing(other)
             assert "first half" not in section(other, [])
@@ -149,12 +150,12 @@ class TestHalves:
         with RunFolder(tmp_path / "run", config(MANY)) as folder:
             for prediction in made:
                 folder.add(prediction)
-            folder.finish(rows_of(made, MANY, "ruler", resamples=50))
+            folder.finish(result_rows(made, MANY, "ruler", resamples=50))
         page, file = tmp_path / "halves.md", tmp_path / "halves.json"
         line = ["halves", str(tmp_path / "run"), "--json", str(file), "--markdown", str(page)]
         done = CliRunner().invoke(app, line)
         assert done.exit_code == 0, done.output
-        found = halves_of(run_of(made, MANY))
+        found = holdout_of(run_of(made, MANY))
         assert page.read_text() == markdown(found)
         report = json.loads(file.read_text())
         assert [one["first"]["difference"] for one in report["settings"]] == [o.first.difference for o in found.judged]
@@ -165,15 +166,15 @@ class TestHalves:
             assert (refused.exit_code, message in refused.output) == (2, True)
 
 
-class TestPlaces:
+class TestByTurn:
     def test_turns_are_told_apart(self) -> None:
         run = run_of(answers(MANY), MANY)
-        places = by_place(run)
-        assert places is not None
-        assert places.name == "turn"
-        assert list(dict.fromkeys(row.task for row in places.rows)) == [AVERAGE, "turn 1", "turn 2", "turn 3"]
+        turns = by_turn(run)
+        assert turns is not None
+        assert turns.name == "turn"
+        assert list(dict.fromkeys(row.task for row in turns.rows)) == [AVERAGE, "turn 1", "turn 2", "turn 3"]
         for turn in range(3):
-            rows = [row for row in places.rows if row.task == f"turn {turn + 1}"]
+            rows = [row for row in turns.rows if row.task == f"turn {turn + 1}"]
             assert [row_label(row) for row in rows] == [row_label(setting) for setting in MANY]
             own = [p for p in run.predictions if p.turn == turn]
             for row, setting in zip(rows, MANY, strict=True):
@@ -182,22 +183,22 @@ class TestPlaces:
 
     def test_questions_that_are_no_turns_are_called_questions(self) -> None:
         made = [replace(p, turn=0) for p in answers(MANY)]
-        turns, questions = by_place(run_of(answers(MANY), MANY)), by_place(run_of(made, MANY))
+        turns, questions = by_turn(run_of(answers(MANY), MANY)), by_turn(run_of(made, MANY))
         assert turns is not None
         assert questions is not None
         assert questions.name == "question"
         assert questions.rows == tuple(replace(row, task=row.task.replace("turn", "question")) for row in turns.rows)
 
-    def test_single_questions_have_no_places(self) -> None:
+    def test_single_questions_have_no_turns(self) -> None:
         made = [p for p in answers(MANY) if p.question_index == 0]
         run = run_of(made, MANY)
-        assert by_place(run) is None
+        assert by_turn(run) is None
         assert "averages of the tasks" not in section(run, [])
 
     def test_a_page_has_a_column_for_every_turn(self) -> None:
         run = run_of(answers(MANY), MANY)
-        places = by_place(run)
-        assert places is not None
-        grid = by_task(list(places.rows))
+        turns = by_turn(run)
+        assert turns is not None
+        grid = by_task(list(turns.rows))
         assert grid.header == ("setting", AVERAGE, "turn 1", "turn 2", "turn 3")
         assert grid.markdown() in section(run, [])

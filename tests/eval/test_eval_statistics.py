@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.bootstrap import bootstrap_means, generator, interval
+from ov_kvcrush.eval.records import AVERAGE, Prediction, Setting
 from ov_kvcrush.eval.report.tables import by_task, kept_label, policy_label, row_label, sorted_rows, summary
-from ov_kvcrush.eval.statistics import AVERAGE, Prediction, Row, Setting, full_cache_of, rows_of
+from ov_kvcrush.eval.statistics import ResultRow, bootstrap_means, full_cache_of, generator, interval, result_rows
 
 KVCRUSH = SETTINGS[2]
 ISSUE_FIELDS = ("suite", "task", "engine", "policy", "kept", "query", "n", "score", "full_score", "kept_tokens")
@@ -60,7 +60,7 @@ def item_means(predictions: list[Prediction], setting: Setting, task: str) -> di
 
 def test_rows_equal_slow_loops() -> None:
     made = answers()
-    rows = {(row_label(row), row.task): row for row in rows_of(made, SETTINGS, "ruler", seed=3, resamples=200)}
+    rows = {(row_label(row), row.task): row for row in result_rows(made, SETTINGS, "ruler", seed=3, resamples=200)}
     assert len(rows) == len(SETTINGS) * 3
     for setting in SETTINGS:
         reference = FULL if setting.engine == "crush" else SETTINGS[7]
@@ -81,7 +81,7 @@ def test_rows_equal_slow_loops() -> None:
         check_interval(average, differences)
 
 
-def check_interval(row: Row, differences: dict[str, list[float]]) -> None:
+def check_interval(row: ResultRow, differences: dict[str, list[float]]) -> None:
     draws = slow_draws(differences, 3, 200)
     mean = sum(sum(values) / len(values) for values in differences.values()) / len(differences)
     assert row.difference == pytest.approx(mean, abs=1e-12)
@@ -107,18 +107,18 @@ def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 
 def test_questions_of_an_item_are_averaged_first() -> None:
     made = [prediction("a", 1.0, question=i) for i in range(9)] + [prediction("b", 0.0)]
-    row = rows_of(made, [FULL], "ruler")[0]
+    row = result_rows(made, [FULL], "ruler")[0]
     assert (row.n, row.score) == (2, 0.5)
 
 
 def test_bytes_are_all_bytes_by_all_tokens() -> None:
     made = [prediction("a", 1.0, bytes=1000, prompt_tokens=10), prediction("b", 1.0, bytes=1000, prompt_tokens=90)]
-    row = rows_of(made, [FULL], "ruler")[0]
+    row = result_rows(made, [FULL], "ruler")[0]
     assert (row.bytes_per_prompt_token, row.kept_tokens) == (20.0, 10.0)
 
 
 def test_full_cache_differs_from_itself_by_nothing() -> None:
-    for row in rows_of(answers(), SETTINGS, "ruler", resamples=100):
+    for row in result_rows(answers(), SETTINGS, "ruler", resamples=100):
         if row_label(row) == row_label(FULL):
             assert (row.difference, row.low, row.high, row.kept) == (0, 0, 0, 1.0)
 
@@ -127,18 +127,20 @@ def test_order_of_answers_changes_nothing() -> None:
     made = answers()
     shuffled = random.Random(1).sample(made, len(made))
     shuffled.sort(key=lambda p: p.task != "qa")  # tasks come in their order
-    assert rows_of(shuffled, SETTINGS, "ruler", resamples=100) == rows_of(made, SETTINGS, "ruler", resamples=100)
+    assert result_rows(shuffled, SETTINGS, "ruler", resamples=100) == result_rows(
+        made, SETTINGS, "ruler", resamples=100
+    )
 
 
 def test_interval_of_a_task_depends_on_no_other_task() -> None:
     made = answers()
-    alone = rows_of([p for p in made if p.task == "code"], SETTINGS, "ruler", resamples=100)
-    both = rows_of(made, SETTINGS, "ruler", resamples=100)
+    alone = result_rows([p for p in made if p.task == "code"], SETTINGS, "ruler", resamples=100)
+    both = result_rows(made, SETTINGS, "ruler", resamples=100)
     assert [row for row in alone if row.task == "code"] == [row for row in both if row.task == "code"]
 
 
 def test_rows_have_the_fields_that_were_promised() -> None:
-    row = rows_of(answers(), SETTINGS, "ruler", resamples=10)[5]
+    row = result_rows(answers(), SETTINGS, "ruler", resamples=10)[5]
     fields = (*ISSUE_FIELDS, "bytes_per_prompt_token", "difference", "low", "high", "precisions", "settings")
     assert sorted(asdict(row)) == sorted(fields)
     assert (row.kept, row.settings, row.precisions) == (None, {"kept_tokens": 64}, "u8/u8")
@@ -192,13 +194,13 @@ BAD_ANSWERS: dict[str, tuple[Callable[[list[Prediction]], list[Prediction]], str
 def test_what_cannot_be_compared_is_refused(case: str) -> None:
     change, message = BAD_ANSWERS[case]
     with pytest.raises(CrushError, match=message):
-        rows_of(change(answers()), SETTINGS, "ruler")
+        result_rows(change(answers()), SETTINGS, "ruler")
 
 
 def test_a_run_without_its_full_cache_is_refused() -> None:
     chosen = [setting for setting in SETTINGS if setting is not SETTINGS[7]]
     with pytest.raises(CrushError, match="must have the full cache of engine 'genai'"):
-        rows_of(answers(chosen), chosen, "ruler")
+        result_rows(answers(chosen), chosen, "ruler")
 
 
 @pytest.mark.parametrize("name", ["score", "kept_tokens", "seconds"])
@@ -209,7 +211,7 @@ def test_a_number_that_is_none_is_refused(name: str, value: Any) -> None:
 
 
 def test_tables_have_full_first_then_most_kept_and_the_incumbent_beside() -> None:
-    rows = rows_of(answers(), SETTINGS, "ruler", resamples=50)
+    rows = result_rows(answers(), SETTINGS, "ruler", resamples=50)
     chosen = [row for row in rows if row.task == AVERAGE]
     expected = [row_label(SETTINGS[i]) for i in (0, 1, 7, 4, 2, 3, 8, 6, 5)]
     assert [row_label(row) for row in sorted_rows(chosen)] == expected
@@ -227,7 +229,7 @@ def test_tables_have_full_first_then_most_kept_and_the_incumbent_beside() -> Non
 
 
 def test_markdown_has_every_cell_and_no_broken_line() -> None:
-    rows = rows_of(answers(), SETTINGS, "ruler", resamples=50)
+    rows = result_rows(answers(), SETTINGS, "ruler", resamples=50)
     odd = [replace(row, settings={**row.settings, "note": "a|b"}) for row in rows]
     lines = summary(odd).markdown().splitlines()
     assert len(lines) == 2 + len(SETTINGS)

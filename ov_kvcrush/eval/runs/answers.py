@@ -8,19 +8,19 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.eval.benchmarks.items import Task
 from ov_kvcrush.eval.runs.plan import Planned
-from ov_kvcrush.eval.runs.prompts import Asked
+from ov_kvcrush.eval.runs.prompts import QuestionPrompt
 from ov_kvcrush.pipelines.llm import LLMPipeline
 
 
 @dataclass(frozen=True)
-class Reply:
+class Answer:
     """An answer to a question under a setting, and what the cache was when it was asked.
 
     Of long answers: what it was when they ended, and prompt_tokens with those of the answer.
     """
 
     planned: Planned
-    asked: Asked
+    asked: QuestionPrompt
     text: str
     kept_tokens: float
     prompt_tokens: int

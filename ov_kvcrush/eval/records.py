@@ -1,0 +1,145 @@
+"""What a run records: the settings that it compares, and every answer with its score and its cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from ov_kvcrush.config import ENGINES, PRECISIONS
+from ov_kvcrush.errors import CrushError
+from ov_kvcrush.utils.checks import (
+    check_choice,
+    check_fraction,
+    check_integer,
+    check_number,
+    check_object,
+    check_string,
+)
+
+QUERIES = ("aware", "agnostic")
+FULL = "none"  # the policy that keeps everything
+AVERAGE = "average"
+_BITS = {"f32": 32, "bf16": 16, "f16": 16, "u8": 8, "u4": 4, "u2": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One way to hold the cache.
+
+    policy: its name, "none" = the full cache. policy_settings: of the policy, besides the budget. kept, kept_tokens:
+    the budget as it was asked for, a fraction of the prompt or a number of tokens; the full cache has neither.
+    query: "aware" = the policy sees the question, "agnostic" = it sees the context alone.
+    Raises CrushError for anything else.
+    """
+
+    engine: str
+    policy: str
+    key_precision: str
+    value_precision: str
+    query: str = "aware"
+    kept: float | None = None
+    kept_tokens: int | None = None
+    policy_settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choice("engine", self.engine, ENGINES)
+        check_choice("key_precision", self.key_precision, PRECISIONS)
+        check_choice("value_precision", self.value_precision, PRECISIONS)
+        check_choice("query", self.query, QUERIES)
+        check_string("policy", self.policy)
+        check_object("policy_settings", self.policy_settings)
+        if self.kept is not None:
+            check_fraction("kept", self.kept)
+        if self.kept_tokens is not None:
+            check_integer("kept_tokens", self.kept_tokens, 1)
+        if (self.kept is not None) + (self.kept_tokens is not None) != (self.policy != FULL):
+            rule = "left out" if self.policy == FULL else "given, or kept_tokens instead"
+            raise CrushError(
+                f"kept must be {rule} with policy {self.policy!r}, got kept={self.kept} and "
+                f"kept_tokens={self.kept_tokens}"
+            )
+
+    @property
+    def precisions(self) -> str:
+        """As a row has them."""
+        return f"{self.key_precision}/{self.value_precision}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As a row has them."""
+        asked = {} if self.kept_tokens is None else {"kept_tokens": self.kept_tokens}
+        return {**self.policy_settings, **asked}
+
+    @property
+    def key(self) -> str:
+        """A name for files: the same for equal settings, today and tomorrow, another for others."""
+        values = {name: _canonical(value) for name, value in asdict(self).items()}
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+        budget = "full" if self.policy == FULL else f"{self.kept or self.kept_tokens:g}"
+        return f"{self.engine}-{self.policy}-{budget}-{self.key_precision}-{self.value_precision}-{self.query}-{digest}"
+
+
+class PredictionKey(NamedTuple):
+    """What was asked of which setting; nothing is asked twice in a run."""
+
+    task: str
+    item_id: str
+    question_index: int
+    setting_key: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer and what it cost.
+
+    turn: of a conversation, from 0 on; 0 where there is none. score: of `text` by the task's metric, or a loss.
+    kept_tokens: cached tokens of a head, on average, when the prompt had been read and the policy had chosen; bytes:
+    of the whole cache of this request then. prompt_tokens: all that was read, earlier turns included.
+    seconds: from the adopted cache to the end of the answer. Raises CrushError for wrong types and negative numbers.
+    """
+
+    item_id: str
+    task: str
+    question_index: int
+    turn: int
+    setting_key: str
+    text: str
+    score: float
+    kept_tokens: float
+    prompt_tokens: int
+    bytes: int
+    seconds: float
+
+    def __post_init__(self) -> None:
+        for name in ("item_id", "task", "setting_key"):
+            check_string(name, getattr(self, name))
+        if not isinstance(self.text, str):
+            raise CrushError(f"text must be a string, got {self.text!r}")
+        for name, minimum in (("question_index", 0), ("turn", 0), ("prompt_tokens", 1), ("bytes", 0)):
+            check_integer(name, getattr(self, name), minimum)
+        check_number("score", self.score)
+        check_number("kept_tokens", self.kept_tokens, 0)
+        check_number("seconds", self.seconds, 0)
+
+    @property
+    def key(self) -> PredictionKey:
+        """What this is the answer to."""
+        return PredictionKey(self.task, self.item_id, self.question_index, self.setting_key)
+
+
+def bits(precisions: str) -> int:
+    """Bits of a key's and a value's number together, scales left out. Raises CrushError unless it is "keys/values"."""
+    names = precisions.split("/")
+    for name in names:
+        check_choice("precisions", name, PRECISIONS)
+    return sum(_BITS[name] for name in names)
+
+
+def _canonical(value: Any) -> Any:
+    """Equal values in one form: 1 and 1.0 are the same setting."""
+    if isinstance(value, dict):
+        return {name: _canonical(inner) for name, inner in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
