@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,22 +19,6 @@ if TYPE_CHECKING:
     from ov_kvcrush.native import Store
 
 _ALIGNMENT = 64  # bytes: one cache line, one AVX-512 register
-_FALLBACK_FREE_BYTES = 4 << 30  # where the operating system does not say what is free
-
-
-def free_memory_bytes() -> int:
-    """Memory that this process could still get without swapping, as the operating system and its cgroup say."""
-    limits = []
-    try:
-        meminfo = Path("/proc/meminfo").read_text()
-        limits.append(int(next(x for x in meminfo.splitlines() if x.startswith("MemAvailable")).split()[1]) * 1024)
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        if limit != "max":
-            limits.append(int(limit) - int(used))
-    except (OSError, StopIteration, ValueError):
-        if not limits and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-            limits.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return max(min(limits, default=_FALLBACK_FREE_BYTES), 0)
 
 
 @dataclass(frozen=True)

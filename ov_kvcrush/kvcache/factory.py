@@ -6,10 +6,11 @@ from ov_kvcrush import native
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.errors import CrushError, OutOfMemory
 from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, blocks_for
-from ov_kvcrush.kvcache.block_tensors import BlockTensors, cache_inputs, free_memory_bytes, staging_tensors
+from ov_kvcrush.kvcache.block_tensors import BlockTensors, cache_inputs, staging_tensors
 from ov_kvcrush.kvcache.manager import KVCacheManager
 from ov_kvcrush.kvcache.paged import PagedTensorsKVCache
 from ov_kvcrush.model.load import LoadedModel
+from ov_kvcrush.utils.process_memory import free_memory_bytes
 
 _FREE_MEMORY_SHARE = 0.5  # of the free memory, taken by a cache without a given size
 _STAGING_SHARE = 0.25  # of the free memory, at most, taken by staging blocks without a given size

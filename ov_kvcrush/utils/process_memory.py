@@ -1,15 +1,32 @@
-"""Memory of this process, as the operating system tells it; None where it does not."""
+"""Memory of this process and memory that it could still get, as the operating system tells it."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_FALLBACK_FREE_BYTES = 4 << 30  # where the operating system does not say what is free
+
+
+def free_memory_bytes() -> int:
+    """Memory that this process could still get without swapping, as the operating system and its cgroup say."""
+    limits = []
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+        limits.append(int(next(x for x in meminfo.splitlines() if x.startswith("MemAvailable")).split()[1]) * 1024)
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        if limit != "max":
+            limits.append(int(limit) - int(used))
+    except (OSError, StopIteration, ValueError):
+        if not limits and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+            limits.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return max(min(limits, default=_FALLBACK_FREE_BYTES), 0)
 
 
 def rss_bytes() -> int | None:
-    """Resident size now."""
+    """Resident size now, None where it is not known."""
     return _status("VmRSS")
 
 

@@ -21,9 +21,9 @@ from ov_kvcrush.bench.cli import app
 from ov_kvcrush.bench.plot import Point, panels_of, points_of, read_reports, write_plot
 from ov_kvcrush.config import PRECISIONS
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.kvcache.block_tensors import free_memory_bytes
 from ov_kvcrush.model.graph.attention import AttentionLayer
 from ov_kvcrush.model.precision import paged_precisions, plugin_precisions
+from ov_kvcrush.utils.process_memory import free_memory_bytes
 
 # Of two widths, one with a sliding window.
 LAYERS = [AttentionLayer("a", 4, 2, 32, 0, 0.2), AttentionLayer("b", 6, 2, 48, 0, 0.1)]

@@ -21,11 +21,11 @@ from ov_kvcrush.cli.environment import usable_threads
 from ov_kvcrush.cli.parse import Property, check_at_least, check_numbers
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError, ModelError, reason_of
-from ov_kvcrush.kvcache.block_tensors import free_memory_bytes
 from ov_kvcrush.model.folder import MODEL_NAME, check_model_folder
 from ov_kvcrush.model.graph.attention import AttentionLayer, attention_ops, read_layer
 from ov_kvcrush.model.graph.rewrite import use_paged_attention
 from ov_kvcrush.model.precision import plugin_precisions
+from ov_kvcrush.utils.process_memory import free_memory_bytes
 
 STOCK_PRECISION = "u8"
 _WARM_UP = 2  # steps

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ov_kvcrush.kvcache.block_tensors import free_memory_bytes
+from ov_kvcrush.utils.process_memory import free_memory_bytes
+
 
 _LEAST_BYTES = 256 << 20
 _FREE_SHARE = 4  # at most this part of the free memory
