@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import openvino_genai as ov_genai
 import pytest
+from covering import covering
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,8 +58,7 @@ def test_limits_cut_and_renormalise() -> None:
         assert set(np.flatnonzero(got)) <= set(kept), name
 
 
-@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
-@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize(("spread", "top_p"), covering([0.1, 1.0, 5.0], [0.01, 0.5, 0.9, 0.999, 1.0]))
 def test_nucleus_is_the_smallest_set_that_reaches_top_p(spread: float, top_p: float) -> None:
     probs = softmax(np.random.default_rng(0).normal(size=20_000) * spread)
     kept = nucleus(probs, top_p)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from covering import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -101,7 +102,7 @@ def prompt(n: int, start: int = 0) -> np.ndarray:
     return np.arange(start, start + n, dtype=np.int64)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     requests=st.lists(
         st.tuples(st.integers(1, 150), st.integers(1, 60), st.integers(1, 3), st.booleans(), st.integers(0, 2)),
