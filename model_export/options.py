@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ov_kvcrush.errors import ExportError, nearest
+from ov_kvcrush.errors import ExportError, did_you_mean
 
 WEIGHT_FORMATS = ("fp32", "fp16", "int8", "int4")
 # Bytes of one weight, with the scales and zero points of its group.
@@ -29,7 +29,7 @@ class WeightOptions:
 
     def __post_init__(self) -> None:
         if self.weight_format not in WEIGHT_FORMATS:
-            hint = nearest(str(self.weight_format), WEIGHT_FORMATS)
+            hint = did_you_mean(str(self.weight_format), WEIGHT_FORMATS)
             known = ", ".join(WEIGHT_FORMATS)
             raise ExportError(f"weight_format must be one of {known}, got {self.weight_format!r}{hint}")
         for name in ("group_size", "ratio"):

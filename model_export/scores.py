@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from ov_kvcrush.errors import CrushError, ExportError
-from ov_kvcrush.model.folder import MODEL_NAME, SCORES_NAME
+from ov_kvcrush.model.folder import IR_NAME, SCORES_NAME
 from ov_kvcrush.model.graph.score_outputs import add_score_outputs
 from ov_kvcrush.utils.checks import check_integer
 
@@ -38,7 +38,7 @@ def write_scores_model(folder: Path, window: int) -> None:
     """
     import openvino as ov
 
-    xml, weights = folder / f"{MODEL_NAME}.xml", folder / f"{MODEL_NAME}.bin"
+    xml, weights = folder / f"{IR_NAME}.xml", folder / f"{IR_NAME}.bin"
     with tempfile.TemporaryDirectory(dir=folder, prefix=".scores-") as temporary:
         whole = Path(temporary) / "whole.xml"
         model = ov.Core().read_model(xml)

@@ -14,7 +14,7 @@ from ov_kvcrush.bench.measure import MeasuredEngine, MeasuredHandle, Storage
 from ov_kvcrush.bench.settings import EVICTING, OURS
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError, reason_of
-from ov_kvcrush.genai.eviction import GenaiEviction, nearest
+from ov_kvcrush.genai.eviction import GenaiEviction, closest_genai_eviction
 from ov_kvcrush.model.precision import paged_precisions, plugin_precisions
 from ov_kvcrush.policies.registry import as_policy, name_of
 
@@ -30,7 +30,7 @@ def make_engine(job: dict[str, Any]) -> MeasuredEngine:
 def eviction_of(job: dict[str, Any]) -> GenaiEviction | None:
     """What openvino_genai is told to evict: as many tokens as the policy of `job` does, or nothing."""
     policy = as_policy(job["policy"]) if job["engine"] == EVICTING else None
-    return None if policy is None else nearest(policy, policy.budget.tokens(job["context"]))
+    return None if policy is None else closest_genai_eviction(policy, policy.budget.tokens(job["context"]))
 
 
 def _greedy(new_tokens: int) -> ov_genai.GenerationConfig:

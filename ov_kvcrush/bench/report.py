@@ -13,7 +13,7 @@ from ov_kvcrush.bench.attention.measure import AttentionRow, AttentionSettings
 from ov_kvcrush.bench.compare import CellResult, EngineRuns
 from ov_kvcrush.bench.measure import RunResult
 from ov_kvcrush.bench.settings import EVICTING, OURS, BenchSettings, Cell
-from ov_kvcrush.genai.eviction import nearest
+from ov_kvcrush.genai.eviction import closest_genai_eviction
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import name_of, settings_of
 from ov_kvcrush.utils.process_memory import growth
@@ -119,7 +119,7 @@ def _policy_name(policy: Policy | None, engine: str, cell: Cell) -> str:
     if policy is None or engine not in (OURS, EVICTING):
         return "none"
     if engine == EVICTING:
-        return nearest(policy, policy.budget.tokens(cell.context)).name
+        return closest_genai_eviction(policy, policy.budget.tokens(cell.context)).name
     return name_of(policy)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from ov_kvcrush.cli.parse import Property, check_at_least, check_numbers
 from ov_kvcrush.config import ENGINES, PRECISIONS
 from ov_kvcrush.errors import CrushError, ModelError
-from ov_kvcrush.genai.eviction import nearest
+from ov_kvcrush.genai.eviction import closest_genai_eviction
 from ov_kvcrush.kvcache.block_pool import blocks_for
-from ov_kvcrush.model.folder import MODEL_NAME, check_model_folder
+from ov_kvcrush.model.folder import IR_NAME, check_model_folder
 from ov_kvcrush.model.info import read_model_info
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import settings_of
@@ -91,7 +91,7 @@ class BenchSettings:
         if self.policy is None or not self.policy.evicts:
             raise CrushError(f"--against {EVICTING} must come with a --policy that evicts, got none")
         for context in self.contexts:
-            nearest(self.policy, self.policy.budget.tokens(context))
+            closest_genai_eviction(self.policy, self.policy.budget.tokens(context))
 
     @classmethod
     def for_model(cls, model: str | Path | None, **options: Any) -> BenchSettings:
@@ -145,7 +145,7 @@ def _vocab_size_of_graph(model: Path) -> int:
     import openvino as ov
 
     try:
-        output = ov.Core().read_model(model / f"{MODEL_NAME}.xml").output("logits")
+        output = ov.Core().read_model(model / f"{IR_NAME}.xml").output("logits")
         return int(output.partial_shape[-1].get_length())
     except RuntimeError:
         raise ModelError(f"model must be an LLM with an output 'logits' of known size, got {str(model)!r}") from None

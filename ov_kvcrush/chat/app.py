@@ -32,7 +32,7 @@ from ov_kvcrush.cli.policy_options import (
 from ov_kvcrush.config import PRECISIONS, check_engine
 from ov_kvcrush.contexts.context import DEFAULT_POLICY as CONTEXT_POLICY
 from ov_kvcrush.errors import CrushError, RequestError
-from ov_kvcrush.model.default import MODEL_NAME
+from ov_kvcrush.model.default import DEFAULT_MODEL_NAME
 
 FAILED, BAD_INPUT = 1, 2
 INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell says of SIGINT and SIGPIPE
@@ -263,7 +263,7 @@ def _converse(task: Task, messages: Messages) -> int:
     if not pipe.get_tokenizer().chat_template:
         raise RequestError(f"model must have a chat template to chat, got {options.model!r} without one; use --prompt")
     conversation = _begin(task, pipe, messages, at_terminal=True)
-    name = options.model or MODEL_NAME
+    name = options.model or DEFAULT_MODEL_NAME
     messages.note(f"{name}, engine {pipe.engine}, {options.device}. /help for commands, Ctrl-D to leave.")
     Session(conversation, messages, task.stats, task.show_kept).run()
     return 0
@@ -278,7 +278,7 @@ def _answer_once(task: Task, prompt: str, messages: Messages) -> int:
         turn = conversation.ask(prompt, None if task.json else writer.write)
     if task.json:
         context = conversation.figures.json() if conversation.figures else None
-        print(json_line(turn, pipe.engine, task.options.model or MODEL_NAME, context))
+        print(json_line(turn, pipe.engine, task.options.model or DEFAULT_MODEL_NAME, context))
     else:
         writer.end()
         if turn.finish_reason == "length":

@@ -12,7 +12,7 @@ from ov_kvcrush.chat.conversation import Conversation, Turn
 from ov_kvcrush.chat.kept_view import show_kept
 from ov_kvcrush.chat.output import AnswerWriter, Messages, stats_line, stats_rows
 from ov_kvcrush.chat.reader import FENCE, Message, MessageReader
-from ov_kvcrush.errors import CrushError, nearest
+from ov_kvcrush.errors import CrushError, did_you_mean
 
 _COMMAND = re.compile(r"/\w+")
 
@@ -91,7 +91,7 @@ class Session:
         command = self._commands.get(name)
         if command is None:
             known = ", ".join(self._commands)
-            self._messages.error(f"command must be one of {known}, got {name!r}{nearest(name, self._commands)}")
+            self._messages.error(f"command must be one of {known}, got {name!r}{did_you_mean(name, self._commands)}")
         elif command.argument and not rest:
             self._messages.error(f"{name} must have a {command.argument} behind it, got none")
         elif command.argument:

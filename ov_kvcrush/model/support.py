@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ov_kvcrush.errors import nearest
+from ov_kvcrush.errors import did_you_mean
 from ov_kvcrush.model.hf_config import FULL, SLIDING
 
 _STATE_SPACE = "it keeps a recurrent state instead of (or beside) a KV cache: state-space or linear attention"
@@ -105,5 +105,5 @@ def attention_reason(config: Mapping[str, Any], label: str) -> str | None:
 def _head_reason(name: str) -> str | None:
     if not name or name.endswith(_CAUSAL_ENDINGS):
         return None
-    hint = nearest(name, [name.partition("For")[0].removesuffix("Model") + "ForCausalLM"])
+    hint = did_you_mean(name, [name.partition("For")[0].removesuffix("Model") + "ForCausalLM"])
     return f"{name} is not a causal language model (encoder-only, or another kind of head){hint}"

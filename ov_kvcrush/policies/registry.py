@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from ov_kvcrush.errors import CrushError, nearest
+from ov_kvcrush.errors import CrushError, did_you_mean
 from ov_kvcrush.policies.base import Budget, BudgetAllocator, Policy, Scorer
 from ov_kvcrush.policies.budgets.ada_kv import AdaKV
 from ov_kvcrush.policies.budgets.global_threshold import GlobalThreshold
@@ -245,7 +245,7 @@ def _can_have(recipe: PolicyRecipe, parts: Mapping[str, Any]) -> bool:
 
 def _hint(recipe: PolicyRecipe, key: str, known: Mapping[str, Setting]) -> str:
     """What the caller may have meant: another choice that has the setting, or the nearest known one."""
-    return "".join(_owners(recipe, key)) or nearest(key, known)
+    return "".join(_owners(recipe, key)) or did_you_mean(key, known)
 
 
 def _owners(recipe: PolicyRecipe, key: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from ov_kvcrush.errors import CrushError, nearest
+from ov_kvcrush.errors import CrushError, did_you_mean
 
 
 def check_integer(name: str, value: Any, minimum: int) -> None:
@@ -27,7 +27,8 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raise CrushError unless value is one of choices; the error names the nearest."""
     choices = tuple(choices)
     if value not in choices:
-        raise CrushError(f"{name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}")
+        hint = did_you_mean(str(value), choices)
+        raise CrushError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
 
 def check_number(name: str, value: Any, minimum: float = -math.inf) -> None:
@@ -55,7 +56,7 @@ def known_options(options: dict[str, Any], cls: Any, what: str) -> dict[str, Any
     known = [f.name for f in fields(cls)]
     for name in options:
         if name not in known:
-            raise CrushError(f"{what} must be one of {', '.join(known)}, got {name!r}{nearest(str(name), known)}")
+            raise CrushError(f"{what} must be one of {', '.join(known)}, got {name!r}{did_you_mean(str(name), known)}")
     return options
 
 

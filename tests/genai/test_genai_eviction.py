@@ -11,7 +11,7 @@ import openvino_genai as ov_genai
 import pytest
 
 from ov_kvcrush import CacheConfig, ContinuousBatchingPipeline, CrushError, LLMPipeline, RequestError
-from ov_kvcrush.genai.eviction import GenaiEviction, nearest, scheduler_fields, translate
+from ov_kvcrush.genai.eviction import GenaiEviction, closest_genai_eviction, scheduler_fields, translate
 from ov_kvcrush.policies.registry import build, names
 
 Mode, Anchor = ov_genai.AggregationMode, ov_genai.KVCrushAnchorPointMode
@@ -138,7 +138,7 @@ def test_blocks_of_a_gpu_are_smaller() -> None:
 @pytest.mark.parametrize("name", sorted(set(names()) - {"none"}))
 @pytest.mark.parametrize("tokens", [128, 500, 4096])
 def test_nearest_keeps_as_many_tokens_in_whole_blocks(name: str, tokens: int) -> None:
-    eviction = nearest(build(name), tokens)
+    eviction = closest_genai_eviction(build(name), tokens)
     assert eviction.kept_tokens == tokens // 32 * 32
     assert (eviction.crush_blocks > 0) == (name == "kvcrush")
     eviction.config()
@@ -147,7 +147,7 @@ def test_nearest_keeps_as_many_tokens_in_whole_blocks(name: str, tokens: int) ->
 @pytest.mark.parametrize("name", ["snapkv", "kvcrush"])
 def test_nearest_refuses_what_is_too_little(name: str) -> None:
     with pytest.raises(CrushError, match="kept tokens must be at least 96 for openvino_genai's eviction, got 95"):
-        nearest(build(name), 95)
+        closest_genai_eviction(build(name), 95)
 
 
 def test_scheduler_is_the_same_but_for_the_eviction() -> None:

@@ -21,7 +21,7 @@ from ov_kvcrush.cli.environment import usable_threads
 from ov_kvcrush.cli.parse import Property, check_at_least, check_numbers
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError, ModelError, reason_of
-from ov_kvcrush.model.folder import MODEL_NAME, check_model_folder
+from ov_kvcrush.model.folder import IR_NAME, check_model_folder
 from ov_kvcrush.model.graph.attention import AttentionLayer, attention_ops, read_layer
 from ov_kvcrush.model.graph.rewrite import use_paged_attention
 from ov_kvcrush.model.precision import plugin_precisions
@@ -107,7 +107,7 @@ def layers_of(model: Path, num_layers: int | None = None) -> list[AttentionLayer
     """The attention layers of an exported model, the first `num_layers` of them. Raises ModelError."""
     check_model_folder(model, tokenizer=False)
     try:
-        graph = ov.Core().read_model(model / f"{MODEL_NAME}.xml")
+        graph = ov.Core().read_model(model / f"{IR_NAME}.xml")
     except RuntimeError as error:
         raise ModelError(f"model in {str(model)!r} must be readable, got: {reason_of(error)}") from None
     use_paged_attention(graph)

@@ -10,7 +10,6 @@ import numpy as np
 
 from ov_kvcrush.utils.process_memory import free_memory_bytes
 
-
 _LEAST_BYTES = 256 << 20
 _FREE_SHARE = 4  # at most this part of the free memory
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
-from ov_kvcrush.errors import CrushError, RequestError, nearest
+from ov_kvcrush.errors import CrushError, RequestError, did_you_mean
 from ov_kvcrush.policies.registry import as_policy, describe
 from ov_kvcrush.utils.checks import check_integer
 
@@ -105,7 +105,7 @@ def _check_settings(policy: str, settings: dict[str, Any], others: list[str]) ->
         if policy == "none" and name not in known:
             raise CrushError(
                 f"model_args must be one of {', '.join(others)}, an OpenVINO property in capitals, or with a policy "
-                f"its settings, got {name!r}{nearest(name, others)}"
+                f"its settings, got {name!r}{did_you_mean(name, others)}"
             )
 
 

@@ -16,7 +16,7 @@ from ov_kvcrush.eval.benchmarks.items import Task
 from ov_kvcrush.eval.runs.answers import Answer, generation_config
 from ov_kvcrush.eval.runs.plan import Planned
 from ov_kvcrush.eval.runs.prompts import ItemPrompts, QuestionPrompt
-from ov_kvcrush.genai.eviction import GenaiEviction, block_size, nearest
+from ov_kvcrush.genai.eviction import GenaiEviction, block_size, closest_genai_eviction
 from ov_kvcrush.pipelines.llm import LLMPipeline
 
 
@@ -74,7 +74,7 @@ class GenaiRuns:
         if not policy.evicts or num_tokens <= policy.budget.min_tokens:
             return None
         tokens = policy.budget.tokens(num_tokens)
-        return None if tokens >= num_tokens else nearest(policy, tokens)
+        return None if tokens >= num_tokens else closest_genai_eviction(policy, tokens)
 
     def _pipeline_for(self, eviction: GenaiEviction | None) -> LLMPipeline:
         """The pipeline, made anew where the number of tokens is another than the last time."""

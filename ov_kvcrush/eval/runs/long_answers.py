@@ -19,7 +19,7 @@ from ov_kvcrush.eval.runs.answers import Answer, greedy
 from ov_kvcrush.eval.runs.genai import GenaiRuns
 from ov_kvcrush.eval.runs.plan import Planned, caches_of, grouped, precisions_of
 from ov_kvcrush.eval.runs.prompts import ItemPrompts, QuestionPrompt
-from ov_kvcrush.genai.eviction import GenaiEviction, nearest
+from ov_kvcrush.genai.eviction import GenaiEviction, closest_genai_eviction
 from ov_kvcrush.pipelines.backend import CacheParams, Handle
 
 
@@ -92,7 +92,7 @@ class GenaiLongRuns(GenaiRuns):
         if not policy.evicts:
             return None
         assert policy.budget.kept_tokens is not None, "check_long() refuses fractions"
-        return nearest(policy, policy.budget.kept_tokens)
+        return closest_genai_eviction(policy, policy.budget.kept_tokens)
 
     def _num_tokens(self, prompt: np.ndarray, answer: Sequence[int]) -> int:
         return len(prompt) + len(answer)

@@ -10,7 +10,7 @@ from ov_kvcrush.cli.policy_options import PolicyOptions
 from ov_kvcrush.config import ENGINES, PRECISIONS, CacheConfig
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.records import FULL, QUERIES, Setting
-from ov_kvcrush.genai.eviction import nearest
+from ov_kvcrush.genai.eviction import closest_genai_eviction
 from ov_kvcrush.model.precision import paged_precisions
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import Settings, build, describe, names
@@ -195,6 +195,6 @@ def _distinct_for_genai(evicting: Sequence[Planned]) -> list[Planned]:
     for planned in evicting:
         s = planned.setting
         if s.policy in GENAI_POLICIES:
-            same = f"{nearest(planned.policy, _MANY_TOKENS)} {s.kept} {s.kept_tokens}"
+            same = f"{closest_genai_eviction(planned.policy, _MANY_TOKENS)} {s.kept} {s.kept_tokens}"
             found.setdefault(same, planned)
     return list(found.values())

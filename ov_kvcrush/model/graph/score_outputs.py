@@ -14,7 +14,7 @@ import openvino as ov
 import openvino.opset15 as ops
 
 from ov_kvcrush.errors import ModelError, reason_of
-from ov_kvcrush.model.folder import MODEL_NAME, SCORES_NAME
+from ov_kvcrush.model.folder import IR_NAME, SCORES_NAME
 from ov_kvcrush.model.graph.rewrite import ATTENTION_SCORES
 from ov_kvcrush.utils.checks import check_integer
 
@@ -28,7 +28,7 @@ def read_scores_model(folder: str | Path, core: ov.Core | None = None) -> ov.Mod
 
     Raises ModelError if the folder has none, or one that cannot be read.
     """
-    xml, weights = (Path(folder) / name for name in (f"{SCORES_NAME}.xml", f"{MODEL_NAME}.bin"))
+    xml, weights = (Path(folder) / name for name in (f"{SCORES_NAME}.xml", f"{IR_NAME}.bin"))
     if not xml.is_file():
         raise ModelError(f"model must have {xml.name}, got {folder} without: export it with --attention-scores W")
     try:
