@@ -1,7 +1,7 @@
 """Types of the compiled module (src/python/module.cpp).
 
 Letters: H query heads, K KV heads, D channels of a head, S cached tokens of a head, T rows of a step, W scored rows.
-Arrays must be contiguous and of the dtype told. Wrong values raise ValueError "<field> must be <rule>, got <value>".
+Arrays must be contiguous and of the dtype given. Wrong values raise ValueError "<field> must be <rule>, got <value>".
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 
 class StoreFull(MemoryError):
-    """The limit in bytes would be passed; nothing has changed. The text has the numbers."""
+    """`nbytes` would exceed `max_bytes`; nothing has changed. The text has the numbers."""
 
 class Store:
     """Tokens of all KV heads of many sequences, in tiles of 32 tokens. Safe to call from any thread."""
@@ -37,7 +37,7 @@ class Store:
 
     @property
     def id(self) -> int:
-        """What the graph input crush_store takes, until close() or garbage collection."""
+        """Value of the graph input crush_store, until close() or garbage collection."""
     @property
     def isa(self) -> str: ...
     @property
@@ -45,24 +45,25 @@ class Store:
         """Bytes of all tiles in use, each counted once."""
     @property
     def reserved_bytes(self) -> int:
-        """What the tiles' slabs take of the system's address space."""
+        """Bytes of address space that the tiles' slabs take."""
     @property
     def max_bytes(self) -> int: ...
     @property
     def num_sequences(self) -> int: ...
     def close(self) -> None: ...
     def create(self, capture_rows: int = 0) -> int:
-        """A new sequence; of its queries the last `capture_rows` are kept for scores."""
+        """A new sequence, which captures its last `capture_rows` query rows for scores."""
     def release(self, seq: int) -> None: ...
     def fork(self, seq: int, num_tokens: int | None = None) -> int:
-        """A twin that shares all tiles; with num_tokens only positions below it: no head may have dropped any then.
-        Raises StoreFull."""
+        """A new sequence that shares all tiles. With num_tokens: only positions below it, and no head may have dropped
+        any. Raises StoreFull."""
     def reserve(self, seq: int, num_tokens: int, keep_free: int = 0) -> bool:
-        """Room for num_tokens more in every head, all or nothing; False if nbytes would pass max_bytes - keep_free."""
+        """Slots for num_tokens more in every head, all or nothing; False if nbytes would exceed
+        max_bytes - keep_free."""
     def free_slots(self, seq: int) -> int:
-        """Tokens that can be appended at the next position without a reserve."""
+        """Tokens that every head can take at the next position without another reserve."""
     def quantize_aged(self, seq: int) -> None:
-        """Move what left the recent window into tiles of the target precisions."""
+        """Encode tokens that have left the recent window into tiles of the target precisions."""
     def set_staging(self, layer: int, keys: Array, values: Array, num_blocks: int, precision: str) -> None:
         """uint8 (bytes,), writable: blocks [num_blocks, K, 32, D] of f32, bf16 or f16, PagedAttention's cache where it
         reads prompts; held until replaced."""
@@ -71,19 +72,19 @@ class Store:
     def commit_prefill(
         self, seq: int, offsets: Array | None = None, indices: Int32 | None = None, keep_free: int = 0
     ) -> None:
-        """Take the staged tokens: all, or indices[offsets[h]:offsets[h + 1]] for head h, counted through all layers.
-        offsets: int64 (heads + 1,). Raises StoreFull."""
+        """Encode the staged tokens into tiles: all, or indices[offsets[h]:offsets[h + 1]] for head h, counted through
+        all layers. offsets: int64 (heads + 1,). Raises StoreFull."""
     def compact(self, seq: int, offsets: Array, indices: Int32) -> Int32:
-        """Keep these cached tokens, selected as for commit_prefill. Returns (len(indices),): for each new cached index the old one,
-        head by head, since tiles of which all is kept move to the front. Raises StoreFull."""
+        """Keep these cached tokens, selected as for commit_prefill. Returns (len(indices),): the old cached index
+        of each new one, head by head, since tiles that keep all tokens move to the front. Raises StoreFull."""
     def append(self, seq: int, layer: int, k: Float32, v: Float32, first_position: int) -> None:
         """k, v (T, K * D) at positions first_position, ...; RuntimeError without a reserve before."""
     def dump(self, seq: int) -> tuple[Array, Array]:
-        """What a sequence holds, for files: heads int64 (KV heads of all layers, 4), tiles uint8 (bytes,). Not what was
-        reserved or captured. Same content, same bytes. Little endian."""
+        """What a sequence holds, for files: heads int64 (KV heads of all layers, 4), tiles uint8 (bytes,). Without
+        reserved slots and captured queries. Same content, same bytes. Little endian."""
     def load(self, heads: Array, tiles: Array, capture_rows: int = 0, keep_free: int = 0) -> int:
-        """A new sequence of what was dumped by a store of the same layers and precisions, all of it checked; the arrays
-        may be read-only and mapped. Raises StoreFull."""
+        """A new sequence from the dump of a store with the same layers and precisions. All of it is checked; the
+        arrays may be read-only and mapped. Raises StoreFull."""
     def attend(self, layer: int, spans: list[tuple[int, int, int, int]], q: Float32) -> Float32:
         """q (T, H * D) to (T, H * D). Spans: (seq, first row, rows, position of the first row); other rows are 0."""
     def prefill(
@@ -95,7 +96,7 @@ class Store:
         """q (W, H * D) at positions (W,): softmax of each query head over all tokens, reduced over the rows by "mean",
         "max" or "sum_squares". Flat: for each KV head (H / K, S). Of a staged sequence: over the staged tokens."""
     def set_capture(self, seq: int, capture_rows: int) -> None:
-        """Capture so many query rows from now on. Those there are stay only where the number does."""
+        """Set how many query rows are captured. A new number drops those captured so far."""
     def captured(self, seq: int, layer: int) -> tuple[Float32, Int32]:
         """The captured queries (W, H * D) and their positions (W,), oldest first."""
     def num_tokens(self, seq: int, layer: int, head: int) -> int: ...

@@ -55,7 +55,7 @@ static inline size_t staged_scratch(size_t num_tokens) {
 //   <= first_position + r, and > first_position + r - window if window > 0.
 struct Prefill {
     const uint8_t *const *keys, *const *values;  // where 32 tokens lie, bf16 [32, D] each, the last block whole too
-    size_t num_tokens;                           // that are there, at least first_position + num_rows
+    size_t num_tokens;                           // staged so far, at least first_position + num_rows
     int head_size;                               // D, a multiple of 32
     int group, num_rows;                         // query heads; rows: together at most PREFILL_MAX_COLUMNS
     const float* q;                              // head g of row r is at q + r * stride + g * D

@@ -2,11 +2,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <openvino/core/extension.hpp>
-#include <openvino/core/op_extension.hpp>
 #include <string>
 #include <vector>
 
+#include "op/evaluate.hpp"
 #include "op/plan.hpp"
 #include "op/threads.hpp"
 #include "store/require.hpp"
@@ -44,8 +43,8 @@ public:
         copy_prompt_rows();
         const std::lock_guard<std::mutex> lock(store_.mutex());
         prefill_rows();
-        stored_rows();
-        capture();
+        attend_stored_rows();
+        capture_queries();
     }
 
 private:
@@ -69,7 +68,7 @@ private:
         return inputs_[input].data<const float>() + static_cast<size_t>(row) * (input == 0 ? width_ : kv_width_);
     }
 
-    // Rows of fresh prompts that PagedAttention did not get.
+    // Rows of fresh prompts that bypass PagedAttention.
     void prefill_rows() {
         std::vector<PrefillSpan> spans;
         for (const PlanEntry& e : plan_.entries) {
@@ -81,8 +80,8 @@ private:
         store_.prefill_locked(layer_, spans, at(0, 0), at(1, 0), at(2, 0), outputs_[0].data<float>(), num_threads());
     }
 
-    // Rows that attend to the store: append, then attend.
-    void stored_rows() {
+    // Rows over the store: appends their keys and values, then attends.
+    void attend_stored_rows() {
         std::vector<std::vector<HeadView>> views;
         std::vector<AttendSpan> spans;
         for (const PlanEntry& e : plan_.entries) {
@@ -98,7 +97,7 @@ private:
         attend(store_.kernels(), shape_, spans, at(0, 0), outputs_[0].data<float>(), num_threads(), parallel_for());
     }
 
-    void capture() {
+    void capture_queries() {
         for (const PlanEntry& e : plan_.entries) {
             Sequence& sequence = store_.sequence_locked(e.sequence);
             if (!sequence.capture_rows) continue;
@@ -114,52 +113,6 @@ private:
     size_t width_ = 0, kv_width_ = 0;
     Plan plan_;
 };
-
-// Scores of one layer of one step, for all entries that ask.
-class LayerScores {
-public:
-    LayerScores(Store& store, size_t layer) : store_(store), layer_(layer) {}
-
-    void append(const PlanEntry& e) {
-        const Sequence& sequence = store_.sequence_locked(e.sequence);
-        require(sequence.capture_rows > 0, "a sequence whose scores are wanted must capture queries", 0);
-        std::vector<float> window;
-        std::vector<int32_t> positions;
-        store_.captured_locked(sequence, layer_, window, positions);
-        store_.scores_locked(sequence, layer_, window.data(), positions.data(), positions.size(),
-                             static_cast<Reduce>(e.reduce), scores);
-    }
-
-    std::vector<float> scores;
-
-private:
-    Store& store_;
-    const size_t layer_;
-};
-
-const int32_t* int32_input(const ov::TensorVector& inputs, size_t i) {
-    OPENVINO_ASSERT(inputs[i].get_element_type() == ov::element::i32, "input ", i, " must be int32, got ",
-                    inputs[i].get_element_type());
-    return inputs[i].data<const int32_t>();
-}
-
-std::shared_ptr<Store> find_store(const ov::TensorVector& inputs, size_t i) {
-    require(inputs[i].get_size() == 1, "crush_store must be one id", inputs[i].get_size());
-    return StoreRegistry::find(int32_input(inputs, i)[0]);
-}
-
-// Runs `body`; what it throws becomes an error of OpenVINO that says where it was.
-template <class Body>
-bool evaluated(const std::string& where, const Body& body) {
-    try {
-        body();
-    } catch (const ov::Exception&) {
-        throw;
-    } catch (const std::exception& error) {
-        OPENVINO_THROW(where, ": ", error.what());
-    }
-    return true;
-}
 
 }  // namespace
 
@@ -184,7 +137,7 @@ bool CrushAttention::visit_attributes(ov::AttributeVisitor& visitor) {
 }
 
 bool CrushAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
-    return evaluated("CrushAttention of layer " + std::to_string(layer_), [&] {
+    return with_context("CrushAttention of layer " + std::to_string(layer_), [&] {
         for (size_t i = 0; i < 4; ++i) {
             const ov::element::Type type = inputs[i].get_element_type();
             OPENVINO_ASSERT(type == ov::element::f32, "input ", i, " must be float32, got ", type);
@@ -197,54 +150,4 @@ bool CrushAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVector&
     });
 }
 
-CrushScores::CrushScores(const ov::OutputVector& arguments, int64_t layers) : Op(arguments), layers_(layers) {
-    constructor_validate_and_infer_types();
-}
-
-void CrushScores::validate_and_infer_types() {
-    NODE_VALIDATION_CHECK(this, get_input_size() == 3, "CrushScores must have 3 inputs, got ", get_input_size());
-    NODE_VALIDATION_CHECK(this, layers_ > 0, "layers must be at least 1, got ", layers_);
-    for (int64_t i = 0; i < layers_; ++i) {
-        set_output_type(static_cast<size_t>(i), ov::element::f32, ov::PartialShape{-1});
-    }
-}
-
-std::shared_ptr<ov::Node> CrushScores::clone_with_new_inputs(const ov::OutputVector& arguments) const {
-    return std::make_shared<CrushScores>(arguments, layers_);
-}
-
-bool CrushScores::visit_attributes(ov::AttributeVisitor& visitor) {
-    visitor.on_attribute("layers", layers_);
-    return true;
-}
-
-bool CrushScores::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
-    return evaluated("CrushScores", [&] {
-        const int32_t* numbers = int32_input(inputs, 2);
-        const size_t size = inputs[2].get_size();
-        const Plan plan = Plan::parse(numbers, size, size > 1 ? static_cast<size_t>(std::max(numbers[1], 0)) : 0);
-        const bool is_wanted =
-            std::any_of(plan.entries.begin(), plan.entries.end(), [](const PlanEntry& e) { return e.wants_scores(); });
-        if (!is_wanted) {
-            for (ov::Tensor& output : outputs) output.set_shape({0});
-            return;
-        }
-        const std::shared_ptr<Store> store = find_store(inputs, 1);
-        require(static_cast<size_t>(layers_) == store->config().layers.size(), "layers must be as many as the store's",
-                static_cast<size_t>(layers_));
-        const std::lock_guard<std::mutex> lock(store->mutex());
-        for (size_t layer = 0; layer < outputs.size(); ++layer) {
-            LayerScores of_layer(*store, layer);
-            for (const PlanEntry& e : plan.entries) {
-                if (e.wants_scores()) of_layer.append(e);
-            }
-            outputs[layer].set_shape({of_layer.scores.size()});
-            std::copy(of_layer.scores.begin(), of_layer.scores.end(), outputs[layer].data<float>());
-        }
-    });
-}
-
 }  // namespace crush
-
-OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<crush::CrushAttention>>(),
-                                                            std::make_shared<ov::OpExtension<crush::CrushScores>>()}));

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "kernels/kernels.hpp"
+#include "python/py_kernels.hpp"
 #include "python/py_store.hpp"
 
 namespace nb = nanobind;
@@ -49,15 +50,15 @@ NB_MODULE(_crush, m) {
 
     m.def("info", &info);
     m.def("can_prefill",
-          nb::overload_cast<const std::vector<PyStore::Layer>&, const std::string&, const std::string&>(&can_prefill),
+          nb::overload_cast<const std::vector<LayerArgument>&, const std::string&, const std::string&>(&can_prefill),
           "layers"_a, "staging"_a, "isa"_a = "");
     m.def("tile_bytes", &tile_bytes, "key"_a, "value"_a, "head_size"_a, "group_size"_a, "listed"_a = false);
     m.def("encode_decode", &encode_decode, "key"_a, "value"_a, "group_size"_a, "k"_a, "v"_a, "isa"_a = "");
 
     using S = PyStore;
     nb::class_<S>(m, "Store")
-        .def(nb::init<const std::vector<S::Layer>&, const std::string&, const std::string&, const std::string&, int64_t,
-                      int64_t, int64_t, const std::string&>(),
+        .def(nb::init<const std::vector<LayerArgument>&, const std::string&, const std::string&, const std::string&,
+                      int64_t, int64_t, int64_t, const std::string&>(),
              nb::kw_only(), "layers"_a, "key"_a, "value"_a, "recent"_a, "recent_tokens"_a, "group_size"_a,
              "max_bytes"_a = 0, "isa"_a = "")
         .def_prop_ro("id", &S::id)

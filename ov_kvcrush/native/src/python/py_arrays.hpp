@@ -1,4 +1,4 @@
-// Arrays from and for Python: what comes in is checked, what goes out owns its memory.
+// Arrays from and for Python: inputs are checked, outputs own their memory.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -13,7 +13,7 @@
 
 namespace crush {
 
-using Input = nanobind::ndarray<nanobind::ro>;  // of any kind: `data_of` says what is wrong with it
+using Input = nanobind::ndarray<nanobind::ro>;  // of any type and shape: `data_of` checks it
 using Writable = nanobind::ndarray<>;           // the same, but nanobind refuses read-only ones
 template <class Number>
 using Output = nanobind::ndarray<nanobind::numpy, Number>;

@@ -1,4 +1,4 @@
-// The store as Python sees it: arguments are checked, the interpreter is let go while it works.
+// The store as Python sees it: arguments are checked, and the GIL is released while it works.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "python/arguments.hpp"
 #include "python/py_arrays.hpp"
 #include "store/store.hpp"
 
@@ -16,10 +17,9 @@ namespace crush {
 
 class PyStore {
 public:
-    using Layer = std::tuple<int64_t, int64_t, int64_t, int64_t, double>;  // H, K, D, window, scale
     using Span = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // sequence, row_begin, num_rows, first_position
 
-    PyStore(const std::vector<Layer>& layers, const std::string& key, const std::string& value,
+    PyStore(const std::vector<LayerArgument>& layers, const std::string& key, const std::string& value,
             const std::string& recent, int64_t recent_tokens, int64_t group_size, int64_t max_bytes,
             const std::string& isa);
     ~PyStore();
@@ -66,15 +66,9 @@ private:
     std::shared_ptr<Store> store() const;  // throws std::invalid_argument once closed
     const LayerShape& layer_shape(const Store&, int64_t layer) const;
 
-    std::shared_ptr<Store> store_;  // changes only while the interpreter is held
+    std::shared_ptr<Store> store_;  // changes only under the GIL
     int32_t id_ = 0;
     std::vector<std::pair<Writable, Writable>> staging_;  // [layers]: keeps the arrays alive
 };
-
-bool can_prefill(const std::vector<PyStore::Layer>& layers, const std::string& staging, const std::string& isa);
-size_t tile_bytes(const std::string& key, const std::string& value, int64_t head_size, int64_t group_size, bool listed);
-std::pair<Output<float>, Output<float>> encode_decode(const std::string& key, const std::string& value,
-                                                      int64_t group_size, const Input& k, const Input& v,
-                                                      const std::string& isa);
 
 }  // namespace crush
