@@ -24,7 +24,7 @@ from ov_kvcrush.model.folder import check_model_folder
 from ov_kvcrush.model.gguf.convert import check_convertible, convert_gguf
 from ov_kvcrush.model.gguf.reader import read_gguf_header
 from ov_kvcrush.model.info import ModelInfo, read_json_object
-from ov_kvcrush.utils.atomic import finished_folder
+from ov_kvcrush.utils.atomic import atomic_folder
 
 Progress = Callable[[str], None]
 RECORDED_PACKAGES = (
@@ -153,7 +153,7 @@ def _export(
     say("hashing the source")
     digest = source_sha256(source)
     try:
-        with finished_folder(out, replace=overwrite) as partial:
+        with atomic_folder(out, replace=overwrite) as partial:
             if source.is_gguf:
                 pipeline.export_gguf(source.path, partial, options, say)
             else:

@@ -38,7 +38,7 @@ from ov_kvcrush.contexts.record import (
 )
 from ov_kvcrush.errors import ContextFileError, did_you_mean
 from ov_kvcrush.model.fingerprints import FINGERPRINT_FIELDS
-from ov_kvcrush.utils.safe_file import write_whole
+from ov_kvcrush.utils.atomic import atomic_write
 
 _FORMAT = "ov_kvcrush.contexts.context"
 BEGINNING = b'{"__metadata__":{"format":"%b",' % _FORMAT.encode()  # behind 8 bytes of the header's length
@@ -64,7 +64,7 @@ def save_context(path: str | os.PathLike[str], record: ContextRecord) -> None:
         digest.update(piece)
     header = _header({**metadata, "sha256": digest.hexdigest()}, arrays)
     try:
-        write_whole(Path(path), [header, *pieces])
+        atomic_write(Path(path), [header, *pieces])
     except OSError as error:
         size = len(header) + sum(map(len, pieces))
         raise ContextFileError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.utils.safe_file import write_whole
+from ov_kvcrush.utils.atomic import atomic_write
 
 
 def check_writable(path: Path, option: str = "json") -> None:
@@ -31,7 +31,7 @@ def write_json(path: Path, report: Mapping[str, Any], option: str = "json", *, a
 def write_file(path: Path, option: str, content: bytes) -> None:
     """Write a file whole or not at all; an existing one is replaced. Raises CrushError if that fails."""
     try:
-        write_whole(path, [content])
+        atomic_write(path, [content])
     except OSError as error:
         raise _not_writable(path, option, error) from None
 

@@ -21,7 +21,7 @@ from model_export.options import WEIGHT_FORMATS, WeightOptions
 from ov_kvcrush.errors import ExportError
 from ov_kvcrush.model.folder import check_model_folder
 from ov_kvcrush.model.info import ModelInfo
-from ov_kvcrush.utils.atomic import finished_folder
+from ov_kvcrush.utils.atomic import atomic_folder
 
 Build = Callable[[str], Path]
 REPOSITORY = Path(__file__).parents[2]
@@ -235,9 +235,9 @@ def test_folder_in_the_making_is_not_taken_for_stale(tmp_path: Path) -> None:
     target = tmp_path / "out"
 
     def race() -> None:
-        with finished_folder(target) as first:
+        with atomic_folder(target) as first:
             (first / "a").write_text("first")
-            with finished_folder(target) as second:
+            with atomic_folder(target) as second:
                 assert (first / "a").is_file()
                 (second / "a").write_text("second")
 
@@ -255,7 +255,7 @@ def test_stale_folders_of_other_targets_are_kept(tmp_path: Path) -> None:
     stale = tmp_path / ".out.partial-x"
     stale.mkdir()
     (stale / ".lock").touch()
-    with finished_folder(tmp_path / "out") as folder:
+    with atomic_folder(tmp_path / "out") as folder:
         (folder / "a").touch()
     assert {file.name for file in tmp_path.iterdir()} == {"out", ".other.partial-x"}
 

@@ -20,7 +20,7 @@ from ov_kvcrush.model.folder import check_model_folder
 from ov_kvcrush.model.gguf.reader import GgufHeader, read_gguf_header
 from ov_kvcrush.model.gguf.zero_points import restore_zero_points
 from ov_kvcrush.model.info import ModelInfo
-from ov_kvcrush.utils.atomic import finished_folder
+from ov_kvcrush.utils.atomic import atomic_folder
 
 # What openvino_genai's converter builds correctly (it ignores what it does not know rather than refusing it).
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -65,7 +65,7 @@ def convert_gguf(
     say("hashing the GGUF file")
     info = _with_origin(info, header, source_name or gguf.name, sha256_of_file(gguf))
     try:
-        with finished_folder(out, replace=overwrite) as partial:
+        with atomic_folder(out, replace=overwrite) as partial:
             say("building the OpenVINO model")
             run_genai_converter(gguf, partial)
             say("restoring exact zero points")
