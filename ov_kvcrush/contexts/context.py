@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import os
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
 from ov_kvcrush.core.outputs import KeptTokens
+from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import DEFAULT_KEPT, PolicyLike, Settings, as_policy, build, name_of, settings_of
 from ov_kvcrush.prompts.context import ContextText
 
-if TYPE_CHECKING:
-    from ov_kvcrush.core.snapshot import KVSnapshot
-    from ov_kvcrush.pipelines.backend import Backend
-    from ov_kvcrush.pipelines.base import PipelineBase, Progress
+DEFAULT_CONTEXT_POLICY = "kvzip"
 
-DEFAULT_POLICY = "kvzip"
+Progress = Callable[[int, int], None]  # tokens that were read, and all
+
+
+class ContextOwner(Protocol):
+    """Who makes the contexts of one pipeline, and what comes of them."""
+
+    def kv_heads(self) -> list[int]: ...
+
+    def extend(self, context: Context, text: str, policy: Policy | None, progress: Progress | None) -> Context: ...
+
+    def save(self, context: Context, path: str | os.PathLike[str]) -> None: ...
+
+    def load(self, path: str | os.PathLike[str]) -> Context: ...
+
+
+class HasContexts(Protocol):
+    """A pipeline."""
+
+    @property
+    def context_owner(self) -> ContextOwner: ...
 
 
 class Context:
@@ -32,20 +50,20 @@ class Context:
 
     def __init__(
         self,
-        pipeline: PipelineBase,
+        owner: ContextOwner,
         ids: np.ndarray,
         text: ContextText,
-        kv: KVSnapshot,
+        snapshot: KVSnapshot,
         policy: Policy | None,
         seconds: float = 0.0,
     ) -> None:
-        self._pipeline = weakref.ref(pipeline)
+        self._owner_ref = weakref.ref(owner)
         self._ids = ids
         self._text = text
-        self._kv: KVSnapshot | None = kv
+        self._snapshot: KVSnapshot | None = snapshot
         self._policy = policy
         self._seconds = seconds
-        self._finalizer = weakref.finalize(self, _give_back, weakref.ref(pipeline._backend), kv)
+        self._finalizer = weakref.finalize(self, snapshot.release)
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
@@ -62,8 +80,9 @@ class Context:
     @property
     def nbytes(self) -> int:
         """Bytes of its keys and values in the store, those that it shares with others included."""
-        kv = self._held()
-        return self._owner()._backend.bytes_held(kv)
+        snapshot = self._held()
+        self._owner()
+        return snapshot.nbytes
 
     @property
     def policy(self) -> Settings | None:
@@ -78,7 +97,7 @@ class Context:
     @property
     def is_open(self) -> bool:
         """Whether it can be used: it was not closed."""
-        return self._kv is not None
+        return self._snapshot is not None
 
     @property
     def text(self) -> str:
@@ -87,15 +106,15 @@ class Context:
 
     def kept_map(self) -> KeptTokens:
         """Which places of the text each layer and KV head still holds."""
-        kv = self._held()
-        positions = kv.kept.positions_of(kv.num_tokens)
+        snapshot = self._held()
+        positions = snapshot.state.positions_of(snapshot.num_tokens)
         if positions is None:
-            everything = np.arange(kv.num_tokens, dtype=np.int32)
-            positions = [[everything] * num_heads for num_heads in self._owner()._backend.kv_heads()]
-        return KeptTokens(self._ids, positions, kv.kept.representatives)
+            everything = np.arange(snapshot.num_tokens, dtype=np.int32)
+            positions = [[everything] * num_heads for num_heads in self._owner().kv_heads()]
+        return KeptTokens(self._ids, positions, snapshot.state.representatives)
 
     def __repr__(self) -> str:
-        if self._kv is None:
+        if self._snapshot is None:
             return f"Context({self.num_tokens} tokens, closed)"
         return f"Context({self.num_tokens} tokens, {self.kept_tokens} kept)"
 
@@ -103,9 +122,9 @@ class Context:
 
     def fork(self) -> Context:
         """Another one of the same bytes, with a life of its own."""
-        kv = self._held()
-        pipeline = self._owner()
-        return Context(pipeline, self._ids, self._text, pipeline._backend.share_held(kv), self._policy, self._seconds)
+        snapshot = self._held()
+        owner = self._owner()
+        return Context(owner, self._ids, self._text, snapshot.fork(), self._policy, self._seconds)
 
     def extend(self, text: str, *, policy: PolicyLike = None, progress: Progress | None = None) -> Context:
         """This context and more text behind it, which a policy compresses by itself.
@@ -118,7 +137,7 @@ class Context:
             raise RequestError(f"policy must be one that reads a text once in extend(), got {name_of(chosen)!r}")
         if chosen is None and self._policy is not None and not self._policy.inputs.replay:
             chosen = self._policy
-        return self._owner()._extend(self, text, chosen, progress)
+        return self._owner().extend(self, text, chosen, progress)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a file that `load` reads, with all that must agree: model, tokenizer, precisions, tokens.
@@ -126,24 +145,20 @@ class Context:
         Whatever happens meanwhile, `path` is the old file or the new one. Raises ContextFileError where it cannot be
         written.
         """
-        from ov_kvcrush.contexts.saving import save
-
-        save(self, self._owner(), path)
+        self._owner().save(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], pipeline: PipelineBase) -> Context:
+    def load(cls, path: str | os.PathLike[str], pipeline: HasContexts) -> Context:
         """A context from its file. The time is that of copying its bytes.
 
         Raises ContextFileError for a file that is missing, damaged, newer, or was made with something else than
         `pipeline` has, naming what differs; OutOfMemory where the store has no room.
         """
-        from ov_kvcrush.contexts.saving import load
-
-        return load(pipeline, path)
+        return pipeline.context_owner.load(path)
 
     def close(self) -> None:
         """Give its bytes back now. Using it afterwards is an error; requests and forks of it go on."""
-        self._kv = None
+        self._snapshot = None
         self._finalizer()
 
     def __enter__(self) -> Context:
@@ -169,37 +184,34 @@ class Context:
         """The policy that compressed it."""
         return self._policy
 
-    def of(self, pipeline: PipelineBase) -> KVSnapshot:
-        """Its KV, for a request of `pipeline`. Raises RequestError for another pipeline's or a closed one."""
-        kv = self._held()
-        if self._owner() is not pipeline:
+    def snapshot_for(self, owner: ContextOwner) -> KVSnapshot:
+        """Its KV, for a request of the pipeline that `owner` belongs to.
+
+        Raises RequestError for another pipeline's context and for a closed one.
+        """
+        snapshot = self._held()
+        if self._owner() is not owner:
             raise RequestError(
                 "context must be of the pipeline that is asked, got another's; save it, and load it for this one"
             )
-        return kv
+        return snapshot
 
     def _held(self) -> KVSnapshot:
-        if self._kv is None:
+        if self._snapshot is None:
             raise RequestError("context must be open, got one that was closed")
-        return self._kv
+        return self._snapshot
 
-    def _owner(self) -> PipelineBase:
-        pipeline = self._pipeline()
-        if pipeline is None:
+    def _owner(self) -> ContextOwner:
+        owner = self._owner_ref()
+        if owner is None:
             raise RequestError("context must be used while its pipeline is there, got one whose pipeline is gone")
-        return pipeline
-
-
-def _give_back(backend: weakref.ref[Backend], kv: KVSnapshot) -> None:
-    alive = backend()
-    if alive is not None:
-        alive.drop_held(kv)
+        return owner
 
 
 def context_policy(policy: PolicyLike, kept: float | None) -> Policy:
     """What `compress` compresses by: KVzip by default. Raises CrushError if both say how much stays."""
     if policy is None:
-        return build(DEFAULT_POLICY, kept=DEFAULT_KEPT if kept is None else kept)
+        return build(DEFAULT_CONTEXT_POLICY, kept=DEFAULT_KEPT if kept is None else kept)
     if kept is None:
         chosen = as_policy(policy)
         assert chosen is not None

@@ -40,7 +40,7 @@ from ov_kvcrush.errors import ContextFileError, did_you_mean
 from ov_kvcrush.model.fingerprints import FINGERPRINT_FIELDS
 from ov_kvcrush.utils.atomic import atomic_write
 
-_FORMAT = "ov_kvcrush.contexts.context"
+_FORMAT = "ov_kvcrush.context"
 BEGINNING = b'{"__metadata__":{"format":"%b",' % _FORMAT.encode()  # behind 8 bytes of the header's length
 _MAGIC = re.compile(re.escape(BEGINNING) + rb'"layout_version":"(\d{1,9})","sha256":"([0-9a-f]{64})"[,}]')
 _NO_DIGEST = "0" * 64
@@ -89,7 +89,7 @@ def _texts_of(record: ContextRecord) -> dict[str, str]:
     values = {
         "fingerprint": dict(record.fingerprint),
         "policy": dict(record.policy),
-        "spans": [list(span) for span in record.spans],
+        "spans": [],  # read by the first release
         "kept": {"num_evicted": record.num_evicted, "num_choices": record.num_choices},
         "heads_per_layer": None if per_head is None else [len(layer) for layer in per_head],
         "extra": dict(record.extra),
@@ -197,8 +197,7 @@ def _record(header: bytes, data: Array) -> ContextRecord:
     sizes = json.loads(texts["heads_per_layer"])
     fingerprint = json.loads(texts["fingerprint"])
     numbers = [kept["num_evicted"], kept["num_choices"], *(sizes or ())]
-    spans = tuple((begin, end) for begin, end in json.loads(texts["spans"]))
-    check_types(numbers + [place for span in spans for place in span], int)
+    check_types(numbers, int)
     check_types(fingerprint.values(), str)
     return ContextRecord(
         ids=arrays["ids"],
@@ -206,7 +205,6 @@ def _record(header: bytes, data: Array) -> ContextRecord:
         tiles=arrays["tiles"],
         fingerprint=fingerprint,
         policy=dict(json.loads(texts["policy"])),
-        spans=spans,
         num_evicted=kept["num_evicted"],
         num_choices=kept["num_choices"],
         carried=_per_head(arrays, "carried", sizes),

@@ -41,8 +41,9 @@ class ContextRecord:
 
     ids: int64 (S,), the text's tokens. heads: int64 (KV heads of all layers, 2 or more) and tiles: uint8 (bytes,), as
     from `Store.dump`. fingerprint: what it was made with, one text for each of FINGERPRINT_FIELDS.
-    policy: as from `settings_of`. spans: [begin, end) of the text that stay. extra: what else the caller needs, as JSON
-    has it. num_evicted, num_choices, carried (float32) and representatives (int32): as in `Kept`.
+    policy: as from `settings_of`. extra: what else the caller needs, as JSON
+    has it. num_evicted, num_choices and representatives (int32) as in EvictionState; carried (float32) is its
+    policy_state.
     """
 
     ids: Array
@@ -50,7 +51,6 @@ class ContextRecord:
     tiles: Array
     fingerprint: Mapping[str, str]
     policy: Mapping[str, Any] = field(default_factory=dict)
-    spans: tuple[tuple[int, int], ...] = ()
     num_evicted: int = 0
     num_choices: int = 0
     carried: PerHead | None = None
@@ -66,11 +66,11 @@ class ContextRecord:
             raise ContextFileError(f"heads must have at least 2 columns, got {self.heads.shape[1]}")
         self._check_kept()
         self._check_fingerprint()
-        for begin, end in self.spans:
-            if not 0 <= begin < end <= len(self.ids):
-                raise ContextFileError(
-                    f"spans must be (begin, end) with 0 <= begin < end <= {len(self.ids)}, got ({begin}, {end})"
-                )
+
+    @property
+    def policy_state(self) -> PerHead | None:
+        """`carried`, by the name that EvictionState has for it."""
+        return self.carried
 
     def _check_kept(self) -> None:
         for name, limit in (("num_evicted", len(self.ids)), ("num_choices", 2**53)):

@@ -1,54 +1,106 @@
-"""KV that an ended request leaves in the store, and whom it can serve."""
+"""KV that outlives its request."""
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from ov_kvcrush.core.request import Sequence
-from ov_kvcrush.kvcache.eviction import EvictionState
+import numpy as np
+
+from ov_kvcrush.core.eviction import EvictionState
 from ov_kvcrush.policies.base import Policy
+
+FrozenPerHead = tuple[tuple[np.ndarray, ...], ...]  # [layer][KV head]
+
+
+class SnapshotArrays(Protocol):
+    """A snapshot as arrays, for a file.
+
+    heads, tiles: as from `Store.dump`. policy_state float32, representatives int32: [layer][KV head], as in
+    EvictionState.
+    """
+
+    @property
+    def heads(self) -> np.ndarray: ...
+
+    @property
+    def tiles(self) -> np.ndarray: ...
+
+    @property
+    def num_evicted(self) -> int: ...
+
+    @property
+    def num_choices(self) -> int: ...
+
+    @property
+    def policy_state(self) -> FrozenPerHead | None: ...
+
+    @property
+    def representatives(self) -> FrozenPerHead | None: ...
+
+
+class SnapshotOwner(Protocol):
+    """Whoever holds the bytes of snapshots."""
+
+    def fork_snapshot(self, snapshot: KVSnapshot) -> KVSnapshot: ...
+
+    def release_snapshot(self, snapshot: KVSnapshot) -> None: ...
+
+    def snapshot_nbytes(self, snapshot: KVSnapshot) -> int: ...
+
+    def snapshot_arrays(self, snapshot: KVSnapshot) -> SnapshotArrays: ...
 
 
 @dataclass(frozen=True, eq=False)
 class KVSnapshot:
-    """KV of an ended sequence: its place in the store, what is left of it, by whose choice, and captured queries.
+    """KV of an ended sequence. Whoever holds it calls `release` once, in any thread.
 
-    num_tokens: of the text, kept or not. base: tokens of it at the front that later policies do not choose from;
-    base_kept: what a head holds of these, on average.
+    owner: not kept alive by its snapshots. store_id: of its tokens in the owner's store. state: what policies left.
+    policy: who chose it; None = all tokens stay. num_tokens: of the text, kept or not. captured_rows: query rows that
+    the store has of it. base: tokens at the front that later policies do not choose from; base_kept: what a head holds
+    of these, on average.
     """
 
-    stored: int
-    kept: EvictionState
+    owner: weakref.ref[SnapshotOwner]
+    store_id: int
+    state: EvictionState
     policy: Policy | None
     num_tokens: int
-    captured_rows: int
+    captured_rows: int = 0
     base: int = 0
     base_kept: int = 0
 
     @property
     def num_kept(self) -> int:
         """Tokens that a head holds, on average."""
-        return self.num_tokens - self.kept.num_evicted
+        return self.num_tokens - self.state.num_evicted
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the store, shared ones in full; 0 when the owner is gone."""
+        owner = self.owner()
+        return 0 if owner is None else owner.snapshot_nbytes(self)
+
+    def fork(self) -> KVSnapshot:
+        """The same KV for one more holder; tiles are shared."""
+        return self._alive().fork_snapshot(self)
+
+    def release(self) -> None:
+        """Give the bytes back; requests that go on from them end first."""
+        owner = self.owner()
+        if owner is not None:
+            owner.release_snapshot(self)
+
+    def to_arrays(self) -> SnapshotArrays:
+        """The KV as arrays."""
+        return self._alive().snapshot_arrays(self)
 
     def as_base(self) -> KVSnapshot:
-        """The same, of which nothing is chosen from again."""
+        """The same KV, of which later policies choose nothing away."""
         return replace(self, base=self.num_tokens, base_kept=self.num_kept)
 
-    def serves(self, sequence: Sequence, length: int) -> bool:
-        """Whether the first `length` tokens are as they would be if `sequence` had computed them itself."""
-        if sequence.request.takers:  # they take from staging blocks, where kept KV is not
-            return False
-        eviction, captured_rows = sequence.request.eviction, sequence.request.captured_rows
-        rest = len(sequence.ids) - length
-        # Rows behind kept KV attend through the store, several times slower than PagedAttention reads a prompt.
-        if rest > length:
-            return False
-        if self.kept.num_evicted and (length < self.num_tokens or not eviction or eviction.policy != self.policy):
-            return False
-        # Kept KV is not staged: nothing could be read twice there.
-        if eviction and not self.kept.num_choices and eviction.num_read_again(len(sequence.ids)):
-            return False
-        if eviction and not self.kept.holds(eviction.spans, self.num_tokens):
-            return False
-        is_whole = length == self.num_tokens and captured_rows == self.captured_rows
-        return not captured_rows or is_whole or (rest >= captured_rows == self.captured_rows)
+    def _alive(self) -> SnapshotOwner:
+        owner = self.owner()
+        assert owner is not None, "a snapshot whose engine is gone"
+        return owner

@@ -1,32 +1,32 @@
-"""One step on the device: a plan goes in as a few tensors, logits come out."""
+"""One step on the device: a few small tensors go in, logits come out."""
 
 from __future__ import annotations
 
 import numpy as np
 import openvino as ov
 
-from ov_kvcrush.engine.scheduler import SchedulerOutput
+from ov_kvcrush.core.step import SchedulerOutput
 from ov_kvcrush.kvcache.manager import KVCacheManager
 from ov_kvcrush.model.graph.rewrite import ATTENTION_SCORES
 from ov_kvcrush.model.load import LoadedModel
 
 
 class ModelRunner:
-    """The inference request of a compiled model, bound to the memory of its cache."""
+    """The inference request of a compiled model, bound to its cache tensors."""
 
-    def __init__(self, model: LoadedModel, memory: KVCacheManager) -> None:
-        self._memory = memory
+    def __init__(self, model: LoadedModel, cache: KVCacheManager) -> None:
+        self._cache = cache
         self._request = model.compiled.create_infer_request()
-        memory.bind(self._request)
+        cache.bind(self._request)
         self._ports = {name: port for port in model.compiled.inputs for name in port.names}
         self._views: dict[str, np.ndarray] = {}  # of the bound input tensors
         self._logits = model.compiled.output("logits")
         names = [f"{ATTENTION_SCORES}.{layer}" for layer in range(len(model.layers))]
         self._scores = [model.compiled.output(name) for name in names] if model.has_scores else []
 
-    def prepare(self, plan: SchedulerOutput) -> None:
+    def prepare(self, step: SchedulerOutput) -> None:
         """Set the inputs of the next `infer`."""
-        for name, value in self._memory.step_inputs(plan.rows).items():
+        for name, value in self._cache.step_inputs(step.rows).items():
             self._set_input(name, value)
 
     def _set_input(self, name: str, value: np.ndarray) -> None:

@@ -1,10 +1,154 @@
-"""Where an answer ends, and what counts as the answer."""
+"""From logits to answers: tokens are accepted, sequences end, requests end."""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
 import openvino_genai as ov_genai
 
-from ov_kvcrush.core.request import FinishReason, Sequence
+from ov_kvcrush.core.outputs import GenerationOutput
+from ov_kvcrush.core.request import FinishReason, Request, Sequence, Status
+from ov_kvcrush.core.snapshot import KVSnapshot
+from ov_kvcrush.core.step import SchedulerOutput
+from ov_kvcrush.engine.handle import GenerationHandle
+from ov_kvcrush.engine.sampler import sample
+from ov_kvcrush.engine.scheduler import Scheduler
+from ov_kvcrush.kvcache.manager import KVCacheManager
+
+
+class OutputProcessor:
+    """What happens to sequences after an inference.
+
+    handles: of unfinished requests, by their ids; guarded by `lock`. own: makes a snapshot the engine's.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        cache: KVCacheManager,
+        handles: dict[int, GenerationHandle],
+        lock: threading.Lock,
+        own: Callable[[KVSnapshot], KVSnapshot],
+    ) -> None:
+        self._scheduler = scheduler
+        self._cache = cache
+        self._handles = handles
+        self._lock = lock
+        self._own = own
+
+    def process(self, step: SchedulerOutput, logits: np.ndarray) -> float:
+        """Choose tokens and end what is complete. Returns the seconds that sampling took."""
+        self._end_prefilled(step)
+        start = time.perf_counter()
+        new: dict[Request, dict[int, GenerationOutput]] = {}
+        for sequence, row_logits in self._due(step, logits):
+            for member in self._members(sequence):
+                token, logprob = sample(row_logits, member)
+                new.setdefault(member.request, {})[member.index] = _accept(member, token, logprob, start)
+        sampling_s = time.perf_counter() - start
+        for request, outputs in new.items():
+            self._handles[request.request_id].push(outputs)
+            for index in outputs:
+                if request.sequences[index].is_finished:
+                    self._retire(request.sequences[index])
+            self.end_if_complete(request)
+        return sampling_s
+
+    def _end_prefilled(self, step: SchedulerOutput) -> None:
+        """End the requests that wanted nothing but the KV of their prompt."""
+        for row in step.rows:
+            sequence = row.sequence.replays or row.sequence
+            is_read = not sequence.num_pending and not self._cache.is_replaying(sequence)
+            if sequence.request.prefill_only and is_read and not sequence.is_finished:
+                self.finish(sequence, FinishReason.LENGTH)
+                self.end_if_complete(sequence.request)
+
+    def _due(self, step: SchedulerOutput, logits: np.ndarray) -> Iterator[tuple[Sequence, np.ndarray]]:
+        """Sequences that get a token now, with their logits. A prompt that is read twice waits with those it has."""
+        logits_rows = iter(logits)
+        for row in step.rows:
+            sequence = row.sequence.replays or row.sequence
+            if row.samples:
+                sequence.held_logits = next(logits_rows)
+            held = sequence.held_logits
+            if held is None or sequence.is_finished:  # its KV found no room
+                continue
+            if self._cache.is_replaying(sequence):
+                sequence.held_logits = held.copy()
+                continue
+            sequence.held_logits = None
+            yield sequence, held
+
+    def _members(self, sequence: Sequence) -> list[Sequence]:
+        """The sequences that take their next token from this row: all of a request's when its prompt is complete."""
+        request = sequence.request
+        wanted = request.params.num_return_sequences
+        if sequence.num_generated == 0 and len(request.sequences) < wanted:
+            request.sequences += [self._scheduler.fork(sequence, index) for index in range(1, wanted)]
+            return request.sequences
+        return [sequence]
+
+    def finish(self, sequence: Sequence, reason: ov_genai.GenerationFinishReason, keep: bool = True) -> None:
+        """End a sequence; keep: whether what it leaves may be used again."""
+        sequence.finish_reason = reason
+        self._retire(sequence, keep)
+
+    def _retire(self, sequence: Sequence, keep: bool = True) -> None:
+        """Settle the answer of an ended sequence, keep its KV if the request wants that, free its memory."""
+        _settle(sequence)
+        request = sequence.request
+        held = sum(self._cache.bytes_of(s) for s in request.sequences)
+        request.peak_kv_bytes = max(request.peak_kv_bytes, held)
+        if keep and request.keep_kv and sequence.index == 0:
+            self._cache.cache_prefix(sequence)
+        if keep and request.returns_snapshot and sequence.index == 0:
+            snapshot = self._cache.snapshot(sequence)
+            request.snapshot = self._own(snapshot) if snapshot else None
+        sequence.final_state = self._cache.eviction_state(sequence)
+        self._scheduler.remove([sequence])
+
+    def end_if_complete(self, request: Request) -> None:
+        """End a request whose sequences have all ended."""
+        if all(s.is_finished for s in request.sequences):
+            self.end(request, Status.FINISHED)
+
+    def end(self, request: Request, status: ov_genai.GenerationStatus) -> None:
+        """Set the final status of a request."""
+        request.status = status
+        with self._lock:
+            self._handles.pop(request.request_id, None)
+
+    def process_aborts(self) -> None:
+        """End the requests whose handles were told to stop or cancel."""
+        for handle in list(self._handles.values()):
+            request = handle.request
+            if request.abort_reason:
+                status, reason = request.abort_reason
+                for sequence in request.sequences:
+                    if not sequence.is_finished:
+                        self.finish(sequence, reason, keep=status != Status.CANCEL)
+                self.end(request, status)
+
+    def abort(self, requests: set[Request]) -> None:
+        """End requests after an error, without an answer."""
+        for request in requests:
+            self._scheduler.remove(request.sequences)
+            for sequence in request.sequences:
+                if not sequence.is_finished:
+                    sequence.finish_reason = FinishReason.STOP
+            self.end(request, Status.CANCEL)
+
+
+def _accept(sequence: Sequence, token: int, logprob: float, now: float) -> GenerationOutput:
+    sequence.ids.append(token)
+    sequence.token_times.append(now)
+    sequence.logprobs.append(logprob)
+    sequence.cumulative_logprob += logprob
+    sequence.finish_reason = finish_reason(sequence, token)
+    return GenerationOutput([token], [logprob], sequence.cumulative_logprob, sequence.finish_reason)
 
 
 def finish_reason(sequence: Sequence, token: int) -> ov_genai.GenerationFinishReason:
@@ -19,7 +163,7 @@ def finish_reason(sequence: Sequence, token: int) -> ov_genai.GenerationFinishRe
     return FinishReason.NONE
 
 
-def settle_answer(sequence: Sequence) -> None:
+def _settle(sequence: Sequence) -> None:
     """Fix the ids, and for a stop string the text, of an ended sequence."""
     ids = sequence.generated.tolist()
     tracker = sequence.stop_tracker

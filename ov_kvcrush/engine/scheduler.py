@@ -4,36 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from ov_kvcrush.config import SchedulerConfig
 from ov_kvcrush.core.request import Sequence
+from ov_kvcrush.core.step import ScheduledTokens, SchedulerOutput
 from ov_kvcrush.kvcache.manager import KVCacheManager
 from ov_kvcrush.kvcache.replay import ROWS as REPLAY_ROWS
 
 _MIN_CHUNK = 32  # rows of a prompt that memory is short for: less is not tried
-
-
-@dataclass(frozen=True)
-class ScheduledTokens:
-    """`num_tokens` rows of one sequence, from its first token without KV on; `samples`: the last one gives a token."""
-
-    sequence: Sequence
-    num_tokens: int
-    samples: bool
-
-
-@dataclass(frozen=True)
-class SchedulerOutput:
-    """One inference: whose rows, in this order."""
-
-    rows: tuple[ScheduledTokens, ...]
-    out_of_memory: tuple[Sequence, ...]  # alone in memory and still without room for the next token
-
-    @property
-    def num_tokens(self) -> int:
-        """Rows of the inference."""
-        return sum(row.num_tokens for row in self.rows)
 
 
 class Scheduler:
@@ -43,9 +21,9 @@ class Scheduler:
     the sequence that arrived last gives up its KV and waits at the front, to be computed again.
     """
 
-    def __init__(self, config: SchedulerConfig, memory: KVCacheManager) -> None:
+    def __init__(self, config: SchedulerConfig, cache: KVCacheManager) -> None:
         self._config = config
-        self._memory = memory
+        self._cache = cache
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -60,7 +38,7 @@ class Scheduler:
     def fork(self, parent: Sequence, index: int) -> Sequence:
         """A twin of a running sequence that shares its KV and runs from now on."""
         twin = parent.fork(index)
-        self._memory.fork(parent, twin)
+        self._cache.fork(parent, twin)
         self.running.append(twin)
         return twin
 
@@ -70,62 +48,63 @@ class Scheduler:
         self.running = [s for s in self.running if s not in gone]
         self.waiting = deque(s for s in self.waiting if s not in gone)
         for sequence in gone:
-            self._memory.release(sequence)
+            self._cache.free(sequence)
 
-    def plan(self) -> SchedulerOutput:
+    def schedule(self) -> SchedulerOutput:
         """Decide the next step and take memory for it. Without rows there is nothing to do."""
         rows: list[ScheduledTokens] = []
         unschedulable: list[Sequence] = []
-        budget = self._plan_decodes(self._config.max_num_batched_tokens, rows, unschedulable)
-        budget = self._plan_admitted_prompts(budget, rows, unschedulable)
-        self._plan_new_prompts(budget, rows, unschedulable)
+        budget = self._schedule_decodes(self._config.max_num_batched_tokens, rows, unschedulable)
+        budget = self._schedule_running_prompts(budget, rows, unschedulable)
+        self._schedule_new_prompts(budget, rows, unschedulable)
         return SchedulerOutput(tuple(rows), tuple(unschedulable))
 
     # Rows are planned in the order of arrival and the last is preempted first: no planned row loses its KV.
-    def _plan_decodes(self, budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]) -> int:
+    def _schedule_decodes(self, budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]) -> int:
         for sequence in list(self.running):
             if sequence.num_pending == 1 and budget > 0 and sequence in self.running:
-                budget -= self._plan_rows(sequence, 1, rows, unschedulable)
+                budget -= self._schedule_rows(sequence, 1, rows, unschedulable)
         return budget
 
-    def _plan_admitted_prompts(self, budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]) -> int:
+    def _schedule_running_prompts(self, budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]) -> int:
         for sequence in list(self.running):
-            if budget > 0 and sequence.replay and sequence.replay.reader:
-                budget -= self._plan_reader(sequence.replay.reader, budget, rows)
+            reader = self._cache.reader(sequence)
+            if budget > 0 and reader:
+                budget -= self._schedule_reader(reader, budget, rows)
             elif sequence.num_pending > 1 and budget > 0 and sequence in self.running:
-                budget -= self._plan_rows(sequence, budget, rows, unschedulable)
+                budget -= self._schedule_rows(sequence, budget, rows, unschedulable)
         return budget
 
-    def _plan_new_prompts(self, budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]) -> None:
+    def _schedule_new_prompts(self, budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]) -> None:
         while self.waiting and budget > 0 and len(self.running) < self._config.max_num_seqs:
             sequence = self.waiting[0]
             if not self._config.dynamic_split_fuse and rows and sequence.num_pending > budget:
                 return
-            if not self._memory.allocate(sequence):
-                if not self.running and not self._memory.is_contended:
+            if not self._cache.allocate(sequence):
+                if not self.running and not self._cache.is_contended:
                     unschedulable.append(sequence)
                 return
             if not sequence.num_generated:
                 sequence.request.num_reused_tokens = sequence.num_cached
             self.waiting.popleft()
             self.running.append(sequence)
-            planned = self._plan_rows(sequence, budget, rows, unschedulable)
-            if not planned:
+            scheduled = self._schedule_rows(sequence, budget, rows, unschedulable)
+            if not scheduled:
                 return
-            budget -= planned
+            budget -= scheduled
 
-    def _plan_reader(self, reader: Sequence, budget: int, rows: list[ScheduledTokens]) -> int:
+    def _schedule_reader(self, reader: Sequence, budget: int, rows: list[ScheduledTokens]) -> int:
         """Plan rows of a prompt's second reading, which has had its blocks since the prompt was admitted."""
         num_tokens = min(reader.num_pending, budget, REPLAY_ROWS)
         rows.append(ScheduledTokens(reader, num_tokens, False))
         return num_tokens
 
-    def _plan_rows(
+    def _schedule_rows(
         self, sequence: Sequence, budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]
     ) -> int:
         """Plan up to `budget` pending rows of a running sequence; preempt others for them if it must be."""
         num_tokens = min(sequence.num_pending, budget)
-        while not self._memory.append_slots(sequence, num_tokens):
+        while not self._cache.append_slots(sequence, num_tokens):
             if num_tokens > _MIN_CHUNK:
                 num_tokens = max(num_tokens // 2, _MIN_CHUNK)
                 continue
@@ -145,7 +124,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
         self.running.remove(sequence)
-        self._memory.release(sequence)
+        self._cache.free(sequence)
         sequence.num_cached = 0
         sequence.held_logits = None
         self.waiting.appendleft(sequence)

@@ -6,25 +6,23 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import openvino as ov
 import openvino_genai as ov_genai
 
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
+from ov_kvcrush.core.cache_params import DEFAULT_CACHE_PARAMS, CacheParams
 from ov_kvcrush.core.outputs import GenerationOutput, PipelineMetrics, RequestStats, StepSeconds
 from ov_kvcrush.core.sampling_params import SamplingParams
+from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
 from ov_kvcrush.errors import ContextFileError, CrushError, ModelError, RequestError, did_you_mean, reason_of
 from ov_kvcrush.genai.eviction import scheduler_fields, translate
 from ov_kvcrush.model.load import check_device
 from ov_kvcrush.model.plugin import open_core
 from ov_kvcrush.model.precision import paged_precisions
-from ov_kvcrush.pipelines.backend import DEFAULT_CACHE_PARAMS, CacheParams, SnapshotArrays
 from ov_kvcrush.policies.base import Policy
-
-if TYPE_CHECKING:
-    from ov_kvcrush.core.snapshot import KVSnapshot
 
 Status = ov_genai.GenerationStatus
 FinishReason = ov_genai.GenerationFinishReason
@@ -105,12 +103,12 @@ class GenaiHandle:
         return None
 
     @property
-    def held(self) -> None:
+    def snapshot(self) -> None:
         """None: openvino_genai keeps its KV."""
         return None
 
     @property
-    def held_others(self) -> list[KVSnapshot]:
+    def fan_out_snapshots(self) -> list[KVSnapshot]:
         """None: openvino_genai keeps its KV."""
         return []
 
@@ -186,17 +184,17 @@ class GenaiBackend:
         request_id: int,
         ids: np.ndarray,
         config: ov_genai.GenerationConfig,
-        cache: CacheParams = DEFAULT_CACHE_PARAMS,
+        params: CacheParams = DEFAULT_CACHE_PARAMS,
     ) -> GenaiHandle:
         """Queue a request. Keeping its KV is up to `enable_prefix_caching` of the scheduler config here, and the policy
         is that of the pipeline.
 
         Raises RequestError; no other request is touched.
         """
-        if cache.context or cache.hold or cache.prefill_only:
+        if params.context or params.return_snapshot or params.prefill_only:
             raise RequestError("context must not be asked for with engine='genai', got one; engine='crush' holds it")
-        if cache.policy is not None or cache.protect:
-            field = "policy" if cache.policy is not None else "protect"
+        if params.policy is not None or params.protect:
+            field = "policy" if params.policy is not None else "protect"
             raise RequestError(f"{field} must be left out of a request with engine='genai'; give cache_config a policy")
         ids = np.asarray(ids, np.int64).reshape(1, -1)
         if not ids.size:
@@ -240,22 +238,7 @@ class GenaiBackend:
         """Whether `step` has something to do."""
         return bool(self._pipeline.has_non_finished_requests())
 
-    def drop_held(self, kv: KVSnapshot) -> None:
-        """Nothing was handed out."""
-
-    def share_held(self, kv: KVSnapshot) -> KVSnapshot:
-        """Nothing was handed out."""
-        return kv
-
-    def bytes_held(self, kv: KVSnapshot) -> int:
-        """Nothing was handed out."""
-        return 0
-
-    def dump_held(self, kv: KVSnapshot) -> SnapshotArrays:
-        """Nothing was handed out."""
-        raise AssertionError("dump_held() with engine='genai'")
-
-    def load_held(self, held: SnapshotArrays, policy: Policy | None, base: int, base_kept: int) -> KVSnapshot:
+    def load_snapshot(self, arrays: SnapshotArrays, policy: Policy | None, base: int, base_kept: int) -> KVSnapshot:
         """Contexts live in the store."""
         raise ContextFileError("context must be loaded with engine='crush', got 'genai'")
 
@@ -267,7 +250,7 @@ class GenaiBackend:
         """Not told."""
         return []
 
-    def drop_kept_kv(self) -> None:
+    def clear_prefixes(self) -> None:
         """Nothing to do: openvino_genai drops kept prefixes itself when it needs their memory."""
 
     def last_step(self) -> StepSeconds:

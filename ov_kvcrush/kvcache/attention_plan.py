@@ -13,6 +13,7 @@ STORED = 0  # rows that are appended to the store and attend to it
 STAGED = 1  # rows of a fresh prompt, for PagedAttention: only their queries are captured
 PREFILL = 2  # rows of a fresh prompt without PagedAttention: written to the staging blocks, and attending to them
 NO_SCORES = 0  # instead of the code of a reduction
+MAX_OF_ROWS = 2  # a reduction of attention scores over rows; native/src/kernels/attention.hpp
 
 
 class PlanEntry(NamedTuple):

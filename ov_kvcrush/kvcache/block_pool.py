@@ -59,39 +59,3 @@ class BlockPool:
         assert (self._ref_counts[blocks] > 0).all(), "release() of a free block"
         self._ref_counts[blocks] -= 1
         self._freed.extend(blocks[self._ref_counts[blocks] == 0].tolist())
-
-
-class BlockTable:
-    """The blocks of one sequence in the order of its tokens: int32, grown in place and read uncopied."""
-
-    def __init__(self) -> None:
-        self._ids = np.zeros(8, np.int32)
-        self._length = 0
-
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def ids(self) -> np.ndarray:
-        """int32 (number of blocks,), a view."""
-        return self._ids[: self._length]
-
-    def append(self, block: int) -> None:
-        """Add one block at the end."""
-        if self._length == len(self._ids):
-            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
-        self._ids[self._length] = block
-        self._length += 1
-
-    def extend(self, blocks: np.ndarray) -> None:
-        """Add blocks at the end."""
-        for block in blocks.tolist():
-            self.append(block)
-
-    def replace_last(self, block: int) -> None:
-        """Put `block` in the place of the last one."""
-        self._ids[self._length - 1] = block
-
-    def clear(self) -> None:
-        """Forget every block; the caller has released them."""
-        self._length = 0

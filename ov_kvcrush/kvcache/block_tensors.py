@@ -6,17 +6,15 @@ import math
 import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import openvino as ov
 
+from ov_kvcrush import native
 from ov_kvcrush.errors import OutOfMemory
 from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE
 from ov_kvcrush.model.graph.attention import AttentionLayer
-
-if TYPE_CHECKING:
-    from ov_kvcrush.native import Store
 
 _ALIGNMENT = 64  # bytes: one cache line, one AVX-512 register
 
@@ -101,7 +99,7 @@ class BlockTensors:
         for buffer in self._buffers:
             buffer[target] = buffer[source]
 
-    def register(self, store: Store) -> None:
+    def register(self, store: native.Store) -> None:
         """Let `store` read, and write where it has a kernel for prompts, the keys and values layer by layer."""
         for place, (key, value) in enumerate(self._layers):
             precision = self._blocks[key].element_type.get_type_name()

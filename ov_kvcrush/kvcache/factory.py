@@ -1,4 +1,4 @@
-"""The memory that a loaded model and the configs ask for."""
+"""The cache manager that a loaded model and the configs ask for."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.errors import CrushError, OutOfMemory
 from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, blocks_for
 from ov_kvcrush.kvcache.block_tensors import BlockTensors, cache_inputs, staging_tensors
+from ov_kvcrush.kvcache.crush import CrushKVCache
 from ov_kvcrush.kvcache.manager import KVCacheManager
-from ov_kvcrush.kvcache.paged import PagedTensorsKVCache
+from ov_kvcrush.kvcache.paged import PagedKVCache
+from ov_kvcrush.kvcache.staging import Staging
 from ov_kvcrush.model.load import LoadedModel
 from ov_kvcrush.utils.process_memory import free_memory_bytes
 
@@ -18,52 +20,58 @@ _STAGED_TOKENS = 65536  # of prompts read at the same time, where staging has no
 
 
 def make_kv_cache_manager(
-    model: LoadedModel, scheduler: SchedulerConfig, cache: CacheConfig, beside: KVCacheManager | None = None
+    model: LoadedModel, scheduler: SchedulerConfig, cache: CacheConfig, shared: KVCacheManager | None = None
 ) -> KVCacheManager:
-    """The memory of an engine. Raises CrushError or OutOfMemory if the configs ask for what cannot be.
+    """The cache manager of an engine. Raises CrushError or OutOfMemory if the configs ask for what cannot be.
 
-    beside: one over a store on the same model, whose staging blocks are shared; `cache.staging_bytes` does not hold
-    then. Each store has a limit of its own, `cache.max_bytes`, else by `scheduler`: num_kv_blocks are the bytes of so
-    many tokens in its precisions; cache_size, or half of the memory that is free now, is the same for each, so stores
-    that are filled together need limits that fit together.
+    shared: one over a store on the same model, whose staging blocks this one shares; `cache.staging_bytes` does not
+    hold then. Each store has a limit of its own, `cache.max_bytes`, else by `scheduler`: num_kv_blocks are the bytes of
+    so many tokens in its precisions; cache_size, or half of the memory that is free now, is the same for each, so
+    stores that are filled together need limits that fit together.
     """
     # Without prefix caching only the conversation that runs keeps its KV between turns.
     max_prefixes = None if scheduler.enable_prefix_caching else 1
     if model.attention == "paged":
         blocks = cache_inputs(model.compiled)
-        return PagedTensorsKVCache(BlockTensors(blocks, lambda size: _paged_blocks(scheduler, size)), max_prefixes)
-    from ov_kvcrush.kvcache.crush import CrushKVCache
+        return PagedKVCache(BlockTensors(blocks, lambda size: _paged_blocks(scheduler, size)), max_prefixes)
+    store = _make_store(model, scheduler, cache)
+    if shared is None:
+        layouts = (
+            cache_inputs(model.compiled)
+            if model.pages_prompts
+            else staging_tensors(model.layers, model.recent_precision)
+        )
+        tensors = BlockTensors(layouts, lambda size: _staging_blocks(cache, model.context_length, size) + 1)
+        staging = Staging(tensors)
+    else:
+        assert isinstance(shared, CrushKVCache), "a shared cache without staging blocks"
+        staging = shared.staging
+    heads = [(x.num_heads, x.num_kv_heads) for x in model.layers]
+    return CrushKVCache(
+        store, heads, staging, max_prefixes, scheduler.max_num_batched_tokens, cache.prefix_bytes,
+        pages_prompts=model.pages_prompts,
+    )  # fmt: skip
 
-    shapes = [layer.shape for layer in model.layers]
 
-    def make_store(max_bytes: int) -> native.Store:
+def _make_store(model: LoadedModel, scheduler: SchedulerConfig, cache: CacheConfig) -> native.Store:
+    def make(max_bytes: int) -> native.Store:
         return native.Store(
-            layers=shapes, key=cache.key_precision, value=cache.value_precision, recent=model.recent_precision,
-            recent_tokens=cache.recent_tokens, group_size=cache.group_size, max_bytes=max_bytes,
-        )  # fmt: skip
+            layers=[layer.shape for layer in model.layers],
+            key=cache.key_precision,
+            value=cache.value_precision,
+            recent=model.recent_precision,
+            recent_tokens=cache.recent_tokens,
+            group_size=cache.group_size,
+            max_bytes=max_bytes,
+        )
 
-    measure = make_store(0)
+    measure = make(0)
     bytes_per_block = measure.bytes_for(BLOCK_SIZE)
     max_bytes = cache.max_bytes or _store_bytes(scheduler, measure)
     measure.close()
     if max_bytes < bytes_per_block:
         raise OutOfMemory(f"max_bytes must be at least {bytes_per_block}, as a short request takes, got {max_bytes}")
-    if beside is None:
-        blocks = (
-            cache_inputs(model.compiled)
-            if model.pages_prompts
-            else staging_tensors(model.layers, model.recent_precision)
-        )
-        staging = BlockTensors(blocks, lambda size: _staging_blocks(cache, model.context_length, size) + 1)
-        pool = None
-    else:
-        assert isinstance(beside, CrushKVCache), "beside a memory without staging blocks"
-        staging, pool = beside.staging, beside.pool
-    heads = [(x.num_heads, x.num_kv_heads) for x in model.layers]
-    store, chunk = make_store(max_bytes), scheduler.max_num_batched_tokens
-    return CrushKVCache(
-        store, heads, staging, max_prefixes, chunk, cache.prefix_bytes, pool, pages_prompts=model.pages_prompts
-    )
+    return make(max_bytes)
 
 
 def _paged_blocks(config: SchedulerConfig, bytes_per_block: int) -> int:

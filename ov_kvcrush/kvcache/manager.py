@@ -1,28 +1,27 @@
-"""What the scheduler and the engine ask of the memory that keys and values live in."""
+"""What scheduler, runner and engine ask of the memory of keys and values."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import openvino as ov
 
-if TYPE_CHECKING:
-    from ov_kvcrush.core.request import AttentionScores, Sequence
-    from ov_kvcrush.core.snapshot import KVSnapshot
-    from ov_kvcrush.engine.scheduler import ScheduledTokens
-    from ov_kvcrush.kvcache.eviction import Choice, EvictionSpec
-    from ov_kvcrush.pipelines.backend import SnapshotArrays
-    from ov_kvcrush.policies.base import Policy
+from ov_kvcrush.core.eviction import EvictionSpec, EvictionState
+from ov_kvcrush.core.request import Sequence
+from ov_kvcrush.core.snapshot import KVSnapshot
+from ov_kvcrush.core.step import ScheduledTokens
+from ov_kvcrush.kvcache.snapshots import SnapshotStore
 
 
 @dataclass(frozen=True)
 class KVCacheUsage:
-    """used_bytes: what sequences and kept prefixes hold now. capacity_bytes: the most they may hold.
+    """used_bytes: of sequences and cached prefixes. capacity_bytes: the most that they may have.
 
-    num_used_blocks: `used_bytes` in blocks of 32 tokens, rounded up. staging_bytes: of prompts that are being read.
+    num_used_blocks: `used_bytes` in blocks of 32 tokens, rounded up. staging_bytes: of prompts that are prefilled.
     """
 
     used_bytes: int
@@ -34,91 +33,83 @@ class KVCacheUsage:
 class KVCacheManager(Protocol):
     """Keys and values of all sequences: who may have how much, and how one inference finds them.
 
-    A sequence is admitted, then gets room for its next tokens before each step; `commit` follows each inference.
-    Nothing here preempts: where there is no room the scheduler decides who goes.
+    A sequence is allocated, then gets slots for its next tokens before each step; `commit` follows each inference.
+    Nothing is preempted here: where there is no room the scheduler decides who goes.
     """
 
     @property
-    def can_evict(self) -> bool:
-        """Whether single tokens can be dropped."""
+    def snapshots(self) -> SnapshotStore | None:
+        """KV that outlives its requests; None where tokens cannot be kept and dropped one by one."""
         ...
 
     @property
     def policy_seconds(self) -> float:
-        """Time that went so far into choosing what stays, and into doing what was chosen."""
+        """Time spent so far in choosing what stays and in doing what was chosen."""
         ...
 
     def capacity_tokens(self, eviction: EvictionSpec | None, num_evicted: int = 0) -> int:
-        """Tokens that the text of one sequence can have with nothing else in memory. num_evicted: as of `refusal`."""
+        """Tokens that the text of one sequence can have with nothing else in memory. num_evicted: as in `refusal`."""
         ...
 
     def refusal(self, num_tokens: int, eviction: EvictionSpec | None, num_evicted: int = 0) -> str | None:
-        """Why a prompt of `num_tokens` tokens can never be run, with both numbers; None if it can.
+        """Why a prompt of `num_tokens` tokens can never run, with both numbers; None if it can.
 
-        num_evicted: of its tokens, in the context that it goes on from.
+        num_evicted: tokens that the context it starts from has lost.
         """
         ...
 
     @property
     def staged_tokens(self) -> int:
-        """Tokens of the longest prompt that others can take KV of while it is read."""
+        """Tokens of the longest prompt that several caches can be made from."""
         ...
 
     @property
     def is_contended(self) -> bool:
-        """Whether other memories hold some of what this one shares with them: who finds no place there may wait."""
+        """Whether other managers hold some of what this one shares with them: who finds no room may wait for it."""
         ...
 
     def allocate(self, sequence: Sequence) -> bool:
-        """Promise memory for all tokens that a waiting sequence has; sets `num_cached` to what is reused."""
+        """Promise memory for all tokens of a waiting sequence; sets `num_cached` to what is reused."""
         ...
 
     def append_slots(self, sequence: Sequence, num_tokens: int) -> bool:
-        """See that the next `num_tokens` tokens of an admitted sequence have a place of their own."""
+        """Add slots for the next tokens of an allocated sequence."""
         ...
 
     def fork(self, parent: Sequence, twin: Sequence) -> None:
-        """Let a new sequence share what its parent holds."""
+        """Share the KV of `parent` with a new sequence."""
         ...
 
-    def release(self, sequence: Sequence) -> None:
-        """Take back everything that a sequence holds."""
+    def free(self, sequence: Sequence) -> None:
+        """Take back everything that a sequence has; nothing if it has nothing."""
         ...
 
-    def keep(self, sequence: Sequence) -> None:
-        """Hold the KV of an ending sequence for prompts that begin with its tokens."""
+    def cache_prefix(self, sequence: Sequence) -> None:
+        """Keep the KV of an ending sequence for prompts that begin with its tokens."""
         ...
 
-    def hold(self, sequence: Sequence) -> KVSnapshot | None:
-        """The KV of an ending sequence, for the caller to keep; None if there is none."""
-        ...
-
-    def take(self, staged: Sequence, policy: Policy | None, choice: Choice | None) -> KVSnapshot:
-        """What a policy chose of a prompt that was read, here or by another on the same staging blocks; None = all."""
-        ...
-
-    def drop_held(self, kv: KVSnapshot) -> None:
-        """Give back what `hold` or `take` gave."""
-        ...
-
-    def share_held(self, kv: KVSnapshot) -> KVSnapshot:
-        """The same for one more holder."""
-        ...
-
-    def bytes_held(self, kv: KVSnapshot) -> int:
-        """Bytes of what `hold` gave, shared ones in full."""
-        ...
-
-    def dump_held(self, kv: KVSnapshot) -> SnapshotArrays:
-        """What `hold` gave, as arrays."""
-        ...
-
-    def load_held(self, held: SnapshotArrays, policy: Policy | None, base: int, base_kept: int) -> KVSnapshot:
-        """The same from arrays, checked. Raises ContextFileError, and OutOfMemory where there is no room."""
-        ...
-
-    def drop_kept(self) -> None:
+    def clear_prefixes(self) -> None:
         """Give back the KV of ended sequences."""
+        ...
+
+    def snapshot(self, sequence: Sequence) -> KVSnapshot | None:
+        """The KV of an ending sequence, for the caller to release; None if there is none."""
+        ...
+
+    def eviction_state(self, sequence: Sequence) -> EvictionState:
+        """What policies left of a sequence; may be called by any thread."""
+        ...
+
+    def reader(self, sequence: Sequence) -> Sequence | None:
+        """The sequence that reads a chunk of this one's prompt a second time, if that is due."""
+        ...
+
+    def is_replaying(self, sequence: Sequence) -> bool:
+        """Whether the prompt is, or will be, read a second time."""
+        ...
+
+    def replay_progress(self, sequence: Sequence) -> tuple[int, int]:
+        """Tokens that were read a second time, and all that are to be; (1, 1) if there are none. For any thread."""
         ...
 
     def bind(self, request: ov.InferRequest) -> None:
@@ -129,21 +120,18 @@ class KVCacheManager(Protocol):
         """The small inputs of the compiled model for the rows of one step; logits come in the order of `rows`."""
         ...
 
-    def commit(self, rows: Items[ScheduledTokens]) -> list[Sequence]:
+    def commit(self, rows: Items[ScheduledTokens], scores: Callable[[], list[np.ndarray]]) -> list[Sequence]:
         """Note that the inference of `rows` is done (`num_cached` is up to date).
 
-        Returns the sequences whose KV found no place any more; the caller ends them.
+        scores: the attention scores of each layer, flat, as the model gave them. Returns the sequences whose KV found
+        no room; the caller ends them.
         """
-        ...
-
-    def split_scores(self, rows: Items[ScheduledTokens], outputs: list[np.ndarray]) -> dict[Sequence, AttentionScores]:
-        """The attention scores of each sequence that asked in this step, from one flat output per layer."""
         ...
 
     def bytes_of(self, sequence: Sequence) -> int:
         """Bytes that a sequence holds, shared ones in full."""
         ...
 
-    def use(self) -> KVCacheUsage:
+    def usage(self) -> KVCacheUsage:
         """Bytes in use now."""
         ...

@@ -8,6 +8,9 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from ov_kvcrush.core.request import Sequence
+from ov_kvcrush.core.snapshot import KVSnapshot
+
 KV = TypeVar("KV")
 
 
@@ -89,3 +92,26 @@ def common_length(a: np.ndarray, b: np.ndarray) -> int:
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])
     return int(different[0]) if len(different) else n
+
+
+def serves(snapshot: KVSnapshot, sequence: Sequence, length: int) -> bool:
+    """Whether the first `length` tokens of a snapshot are as they would be if `sequence` had computed them itself."""
+    request = sequence.request
+    if request.fan_out:  # its caches are made from staging blocks, where kept KV is not
+        return False
+    eviction, captured_rows = request.eviction, request.captured_rows
+    rest = len(sequence.ids) - length
+    # Rows behind kept KV attend through the store, several times slower than PagedAttention reads a prompt.
+    if rest > length:
+        return False
+    state = snapshot.state
+    is_whole = length == snapshot.num_tokens
+    if state.num_evicted and (not is_whole or not eviction or eviction.policy != snapshot.policy):
+        return False
+    # Kept KV is not staged: nothing could be read twice there.
+    if eviction and not state.num_choices and eviction.num_read_again(len(sequence.ids)):
+        return False
+    if eviction and not state.holds(eviction.spans, snapshot.num_tokens):
+        return False
+    same_rows = captured_rows == snapshot.captured_rows
+    return not captured_rows or (same_rows and (is_whole or rest >= captured_rows))

@@ -11,47 +11,51 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ov_kvcrush.core.request import REDUCTIONS, AttentionScores, Sequence, TokenIds
+from ov_kvcrush.core.eviction import PerHead, ReplayPrompt
+from ov_kvcrush.core.growable import GrowableArray
+from ov_kvcrush.core.request import Sequence
+from ov_kvcrush.kvcache.attention_plan import MAX_OF_ROWS
 from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, blocks_for
-from ov_kvcrush.kvcache.eviction import PerHead
-from ov_kvcrush.pipelines.backend import ReplayPrompt
 from ov_kvcrush.policies.base import Replay
 
 ROWS = 512  # of one step: their queries are held for all layers
 REMINDER = 8  # tokens before a chunk that its instruction names
 
 
-def replay_blocks(replay: Replay, words: ReplayPrompt, num_tokens: int) -> int:
+def replay_blocks(replay: Replay, prompt: ReplayPrompt, num_tokens: int) -> int:
     """Blocks that the readers of a prompt need beside its own."""
     chunk = min(blocks_for(replay.chunk) * BLOCK_SIZE, num_tokens)
-    asked = max(len(words.first), len(words.again) + REMINDER) + len(words.answer)
+    asked = max(len(prompt.first), len(prompt.again) + REMINDER) + len(prompt.answer)
     return blocks_for(chunk + asked) + 1
 
 
 class Reader(Sequence):
     """The rows of one chunk's repetition, or of its first tokens'.
 
-    seen: places in the text of the tokens at the front of its block table. chunk: [begin, end) of what is repeated.
+    seen: positions of the tokens at the front of its block table. chunk: [begin, end) of what is repeated.
+    blocks: int32, its block table.
     """
 
-    def __init__(self, parent: Sequence, ids: np.ndarray, seen: np.ndarray, chunk: tuple[int, int]) -> None:
-        super().__init__(parent.request, parent.index, TokenIds(ids, len(ids)))
-        self.reads_for = parent
+    score_reduction = MAX_OF_ROWS
+
+    def __init__(
+        self, parent: Sequence, ids: np.ndarray, seen: np.ndarray, chunk: tuple[int, int], blocks: np.ndarray
+    ) -> None:
+        super().__init__(parent.request, parent.index, GrowableArray(np.int64, ids))
+        self.replays = parent
         self.num_cached = len(seen)
         self.position_offset = parent.num_cached - len(seen)
         self.chunk = chunk
         self.chunk_at = int(np.searchsorted(seen, chunk[0]))  # where the chunk begins in the table
-        self.scores: AttentionScores | None = None
+        self.blocks = blocks
+        self.scores: PerHead | None = None
 
     @property
     def samples(self) -> bool:
         return False
 
-    def reduction_of(self, samples: bool) -> int:
-        return REDUCTIONS["max"]
-
-    def take_scores(self, scores: AttentionScores) -> None:
-        """Keep the larger ones of the chunk's tokens."""
+    def take_scores(self, scores: PerHead) -> None:
+        """Note the scores of one step; of several, each token keeps its largest."""
         begin, end = self.chunk_at, self.chunk_at + self.chunk[1] - self.chunk[0]
         new = [[head[:, begin:end] for head in layer] for layer in scores]
         if self.scores is None:
@@ -66,28 +70,24 @@ class ReplayState:
     """The readers of one prompt, one at a time, and what they have seen so far.
 
     What stays at the prompt's front in any case, such as a system prompt, is seen but not read again.
-    own_blocks: staging blocks for the readers' own rows.
+    blocks: int32, those of the prompt. own_blocks: int32, for the readers' own rows.
     """
 
-    def __init__(self, parent: Sequence, own_blocks: np.ndarray) -> None:
+    def __init__(self, parent: Sequence, blocks: np.ndarray, own_blocks: np.ndarray) -> None:
         eviction = parent.request.replayer
         assert eviction is not None, "a replay that nobody asked for"
         assert eviction.policy.inputs.replay is not None
         self._parent = parent
         self._replay = eviction.policy.inputs.replay
-        self._words = eviction.words
-        self._own_blocks = own_blocks
+        self._prompt = eviction.replay_prompt
+        self._blocks = blocks
+        self.own_blocks = own_blocks
         self._head = eviction.head
         self._chunks = self._cut(len(parent.ids))
         self._total = sum(end - begin for begin, end, _ in self._cut(len(parent.ids)))
         self._done = 0
         self._found: PerHead | None = None
         self.reader: Reader | None = None
-
-    @property
-    def own_blocks(self) -> np.ndarray:
-        """Blocks of the readers' own rows."""
-        return self._own_blocks
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -122,7 +122,7 @@ class ReplayState:
         return self.reader is not None
 
     def _make(self, begin: int, repeated: int, end: int) -> Reader:
-        parent, words = self._parent, self._words
+        parent, prompt = self._parent, self._prompt
         length = parent.num_cached
         if self._replay.sees == "all":
             blocks = np.arange(blocks_for(length))
@@ -132,12 +132,10 @@ class ReplayState:
         seen = (blocks[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).ravel()
         seen = seen[seen < length]
         ids = parent.ids[:]
-        ask = [words.first] if begin == self._head else [words.again, ids[max(begin - REMINDER, 0) : begin]]
-        rows = [*ask, words.answer, ids[begin:repeated]]
-        reader = Reader(parent, np.concatenate([ids[seen], *rows]), seen, (begin, repeated))
-        reader.blocks.extend(parent.blocks.ids[blocks])
-        reader.blocks.extend(self._own_blocks[: blocks_for(len(reader.ids)) - len(blocks)])
-        return reader
+        ask = [prompt.first] if begin == self._head else [prompt.again, ids[max(begin - REMINDER, 0) : begin]]
+        rows = np.concatenate([ids[seen], *ask, prompt.answer, ids[begin:repeated]])
+        own = self.own_blocks[: blocks_for(len(rows)) - len(blocks)]
+        return Reader(parent, rows, seen, (begin, repeated), np.concatenate([self._blocks[blocks], own]))
 
     def _take(self, reader: Reader) -> None:
         assert reader.scores is not None, "a reader without rows"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import openvino_genai as ov_genai
 
+from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.core.outputs import EncodedGenerationResult, GenerationResult, PerfMetrics
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipelines.backend import Handle
@@ -16,7 +17,7 @@ from ov_kvcrush.pipelines.base import PipelineBase
 from ov_kvcrush.pipelines.streaming import Streamer
 from ov_kvcrush.policies.registry import PolicyLike, as_policy
 from ov_kvcrush.prompts.encoder import rows_of
-from ov_kvcrush.prompts.spans import CacheWish, Protect, system_text
+from ov_kvcrush.prompts.spans import Protect, check_protect, system_text
 
 _MAX_REQUEST_ID = (1 << 62) - 1
 
@@ -78,10 +79,10 @@ class ContinuousBatchingPipeline(PipelineBase):
         if isinstance(request_id, bool) or not isinstance(request_id, int) or not 0 <= request_id <= _MAX_REQUEST_ID:
             raise RequestError(f"request_id must be an integer in 0..2^62-1, got {request_id!r}")
         config = self._options(generation_config, options)
-        wanted = CacheWish(as_policy(policy), protect)
+        params = CacheParams(as_policy(policy), check_protect(protect))
         text = isinstance(prompt, str)
         ids = self._encoder.encode(prompt, self._new_metrics()) if text else _one_row(prompt)
-        return self._backend.add(request_id, ids, config, wanted.of(ids, self._tokenizer))
+        return self._backend.add(request_id, ids, config, self._resolve(params, ids))
 
     def step(self) -> None:
         """Run one inference for the requests that are due."""
@@ -117,12 +118,11 @@ class ContinuousBatchingPipeline(PipelineBase):
         metrics = self._new_metrics()
         as_text = isinstance(items[0], (str, ov_genai.ChatHistory))
         rows = [self._encode(item, config, metrics) for item, config in zip(items, configs, strict=True)]
-        wanted = CacheWish(as_policy(policy), protect)
+        params = CacheParams(as_policy(policy), check_protect(protect))
         caches = [
-            replace(wanted, system=system_text(item)).of(ids, self._tokenizer)
-            for item, ids in zip(items, rows, strict=True)
+            self._resolve(replace(params, system=system_text(item)), ids) for item, ids in zip(items, rows, strict=True)
         ]
-        handles = self._run(rows, configs, streamer, metrics, caches)
+        handles = self._loop.run(rows, configs, streamer, metrics, caches)
         return [self._result(i, handle, rows[i], configs[i], metrics, as_text) for i, handle in enumerate(handles)]  # type: ignore[return-value]
 
     def _configs(self, given: Any, count: int, options: dict[str, Any]) -> list[ov_genai.GenerationConfig]:

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import openvino as ov
 import openvino_genai as ov_genai
 
 from ov_kvcrush.contexts.context import Context, require_context
-from ov_kvcrush.core.outputs import DecodedResults, EncodedResults, KeptTokens, PerfMetrics
+from ov_kvcrush.core.cache_params import CacheParams
+from ov_kvcrush.core.outputs import DecodedResults, EncodedResults, PerfMetrics
+from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipelines.backend import Backend, Handle
-from ov_kvcrush.pipelines.base import PipelineBase
+from ov_kvcrush.pipelines.base import PipelineBase, kept_tokens
 from ov_kvcrush.pipelines.streaming import Streamer
 from ov_kvcrush.policies.registry import PolicyLike, as_policy
 from ov_kvcrush.prompts.context import ContextText
 from ov_kvcrush.prompts.conversation import ConversationTokens
 from ov_kvcrush.prompts.encoder import check_text, rows_of
-from ov_kvcrush.prompts.spans import CacheWish, Protect, system_text
-
-if TYPE_CHECKING:
-    from ov_kvcrush.core.snapshot import KVSnapshot
+from ov_kvcrush.prompts.spans import Protect, check_protect, system_text
 
 CANCEL = ov_genai.GenerationStatus.CANCEL
 
@@ -57,8 +56,8 @@ class LLMPipeline(PipelineBase):
             models_path, device, scheduler_config, engine, properties, tokenizer, cache_config=cache_config
         )
 
-    def _begin(self, backend: Backend) -> None:
-        super()._begin(backend)
+    def _begin(self, backend: Backend, cache_config: Any) -> None:
+        super()._begin(backend, cache_config)
         self._tokens = ConversationTokens(self._encoder)
         self._history: ov_genai.ChatHistory | None = None  # of start_chat; None outside
         self._chat_context: Context | None = None  # what the chat goes on from, if it began with one
@@ -88,7 +87,7 @@ class LLMPipeline(PipelineBase):
             raise RequestError("system_message must be left out with a context, which has its own, got both")
         begun = require_context(context)
         if begun is not None:
-            begun.of(self)
+            begun.snapshot_for(self._compressor)
         self.finish_chat()
         self._history = ov_genai.ChatHistory()
         if begun is not None:
@@ -105,7 +104,7 @@ class LLMPipeline(PipelineBase):
         self._tokens.clear()
         self._chat_start = self._chat_context = None
         self._is_open = False
-        self._backend.drop_kept_kv()
+        self._backend.clear_prefixes()
 
     def chat_context(self) -> Context:
         """The conversation so far as a context, if it began with one. Raises RequestError where it did not.
@@ -144,23 +143,27 @@ class LLMPipeline(PipelineBase):
         config = self._options(generation_config, options)
         metrics = self._new_metrics()
         begun = require_context(context)
-        wanted = CacheWish(as_policy(policy), protect, context=begun.of(self) if begun else None)
+        params = CacheParams(
+            as_policy(policy),
+            check_protect(protect),
+            context=begun.snapshot_for(self._compressor) if begun else None,
+        )
         if begun is not None and (isinstance(inputs, ov_genai.ChatHistory) or self._history is not None):
             raise RequestError("context must be given to start_chat() for a conversation, got one in a turn")
         if isinstance(inputs, ov_genai.ChatHistory):
-            return self._generate_turn(inputs, config, streamer, metrics, wanted)[0]
+            return self._generate_turn(inputs, config, streamer, metrics, params)[0]
         if isinstance(inputs, str) and self._history is not None:
-            return self._generate_in_chat(inputs, config, streamer, metrics, wanted)
+            return self._generate_in_chat(inputs, config, streamer, metrics, params)
         texts = [inputs] if isinstance(inputs, str) else inputs
         if isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts):
             if not texts:
                 raise RequestError("inputs must have at least one prompt, got none")
             rows = [self._encode_text(text, begun, config, metrics) for text in texts]
-            results = self._decoded(self._run_rows(rows, config, streamer, metrics, wanted), rows, config, metrics)
+            results = self._decoded(self._run_rows(rows, config, streamer, metrics, params), rows, config, metrics)
             return results.texts[0] if isinstance(inputs, str) and len(results.texts) == 1 else results
         if isinstance(inputs, (ov.Tensor, ov_genai.TokenizedInputs)):
             rows = [ids if begun is None else np.concatenate([begun.ids, ids]) for ids in rows_of(inputs)]
-            return self._encoded(self._run_rows(rows, config, streamer, metrics, wanted), rows, config, metrics)
+            return self._encoded(self._run_rows(rows, config, streamer, metrics, params), rows, config, metrics)
         raise RequestError(
             f"inputs must be a str, list[str], ChatHistory, ov.Tensor or TokenizedInputs, got {type(inputs).__name__}"
         )
@@ -170,7 +173,7 @@ class LLMPipeline(PipelineBase):
     ) -> np.ndarray:
         if context is None:
             return self._encoder.encode_user_text(text, config, metrics)
-        return self._contexts.question(context.ids, context.content, text, metrics)
+        return self._context_encoder.question(context.ids, context.content, text, metrics)
 
     def _run_rows(
         self,
@@ -178,15 +181,15 @@ class LLMPipeline(PipelineBase):
         config: ov_genai.GenerationConfig,
         streamer: Streamer | None,
         metrics: PerfMetrics,
-        wanted: CacheWish,
+        params: CacheParams,
     ) -> list[Handle]:
         if streamer is not None and (len(rows) > 1 or config.num_return_sequences > 1):
             raise RequestError(
                 f"streamer must be None for more than one sequence, got one for "
                 f"{len(rows)} prompts x {config.num_return_sequences} sequences"
             )
-        caches = [wanted.of(ids, self._tokenizer) for ids in rows]
-        return self._run(rows, [config] * len(rows), streamer, metrics, caches)
+        caches = [self._resolve(params, ids) for ids in rows]
+        return self._loop.run(rows, [config] * len(rows), streamer, metrics, caches)
 
     def _generate_in_chat(
         self,
@@ -194,7 +197,7 @@ class LLMPipeline(PipelineBase):
         config: ov_genai.GenerationConfig,
         streamer: Streamer | None,
         metrics: PerfMetrics,
-        wanted: CacheWish,
+        params: CacheParams,
     ) -> Any:
         """One turn of start_chat's conversation. A turn that fails or is cancelled leaves the history as it was."""
         assert self._history is not None
@@ -202,8 +205,8 @@ class LLMPipeline(PipelineBase):
         before = ContextText("", tuple(self._history.get_messages()), self._is_open)
         history = ov_genai.ChatHistory(list(before.asked(text)))
         if self._chat_context:
-            wanted = replace(wanted, context=self._chat_context.of(self))
-        results, status = self._generate_turn(history, config, streamer, metrics, wanted)
+            params = replace(params, context=self._chat_context.snapshot_for(self._compressor))
+        results, status = self._generate_turn(history, config, streamer, metrics, params)
         if status != CANCEL:
             history.append({"role": "assistant", "content": results.texts[0]})
             self._history, self._is_open = history, False
@@ -215,18 +218,18 @@ class LLMPipeline(PipelineBase):
         config: ov_genai.GenerationConfig,
         streamer: Streamer | None,
         metrics: PerfMetrics,
-        wanted: CacheWish,
+        params: CacheParams,
     ) -> tuple[DecodedResults, ov_genai.GenerationStatus]:
         if not len(history):
             raise RequestError("history must have at least one message, got an empty one")
         text = self._encoder.render(history, metrics)
         ids = self._tokens.encode(text, metrics)
-        begun = self._chat_context if wanted.context else None
+        begun = self._chat_context if params.context else None
         if begun and self._chat_start and not np.array_equal(ids[: begun.num_tokens], begun.ids):
             begun = self._chat_start  # the template changes what was answered: all turns are read anew
-            ids = self._contexts.joined(begun.ids, begun.content, text, metrics)
-            wanted = replace(wanted, context=begun.of(self))
-        turn = replace(wanted, keep_kv=not begun, hold=bool(begun), system=system_text(history))
+            ids = self._context_encoder.joined(begun.ids, begun.content, text, metrics)
+            params = replace(params, context=begun.snapshot_for(self._compressor))
+        turn = replace(params, keep_kv=not begun, return_snapshot=bool(begun), system=system_text(history))
         handle = self._run_rows([ids], config, streamer, metrics, turn)[0]
         results = self._decoded([handle], [ids], config, metrics)
         if handle.get_status() != CANCEL:
@@ -238,17 +241,17 @@ class LLMPipeline(PipelineBase):
             said = "" if answer.text is not None else self._text(answer, metrics)
             said_ids = answer_ids if answer.text is None else []
             self._tokens.remember(text, ids, said, said_ids)
-            if begun and handle.held:
+            if begun and handle.snapshot:
                 messages = (*history.get_messages(), {"role": "assistant", "content": said})
                 state = ContextText(text + said, messages)
-                self._go_on(begun, handle.held, state, np.concatenate([ids, said_ids]).astype(np.int64))
+                self._go_on(begun, handle.snapshot, state, np.concatenate([ids, said_ids]).astype(np.int64))
         return results, handle.get_status()
 
-    def _go_on(self, begun: Context, held: KVSnapshot, state: ContextText, ids: np.ndarray) -> None:
+    def _go_on(self, begun: Context, snapshot: KVSnapshot, state: ContextText, ids: np.ndarray) -> None:
         """The chat's context from now on. Where the cached tokens are not the conversation's, it is what it was."""
         # The last token of the answer was not run: a request that goes on from it runs it first.
-        new = Context(self, ids, state, held, begun.chosen_by)
-        if held.num_tokens <= len(ids):
+        new = Context(self._compressor, ids, state, snapshot, begun.chosen_by)
+        if snapshot.num_tokens <= len(ids):
             self._chat_context = new
 
     def _is_end(self, token: int, config: ov_genai.GenerationConfig) -> bool:
@@ -265,7 +268,7 @@ class LLMPipeline(PipelineBase):
                 results.texts.append(echo + self._text(output, metrics))
                 results.scores.append(output.score)
                 results.finish_reasons.append(output.finish_reason)
-            results.kept.append(_kept(handle, ids))
+            results.kept.append(kept_tokens(handle, ids))
         return results
 
     def _encoded(
@@ -277,10 +280,5 @@ class LLMPipeline(PipelineBase):
                 results.tokens.append((ids.tolist() if config.echo else []) + output.generated_ids)
                 results.scores.append(output.score)
                 results.finish_reasons.append(output.finish_reason)
-            results.kept.append(_kept(handle, ids))
+            results.kept.append(kept_tokens(handle, ids))
         return results
-
-
-def _kept(handle: Handle, ids: np.ndarray) -> KeptTokens | None:
-    positions = handle.kept_positions
-    return None if positions is None else KeptTokens(ids, positions, handle.representative_positions)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import openvino_genai as ov_genai
 
+from ov_kvcrush.core.eviction import ReplayPrompt
 from ov_kvcrush.core.outputs import PerfMetrics
 from ov_kvcrush.errors import RequestError
-from ov_kvcrush.pipelines.backend import ReplayPrompt
 from ov_kvcrush.prompts.encoder import PromptEncoder, check_text
 
 BETWEEN = "\n\n"  # a text and the question about it
@@ -100,7 +100,7 @@ class ContextEncoder:
             raise RequestError("context must stay as it is when it is asked, got a chat template that changes it")
         return np.concatenate([ids, self._ids(rendered[len(context.rendered) :], metrics)])
 
-    def words(self, metrics: PerfMetrics) -> ReplayPrompt:
+    def replay_prompt(self, metrics: PerfMetrics) -> ReplayPrompt:
         """What stands between a text and its repetition, as KVzip asks for it."""
         answer = self._after_message(metrics) if self._has_template else ""
         return ReplayPrompt(

@@ -1,56 +1,50 @@
-"""What a caller wants of the KV cache, in the terms of texts; what a request is told, in tokens."""
+"""Protected passages and the system prompt of a request, from texts to spans of tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import openvino_genai as ov_genai
 
+from ov_kvcrush.core.cache_params import CacheParams, Span
 from ov_kvcrush.errors import RequestError
-from ov_kvcrush.pipelines.backend import NO_REPLAY_PROMPT, CacheParams, ReplayPrompt
 from ov_kvcrush.policies.base import Policy
-
-if TYPE_CHECKING:
-    from ov_kvcrush.core.snapshot import KVSnapshot
 
 _FIRST_LOOK = 256  # tokens that are decoded to look for a passage; then twice as many
 Protect = Sequence[Any]  # of passages (str) and spans (begin, end) of tokens
 
 
-@dataclass(frozen=True)
-class CacheWish:
-    """policy: None = as the pipeline was told. protect: passages and spans of tokens that stay. system: the text of the
-    system prompt, which stays if it is found, with what stands before it. keep_kv: leave the KV for a prompt that goes
-    on from this one. words, context, hold: as of CacheParams.
+def check_protect(protect: Protect) -> tuple[str | Span, ...]:
+    """What callers pass as `protect`. Raises RequestError for anything but passages and spans."""
+    if isinstance(protect, (str, bytes)) or not isinstance(protect, Sequence):
+        raise RequestError(f"protect must be a list of passages and spans (begin, end), got {protect!r}")
+    return tuple(item if isinstance(item, str) else _span(item) for item in protect)
+
+
+def resolve(
+    params: CacheParams, ids: np.ndarray, tokenizer: ov_genai.Tokenizer, default: Policy | None = None
+) -> CacheParams:
+    """The same with spans of the prompt int64 (S,) instead of texts. default: the policy where `params` has none.
+
+    A system prompt is looked for only where something can be evicted; one that is not there protects nothing.
+    Raises RequestError for a protected passage that is not in the prompt.
     """
-
-    policy: Policy | None = None
-    protect: Protect = ()
-    keep_kv: bool = False
-    system: str = ""
-    words: ReplayPrompt = NO_REPLAY_PROMPT
-    context: KVSnapshot | None = None
-    hold: bool = False
-
-    def of(self, ids: np.ndarray, tokenizer: ov_genai.Tokenizer) -> CacheParams:
-        """The same for the tokens of one prompt. Raises RequestError for a passage that is not in it."""
-        if isinstance(self.protect, (str, bytes)) or not isinstance(self.protect, Sequence):
-            raise RequestError(f"protect must be a list of passages and spans (begin, end), got {self.protect!r}")
-        text = _Text(ids, tokenizer)
-        spans = []
-        for item in self.protect:
-            span = text.find(item) if isinstance(item, str) else _span(item)
-            if span is None:
-                raise RequestError(f"protect must name passages of the prompt, got {item!r}, which is not in it")
-            spans.append(span)
-        found = text.find(self.system)
-        system = (0, found[1]) if found else None
-        return CacheParams(
-            self.keep_kv, self.policy, tuple(spans), system, self.words, context=self.context, hold=self.hold
-        )
+    text = _Text(ids, tokenizer)
+    protect: list[Span] = []
+    for item in params.protect:
+        span = text.find(item) if isinstance(item, str) else item
+        if span is None:
+            raise RequestError(f"protect must name passages of the prompt, got {item!r}, which is not in it")
+        protect.append(span)
+    system = params.system
+    if isinstance(system, str):
+        policy = params.policy or default
+        found = text.find(system) if policy and policy.evicts else None
+        system = (0, found[1]) if found else None  # with what the chat template puts before it
+    return replace(params, protect=tuple(protect), system=system)
 
 
 def system_text(history: Any) -> str:

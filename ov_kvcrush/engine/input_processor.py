@@ -1,0 +1,155 @@
+"""From what callers ask to a request that can run: everything wrong with it is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import replace
+
+import numpy as np
+import openvino_genai as ov_genai
+
+from ov_kvcrush.config import SchedulerConfig
+from ov_kvcrush.core.cache_params import CacheParams, KVTarget
+from ov_kvcrush.core.eviction import EvictionSpec, check_spans
+from ov_kvcrush.core.request import Request
+from ov_kvcrush.core.sampling_params import SamplingParams, refuse_unsupported
+from ov_kvcrush.core.snapshot import KVSnapshot
+from ov_kvcrush.errors import RequestError
+from ov_kvcrush.kvcache.manager import KVCacheManager
+from ov_kvcrush.model.load import LoadedModel
+from ov_kvcrush.policies.base import Policy
+from ov_kvcrush.policies.registry import name_of
+
+Decode = Callable[[list[int]], str]  # token ids -> text, for stop strings
+
+
+class InputProcessor:
+    """Checks requests against one model and one cache.
+
+    defaults: the model's generation config; its end-of-sequence tokens hold where a request names none. policy: of
+    requests that name none.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        cache: KVCacheManager,
+        config: SchedulerConfig,
+        policy: Policy | None,
+        defaults: ov_genai.GenerationConfig,
+        decode: Decode,
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._config = config
+        self._policy = policy
+        self._defaults = defaults
+        self._decode = decode
+
+    def make_request(
+        self,
+        request_id: int,
+        ids: np.ndarray,
+        config: ov_genai.GenerationConfig,
+        params: CacheParams,
+        targets: Items[tuple[InputProcessor, KVTarget]],
+    ) -> Request:
+        """A checked request. targets: of each of `params.fan_out`. Raises RequestError."""
+        if (params.context or params.return_snapshot or params.prefill_only) and self._cache.snapshots is None:
+            raise RequestError("context must not be asked for with attention='paged', got one; engine='crush' holds it")
+        eviction = self._eviction(params, np.size(ids))
+        num_evicted = params.context.state.num_evicted if params.context else 0
+        ids = self.check_prompt(ids, eviction, params.context)
+        check_spans(params.spans[: len(params.protect)], len(ids))
+        eviction = _checked(eviction, params, len(ids))
+        refuse_unsupported(config)
+        sampling = SamplingParams.from_config(config, self._defaults, len(ids), self.max_tokens(eviction, num_evicted))
+        # What goes on from a context is not what its own policy would have left of the prompt.
+        keeps_kv = params.keep_kv or self._config.enable_prefix_caching
+        keep_kv = keeps_kv and params.context is None and not params.fan_out
+        fan_out = self._fan_out(params, ids, targets)
+        return Request(request_id, ids, sampling, self._decode, keep_kv, eviction, params, fan_out)
+
+    def check_prompt(
+        self, ids: np.ndarray, eviction: EvictionSpec | None = None, context: KVSnapshot | None = None
+    ) -> np.ndarray:
+        """The prompt as int64 (S,). Raises RequestError if this model or this cache cannot run it."""
+        ids = np.asarray(ids)
+        if ids.size == 0:
+            raise RequestError("prompt must have at least one token, got an empty one")
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise RequestError(f"prompt must be integer token ids, got {ids.dtype}")
+        ids = ids.reshape(-1).astype(np.int64)
+        outside = ids[(ids < 0) | (ids >= self._model.vocab_size)]
+        if len(outside):
+            raise RequestError(f"token ids must be in 0..{self._model.vocab_size - 1}, got {outside[0]}")
+        limit = self._model.context_length
+        if limit is not None and len(ids) >= limit:
+            raise RequestError(
+                f"prompt must be shorter than the model's context of {limit} tokens, got {len(ids)} tokens"
+            )
+        num_known = context.num_tokens if context else 0
+        if len(ids) <= num_known:
+            raise RequestError("prompt must have at least one token behind its context, got none")
+        refusal = self._cache.refusal(len(ids), eviction, context.state.num_evicted if context else 0)
+        if refusal:
+            raise RequestError(refusal)
+        limit = self._config.max_num_batched_tokens
+        if not self._config.dynamic_split_fuse and len(ids) - num_known > limit:
+            raise RequestError(
+                f"prompt must have at most max_num_batched_tokens={limit} tokens with dynamic_split_fuse=False, "
+                f"got {len(ids) - num_known}"
+            )
+        return ids
+
+    def max_tokens(self, eviction: EvictionSpec | None, num_evicted: int = 0) -> int:
+        """Tokens that prompt and answer of one sequence may have, by the model's context and by the cache's memory."""
+        capacity = self._cache.capacity_tokens(eviction, num_evicted)
+        return min(capacity, self._model.context_length or capacity)
+
+    def _eviction(self, params: CacheParams, num_tokens: int) -> EvictionSpec | None:
+        """What a request with a prompt of `num_tokens` asks for, or the engine was told; None if all tokens stay."""
+        policy = params.policy or self._policy
+        if policy is None or not policy.evicts:
+            return None
+        if self._cache.snapshots is None:
+            raise RequestError(f"policy must be 'none' with attention='paged', got {name_of(policy)!r}")
+        protect = params.spans[: len(params.protect)]
+        context = params.context
+        if context is None:
+            return EvictionSpec(policy, protect, params.replay_prompt, num_tokens)
+        begun = context.num_kept - context.base_kept
+        return EvictionSpec(policy, protect, params.replay_prompt, num_tokens, context.base, context.base_kept, begun)
+
+    def _fan_out(
+        self, params: CacheParams, ids: np.ndarray, targets: Items[tuple[InputProcessor, KVTarget]]
+    ) -> tuple[tuple[EvictionSpec | None, KVTarget], ...]:
+        """The eviction and the target of each cache that is made from one prefill."""
+        if not params.fan_out:
+            return ()
+        if not params.prefill_only or params.context is not None:
+            raise RequestError("fan_out must be of a prompt that is only read, got a request for an answer")
+        if len(ids) > self._cache.staged_tokens:
+            raise RequestError(
+                f"prompt must fit into the staging blocks of {self._cache.staged_tokens} tokens to be read once for "
+                f"several policies, got {len(ids)} tokens; raise staging_bytes"
+            )
+        found = []
+        for asked, (processor, target) in zip(params.fan_out, targets, strict=True):
+            eviction = self._eviction(replace(params, policy=asked.policy), len(ids))
+            checked = _checked(eviction, params, len(ids))
+            processor.check_prompt(ids, eviction)
+            found.append((checked, target))
+        replays = {x.policy.inputs.replay for x, _ in found if x and x.policy.inputs.replay}
+        if len(replays) > 1:
+            raise RequestError(f"policies must agree on how a text is read again, got {', '.join(map(str, replays))}")
+        return tuple(found)
+
+
+def _checked(eviction: EvictionSpec | None, params: CacheParams, num_tokens: int) -> EvictionSpec | None:
+    """With the system prompt, which stays; it is not held against the budget that the caller chose."""
+    if eviction is None:
+        return None
+    eviction.check(num_tokens)
+    return replace(eviction, spans=params.spans)

@@ -1,0 +1,76 @@
+"""Staging blocks: full-precision keys and values of prompts that are prefilled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from ov_kvcrush.core.eviction import Choice, EvictionSpec
+from ov_kvcrush.core.request import Sequence
+from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, BlockPool
+from ov_kvcrush.kvcache.block_tensors import BlockTensors
+from ov_kvcrush.kvcache.sequence_kv import SequenceKV
+
+_RESIDENT_BYTES = 16 << 20  # stays in memory: giving a page back and touching it again takes 5 us
+
+
+class Staging:
+    """Tensors of staging blocks and who owns which; several managers may share both.
+
+    pool: None = a new one of all blocks but the last, which is for rows that are not of a prompt.
+    """
+
+    def __init__(self, tensors: BlockTensors, pool: BlockPool | None = None) -> None:
+        self.tensors = tensors
+        self.pool = pool or BlockPool(tensors.num_blocks - 1)
+        self._num_resident = _RESIDENT_BYTES // tensors.bytes_per_block
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all blocks."""
+        return self.pool.num_blocks * BLOCK_SIZE
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the blocks in use."""
+        return self.pool.num_used * self.tensors.bytes_per_block
+
+    def is_contended(self, own: Iterable[SequenceKV]) -> bool:
+        """Whether blocks are in use beside those of `own`."""
+        return self.pool.num_used > sum(len(kv.blocks) + (len(kv.replay.own_blocks) if kv.replay else 0) for kv in own)
+
+    def allocate(self, num_blocks: int) -> np.ndarray:
+        """int32: blocks that the caller has seen to be free."""
+        return np.array([self.pool.allocate() for _ in range(num_blocks)], np.int32)
+
+    def release(self, kv: SequenceKV) -> None:
+        """Take back the blocks of a prompt, and those of its second reading."""
+        if not kv.is_staged:
+            return
+        blocks = kv.blocks.view
+        if kv.replay:
+            blocks = np.concatenate([blocks, kv.replay.own_blocks])
+            kv.replay = None
+        blocks = np.sort(blocks)
+        self.pool.release(blocks[::-1])  # the lowest are handed out first
+        self.tensors.discard(blocks[blocks >= self._num_resident])
+        kv.blocks.clear()
+
+
+def commit_for_each(
+    sequence: Sequence, blocks: np.ndarray, choose: Callable[[EvictionSpec | None], Choice | None]
+) -> None:
+    """Make every cache of the fan-out of a staged prompt, in their order: `Request.fan_out_snapshots`.
+
+    Staged keys and values are as they were computed, so equal evictions get the same choice, whatever the precisions of
+    their stores. Raises StoreFull where one has no room; those before it are made.
+    """
+    request = sequence.request
+    choices: dict[EvictionSpec | None, Choice | None] = {}
+    for eviction, target in request.fan_out:
+        if eviction not in choices:
+            choices[eviction] = choose(eviction)
+        policy = eviction.policy if eviction else None
+        made = target.commit_snapshot(blocks, sequence.num_cached, policy, choices[eviction])
+        request.fan_out_snapshots.append(made)

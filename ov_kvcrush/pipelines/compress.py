@@ -1,0 +1,138 @@
+"""Contexts of one pipeline: compressed, extended, saved and loaded."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino_genai as ov_genai
+
+from ov_kvcrush.contexts import saving
+from ov_kvcrush.contexts.context import Context, context_policy
+from ov_kvcrush.core.cache_params import CacheParams, FanOut
+from ov_kvcrush.core.eviction import NO_REPLAY_PROMPT, ReplayPrompt
+from ov_kvcrush.core.outputs import PerfMetrics
+from ov_kvcrush.pipelines.backend import Backend
+from ov_kvcrush.pipelines.request_loop import Progress, RequestLoop
+from ov_kvcrush.policies.base import Policy
+from ov_kvcrush.policies.keep_all import KeepAll
+from ov_kvcrush.policies.registry import PolicyLike
+from ov_kvcrush.prompts import spans
+from ov_kvcrush.prompts.context import ContextEncoder, ContextText
+
+
+class ContextCompressor:
+    """The owner of contexts: it knows how texts become tokens, how tokens are prefilled, and what a file must match.
+
+    folder: of the model. own_tokenizer: whether the tokenizer is not the folder's.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        loop: RequestLoop,
+        encoder: ContextEncoder,
+        tokenizer: ov_genai.Tokenizer,
+        folder: Path,
+        own_tokenizer: bool,
+    ) -> None:
+        self.backend = backend
+        self._loop = loop
+        self._encoder = encoder
+        self._tokenizer = tokenizer
+        self._folder = folder
+        self._own_tokenizer = own_tokenizer
+        self._replay_prompt: ReplayPrompt | None = None
+        self._compressed: weakref.WeakValueDictionary[tuple[Any, ...], Context] = weakref.WeakValueDictionary()
+
+    def compress(
+        self, text: Any, policy: PolicyLike, kept: float | None, protect: Any, progress: Progress | None
+    ) -> Context:
+        """See PipelineBase.compress."""
+        metrics = PerfMetrics()
+        chosen = context_policy(policy, kept)
+        content, ids, head = self._encoder.open(text, metrics)
+        first = content.messages[0] if content.messages and not content.is_open else {}
+        system = (0, head) if head else first["content"] if first.get("role") == "system" else None
+        asked = CacheParams(
+            chosen,
+            spans.check_protect(protect),
+            system,
+            replay_prompt=self._replay_prompt_for(chosen),
+            prefill_only=True,
+        )
+        params = spans.resolve(asked, ids, self._tokenizer)
+        key = (ids.tobytes(), chosen, params.protect, params.system)
+        known = self._compressed.get(key)
+        if known is not None and known.is_open:
+            return known.fork()
+        start = time.perf_counter()
+        handle = self._loop.prefill(ids, params, progress)
+        assert handle.snapshot is not None
+        seconds = time.perf_counter() - start
+        context = Context(self, ids, content, handle.snapshot.as_base(), chosen if chosen.evicts else None, seconds)
+        self._compressed[key] = context
+        return context
+
+    def compress_ids(
+        self,
+        ids: np.ndarray,
+        policies: Sequence[Policy],
+        targets: Sequence[ContextCompressor],
+        head: int,
+        progress: Progress | None,
+    ) -> list[Context]:
+        """See PipelineBase.compress_ids. targets: who owns the context of each policy."""
+        prompts = (prompt for policy in policies if (prompt := self._replay_prompt_for(policy)) is not NO_REPLAY_PROMPT)
+        params = CacheParams(
+            KeepAll(),
+            system=(0, head) if head else None,
+            replay_prompt=next(prompts, NO_REPLAY_PROMPT),
+            prefill_only=True,
+            fan_out=tuple(FanOut(p, t.backend) for p, t in zip(policies, targets, strict=True)),  # type: ignore[arg-type]
+        )
+        handle = self._loop.prefill(ids, params, progress)
+        content = ContextText(self._tokenizer.decode(ids.tolist()))
+        return [
+            Context(target, ids, content, snapshot.as_base(), policy if policy.evicts else None)
+            for target, snapshot, policy in zip(targets, handle.fan_out_snapshots, policies, strict=True)
+        ]
+
+    def extend(self, context: Context, text: str, policy: Policy | None, progress: Progress | None) -> Context:
+        """A context and more text behind it, which `policy` chooses from; None = all of it stays."""
+        content, more = self._encoder.more(context.content, text, PerfMetrics())
+        ids = np.concatenate([context.ids, more])
+        params = CacheParams(policy or KeepAll(), context=context.snapshot_for(self), prefill_only=True)
+        handle = self._loop.prefill(ids, params, progress)
+        assert handle.snapshot is not None
+        return Context(self, ids, content, handle.snapshot.as_base(), context.chosen_by)
+
+    def save(self, context: Context, path: str | os.PathLike[str]) -> None:
+        """See Context.save."""
+        snapshot = context.snapshot_for(self)
+        saving.save(path, snapshot, context.ids, context.content, context.chosen_by, context.seconds, self._made_with())
+
+    def load(self, path: str | os.PathLike[str]) -> Context:
+        """See Context.load."""
+        found = saving.load(path, self._made_with(), self.backend.load_snapshot)
+        return Context(self, found.ids, found.content, found.snapshot, found.policy, found.seconds)
+
+    def kv_heads(self) -> list[int]:
+        """KV heads of each layer."""
+        return self.backend.kv_heads()
+
+    def _made_with(self) -> dict[str, str]:
+        own_tokenizer = self._tokenizer if self._own_tokenizer else None
+        return saving.made_with(self._folder, own_tokenizer, self.backend.storage())
+
+    def _replay_prompt_for(self, policy: Policy) -> ReplayPrompt:
+        if not policy.inputs.replay:
+            return NO_REPLAY_PROMPT
+        if self._replay_prompt is None:
+            self._replay_prompt = self._encoder.replay_prompt(PerfMetrics())
+        return self._replay_prompt
