@@ -1,9 +1,9 @@
-"""What every policy is made of: what it may look at, what it decides, and how the parts fit together.
+"""What a policy sees of a cache, what it decides, and the components it is made of.
 
-A *scorer* says how much each cached token matters; a *splitter* says how many tokens each KV head may keep; a
-*policy* turns both into a `Selection`. All of them are frozen, keep nothing between two calls, and see numpy arrays
-only: one that must remember (H2O's running sums) returns that from `observe`, and finds it again in
-`HeadState.carried`.
+A *scorer* gives every cached token a score, a *budget allocator* says how many tokens each KV head keeps, and a
+*policy* turns both into a `Selection`. All three are frozen and hold no state between calls: state that a scorer needs
+per token (H2O's running sums) is returned by `update`, stored with the cache, and passed back in `HeadState.state`.
+They see numpy arrays only.
 
 Letters: L layers, K KV heads of a layer, H query heads, G = H / K, S cached tokens of one head, D head size, W query
 rows of a window.
@@ -24,16 +24,16 @@ from ov_kvcrush.utils.checks import check_choice, check_fraction, check_integer
 
 @dataclass(frozen=True)
 class Replay:
-    """A second reading of a prompt while all of it is there: chunk by chunk, behind an instruction to repeat it.
+    """A second prefill of the prompt, before anything is evicted: chunk by chunk, after an instruction to repeat it.
 
-    As in KVzip, https://arxiv.org/abs/2505.23416. What the rows of the second reading look at is what the text cannot
-    be told without, whatever will be asked.
+    As in KVzip, https://arxiv.org/abs/2505.23416. The tokens that the second reading attends to are those needed to
+    reproduce the text, so they serve any later question.
 
-    chunk: tokens of the prompt that are read again at a time; rounded up to blocks of 32.
-    sees: what of the prompt the rows of a chunk see: the "chunk" itself and the prompt's front (its first block, or a
-        system prompt), or "all".
+    chunk: prompt tokens read again at a time; rounded up to blocks of 32.
+    sees: which prompt tokens the rows of a chunk attend to: the "chunk" itself and the prompt's front (its first
+        block, or a system prompt), or "all".
     sample: the fraction of each chunk that is read again, its first tokens, in (0, 1].
-    Raises CrushError for a chunk below 32, another word, and a fraction that is none.
+    Raises CrushError for a chunk below 32, another word for sees, and a sample outside of (0, 1].
     """
 
     chunk: int = 2048
@@ -48,14 +48,14 @@ class Replay:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a policy wants to see of the cache. What it does not ask for is not computed.
+    """What a policy needs to see of the cache; nothing else is computed.
 
-    window: the last query rows whose attention is wanted, 0 = none. With fewer tokens than that, all of them.
-    reduce: over those rows: "mean", "max" or "sum_squares".
+    window: number of recent query rows whose attention is used, 0 = none; all rows of a shorter text.
+    reduce: how their attention is reduced over the rows: "mean", "max" or "sum_squares".
     keys, values: the cached vectors, keys after RoPE.
     queries: the last `window` query rows themselves, after RoPE.
-    carried: `observe` returns something to remember.
-    replay: attention of a second reading of the text, if wanted.
+    state: `update` returns a number per token, to be stored with the cache.
+    replay: the second prefill whose attention is used, None = none.
     """
 
     window: int = 0
@@ -67,7 +67,7 @@ class Inputs:
     replay: Replay | None = None
 
     def __or__(self, other: Inputs) -> Inputs:
-        """Needs of two parts. Both must want the same reduction if both want attention."""
+        """Inputs of two components together. Raises CrushError if both use attention with different reductions."""
         if self.window and other.window and self.reduce != other.reduce:
             raise CrushError(f"reduce must be the same for all parts of a policy, got {self.reduce} and {other.reduce}")
         return Inputs(
@@ -83,15 +83,15 @@ class Inputs:
 
 @dataclass(frozen=True)
 class HeadState:
-    """What is cached of one KV head.
+    """The cached tokens of one KV head. Arrays that the policy's `Inputs` do not name are None.
 
-    positions: int32 (S,), ascending: places in the text.
-    attention: float32 (G, S), of the last W query rows, softmax over all tokens that a row sees, reduced; if needed.
-    keys, values: float32 (S, D), if needed.
-    queries: float32 (W, G, D), if needed, the newest last.
-    carried: float32 (S,), what `observe` returned for these tokens, 0 for new ones; if needed.
-    replayed: float32 (G, S), the largest attention of a row of the second reading; if needed. NaN for tokens that were
-        not read again, 0 for those that stay in any case, such as a system prompt.
+    positions: int32 (S,), ascending: positions in the text.
+    attention: float32 (G, S): softmax over all tokens that a query row sees, reduced over the last W rows.
+    keys, values: float32 (S, D).
+    queries: float32 (W, G, D), the newest last.
+    state: float32 (S,), what `update` returned for these tokens, 0 for new ones.
+    replayed: float32 (G, S), the largest attention of any row of the second prefill. NaN for tokens that were not read
+        again, 0 for those that stay in any case, such as a system prompt.
     """
 
     positions: np.ndarray
@@ -112,10 +112,10 @@ Scores = list[list[np.ndarray]]  # [layer][KV head] float32 (S,), higher = keep
 
 @dataclass(frozen=True)
 class CacheState:
-    """The cache of one sequence at the moment of a choice.
+    """The cache of one sequence when its policy is asked.
 
-    layers: the heads of every layer. length: tokens of the text so far, kept or not.
-    protected: bool (length,): places that stay, whatever their scores.
+    layers: the heads of every layer. length: tokens of the text so far, kept or evicted.
+    protected: bool (length,): positions that stay, whatever their scores.
     """
 
     layers: tuple[LayerState, ...]
@@ -123,7 +123,7 @@ class CacheState:
     protected: np.ndarray
 
     def is_protected(self, head: HeadState) -> np.ndarray:
-        """bool (S,)"""
+        """bool (S,): which of the head's tokens are protected."""
         return self.protected[head.positions]
 
 
@@ -132,7 +132,7 @@ class Selection:
     """Which cached tokens stay.
 
     kept: [layer][KV head] int32, ascending indices into the head's cached tokens (not positions).
-    representatives: the same of those that stay for others that are like them, or None.
+    representatives: those of them that stand for evicted tokens like them, in the same form; None: no such notion.
     """
 
     kept: list[list[np.ndarray]]
@@ -141,7 +141,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Budget:
-    """Tokens that a head keeps on average, all-in: sinks, recent tokens and representatives are part of them.
+    """Tokens that a head keeps on average, including sinks, recent tokens and representatives.
 
     kept: fraction of the text so far, in (0, 1]; or kept_tokens: a number of tokens. One of the two; None, None = all.
     min_tokens: nothing is evicted from a text of as many tokens or fewer, and a fraction keeps at least these.
@@ -167,7 +167,7 @@ class Budget:
             return min(length, self.kept_tokens)
         if self.kept is None:
             return length
-        # What floating point adds to an exact product must not become a token more.
+        # Rounded first: floating-point error above an exact product must not add a token.
         return min(length, max(self.min_tokens, int(np.ceil(round(self.kept * length, 6)))))
 
     @property
@@ -178,54 +178,56 @@ class Budget:
 
 @dataclass(frozen=True)
 class Component(ABC):
-    """A scorer, a splitter or a policy: frozen, its fields are its settings."""
+    """A scorer, a budget allocator or a policy: frozen, its fields are its settings."""
 
     name: ClassVar[str]
 
     @property
     def inputs(self) -> Inputs:
-        """What it wants to see."""
+        """What it needs to see."""
         return Inputs()
 
 
 @dataclass(frozen=True)
 class Scorer(Component):
-    """Says how much each cached token matters."""
+    """Gives every cached token a score."""
 
     @abstractmethod
     def score(self, layer: LayerState, index: int, length: int) -> list[np.ndarray]:
         """[K] float32 (S,), higher = keep, finite. index: which layer; length: tokens of the text so far."""
 
     def update(self, layer: LayerState, index: int, length: int) -> list[np.ndarray] | None:
-        """[K] float32 (S,), to be remembered for the tokens that stay; None unless `needs.carried`."""
+        """[K] float32 (S,), the new state of each token, stored for those that stay; None unless `inputs.state`."""
         return None
 
     def update_all(self, state: CacheState) -> list[list[np.ndarray]]:
-        """The same for all layers, of a scorer that carries."""
-        seen = [self.update(layer, index, state.length) for index, layer in enumerate(state.layers)]
-        return [layer for layer in seen if layer is not None]
+        """[layer][KV head] The new state of all layers, of a scorer whose `inputs.state` is set."""
+        states = [self.update(layer, index, state.length) for index, layer in enumerate(state.layers)]
+        return [layer for layer in states if layer is not None]
 
 
 @dataclass(frozen=True)
 class BudgetAllocator(Component):
-    """Says how many tokens each KV head keeps."""
+    """Divides the budget: says how many tokens each KV head keeps."""
 
     @abstractmethod
     def allocate(self, state: CacheState, scores: Scores, tokens: int) -> list[list[int]]:
         """[layer][KV head] tokens to keep: at least the head's protected ones, at most all.
 
-        tokens: the mean over all heads. The numbers sum to `tokens` times the heads, exactly; to all that is cached
-        where that is less, and to all that is protected where that is more.
+        tokens: the mean over all heads. The numbers sum to exactly `tokens` times the number of heads, but at least to
+        all protected and at most to all cached tokens.
         """
 
 
 @dataclass(frozen=True)
 class Policy(Component):
-    """Decides what stays in the cache of a sequence.
+    """Selects which tokens of a sequence stay in its cache.
 
-    budget: how much. sink_tokens, recent_tokens: the first and the last tokens of the text, which always stay.
-    stride: tokens over the budget before a choice during the answer: more are fewer choices and more memory. A choice
-        takes as long as one to three decode steps, and tokens that move between quantised tiles are rounded again.
+    budget: how many. sink_tokens, recent_tokens: number of first and last tokens of the text, which always stay.
+    stride: tokens above the budget at which tokens are evicted during the answer; a larger one evicts less often and
+        takes more memory. An eviction takes as long as one to three decode steps, and tokens that move between
+        quantised tiles are rounded again.
+    built_as: the registry's name that it was built by. Not a setting: policies with equal settings are equal.
     Raises CrushError if the smallest budget is below what always stays.
     """
 
@@ -233,6 +235,7 @@ class Policy(Component):
     sink_tokens: int = 4
     recent_tokens: int = 32
     stride: int = 128
+    built_as: str | None = field(default=None, kw_only=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_integer("stride", self.stride, 1)
@@ -248,7 +251,7 @@ class Policy(Component):
 
     @property
     def evicts(self) -> bool:
-        """Whether anything can ever go."""
+        """Whether it ever evicts anything."""
         return self.budget.kept_tokens is not None or self.budget.kept not in (None, 1)
 
     def protected(self, length: int, spans: Iterable[tuple[int, int]] = ()) -> np.ndarray:
@@ -262,14 +265,14 @@ class Policy(Component):
 
     @abstractmethod
     def select(self, state: CacheState, tokens: int) -> Selection:
-        """Choose. tokens: what a head keeps on average; heads with fewer cached tokens keep all they have.
+        """Select what stays. tokens: what a head keeps on average; heads with fewer cached tokens keep all of them.
 
-        Met exactly over all heads; protected tokens stay even if they alone are more. Equal scores: the lower position
-        stays.
+        The average is met exactly, but protected tokens stay even if they alone exceed it. Of equal scores, the lower
+        position stays.
         """
 
     def update(self, state: CacheState) -> list[list[np.ndarray]] | None:
-        """[layer][KV head] float32 (S,) to be remembered for the tokens that stay; None unless `needs.carried`."""
+        """[layer][KV head] float32 (S,), the new state of each token; None unless `inputs.state`."""
         return None
 
 

@@ -1,13 +1,16 @@
-"""Policies by name, from one flat set of settings, and back."""
+"""Every policy by its name: built from one flat set of settings, and back to them.
+
+To add one, add its row to `POLICIES` (docs/policies.md, "Add a policy").
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from ov_kvcrush.errors import CrushError, did_you_mean
-from ov_kvcrush.policies.base import Budget, BudgetAllocator, Policy, Scorer
+from ov_kvcrush.policies.base import Budget, BudgetAllocator, Component, Policy, Scorer
 from ov_kvcrush.policies.budgets.ada_kv import AdaKV
 from ov_kvcrush.policies.budgets.global_threshold import GlobalThreshold
 from ov_kvcrush.policies.budgets.kv_compress import PageAllocator
@@ -33,61 +36,93 @@ Setting = int | float | str | None
 Settings = dict[str, Setting]
 PolicyLike = Policy | str | Mapping[str, Setting] | None  # itself, its name, its settings with the name among them
 
-SCORERS: Mapping[str, type[Scorer]] = {
-    cls.name: cls for cls in (SnapKV, H2O, TOVA, StreamingLLM, Knorm, KeyDiff, ExpectedAttention, Random, RKV, KVzip)
-}
-ALLOCATORS: Mapping[str, type[BudgetAllocator]] = {
-    cls.name: cls for cls in (Uniform, PyramidKV, AdaKV, GlobalThreshold, PageAllocator, WholeHeads)
-}
-# Field of a policy that holds a part: the setting that chooses the part, and what there is to choose from.
-CHOICES: Mapping[str, tuple[str, Mapping[str, type[Any]]]] = {
-    "scorer": ("scorer", SCORERS),
-    "allocator": ("split", ALLOCATORS),
-}
 DEFAULT_KEPT = 0.25
+_FIELDS = {"scorer": "scorer", "split": "allocator"}  # setting that chooses a component: field of the policy with it
 
 
 @dataclass(frozen=True)
 class PolicyRecipe:
     """What a name stands for.
 
-    policy: its class. about: classes whose docstrings say what it does. presets: settings other than the classes' own.
-    open: the choices of parts that are settings; the others are what makes the name.
+    policy: its class. components: class of each component, by the setting that chooses it ("scorer", "split").
+    open: those of them that a user may choose; the others are what makes the name. presets: settings with another
+    default than the classes have. about: classes whose docstrings say what it does, () = the policy.
     """
 
     policy: type[Policy]
-    about: tuple[type, ...]
-    presets: Mapping[str, Setting]
+    components: Mapping[str, type[Component]] = field(default_factory=dict)
     open: tuple[str, ...] = ()
+    presets: Mapping[str, Setting] = field(default_factory=dict)
+    about: tuple[type[Component], ...] = ()
 
-    def parts(self, values: Mapping[str, Setting]) -> dict[str, type[Any]]:
-        """Classes of the parts by the fields of the policy that hold them. Raises CrushError for an unknown choice."""
-        parts: dict[str, type[Any]] = {"budget": Budget}
-        for field, (setting, classes) in CHOICES.items():
-            if setting in self.presets:
-                chosen = values.get(setting, self.presets[setting])
-                check_choice(setting, chosen, classes)
-                parts[field] = classes[str(chosen)]
-        return parts
+    def choose(self, values: Mapping[str, Setting]) -> dict[str, type[Component]]:
+        """`components`, with those that `values` choose. Raises CrushError for an unknown choice."""
+        chosen = dict(self.components)
+        for setting in self.open:
+            if setting in values:
+                check_choice(setting, values[setting], CHOICES[setting])
+                chosen[setting] = CHOICES[setting][str(values[setting])]
+        return chosen
 
     def defaults(self, values: Mapping[str, Setting]) -> Settings:
-        """Every setting there is with the parts that `values` choose, and what it is if not given."""
-        parts = self.parts(values)
+        """Every setting there is with the components that `values` choose, and its default."""
         found = {**_scalars(Budget), **_scalars(self.policy)}
-        for field, (setting, _) in CHOICES.items():
+        for setting, cls in self.choose(values).items():
             if setting in self.open:
-                found[setting] = None
-            if field in parts:
-                found.update(_scalars(parts[field]))
-        return {name: self.presets.get(name, default) for name, default in found.items()}
+                found[setting] = cls.name
+            found.update(_scalars(cls))
+        return {key: self.presets.get(key, default) for key, default in found.items()}
+
+    def can_make(self, policy: Policy) -> bool:
+        """Whether some settings make this policy."""
+        return type(policy) is self.policy and all(
+            type(getattr(policy, _FIELDS[setting])) in (CHOICES[setting].values() if setting in self.open else (cls,))
+            for setting, cls in self.components.items()
+        )
+
+
+def _scored(scorer: type[Scorer], allocator: type[BudgetAllocator] = Uniform, **presets: Setting) -> PolicyRecipe:
+    about = (scorer,) if allocator is Uniform else (scorer, allocator)
+    return PolicyRecipe(
+        Scored, {"scorer": scorer, "split": allocator}, ("split",), {"kept": DEFAULT_KEPT, **presets}, about
+    )
+
+
+POLICIES: Mapping[str, PolicyRecipe] = {
+    "none": PolicyRecipe(KeepAll),
+    "kvcrush": PolicyRecipe(
+        KVCrush, {"scorer": SnapKV, "split": Uniform}, open=("scorer", "split"), presets={"kept": DEFAULT_KEPT}
+    ),
+    "snapkv": _scored(SnapKV),
+    "pyramidkv": _scored(SnapKV, PyramidKV),
+    "adakv": _scored(SnapKV, AdaKV),
+    "kv_compress": _scored(SnapKV, PageAllocator, reduce="sum_squares", pooling="max", aggregate="sum"),
+    "h2o": _scored(H2O),
+    "tova": _scored(TOVA),
+    "streaming_llm": _scored(StreamingLLM),
+    "knorm": _scored(Knorm),
+    "keydiff": _scored(KeyDiff),
+    "expected_attention": _scored(ExpectedAttention),
+    "random": _scored(Random),
+    "rkv": _scored(RKV),
+    # Without a floor, heads that a repetition hardly uses starve: needles keep their numbers and lose their names.
+    "kvzip": _scored(KVzip, GlobalThreshold, floor=0.06),
+}
+SCORERS: Mapping[str, type[Component]] = {
+    recipe.components["scorer"].name: recipe.components["scorer"] for recipe in POLICIES.values() if recipe.components
+}
+ALLOCATORS: Mapping[str, type[Component]] = {
+    cls.name: cls for cls in (Uniform, PyramidKV, AdaKV, GlobalThreshold, PageAllocator, WholeHeads)
+}
+CHOICES = {"scorer": SCORERS, "split": ALLOCATORS}  # what each setting that chooses a component chooses from
 
 
 @dataclass(frozen=True)
 class Description:
     """What `--help` needs.
 
-    settings: name and default of each, with the default parts. choices: for each setting that chooses a part, what
-    there is to choose from, and the settings that come with each, with their defaults.
+    settings: name and default of each, with the default components. choices: for each setting that chooses a
+    component, what there is to choose from, and the settings that come with each, with their defaults.
     """
 
     name: str
@@ -98,18 +133,18 @@ class Description:
 
 def names() -> list[str]:
     """Every policy that `build` knows."""
-    return list(_recipes())
+    return list(POLICIES)
 
 
 def build(name: str, **settings: Setting) -> Policy:
     """Make a policy; `describe(name)` lists its settings. None for kept and kept_tokens means not given.
 
     Without either, kept is 0.25 ("none": everything). Raises CrushError for an unknown name or setting, and for a value
-    that a part refuses.
+    that a component refuses.
     """
     recipe = _recipe(name)
     given = {key: value for key, value in settings.items() if value is not None or key not in ("kept", "kept_tokens")}
-    known = recipe.defaults({key: value for key, value in given.items() if key in recipe.open})
+    known = recipe.defaults(given)
     for key in given:
         if key not in known:
             raise CrushError(
@@ -118,8 +153,9 @@ def build(name: str, **settings: Setting) -> Policy:
     values = {**known, **given}
     if "kept_tokens" in given and "kept" not in given:
         values["kept"] = None
-    made = {field: _make(cls, values) for field, cls in recipe.parts(values).items()}
-    return _make(recipe.policy, values, **made)
+    made = {_FIELDS[setting]: _make(cls, values) for setting, cls in recipe.choose(values).items()}
+    policy: Policy = _make(recipe.policy, values, budget=_make(Budget, values), built_as=name, **made)
+    return policy
 
 
 def as_policy(value: PolicyLike) -> Policy | None:
@@ -139,117 +175,76 @@ def describe(name: str) -> Description:
     choices = {
         setting: {
             key: {own: recipe.presets.get(own, default) for own, default in _scalars(cls).items()}
-            for key, cls in classes.items()
+            for key, cls in CHOICES[setting].items()
         }
-        for setting, classes in CHOICES.values()
-        if setting in recipe.open
+        for setting in recipe.open
     }
-    about = " ".join((cls.__doc__ or "").strip().splitlines()[0] for cls in recipe.about)
+    about = " ".join((cls.__doc__ or "").strip().splitlines()[0] for cls in recipe.about or (recipe.policy,))
     return Description(name, about, recipe.defaults({}), choices)
 
 
 def settings_of(policy: Policy) -> Settings:
     """Its name and all its settings, as JSON has them: `build(**settings_of(policy))` equals the policy.
 
-    Of several names for the same thing, it is the one with the fewest settings that are not the default. A policy that
-    was put together without a budget is said to keep all, kept=1.0. Raises CrushError for one of unknown parts.
+    A policy that was put together without a budget is said to keep all, kept=1.0. Raises CrushError for one that no
+    name makes.
     """
-    parts = {CHOICES[f.name][0]: getattr(policy, f.name) for f in fields(policy) if f.name in CHOICES}
-    values = _values(policy.budget, policy, *parts.values())
-    best: tuple[int, Settings] | None = None
-    for name, recipe in _recipes().items():
-        if recipe.policy is not type(policy) or not _can_have(recipe, parts):
-            continue
-        mine: Settings = {**values, **{key: parts[key].name for key in recipe.open}}
-        if mine["kept"] is None and mine["kept_tokens"] is None and recipe.presets.get("kept") is not None:
-            mine["kept"] = 1.0
-        defaults = recipe.defaults(mine)
-        other = sum(mine[key] != default for key, default in defaults.items())
-        if best is None or other < best[0]:
-            best = other, {"name": name, **{key: mine[key] for key in defaults}}
-    if best is None:
+    name = next(_names_of(policy), None)
+    if name is None:
         raise CrushError(f"policy must be made of the registry's parts, got {policy!r}")
-    return best[1]
+    recipe = POLICIES[name]
+    components = {setting: getattr(policy, _FIELDS[setting]) for setting in recipe.components}
+    values = _values(policy.budget, policy, *components.values())
+    values.update({setting: components[setting].name for setting in recipe.open})
+    if values["kept"] is None and values["kept_tokens"] is None and "kept" in recipe.presets:
+        values["kept"] = 1.0
+    return {"name": name, **{key: values[key] for key in recipe.defaults(values)}}
 
 
 def name_of(policy: Policy) -> str:
-    """What a user calls it: the registry's name, or for one that was put together by hand the class's own."""
-    try:
-        return str(settings_of(policy)["name"])
-    except CrushError:
-        return policy.name
+    """The name that `settings_of` gives, or the class's own for a policy that no name makes."""
+    return next(_names_of(policy), policy.name)
 
 
-def _parts(scorer: type[Scorer], allocator: type[BudgetAllocator]) -> Settings:
-    return {"kept": DEFAULT_KEPT, "scorer": scorer.name, "split": allocator.name}
+def _names_of(policy: Policy) -> Iterator[str]:
+    """The name it was built by, unless its components were replaced; of one put together by hand its class's own.
 
-
-def _scored(scorer: type[Scorer], allocator: type[BudgetAllocator] = Uniform, **presets: Setting) -> PolicyRecipe:
-    about = (scorer,) if allocator is Uniform else (scorer, allocator)
-    return PolicyRecipe(Scored, about, {**_parts(scorer, allocator), **presets}, open=("split",))
-
-
-def _recipes() -> dict[str, PolicyRecipe]:
-    return {
-        "none": PolicyRecipe(KeepAll, (KeepAll,), {}),
-        "kvcrush": PolicyRecipe(KVCrush, (KVCrush,), _parts(SnapKV, Uniform), open=("scorer", "split")),
-        "snapkv": _scored(SnapKV),
-        "pyramidkv": _scored(SnapKV, PyramidKV),
-        "adakv": _scored(SnapKV, AdaKV),
-        "kv_compress": _scored(SnapKV, PageAllocator, reduce="sum_squares", pooling="max", aggregate="sum"),
-        "h2o": _scored(H2O),
-        "tova": _scored(TOVA),
-        "streaming_llm": _scored(StreamingLLM),
-        "knorm": _scored(Knorm),
-        "keydiff": _scored(KeyDiff),
-        "expected_attention": _scored(ExpectedAttention),
-        "random": _scored(Random),
-        "rkv": _scored(RKV),
-        # Without a floor, heads that a repetition hardly uses starve: needles keep their numbers and lose their names.
-        "kvzip": _scored(KVzip, GlobalThreshold, floor=0.06),
-    }
+    Of one put together by hand that is no more than a scorer and a budget allocator: the scorer's.
+    """
+    for name in (policy.built_as or "", policy.name, getattr(policy, "scorer", policy).name):
+        if name in POLICIES and POLICIES[name].can_make(policy):
+            yield name
 
 
 def _recipe(name: str) -> PolicyRecipe:
-    recipes = _recipes()
-    check_choice("policy", name, recipes)
-    return recipes[name]
+    check_choice("policy", name, POLICIES)
+    return POLICIES[name]
 
 
 def _scalars(cls: type[Any]) -> Settings:
-    """The settings of a part or policy with their defaults; parts of a policy are none."""
-    return {f.name: f.default for f in fields(cls) if f.name not in ("budget", *CHOICES) and f.default is not MISSING}
+    """The settings of a component or policy with their defaults; components of a policy are none."""
+    return {f.name: f.default for f in fields(cls) if f.compare and f.default is not MISSING}
 
 
-def _make(cls: type[Any], values: Mapping[str, Setting], **parts: Any) -> Any:
-    return cls(**{key: values[key] for key in _scalars(cls)}, **parts)
+def _make(cls: type[Any], values: Mapping[str, Setting], **others: Any) -> Any:
+    return cls(**{key: values[key] for key in _scalars(cls)}, **others)
 
 
-def _values(*parts: Any) -> Settings:
-    """The settings of all parts. One that several parts have goes to all of them, so it must be the same in all."""
+def _values(*components: Any) -> Settings:
+    """The settings of all components. One that several have goes to all of them, so it must be the same in all."""
     values: Settings = {}
-    for part in parts:
-        for key in _scalars(type(part)):
-            value = getattr(part, key)
+    for component in components:
+        for key in _scalars(type(component)):
+            value = getattr(component, key)
             if values.setdefault(key, value) != value:
                 raise CrushError(f"{key} must be the same in all parts of a policy, got {values[key]!r} and {value!r}")
     return values
 
 
-def _can_have(recipe: PolicyRecipe, parts: Mapping[str, Any]) -> bool:
-    """Whether the recipe can make a policy of these parts, given by the settings that choose them."""
-    registered = all(dict(CHOICES.values())[setting].get(part.name) is type(part) for setting, part in parts.items())
-    bound = [setting for setting in parts if setting not in recipe.open]
-    return registered and all(recipe.presets[setting] == parts[setting].name for setting in bound)
-
-
 def _hint(recipe: PolicyRecipe, key: str, known: Mapping[str, Setting]) -> str:
     """What the caller may have meant: another choice that has the setting, or the nearest known one."""
-    return "".join(_owners(recipe, key)) or did_you_mean(key, known)
-
-
-def _owners(recipe: PolicyRecipe, key: str) -> Iterator[str]:
-    for setting, classes in CHOICES.values():
-        owners = [name for name, cls in classes.items() if key in _scalars(cls)]
-        if setting in recipe.open and owners:
-            yield f" ({setting}={' or '.join(map(repr, owners))} has it)"
+    owners = {
+        setting: [name for name, cls in CHOICES[setting].items() if key in _scalars(cls)] for setting in recipe.open
+    }
+    texts = [f" ({setting}={' or '.join(map(repr, names))} has it)" for setting, names in owners.items() if names]
+    return "".join(texts) or did_you_mean(key, known)

@@ -1,12 +1,56 @@
-"""Help for the tests of policies: caches of sequences, at the end of a prompt and in the middle of an answer."""
+"""Help for the tests of policies: the table of all policies, and caches of sequences at a prompt's end and later."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from ov_kvcrush.policies.base import CacheState, HeadState, Inputs
+from ov_kvcrush.policies.base import CacheState, HeadState, Inputs, Replay
+
+
+@dataclass(frozen=True)
+class Row:
+    """A policy that the tests run over: its name, what it needs to see, and a slow, obvious twin of a head's scores.
+
+    slow: None if a test of its own compares it, as its scores depend on settings or on the other heads of the layer.
+    """
+
+    name: str
+    inputs: Inputs
+    slow: Callable[[HeadState], list[float]] | None = None
+
+
+def slow_keydiff(head: HeadState) -> list[float]:
+    def unit(v: list[float]) -> list[float]:
+        norm = math.sqrt(sum(x * x for x in v))
+        return [x / norm if norm else 0.0 for x in v]
+
+    assert head.keys is not None
+    units = [unit([float(x) for x in key]) for key in head.keys]
+    mean = unit([sum(u[d] for u in units) for d in range(head.keys.shape[1])])
+    return [-sum(a * b for a, b in zip(u, mean, strict=True)) for u in units]
+
+
+POLICIES = [
+    Row("none", Inputs()),
+    Row("kvcrush", Inputs(window=16)),
+    Row("snapkv", Inputs(window=16)),
+    Row("pyramidkv", Inputs(window=16)),
+    Row("adakv", Inputs(window=16)),
+    Row("kv_compress", Inputs(window=16, reduce="sum_squares")),
+    Row("h2o", Inputs(window=128, state=True)),
+    Row("tova", Inputs(window=1)),
+    Row("streaming_llm", Inputs(), slow=lambda head: [float(p) for p in head.positions]),
+    Row("knorm", Inputs(keys=True), slow=lambda head: [-math.sqrt(sum(float(x) ** 2 for x in k)) for k in head.keys]),
+    Row("keydiff", Inputs(keys=True), slow_keydiff),
+    Row("expected_attention", Inputs(window=64, keys=True, values=True, queries=True)),
+    Row("random", Inputs()),
+    Row("rkv", Inputs(window=8, keys=True)),
+    Row("kvzip", Inputs(replay=Replay()), slow=lambda head: [max(map(float, column)) for column in head.replayed.T]),
+]
 
 D, GROUPS = 8, 3
 KINDS = ("random", "ties", "constant", "one head dominates", "one token dominates", "zero attention")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from policy_states import POLICIES
 
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies.base import Budget, BudgetAllocator, Policy
@@ -16,7 +17,9 @@ from ov_kvcrush.policies.budgets.kv_compress import PageAllocator
 from ov_kvcrush.policies.budgets.pyramid_kv import PyramidKV
 from ov_kvcrush.policies.keep_all import KeepAll
 from ov_kvcrush.policies.kvcrush.policy import KVCrush
-from ov_kvcrush.policies.registry import CHOICES, SCORERS, as_policy, build, describe, names, settings_of
+from ov_kvcrush.policies.registry import ALLOCATORS, SCORERS, as_policy, build, describe, name_of, names, settings_of
+from ov_kvcrush.policies.scorers.h2o import H2O
+from ov_kvcrush.policies.scorers.knorm import Knorm
 from ov_kvcrush.policies.scorers.random_scores import Random
 from ov_kvcrush.policies.scorers.snapkv import SnapKV
 from ov_kvcrush.policies.top_scores import Scored
@@ -38,11 +41,12 @@ ASKED: list[dict[str, Any]] = [
 ]
 
 
-def test_every_method_has_a_name() -> None:
-    assert set(names()) == {
-        "none", "kvcrush", "snapkv", "pyramidkv", "adakv", "kv_compress", "h2o", "tova", "streaming_llm", "knorm",
-        "keydiff", "expected_attention", "random", "rkv", "kvzip",
-    }  # fmt: skip
+def test_every_policy_has_a_row_in_the_table() -> None:
+    assert names() == [row.name for row in POLICIES]
+
+
+def test_a_policy_sees_what_its_row_says_and_no_more() -> None:
+    assert {row.name: build(row.name).inputs for row in POLICIES} == {row.name: row.inputs for row in POLICIES}
 
 
 @EVERY_NAME
@@ -91,12 +95,27 @@ def test_every_setting_reaches_the_policy(name: str) -> None:
         assert settings_of(changed)[key] == value
 
 
-def test_names_of_combinations_are_the_shortest_ones() -> None:
-    assert settings_of(build("snapkv", split="pyramid"))["name"] == "pyramidkv"
-    assert settings_of(build("adakv", split="uniform"))["name"] == "snapkv"
-    assert settings_of(build("snapkv", split="kv_compress"))["name"] == "snapkv"
-    by_hand = Scored(Budget(kept_tokens=99), scorer=SnapKV(window=4), allocator=PyramidKV(beta=2))
+@pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "adakv"])
+def test_a_policy_says_the_name_it_was_built_by(name: str) -> None:
+    """Also where another name makes the same policy: they are equal, and each keeps its name."""
+    policy = build(name, split="pyramid", kept_tokens=99)
+    assert name_of(policy) == settings_of(policy)["name"] == name
+    assert name_of(replace(policy, stride=7)) == name
+    by_hand = Scored(Budget(kept_tokens=99), scorer=SnapKV(), allocator=PyramidKV())
+    assert policy == by_hand == build("pyramidkv", kept_tokens=99)
+    assert hash(policy) == hash(by_hand) == hash(build("pyramidkv", kept_tokens=99))
+    assert repr(policy) == repr(by_hand)
+
+
+def test_a_policy_put_together_by_hand_has_its_class_s_name_or_its_scorer_s() -> None:
+    by_hand = Scored(Budget(kept_tokens=99), scorer=H2O(window=4), allocator=PyramidKV(beta=2))
+    assert name_of(by_hand) == "h2o"
     assert build(**settings_of(by_hand)) == by_hand
+    assert name_of(KVCrush(scorer=Knorm())) == "kvcrush"
+    assert name_of(KeepAll()) == "none"
+    replaced = replace(build("snapkv"), scorer=Knorm())
+    assert name_of(replaced) == "knorm"
+    assert build(**settings_of(replaced)) == replaced
 
 
 def test_methods_that_are_combinations() -> None:
@@ -114,7 +133,7 @@ def test_methods_that_are_combinations() -> None:
 def test_parts_share_no_setting_that_means_two_things() -> None:
     """The settings are one flat list: what two parts of a policy both have goes to both."""
     own = {name: set(inspect.signature(cls).parameters) for name, cls in SCORERS.items()}
-    for name, cls in CHOICES["allocator"][1].items():
+    for name, cls in ALLOCATORS.items():
         fields_of_allocator = set(inspect.signature(cls).parameters)
         for policy in (Policy, KVCrush):
             assert not fields_of_allocator & (set(inspect.signature(policy).parameters) - {"scorer", "allocator"}), name
@@ -177,8 +196,10 @@ def test_settings_of_what_the_registry_does_not_know_are_refused() -> None:
         def allocate(self, *_: Any) -> list[list[int]]:
             return []
 
+    mine = Scored(scorer=SnapKV(), allocator=Mine())
+    assert name_of(mine) == "scored"
     with pytest.raises(CrushError, match="policy must be made of the registry's parts"):
-        settings_of(Scored(scorer=SnapKV(), allocator=Mine()))
+        settings_of(mine)
     with pytest.raises(CrushError, match="seed must be the same in all parts of a policy, got 1 and 2"):
         settings_of(KVCrush(scorer=Random(seed=2), seed=1))
 
