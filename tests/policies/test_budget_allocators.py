@@ -1,13 +1,16 @@
-"""Budget allocators: each equals a slow, obvious one, adds up exactly, and keeps what is protected, at most what is there."""
+"""Budget allocators: each equals a slow, obvious one, and its numbers add up within the bounds of every head."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
+from covering import covering, rarely
 from policy_states import cache_state
 
 from ov_kvcrush.errors import CrushError
@@ -79,8 +82,17 @@ ALLOCATORS = [
     GlobalThreshold(), GlobalThreshold(floor=0.3), PageAllocator(), PageAllocator(page_tokens=1),
     PageAllocator(page_tokens=7), PageAllocator(page_tokens=500), WholeHeads(),
 ]  # fmt: skip
-EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-ALL = pytest.mark.parametrize("allocator", ALLOCATORS, ids=repr)
+
+
+def allocators_and_cases() -> list[Any]:
+    """Every class with every case, its settings by turns; with --exhaustive all settings with every case."""
+    found = []
+    for number, case in enumerate(CASES):
+        for allocator in ALLOCATORS:
+            same = [other for other in ALLOCATORS if type(other) is type(allocator)]
+            marks = () if same[number % len(same)] is allocator else pytest.mark.exhaustive
+            found.append(pytest.param(allocator, case, marks=marks, id=f"{allocator}-{case.name}"))
+    return found
 
 
 # -- the slow ones -----------------------------------------------------------------------------------------------------
@@ -212,32 +224,25 @@ SLOW: dict[str, Callable[..., Counts]] = {
 # -- laws --------------------------------------------------------------------------------------------------------------
 
 
-@ALL
-@EVERY_CASE
-def test_equals_the_slow_one(allocator: BudgetAllocator, case: Case) -> None:
+@pytest.mark.parametrize(("allocator", "case"), allocators_and_cases())
+def test_equals_the_slow_one_and_adds_up_within_the_bounds_of_every_head(
+    allocator: BudgetAllocator, case: Case
+) -> None:
     state = case.state()
     scores = case.values(state)
     heads = heads_of(state, scores)
     for tokens in TOKENS:
-        counts = allocator.allocate(state, scores, tokens)
-        assert [len(layer) for layer in counts] == list(case.heads)
-        assert flat(counts) == SLOW[allocator.name](heads, case.length, tokens, *vars(allocator).values())
-
-
-@ALL
-@EVERY_CASE
-def test_adds_up_inside_the_bounds_of_every_head(allocator: BudgetAllocator, case: Case) -> None:
-    state = case.state()
-    scores = case.values(state)
-    heads = heads_of(state, scores)
-    for tokens in TOKENS:
-        counts = flat(allocator.allocate(state, scores, tokens))
+        by_layer = allocator.allocate(state, scores, tokens)
+        assert [len(layer) for layer in by_layer] == list(case.heads)
+        counts = flat(by_layer)
+        assert counts == SLOW[allocator.name](heads, case.length, tokens, *vars(allocator).values())
         assert sum(counts) == slow_total(heads, tokens)
         assert all(type(n) is int and head.low <= n <= head.high for n, head in zip(counts, heads, strict=True))
 
 
-@pytest.mark.parametrize("seed", range(30))
-@ALL
+@pytest.mark.parametrize(
+    ("seed", "allocator"), [*covering(range(14), ALLOCATORS), *rarely(*product(range(14, 30), ALLOCATORS))], ids=repr
+)
 def test_equals_the_slow_one_on_random_caches(allocator: BudgetAllocator, seed: int) -> None:
     rng = np.random.default_rng(seed)
     case = Case(

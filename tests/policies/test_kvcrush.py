@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
+from covering import covering
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -243,11 +245,16 @@ def test_pages_of_one_token_are_tokens(pattern: str) -> None:
     assert in_text_both(state, tokens.select(state, 100)) == in_text_both(state, pages.select(state, 100))
 
 
-@pytest.mark.parametrize("options", [{}, {"page": 16}, {"page": 16, "page_rule": "genai"}])
-@pytest.mark.parametrize("allocator", ALLOCATORS)
-@pytest.mark.parametrize("answering", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_budget_is_met(kind: str, answering: bool, allocator: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("kind_and_options", "allocator", "answering"),
+    covering(
+        product(KINDS, [{}, {"page": 16}, {"page": 16, "page_rule": "genai"}]),
+        [*ALLOCATORS, "uniform"],  # 7: each comes with every kind
+        [False, True],
+    ),
+)
+def test_the_budget_is_met(kind_and_options: tuple[str, dict[str, Any]], allocator: str, answering: bool) -> None:
+    kind, options = kind_and_options
     crush = policy(scorer=SnapKV(), allocator=ALLOCATORS[allocator](), **options)
     state = cache_state(9, crush.inputs, kind, crush.protected(300, [(40, 60)]), (2, 2, 3), answering=answering)
     cached = [len(head) for layer in state.layers for head in layer]
@@ -257,8 +264,10 @@ def test_the_budget_is_met(kind: str, answering: bool, allocator: str, options: 
         assert sum(kept) == max(protected, min(sum(cached), tokens * len(cached)))
 
 
-@pytest.mark.parametrize("allocator", ALLOCATORS)
-@pytest.mark.parametrize("options", [{}, {"page": 8}, {"page": 8, "page_rule": "genai"}, {"bits": "scores"}])
+@pytest.mark.parametrize(
+    ("allocator", "options"),
+    covering(ALLOCATORS, [{}, {"page": 8}, {"page": 8, "page_rule": "genai"}, {"bits": "scores"}]),
+)
 def test_at_the_prompt_s_end_all_heads_of_a_layer_have_the_same_representatives(
     options: dict[str, Any], allocator: str
 ) -> None:
@@ -288,8 +297,7 @@ def test_representatives_are_of_different_kinds() -> None:
     assert selection.kept[0][0].tolist() == [*range(10), 10, 25]
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("answering", [False, True])
+@pytest.mark.parametrize(("pattern", "answering"), covering(PATTERNS, [False, True]))
 def test_without_a_share_it_is_its_host(pattern: str, answering: bool) -> None:
     crush = policy(scorer=SnapKV(), share=0)
     host = Scored(crush.budget, 2, 4, scorer=SnapKV(), allocator=Uniform())

@@ -6,6 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from covering import covering
 
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies.base import HeadState
@@ -59,9 +60,9 @@ def head_of(size: int, seed: int, copies: int = 1) -> HeadState:
     )
 
 
-@pytest.mark.parametrize("scorer", SETTINGS, ids=repr)
-@pytest.mark.parametrize("size", [1, 2, 5, 31, 32, 33, 95, 96, 97, 300])
-@pytest.mark.parametrize("copies", [1, 3, 20])
+@pytest.mark.parametrize(
+    ("size", "scorer", "copies"), covering([1, 2, 5, 31, 32, 33, 95, 96, 97, 300], SETTINGS, [1, 3, 20]), ids=repr
+)
 def test_equals_the_slow_one(scorer: RKV, size: int, copies: int) -> None:
     head = head_of(size, seed=size, copies=copies)
     (scores,) = scorer.score((head,), 0, size + 20)
