@@ -14,7 +14,7 @@ from ov_kvcrush.policies.budgets.uniform import Uniform
 from ov_kvcrush.policies.kvcrush.policy import KVCrush
 from ov_kvcrush.policies.scorers.h2o import H2O
 from ov_kvcrush.policies.scorers.snapkv import SnapKV
-from ov_kvcrush.policies.top_scores import Scored
+from ov_kvcrush.policies.top_scores import TopScores
 
 Mode = ov_genai.AggregationMode
 
@@ -163,8 +163,8 @@ def _of(policy: Policy, tokens: int, sizes: tuple[int, int], block: int) -> Gena
 
 def _problems(policy: Policy, block: int) -> Iterator[str]:
     """What openvino_genai cannot express of a policy that evicts, as rules that are broken."""
-    if not isinstance(policy, (Scored, KVCrush)) or type(policy.scorer) not in (SnapKV, H2O):
-        name = policy.scorer.name if isinstance(policy, (Scored, KVCrush)) else policy.name
+    if not isinstance(policy, (TopScores, KVCrush)) or type(policy.scorer) not in (SnapKV, H2O):
+        name = policy.scorer.name if isinstance(policy, (TopScores, KVCrush)) else policy.name
         field = "scorer" if isinstance(policy, KVCrush) else "policy"
         yield f"{field} must be one of snapkv, h2o{', kvcrush' if field == 'policy' else ''}, got {name!r}"
         return

@@ -13,9 +13,9 @@ from ov_kvcrush.policies.base import CacheState, Policy, Selection
 
 @dataclass(frozen=True)
 class KeepAll(Policy):
-    """Everything stays: what the others are measured against.
+    """Everything stays: the reference for all other policies.
 
-    Needs nothing. Raises CrushError for a budget of less than everything, which it would not meet.
+    Needs nothing; O(cached tokens). Raises CrushError for a budget of less than everything, which it would not meet.
     """
 
     name: ClassVar[str] = "none"

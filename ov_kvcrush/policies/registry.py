@@ -29,7 +29,7 @@ from ov_kvcrush.policies.scorers.rkv import RKV
 from ov_kvcrush.policies.scorers.snapkv import SnapKV
 from ov_kvcrush.policies.scorers.streaming_llm import StreamingLLM
 from ov_kvcrush.policies.scorers.tova import TOVA
-from ov_kvcrush.policies.top_scores import Scored
+from ov_kvcrush.policies.top_scores import TopScores
 from ov_kvcrush.utils.checks import check_choice
 
 Setting = int | float | str | None
@@ -81,10 +81,10 @@ class PolicyRecipe:
         )
 
 
-def _scored(scorer: type[Scorer], allocator: type[BudgetAllocator] = Uniform, **presets: Setting) -> PolicyRecipe:
+def _top_scores(scorer: type[Scorer], allocator: type[BudgetAllocator] = Uniform, **presets: Setting) -> PolicyRecipe:
     about = (scorer,) if allocator is Uniform else (scorer, allocator)
     return PolicyRecipe(
-        Scored, {"scorer": scorer, "split": allocator}, ("split",), {"kept": DEFAULT_KEPT, **presets}, about
+        TopScores, {"scorer": scorer, "split": allocator}, ("split",), {"kept": DEFAULT_KEPT, **presets}, about
     )
 
 
@@ -93,20 +93,20 @@ POLICIES: Mapping[str, PolicyRecipe] = {
     "kvcrush": PolicyRecipe(
         KVCrush, {"scorer": SnapKV, "split": Uniform}, open=("scorer", "split"), presets={"kept": DEFAULT_KEPT}
     ),
-    "snapkv": _scored(SnapKV),
-    "pyramidkv": _scored(SnapKV, PyramidKV),
-    "adakv": _scored(SnapKV, AdaKV),
-    "kv_compress": _scored(SnapKV, PageAllocator, reduce="sum_squares", pooling="max", aggregate="sum"),
-    "h2o": _scored(H2O),
-    "tova": _scored(TOVA),
-    "streaming_llm": _scored(StreamingLLM),
-    "knorm": _scored(Knorm),
-    "keydiff": _scored(KeyDiff),
-    "expected_attention": _scored(ExpectedAttention),
-    "random": _scored(Random),
-    "rkv": _scored(RKV),
+    "snapkv": _top_scores(SnapKV),
+    "pyramidkv": _top_scores(SnapKV, PyramidKV),
+    "adakv": _top_scores(SnapKV, AdaKV),
+    "kv_compress": _top_scores(SnapKV, PageAllocator, reduce="sum_squares", pooling="max", aggregate="sum"),
+    "h2o": _top_scores(H2O),
+    "tova": _top_scores(TOVA),
+    "streaming_llm": _top_scores(StreamingLLM),
+    "knorm": _top_scores(Knorm),
+    "keydiff": _top_scores(KeyDiff),
+    "expected_attention": _top_scores(ExpectedAttention),
+    "random": _top_scores(Random),
+    "rkv": _top_scores(RKV),
     # Without a floor, heads that a repetition hardly uses starve: needles keep their numbers and lose their names.
-    "kvzip": _scored(KVzip, GlobalThreshold, floor=0.06),
+    "kvzip": _top_scores(KVzip, GlobalThreshold, floor=0.06),
 }
 SCORERS: Mapping[str, type[Component]] = {
     recipe.components["scorer"].name: recipe.components["scorer"] for recipe in POLICIES.values() if recipe.components
@@ -207,10 +207,7 @@ def name_of(policy: Policy) -> str:
 
 
 def _names_of(policy: Policy) -> Iterator[str]:
-    """The name it was built by, unless its components were replaced; of one put together by hand its class's own.
-
-    Of one put together by hand that is no more than a scorer and a budget allocator: the scorer's.
-    """
+    """The names that can make it: the one it was built by first, then, as if by hand, its class's and its scorer's."""
     for name in (policy.built_as or "", policy.name, getattr(policy, "scorer", policy).name):
         if name in POLICIES and POLICIES[name].can_make(policy):
             yield name

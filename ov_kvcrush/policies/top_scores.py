@@ -1,4 +1,4 @@
-"""A policy of one scorer and one budget allocator: most methods are no more than that."""
+"""The policy of most methods: one scorer and one budget allocator."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ov_kvcrush.policies.budgets.uniform import Uniform
 
 
 @dataclass(frozen=True)
-class Scored(Policy):
-    """The best tokens of every head, by a scorer, as many as a budget allocator says.
+class TopScores(Policy):
+    """Every head keeps its tokens of the highest scores, as many as the budget allocator gives it.
 
-    Needs what its parts need; costs what they cost and O(cached tokens).
+    Needs what its components need; costs what they cost and O(cached tokens).
 
     scorer: how much each token matters. allocator: how many tokens each head keeps.
     """
 
-    name: ClassVar[str] = "scored"
+    name: ClassVar[str] = "top_scores"
     scorer: Scorer = field(kw_only=True)
     allocator: BudgetAllocator = field(default_factory=Uniform, kw_only=True)
 

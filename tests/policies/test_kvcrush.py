@@ -25,7 +25,7 @@ from ov_kvcrush.policies.registry import ALLOCATORS
 from ov_kvcrush.policies.scorers.h2o import H2O
 from ov_kvcrush.policies.scorers.knorm import Knorm
 from ov_kvcrush.policies.scorers.snapkv import SnapKV
-from ov_kvcrush.policies.top_scores import Scored
+from ov_kvcrush.policies.top_scores import TopScores
 
 MANY = settings(max_examples=150, deadline=None, derandomize=True)
 ANCHORS = st.sampled_from(kvcrush_bits.ANCHORS)
@@ -205,7 +205,7 @@ def test_representatives_are_of_different_kinds() -> None:
 @pytest.mark.parametrize(("pattern", "answering"), covering(PATTERNS, [False, True]))
 def test_without_a_share_it_is_its_host(pattern: str, answering: bool) -> None:
     crush = policy(scorer=SnapKV(), share=0)
-    host = Scored(crush.budget, 2, 4, scorer=SnapKV(), allocator=Uniform())
+    host = TopScores(crush.budget, 2, 4, scorer=SnapKV(), allocator=Uniform())
     state = cache(1, pattern, crush.protected(200), 3, answering)
     assert in_text(state, crush.select(state, 60).kept) == in_text(state, host.select(state, 60).kept)
 

@@ -22,7 +22,7 @@ from ov_kvcrush.policies.scorers.h2o import H2O
 from ov_kvcrush.policies.scorers.knorm import Knorm
 from ov_kvcrush.policies.scorers.random_scores import Random
 from ov_kvcrush.policies.scorers.snapkv import SnapKV
-from ov_kvcrush.policies.top_scores import Scored
+from ov_kvcrush.policies.top_scores import TopScores
 
 EVERY_NAME = pytest.mark.parametrize("name", names())
 ASKED: list[dict[str, Any]] = [
@@ -101,14 +101,14 @@ def test_a_policy_says_the_name_it_was_built_by(name: str) -> None:
     policy = build(name, split="pyramid", kept_tokens=99)
     assert name_of(policy) == settings_of(policy)["name"] == name
     assert name_of(replace(policy, stride=7)) == name
-    by_hand = Scored(Budget(kept_tokens=99), scorer=SnapKV(), allocator=PyramidKV())
+    by_hand = TopScores(Budget(kept_tokens=99), scorer=SnapKV(), allocator=PyramidKV())
     assert policy == by_hand == build("pyramidkv", kept_tokens=99)
     assert hash(policy) == hash(by_hand) == hash(build("pyramidkv", kept_tokens=99))
     assert repr(policy) == repr(by_hand)
 
 
 def test_a_policy_put_together_by_hand_has_its_class_s_name_or_its_scorer_s() -> None:
-    by_hand = Scored(Budget(kept_tokens=99), scorer=H2O(window=4), allocator=PyramidKV(beta=2))
+    by_hand = TopScores(Budget(kept_tokens=99), scorer=H2O(window=4), allocator=PyramidKV(beta=2))
     assert name_of(by_hand) == "h2o"
     assert build(**settings_of(by_hand)) == by_hand
     assert name_of(KVCrush(scorer=Knorm())) == "kvcrush"
@@ -119,12 +119,12 @@ def test_a_policy_put_together_by_hand_has_its_class_s_name_or_its_scorer_s() ->
 
 
 def test_methods_that_are_combinations() -> None:
-    assert build("kv_compress") == Scored(
+    assert build("kv_compress") == TopScores(
         Budget(kept=0.25),
         scorer=SnapKV(reduce="sum_squares", pooling="max", aggregate="sum"),
         allocator=PageAllocator(),
     )
-    assert build("pyramidkv") == Scored(Budget(kept=0.25), scorer=SnapKV(), allocator=PyramidKV())
+    assert build("pyramidkv") == TopScores(Budget(kept=0.25), scorer=SnapKV(), allocator=PyramidKV())
     assert build("snapkv", split="global", floor=0.1).inputs == build("snapkv").inputs
     assert build("kvcrush") == KVCrush(Budget(kept=0.25))
     assert build("none") == KeepAll()
@@ -196,8 +196,8 @@ def test_settings_of_what_the_registry_does_not_know_are_refused() -> None:
         def allocate(self, *_: Any) -> list[list[int]]:
             return []
 
-    mine = Scored(scorer=SnapKV(), allocator=Mine())
-    assert name_of(mine) == "scored"
+    mine = TopScores(scorer=SnapKV(), allocator=Mine())
+    assert name_of(mine) == "top_scores"
     with pytest.raises(CrushError, match="policy must be made of the registry's parts"):
         settings_of(mine)
     with pytest.raises(CrushError, match="seed must be the same in all parts of a policy, got 1 and 2"):
@@ -205,7 +205,7 @@ def test_settings_of_what_the_registry_does_not_know_are_refused() -> None:
 
 
 def test_a_policy_put_together_without_a_budget_is_said_to_keep_all() -> None:
-    settings = settings_of(Scored(scorer=SnapKV(), allocator=GlobalThreshold()))
+    settings = settings_of(TopScores(scorer=SnapKV(), allocator=GlobalThreshold()))
     assert settings["kept"] == 1.0
     assert build(**settings).budget.tokens(5000) == 5000
 

@@ -27,7 +27,7 @@ from ov_kvcrush.policies.scorers.random_scores import Random
 from ov_kvcrush.policies.scorers.snapkv import SnapKV
 from ov_kvcrush.policies.scorers.streaming_llm import StreamingLLM
 from ov_kvcrush.policies.scorers.tova import TOVA
-from ov_kvcrush.policies.top_scores import Scored
+from ov_kvcrush.policies.top_scores import TopScores
 
 SCORERS = [SnapKV(), H2O(), TOVA(), StreamingLLM(), Knorm(), KeyDiff(), ExpectedAttention(), Random(), KVzip()]
 ALL = pytest.mark.parametrize("scorer", SCORERS, ids=lambda scorer: scorer.name)
@@ -128,7 +128,7 @@ def test_equals_the_slow_twin_of_its_row(row: Row, case: Case) -> None:
     layer = layer_of(case)
     assert row.slow is not None
     policy = build(row.name)
-    assert isinstance(policy, Scored)
+    assert isinstance(policy, TopScores)
     expected = [row.slow(head) for head in layer]
     # Cosines near 0 are differences of larger numbers: what rounding leaves of them is absolute.
     assert_scores(policy.scorer.score(layer, 0, case.length), expected, atol=1e-6 if row.name == "keydiff" else 1e-30)

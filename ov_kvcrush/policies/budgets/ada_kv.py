@@ -1,4 +1,4 @@
-"""The heads of a layer share its tokens by how many of the layer's best scores are theirs."""
+"""Ada-KV: the heads of a layer share its budget by how many of the layer's highest scores are theirs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ov_kvcrush.utils.checks import check_fraction
 
 @dataclass(frozen=True)
 class AdaKV(BudgetAllocator):
-    """The heads of a layer share its tokens by how many of the layer's best scores are theirs.
+    """The heads of a layer share its budget by how many of the layer's highest scores are theirs.
 
-    Paper: https://arxiv.org/abs/2407.11550. Every layer keeps the same number of tokens per head. Heads that look at
-    few tokens leave theirs to those that look at many. Needs scores that compare between heads, as attention does;
-    O(cached tokens).
+    Paper: https://arxiv.org/abs/2407.11550. Every layer keeps the same number of tokens per head. Heads whose attention
+    is concentrated leave budget to heads whose attention is spread. Needs scores that compare between heads, as
+    attention does; O(cached tokens).
 
     Departures: KV heads, not query heads; protected tokens do not compete; rounding by the largest fraction, so
     that the sum is met; scores are not weighted per head (an option of the authors' code).
 
-    floor: the fraction of what is not protected that all heads get alike, in [0, 1]; 1 = Uniform.
+    floor: fraction of the unprotected budget that is shared evenly, in [0, 1]; 1 = Uniform.
     """
 
     name: ClassVar[str] = "ada"

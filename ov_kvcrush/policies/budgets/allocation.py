@@ -1,4 +1,4 @@
-"""Numbers of tokens per head that add up: what the budget allocators share."""
+"""Token counts per head that add up to the budget: shared by all budget allocators."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 from ov_kvcrush.policies.base import CacheState, Scores
 
-_UNITS = 1_000_000  # per token: wishes are compared as integers, so that rounding cannot break a tie
+_UNITS = 1_000_000  # per token: wanted counts are compared as integers, so that rounding cannot break a tie
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What each head keeps at least and at most.
+    """The fewest and the most tokens that each head can keep.
 
     low: int64 (N,), protected tokens. high: int64 (N,), cached tokens. The heads of all layers, one after the other.
     """
@@ -39,10 +39,10 @@ class Bounds:
 
 
 def fit(wanted: np.ndarray, bounds: Bounds, total: int) -> np.ndarray:
-    """int64 (N,): the whole numbers inside `bounds` that sum to `total` and come closest to `wanted` (N,).
+    """int64 (N,): whole numbers within `bounds` that sum to `total` and come closest to `wanted` (N,).
 
-    What is missing or too much is shared evenly by the heads that can take it; of what cannot be shared, the largest
-    fractions get one each, the first heads among equals. total: within the sums of the bounds.
+    The difference of the sums is shared evenly by the heads that can take it; its remainder goes to the largest
+    fractions, one each, the first heads among equals. total: within the sums of the bounds.
     """
     whole, fraction = np.divmod(np.rint(np.asarray(wanted, np.float64) * _UNITS).astype(np.int64), _UNITS)
 
@@ -82,19 +82,19 @@ class Rivals:
 
     @classmethod
     def of(cls, state: CacheState, scores: Scores, first: int = 0, last: int | None = None) -> Rivals:
-        """Those of the layers first to last - 1, all by default."""
-        parts = cls([], [])
+        """Tokens of layers first to last - 1, by default of all."""
+        rivals = cls([], [])
         for layer, layer_scores in zip(state.layers[first:last], scores[first:last], strict=True):
             for head, values in zip(layer, layer_scores, strict=True):
                 free = ~state.is_protected(head)
-                parts.scores.append(values[free])
-                parts.places.append(head.positions[free])
-        return parts
+                rivals.scores.append(values[free])
+                rivals.places.append(head.positions[free])
+        return rivals
 
     def winners(self, n: int) -> np.ndarray:
-        """int64 (N,): how many of the n highest scores of all are each head's. O(tokens).
+        """int64 (N,): how many of the n highest scores of all heads are in each head. O(tokens).
 
-        Among equals the lower places win, so that heads that cannot be told apart get the same; then the first heads.
+        Of equal scores the lower positions win, so that heads with equal scores get equal counts; then the first heads.
         """
         sizes = np.array([len(scores) for scores in self.scores], np.int64)
         if n <= 0 or n >= sizes.sum():
@@ -111,7 +111,7 @@ class Rivals:
         return counts
 
     def compete(self, bounds: Bounds, total: int, floor: float) -> np.ndarray:
-        """int64 (N,) that sum to `total`: `floor` of what is not protected goes to all alike, the rest to the best."""
+        """int64 (N,) of sum `total`: `floor` of the unprotected tokens is shared evenly, the rest by highest score."""
         free = total - int(bounds.low.sum())
         wanted = bounds.low + (1 - floor) * self.winners(free) + floor * free / len(bounds.low)
         return fit(wanted, bounds, total)

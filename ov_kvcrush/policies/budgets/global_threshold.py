@@ -12,11 +12,11 @@ from ov_kvcrush.utils.checks import check_fraction
 
 @dataclass(frozen=True)
 class GlobalThreshold(BudgetAllocator):
-    """One threshold over all layers and heads: the best scores stay, wherever they are.
+    """One threshold over all layers and heads: the highest scores stay, in whichever head.
 
     As in KVzip, https://arxiv.org/abs/2505.23416. Needs scores that compare between layers and heads; O(cached tokens).
 
-    floor: the fraction of what is not protected that all heads get alike, in [0, 1]; 0 = the threshold alone.
+    floor: fraction of the unprotected budget that is shared evenly, in [0, 1]; 0 = the threshold alone.
     """
 
     name: ClassVar[str] = "global"

@@ -1,4 +1,4 @@
-"""The cheapest pages of all heads go."""
+"""KV-Compress: pages of all heads compete, those of the lowest scores are evicted."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ov_kvcrush.utils.checks import check_integer
 
 @dataclass(frozen=True)
 class PageAllocator(BudgetAllocator):
-    """The cheapest pages of all heads go.
+    """Pages of all heads compete: those of the lowest scores are evicted.
 
-    Paper: https://arxiv.org/abs/2410.00161. The tokens of a head that are not protected are sorted by score, and cut
-    into pages from the lowest; a page costs what its best token does. Pages go in the order of their costs, over all
-    layers and heads; equal ones in the order of their places within their heads, then of the heads. Needs scores that
-    compare between layers and heads; O(S log S) per head.
+    Paper: https://arxiv.org/abs/2410.00161. A head's unprotected tokens are sorted by score and cut in pages, from the
+    lowest; a page costs its highest score. Pages are evicted in the order of their costs over all layers and heads; of
+    equal costs, by the page's index within its head, then by head. Needs scores that compare between layers and heads;
+    O(S log S) per head.
 
-    Departure: of the last page that goes, only as many tokens go as the sum demands.
+    Departure: the last page loses only as many tokens as the total demands.
 
-    page_tokens: tokens of a page, at least 1; 1 = Global without a floor, but for ties.
+    page_tokens: tokens of a page, at least 1; 1 = GlobalThreshold without a floor, except for ties.
     """
 
     name: ClassVar[str] = "kv_compress"
@@ -38,13 +38,13 @@ class PageAllocator(BudgetAllocator):
         costs, sizes, order, heads = self._pages(Rivals.of(state, scores).scores)
         queue = np.lexsort((heads, order, costs))
         gone = np.cumsum(sizes[queue])
-        # Every page loses what is still to be evicted when its turn comes: all of it, a part, or nothing.
+        # Each page in turn loses what is still to be evicted: all of its tokens, some, or none.
         lost = np.clip(evicted - (gone - sizes[queue]), 0, sizes[queue])
         counts = bounds.high - np.bincount(heads[queue], weights=lost, minlength=len(bounds.high)).astype(np.int64)
         return by_layer(state, counts)
 
     def _pages(self, scores: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Costs, tokens, place within the head, and head of every page of all heads."""
+        """Cost, number of tokens, index within its head, and head of every page."""
         costs, sizes = [], []
         for values in scores:
             ends = np.append(np.arange(self.page_tokens, len(values), self.page_tokens), len(values))

@@ -1,4 +1,4 @@
-"""The first layers keep more than the last ones, falling in a straight line."""
+"""PyramidKV: early layers keep more tokens than late ones."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ov_kvcrush.utils.checks import check_integer
 
 @dataclass(frozen=True)
 class PyramidKV(BudgetAllocator):
-    """The first layers keep more than the last ones, falling in a straight line.
+    """Early layers keep more tokens than late ones: budgets fall linearly with depth.
 
-    Paper: https://arxiv.org/abs/2406.02069. Beside the protected tokens, the last layer keeps 1 / beta of the mean B,
-    and the first one the more. Where that is more than there is, the first layer keeps all and the line is less steep;
-    a text shorter than 2 B is split evenly, as the authors do. Needs nothing; O(heads).
+    Paper: https://arxiv.org/abs/2406.02069. With a mean of B beside the protected tokens, the last layer keeps B / beta
+    and the first one 2 B - B / beta; if that exceeds the text, it keeps all and the line is less steep. For a text
+    shorter than 2 B all layers keep the same, as by the authors. Needs nothing; O(heads).
 
-    Departures: the paper's window is every protected token here; nothing is rounded before the sum is met exactly.
+    Departures: the paper's window is every protected token here; rounding is left to the end, so the sum is exact.
 
-    beta: how many times fewer than the mean the last layer keeps, at least 1; 1 = evenly.
+    beta: the last layer keeps this many times fewer tokens than the mean, at least 1; 1 = evenly.
     """
 
     name: ClassVar[str] = "pyramid"
@@ -43,5 +43,5 @@ class PyramidKV(BudgetAllocator):
         if mean <= 0 or length < 2 * mean:
             return np.full(layers, mean)
         first = min(2 * mean - mean / self.beta, most)
-        # One layer alone has no slope.
+        # A single layer has no slope.
         return np.linspace(first, 2 * mean - first, layers) if layers > 1 else np.full(1, mean)

@@ -15,8 +15,8 @@ from ov_kvcrush.policies.budgets.allocation import Bounds, by_layer, fit
 class Uniform(BudgetAllocator):
     """Every head keeps the same number of tokens.
 
-    What most methods do (H2O, SnapKV, StreamingLLM). Heads that cannot (fewer cached, more protected) come as close as
-    they can, and the others make up for it evenly. Needs nothing; O(heads). No fields.
+    As in most methods (H2O, SnapKV, StreamingLLM). Heads that cannot (fewer cached, more protected) come as close as
+    they can, and the others share the difference evenly. Needs nothing; O(heads). No fields.
     """
 
     name: ClassVar[str] = "uniform"

@@ -1,4 +1,4 @@
-"""Some heads keep everything, the others only what is protected."""
+"""Retrieval heads keep everything, the others only protected tokens."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ov_kvcrush.policies.budgets.allocation import Bounds, by_layer
 
 @dataclass(frozen=True)
 class WholeHeads(BudgetAllocator):
-    """The heads with the highest scores keep everything, the others only what is protected.
+    """Heads of the highest scores keep everything, the others only protected tokens.
 
-    KVzip's head level, https://arxiv.org/abs/2505.23416, section 3.4: heads that look back keep the text, heads that
-    look around do not. A head counts as its best token that is not protected. The budget's last head keeps its best
-    tokens. Needs scores that compare between layers and heads; O(cached tokens).
+    KVzip's head level, https://arxiv.org/abs/2505.23416, section 3.4: heads that attend far back keep the text, heads
+    that attend locally do not. A head's score is the highest of its unprotected tokens. The last head to get budget
+    keeps its best tokens. Needs scores that compare between layers and heads; O(cached tokens).
 
-    Departures: the paper finds the heads once for a model, on a text of its own; here they are those of the text.
+    Departures: the paper finds the heads once per model, on a text of its own; here they are found for each text.
     """
 
     name: ClassVar[str] = "heads"

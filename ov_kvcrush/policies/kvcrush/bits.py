@@ -63,9 +63,9 @@ def anchor_distances(
 ) -> np.ndarray:
     """unsigned (count, C): distances of the items `among` (C,), C > 0, of signatures (D, N) to each of `count` anchors.
 
-    The first anchor is of the kind asked for. The further ones of "random" are further draws; those of the other kinds
-    are taken from these items, each the one farthest from its nearest anchor so far, the first of them: the largest
-    distance to an anchor is then at most twice that of the best choice (Gonzalez 1985). O(count D N).
+    The first anchor is of the given kind. With "random" the others are further draws. With other kinds each of them is
+    the item farthest from its nearest anchor so far (the first of equals), so that the largest distance to an anchor is
+    at most twice the optimum (Gonzalez 1985). O(count D N).
     """
     if kind == "random":
         drawn = np.random.default_rng(seed).integers(0, 2, (count, len(signatures))).astype(bool)

@@ -1,4 +1,4 @@
-"""KVCrush's buckets: items in the order of their distance, cut into equal runs, one representative each.
+"""KVCrush's buckets: items sorted by distance are cut into equal runs, with one representative each.
 
 `order` (C,) are indices of C items among all, nearest first; a bucket is a run of it.
 """
@@ -54,7 +54,7 @@ def centroid_picks(signatures: np.ndarray, scores: np.ndarray, order: np.ndarray
     centroids = 2 * np.add.reduce(bits.view(np.uint8), axis=1, dtype=np.min_scalar_type(2 * width)) > sizes
     distances = hamming(bits, centroids[:, None]).astype(np.int32)
     distances[absent] = len(signatures) + 1
-    # Whoever is not among the best so far leaves the race: by distance, by score, by index.
+    # By distance, then by score, then by index: each step keeps the best of the step before.
     near = distances == distances.min(axis=0)
     ranked = np.where(near, scores[members], -np.inf)
     best = near & (ranked == ranked.max(axis=0))

@@ -1,4 +1,4 @@
-"""What the KV heads of one layer hold, as one table: KVCrush's bits span all heads, whatever each of them holds."""
+"""The tokens of all KV heads of a layer in one table: KVCrush's bits span heads that may hold different tokens."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ KeptOfLayer = tuple[list[np.ndarray], list[np.ndarray]]  # kept, representatives
 
 @dataclass(frozen=True)
 class LayerTable:
-    """The tokens of a layer that may go: those that at least one KV head holds and that are not protected.
+    """The E evictable tokens of a layer: held by at least one KV head, and not protected.
 
-    positions: int (E,), ascending. tokens: [K] the head's indices of those it holds, ascending. columns: [K] the same
-    tokens among the E; both are slices where the tokens lie together.
+    positions: int (E,), ascending. tokens: [K] indices of those that the head holds among its own, ascending.
+    columns: [K] indices of the same tokens among the E. Both are slices where the tokens are contiguous.
     protected: [K] bool (S,).
     """
 
@@ -32,7 +32,7 @@ class LayerTable:
 
     @property
     def num_protected(self) -> int:
-        """The most protected tokens that a head holds."""
+        """Protected tokens of the head that holds most of them."""
         return max(int(np.count_nonzero(mask)) for mask in self.protected)
 
     def in_head(self, head: int, chosen: np.ndarray) -> np.ndarray:
@@ -42,7 +42,7 @@ class LayerTable:
         return mask
 
     def bits(self, values: Sequence[np.ndarray], rule: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """bool (sum of R, E): rule's bits of values [K] (R, S), over the tokens of each head; 0 for one it lacks."""
+        """bool (sum of R, E): `rule` of values [K] (R, S), over the tokens of each head; 0 for tokens it lacks."""
         rows = [rule(rows[:, tokens]) for rows, tokens in zip(values, self.tokens, strict=True)]
         out = np.zeros((sum(len(part) for part in rows), len(self)), bool)
         begin = 0
@@ -52,7 +52,7 @@ class LayerTable:
         return out
 
     def sums(self, values: Sequence[np.ndarray]) -> np.ndarray:
-        """float64 (E,): sum over all rows of values [K] (R, S), of those heads that hold the token."""
+        """float64 (E,): values [K] (R, S) summed over all rows of the heads that hold the token."""
         total = np.zeros(len(self))
         for rows, tokens, columns in zip(values, self.tokens, self.columns, strict=True):
             total[columns] += rows[:, tokens].sum(axis=0, dtype=np.float64)
@@ -61,9 +61,9 @@ class LayerTable:
     def shares(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """float64 (E,): mean over the heads of a token's share of its head's values [K] (S,).
 
-        A head's shares are what its values exceed its lowest by, divided by their sum; all are equal where all values
-        are. Unlike ranks they tell how far apart two tokens are; unlike a division by the highest value they do not let
-        one token make all others of its head look alike. A token that a head lacks counts as its lowest.
+        A head's shares are its values minus the lowest, divided by their sum; equal values get equal shares. Unlike
+        ranks they keep the distance between two tokens; unlike a division by the highest value, one outlier does not
+        make all other tokens look alike. A token that a head lacks counts as its lowest.
         """
         total = np.zeros(len(self))
         for row, tokens, columns in zip(values, self.tokens, self.columns, strict=True):
@@ -101,10 +101,10 @@ def hold_the_same(layer: Sequence[HeadState]) -> bool:
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What a choice in one layer starts from.
+    """The inputs of a selection in one layer.
 
-    index: which layer. protected: bool (length,), by position. scores: [K] float32 (S,), the host's. counts: [K] tokens
-    that each head keeps.
+    index: which layer. protected: bool (length,), by position. scores: [K] float32 (S,), the host's. counts: [K] budget
+    of each head in tokens.
     """
 
     layer: LayerState
@@ -121,17 +121,17 @@ class LayerChoice:
 
     @property
     def spare(self) -> int:
-        """What every head of the layer has beside its protected tokens."""
+        """Smallest budget of a head beside its protected tokens."""
         pairs = zip(self.counts, self.table.protected, strict=True)
         return max(0, min(count - int(np.count_nonzero(mask)) for count, mask in pairs))
 
     def host_room(self, places: int) -> int:
-        """Tokens of those that may go that the host keeps in a head, if `places` go to others; may be negative."""
+        """Evictable tokens that the host keeps in a head if `places` are for representatives; may be negative."""
         return sum(self.counts) // len(self.counts) - self.table.num_protected - places
 
 
 def _index(indices: np.ndarray) -> Index:
-    """The ascending indices as a slice, which is read without a copy, if nothing is missing between them."""
+    """The ascending indices, as a slice if they are contiguous: it is read without a copy."""
     if len(indices) == 0:
         return slice(0, 0)
     if indices[-1] - indices[0] + 1 == len(indices):

@@ -1,8 +1,8 @@
-"""KVCrush on pages: tokens that stand together stay together.
+"""KVCrush on pages: neighbouring tokens are kept or evicted together.
 
-A page is what a layer may evict of the tokens at positions [p * page, (p + 1) * page): one that protected tokens or an
-earlier choice cut is smaller than the others. Its score is the mean of its tokens' scores, its signature has a bit for
-each place in the page and each row of bits, 0 where there is no token.
+Page p of a layer is its evictable tokens at positions [p * page, (p + 1) * page); it has fewer tokens where some are
+protected or were evicted before. Its score is the mean of its tokens' scores; its signature has a bit for each place in
+the page and each row of bits, 0 where there is no token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ov_kvcrush.policies.kvcrush.bits import first_anchor, hamming
 from ov_kvcrush.policies.kvcrush.buckets import order_by_distance, stride_picks
 from ov_kvcrush.policies.kvcrush.layer import KeptOfLayer, LayerChoice, layer_table
 
-POOLED = 7  # tokens that openvino_genai's eviction takes the highest score of
+POOLED = 7  # width of openvino_genai's max-pooling of scores, in tokens
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,15 @@ def page_order(scores: np.ndarray, later_first: bool) -> np.ndarray:
 
 
 def dropped_pages(pages: Pages, order: np.ndarray, room: int) -> np.ndarray:
-    """int64, ascending: the pages of `order` from the first on that does not fit any more into `room` tokens."""
+    """int64, ascending: pages of `order` that do not fit into `room` tokens: the first such and all after it."""
     return np.sort(order[np.cumsum(pages.num_tokens[order]) > room])
 
 
 def fill(scores: np.ndarray, of_token: np.ndarray, free: np.ndarray, room: int, later_first: bool) -> np.ndarray:
-    """bool (E,): `room` of one head's free tokens: its best whole pages, then the best tokens of one more page.
+    """bool (E,): `room` of one head's free tokens, or all: its best whole pages, then the best tokens of one more page.
 
-    scores: float (E,); of_token: int (E,), pages; free: bool (E,). All free ones if they are fewer. The pages stop at
-    the first that does not fit: a small page of a low score must not overtake a large one.
+    scores: float (E,); of_token: int (E,), pages; free: bool (E,). The first page that does not fit ends the whole
+    ones: a small page of a low score must not overtake a large one.
     """
     sizes = np.bincount(of_token, weights=free)
     held = np.flatnonzero(sizes)
@@ -88,7 +88,8 @@ def fill(scores: np.ndarray, of_token: np.ndarray, free: np.ndarray, room: int, 
 def keep_pages(choice: LayerChoice, pages: Pages, represents: np.ndarray, shared: np.ndarray | None) -> KeptOfLayer:
     """What every head keeps: protected tokens, the representatives that it holds, and its own best pages.
 
-    represents: bool (P,). shared: float (E,), scores for all heads, equal pages the later first; None: each its own.
+    represents: bool (P,). shared: float (E,), scores for all heads, with the later of equal pages first; None: each
+    head's own scores.
     """
     table = choice.table
     kept, representatives = [], []
@@ -106,9 +107,9 @@ def keep_pages(choice: LayerChoice, pages: Pages, represents: np.ndarray, shared
 
 
 def genai_scores(choice: LayerChoice, values: Sequence[np.ndarray]) -> np.ndarray:
-    """float64 (E,): openvino_genai's score of a token: summed over all heads, then the highest of it and of 6 after it.
+    """float64 (E,): openvino_genai's scores: summed over all heads, then the maximum of a token and the 6 after it.
 
-    values: [K] (R, S). Protected tokens are neighbours too. What a head lacks counts as its lowest.
+    values: [K] (R, S). Protected tokens are pooled too. A token that a head lacks counts as its lowest.
     """
     everything = layer_table(choice.layer, np.zeros(len(choice.protected), bool))
     total = np.zeros(len(everything))
@@ -125,10 +126,10 @@ def genai_scores(choice: LayerChoice, values: Sequence[np.ndarray]) -> np.ndarra
 
 
 def genai_anchor(signatures: np.ndarray, kind: str, seed: int, layer: int) -> np.ndarray:
-    """bool (D,): openvino_genai's anchor for signatures (D, P) of all pages that may go.
+    """bool (D,): openvino_genai's anchor for signatures (D, P) of all evictable pages.
 
-    Its random one comes from one Mersenne Twister, from which each layer draws in turn: the highest bit of D numbers
-    (libstdc++'s uniform distribution over 0 and 1).
+    "random": the layers draw in turn from one Mersenne Twister, D numbers each, and use their highest bits (as
+    libstdc++'s uniform distribution over 0 and 1 does).
     """
     if kind != "random":
         return first_anchor(signatures, np.arange(signatures.shape[1]), kind)
@@ -140,7 +141,7 @@ def genai_anchor(signatures: np.ndarray, kind: str, seed: int, layer: int) -> np
 def genai_picks(
     pages: Pages, values: np.ndarray, dropped: np.ndarray, picks: int, anchor: tuple[str, int, int]
 ) -> np.ndarray:
-    """int64 (picks,), ascending: the pages that openvino_genai takes back from those that its host drops.
+    """int64 (picks,), ascending: the dropped pages that openvino_genai keeps as representatives.
 
     One bit a token: 1 for the higher half of values (E,), among equals for the lower index. Pages by the distance of
     their bits to the anchor's, every floor(dropped / picks)-th. anchor: kind, seed, layer.

@@ -1,4 +1,4 @@
-"""KVCrush: tokens that the heads look at in the same way can stand for each other."""
+"""KVCrush: tokens that the heads attend to in the same way can represent each other."""
 
 from __future__ import annotations
 
@@ -38,26 +38,28 @@ DEFAULT_WINDOW = 16
 
 @dataclass(frozen=True)
 class KVCrush(Policy):
-    """A host's best tokens, and for the rest of the budget one representative of each group of tokens like each other.
+    """A host's best tokens, and with the rest of the budget one representative for each group of similar tokens.
 
-    Paper: https://arxiv.org/abs/2503.00022. Needs what its parts need, and with bits="attention" the attention of the
-    scorer's window (of 16 query rows if it has none) or of its second reading. Cost of a layer: that of its parts and
-    O(H S), H query heads.
+    Paper: https://arxiv.org/abs/2503.00022. Needs what its components need, and with bits="attention" the attention of
+    the scorer's window (of 16 query rows if it has none) or of its second prefill. Cost of a layer: that of its
+    components and O(H S), H query heads.
 
-    Every token of a layer that may go gets a bit per query head: 1 where the head's attention to it exceeds the head's
-    threshold over these tokens. Of the budget, n = share * budget places (rounded; at most what each head has beside
-    its protected tokens) go to representatives of the tokens that the host drops. For that the host keeps its best
-    budget - n by the mean over the KV heads of their scores as shares (`LayerTable.shares`). The dropped ones are put
-    in the order of their Hamming distance to the anchor and cut into n equal buckets. Each bucket's member nearest to
-    its centroid (majority of bits) stays; among equals the higher share, then the lower position. Every KV head keeps
-    its protected tokens, the representatives that it holds, and its own best by the host's scores up to its budget.
+    1. Every evictable token of a layer gets a bit per query head: 1 where the head's attention to it exceeds the head's
+       threshold over these tokens.
+    2. The host keeps its best budget - n tokens, by the mean over the KV heads of their scores as shares
+       (`LayerTable.shares`). n = share * budget, rounded; at most what each head has beside its protected tokens.
+    3. The tokens it drops are sorted by their Hamming distance to the anchor and cut into n equal buckets. The member
+       of each bucket nearest to its centroid (majority of bits) is a representative; among equals the higher share,
+       then the lower position.
+    4. Every KV head keeps its protected tokens, the representatives that it holds, and up to its budget its own best by
+       the host's scores.
 
     Departures and choices: the paper leaves the threshold open; here "median" is the lower middle, and equal values get
     equal bits. "mean" anchors are the majority over the dropped tokens, a tie is 0; over all tokens no median's bit has
     a majority. Where heads hold different tokens (after earlier choices), one that a head lacks has bit 0 and share 0
     there, and as a representative leaves its place to the host.
 
-    Page mode (page > 0): the same on pages (see kvcrush_pages), floor(n / page) of them as representatives; a signature
+    Page mode (page > 0): the same on pages (see pages.py), floor(n / page) of them as representatives; a signature
     holds the bits of all its tokens. A head's budget is met with its best whole pages and the best tokens of one more.
 
     page_rule="genai" decides as openvino_genai does. Scores are the host's summed over the heads, then the highest of

@@ -1,4 +1,4 @@
-"""Expected attention: how much attention a token will get, if queries to come are like the last ones."""
+"""Expected attention: the attention a token will get if future queries are distributed like the last ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BLOCK = 1024  # keys at a time, so that their products with all queries stay in 
 
 @dataclass(frozen=True)
 class ExpectedAttention(Scorer):
-    """Mean attention of a Gaussian model of the queries, times the norm of the value.
+    """Expected attention under a Gaussian model of the queries, times the norm of the value.
 
     For queries of mean m and covariance C, exp(q.k / sqrt(D)) is exp(m.k / sqrt(D) + k'Ck / 2D) on average; softmax
     over the cached tokens, mean over the G query heads.
@@ -24,8 +24,8 @@ class ExpectedAttention(Scorer):
     Paper: https://arxiv.org/abs/2510.00636. Needs: keys, values, and the last `window` queries. Cost: O(S * D * G * W)
     a head, as much as the attention of the window itself and by far the most of all scorers.
 
-    Departures: the paper models queries before RoPE, over the whole text, and averages RoPE over the places to come.
-    Here they are the last ones, after RoPE: the places to come are taken to be like those just passed.
+    Departures: the paper models queries before RoPE, of the whole text, and averages RoPE over future positions. Here
+    they are the last ones, after RoPE: future positions are taken to be like the most recent ones.
 
     window: query rows, fewer if the text is shorter. Raises CrushError if it is not an integer of at least 1.
     """

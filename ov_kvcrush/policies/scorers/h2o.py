@@ -1,4 +1,4 @@
-"""H2O: tokens that gathered the most attention so far, the heavy hitters, go on to gather it."""
+"""H2O: heavy hitters, the tokens with the most attention so far, keep getting attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SEEN = np.finfo(np.float32).tiny
 
 @dataclass(frozen=True)
 class H2O(Scorer):
-    """Running sum of the attention that a token got, averaged over the G query heads.
+    """Accumulated attention of a token, averaged over the G query heads.
 
     Paper: https://arxiv.org/abs/2306.14048. Needs: attention of `window` query rows, and its sums so far as state.
     Cost: O(S * G) a head; the attention of all rows of a prompt is what makes the original slow.
@@ -25,11 +25,11 @@ class H2O(Scorer):
     at most `window`. Both are called with the state before the choice, `update` once a choice.
 
     Departures:
-    - The sums are the paper's where the window has all new rows and no others: one of at least the prompt, or as long
-      as every stride. A shorter one leaves out the older of them, and what only those looked at scores low.
-    - A longer one holds rows of earlier choices too. The new ones are then taken to be like the whole window: as much
-      attention is added as they gave, none of it twice, but not spread exactly as they spread it.
-    - Old rows of a window see what is left in the cache, not what they once saw.
+    - The sums are the paper's if the window has exactly the new rows: the whole prompt, or a window of `stride`. A
+      shorter window misses the older new rows, so tokens that only those attend to score low.
+    - A longer window also has rows from before the last eviction. The new rows are then taken to be like the window's
+      mean: the amount of attention added is right and nothing counts twice, but its distribution is approximate.
+    - Old rows of a window see the tokens left in the cache, not those of their time.
 
     window: query rows, fewer if the text is shorter. Raises CrushError if it is not an integer of at least 1.
     """

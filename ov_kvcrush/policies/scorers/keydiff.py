@@ -1,4 +1,4 @@
-"""KeyDiff: keys that point where no others do are rare, get more attention, and cannot be replaced by others."""
+"""KeyDiff: keys that differ from all others tend to get more attention and are not redundant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knorm: keys of a small L2 norm tend to get much attention."""
+"""Knorm: keys of a small L2 norm tend to get high attention."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Knorm(Scorer):
 
     Paper: https://arxiv.org/abs/2406.11430. Needs: keys. Cost: O(S * D) a head.
 
-    Departures: all layers are treated alike; the paper leaves the first two alone.
+    Departures: all layers are compressed; the paper leaves out the first two.
     """
 
     name: ClassVar[str] = "knorm"

@@ -1,4 +1,4 @@
-"""KVzip: what the model looks at while it repeats the text is what it needs to know the text."""
+"""KVzip: tokens that the model attends to while it repeats the text are those needed to reconstruct it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _RIDGE = np.float32(10)  # of predictors whose variance is 1
 
 @dataclass(frozen=True)
 class KVzip(Scorer):
-    """The largest attention that any row of a second reading of the text pays to the token, over the query heads.
+    """The maximum attention to the token over all rows of a second prefill of the text and all query heads.
 
-    Paper: https://arxiv.org/abs/2505.23416. Needs: a replay, which costs about as much as reading the prompt did, and
-    all of the prompt in the staging blocks; with sample < 1 also keys and values. O(G * S) a head beside that, with
+    Paper: https://arxiv.org/abs/2505.23416. Needs: a replay, which costs about as much as the prefill itself, and the
+    whole prompt in the staging blocks; with sample < 1 also keys and values. Cost: O(G * S) a head beside that, with
     sample < 1 O(S * D + sample * S * D^2).
 
-    Departures: the authors' rows see the whole text and are scored against their chunk; here they see what they are
-    scored against, which is cheaper. With sees="all" they see everything as well, and are scored against it.
+    Departures: the authors' rows attend to the whole text and score their own chunk; here they attend only to what they
+    score, which is cheaper. With sees="all" they attend to and score the whole text.
 
-    With sample < 1 only the first tokens of every chunk are read again. The logarithm of the other tokens' scores is
-    predicted from their keys and values: for each head a ridge regression on the tokens that were read again.
+    With sample < 1 only the first tokens of every chunk are read again. The log scores of the others are predicted from
+    their keys and values, by a ridge regression per head on the tokens that were read again.
 
-    chunk: tokens that are read again at a time. sees: "chunk" or "all", what of the prompt their rows see.
+    chunk: tokens that are read again at a time. sees: what of the prompt their rows attend to, "chunk" or "all".
     sample: the fraction of each chunk that is read again, in (0, 1].
     """
 
@@ -57,7 +57,7 @@ class KVzip(Scorer):
 
 
 def _predicted(head: HeadState, seen: np.ndarray, unread: np.ndarray) -> np.ndarray:
-    """float32 (S,): `seen` (S,), and where it is NaN what tokens with such keys and values get."""
+    """float32 (S,): `seen` (S,), with predictions from keys and values where it is NaN."""
     known = ~unread & (seen > 0)
     scores = np.where(unread, np.float32(0), seen)
     if known.any():
@@ -72,7 +72,7 @@ def _predicted(head: HeadState, seen: np.ndarray, unread: np.ndarray) -> np.ndar
 
 
 def _predictors(head: HeadState) -> np.ndarray:
-    """float32 (S, 2 D + 3)"""
+    """float32 (S, 2 D + 3): keys, values, log norms of both, cosine of the key to the mean key."""
     assert head.keys is not None
     assert head.values is not None
     logs = [np.log(np.maximum(norms(x), _SMALLEST)) for x in (head.keys, head.values)]

@@ -1,4 +1,4 @@
-"""Random: the floor that every other scorer has to beat."""
+"""Random: the baseline that every other scorer has to beat."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ov_kvcrush.utils.checks import check_integer
 
 @dataclass(frozen=True)
 class Random(Scorer):
-    """Uniform in [0, 1), the same for a seed, layer, KV head and place in the text whenever it is asked for.
+    """Uniform in [0, 1), a function of seed, layer, KV head and position in the text alone.
 
     Needs: nothing. Cost: O(length) a head.
 
@@ -27,7 +27,7 @@ class Random(Scorer):
         check_integer("seed", self.seed, 0)
 
     def score(self, layer: LayerState, index: int, length: int) -> list[np.ndarray]:
-        # A longer text draws more from the same stream, so tokens of before keep their numbers.
+        # A longer text draws more numbers from the same stream, so earlier tokens keep theirs.
         return [
             np.random.default_rng((self.seed, index, k)).random(length, np.float32)[head.positions]
             for k, head in enumerate(layer)

@@ -1,4 +1,4 @@
-"""R-KV: what matters and is not said twice."""
+"""R-KV: tokens that are important and not redundant."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _FIRST_COLUMNS = 32
 
 @dataclass(frozen=True)
 class RKV(Scorer):
-    """What matters and is not said twice, for long answers.
+    """Importance minus redundancy, for long answers.
 
-    Paper: https://arxiv.org/abs/2505.24133. Importance is the attention of the last queries, max-pooled; redundancy the
-    softmax of a key's mean cosine to all others, where every token leaves out the newest of those that are like it: so
-    the newest of a group of duplicates stays. score = lam * importance - (1 - lam) * redundancy, both of sum 1 over the
+    Paper: https://arxiv.org/abs/2505.24133. Importance is the attention of the last queries, max-pooled. Redundancy is
+    the softmax of a key's mean cosine to all others; each token leaves out the newest of its duplicates, so that of a
+    group of duplicates the newest stays. score = lam * importance - (1 - lam) * redundancy, each of sum 1 over the
     tokens (importance before pooling, and over those before the window).
 
-    Needs attention and keys. O(S D) where every key has a duplicate among the newest, O(S^2 D) at worst; O(S) memory.
+    Needs: attention of `window` query rows, keys. Cost: O(S D) a head if every key has a duplicate among the newest,
+    O(S^2 D) at worst; O(S) memory.
 
-    Departures: the attention is softmax over all tokens, averaged over the rows, and a KV head takes the maximum of its
-    query heads; the authors take the maximum of their logits, and then softmax over the tokens before the window. The
-    window's tokens have scores too, and stay as part of `recent_tokens`. A key like no other spares no token; there it
-    spares the first.
+    Departures: attention is softmax over all tokens, averaged over the rows, then the maximum over the query heads; the
+    authors take the maximum of the logits, then softmax over the tokens before the window. The window's tokens are
+    scored too, and stay as part of `recent_tokens`. A key without duplicates leaves out none, theirs the first one.
 
     window: query rows. kernel: width of the pooling, odd. lam: weight of importance, in [0, 1].
     duplicate: cosine above which two keys are duplicates, in (0, 1]. Raises CrushError for anything else.
@@ -63,19 +63,19 @@ class RKV(Scorer):
         assert head.keys is not None
         attention = head.attention.max(axis=0)
         before = attention[: np.searchsorted(head.positions, length - self.window)].sum(dtype=np.float64)
-        # Tokens of the window can have more than all before it together; 1 is as much as anything needs.
+        # Tokens of the window can have more attention than all tokens before it together: capped at their sum.
         importance = np.minimum(pool(attention, "max", self.kernel) / max(before, np.finfo(np.float32).tiny), 1)
         scores = self.lam * importance - (1 - self.lam) * redundancy(head.keys, self.duplicate)
         return scores.astype(np.float32)
 
 
 def redundancy(keys: np.ndarray, threshold: float) -> np.ndarray:
-    """float64 (S,) of sum 1: softmax of how much each of keys (S, D) is like the others, on average."""
+    """float64 (S,) of sum 1: softmax of the mean cosine of each of keys (S, D) to the others."""
     unit = keys / (norms(keys) + np.float32(1e-8))[:, None]
     newest = newest_duplicate(unit, threshold)
     spared = np.flatnonzero(newest >= 0)
     cosines = np.einsum("sd,sd->s", unit[spared], unit[newest[spared]])
-    # The sum of a column of the matrix of cosines is the product with the sum of all: the matrix is not needed for it.
+    # Column sums of the matrix of cosines are products with the sum of all keys: the matrix itself is not needed.
     likeness = unit @ unit.sum(axis=0) - np.einsum("sd,sd->s", unit, unit)
     likeness = likeness - np.bincount(newest[spared], weights=cosines, minlength=len(keys))
     exponent = likeness / max(len(keys), 1)
@@ -86,7 +86,7 @@ def redundancy(keys: np.ndarray, threshold: float) -> np.ndarray:
 def newest_duplicate(unit: np.ndarray, threshold: float) -> np.ndarray:
     """int64 (S,): the last other row of unit (S, D) with a cosine above threshold, -1 where there is none.
 
-    Looks from the newest rows backwards, in blocks that grow: most rows are done after the first.
+    Goes from the newest rows backwards in growing blocks: most rows are done after the first block.
     """
     newest = np.full(len(unit), -1, np.int64)
     open_rows = np.arange(len(unit))

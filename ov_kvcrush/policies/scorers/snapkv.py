@@ -1,4 +1,4 @@
-"""SnapKV: what the last queries of the prompt look at, and what stands next to it, is what the answer will need."""
+"""SnapKV: tokens that the last queries of the prompt attend to, and their neighbours, are those the answer needs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ REDUCTIONS = ("mean", "max", "sum_squares")
 
 
 def pool(scores: np.ndarray, pooling: str, kernel: int) -> np.ndarray:
-    """Each of float32 (S,) becomes the average or the maximum of the `kernel` (odd) around it, at the ends of fewer.
+    """float32 (S,): average or maximum of the `kernel` (odd) scores around each, at the ends of fewer. O(S * kernel).
 
-    The average always divides by `kernel`, as zero padding would. O(S * kernel). Windows of equal contents get equal
-    results wherever they are, which running sums would not give: ties stay ties.
+    The average always divides by `kernel`, as with zero padding. No running sums: equal neighbourhoods must get equal
+    results, so that ties stay ties.
     """
     if pooling == "none":
         return scores
@@ -38,10 +38,10 @@ class SnapKV(Scorer):
 
     Paper: https://arxiv.org/abs/2404.14469. Needs: attention of `window` query rows. Cost: O(S * (G + kernel)) a head.
 
-    Departures: one score for a KV head rather than for each of its G query heads, so that the cache does not grow
-    G-fold; mean over the rows rather than sum, which orders the same; the window's own tokens are scored and pooled
-    with the rest (a policy's recent tokens protect them); neighbours are those in the cache, after an eviction not in
-    the text. The defaults are those of docs/policies.md's measurement, not the paper's 32 and 5.
+    Departures: one score per KV head rather than per query head, so that the cache does not grow G-fold; mean over the
+    rows rather than sum, which gives the same order; the window's own tokens are scored and pooled with the rest (a
+    policy's recent tokens protect them); after an eviction, neighbours are those in the cache, not those in the text.
+    The defaults come from the measurement in docs/policies.md, not from the paper (32 and 5).
 
     window: query rows, fewer if the text is shorter. pooling: "avg", "max" or "none". kernel: tokens pooled, odd.
     aggregate: over the G query heads, "mean", "max" or "sum". reduce: over the rows, "mean", "max" or "sum_squares".

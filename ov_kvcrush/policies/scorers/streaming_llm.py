@@ -1,4 +1,4 @@
-"""StreamingLLM: the first tokens, where attention rests when it has nowhere to go, and the last ones."""
+"""StreamingLLM: attention sinks, the first tokens, and the last ones."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ov_kvcrush.policies.base import LayerState, Scorer
 
 @dataclass(frozen=True)
 class StreamingLLM(Scorer):
-    """The newer, the better. The first tokens are those that the policy protects, `sink_tokens`.
+    """The score is the position: newer tokens stay. The policy's `sink_tokens` protect the first ones.
 
     Paper: https://arxiv.org/abs/2309.17453. Needs: nothing. Cost: O(S) a head.
 
-    Departures: tokens keep the places they had in the text; the paper closes the gap that dropped ones leave.
+    Departures: tokens keep their positions in the text; the paper closes the gaps of evicted ones.
     """
 
     name: ClassVar[str] = "streaming_llm"

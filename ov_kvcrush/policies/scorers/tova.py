@@ -1,4 +1,4 @@
-"""TOVA: a transformer is an RNN with many states; drop the one that the newest query looks at least."""
+"""TOVA: a transformer is an RNN of many states; evict the one with the least attention of the newest query."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class TOVA(Scorer):
 
     Paper: https://arxiv.org/abs/2401.06104. Needs: attention of one query row. Cost: O(K * S * G + length) a layer.
 
-    Departures: tokens are dropped at every choice of the engine, not one by one. Where KV heads hold different tokens,
-    a token's mean is over the heads that still have it.
+    Departures: tokens are evicted once per `stride`, not one by one. Where KV heads hold different tokens, a token's
+    mean is over the heads that still hold it.
     """
 
     name: ClassVar[str] = "tova"
