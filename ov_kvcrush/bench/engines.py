@@ -15,7 +15,7 @@ from ov_kvcrush.bench.settings import EVICTING, OURS
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError, reason_of
 from ov_kvcrush.genai.eviction import GenaiEviction, closest_genai_eviction
-from ov_kvcrush.model.precision import paged_precisions, plugin_precisions
+from ov_kvcrush.model.plugin import paged_precisions, plugin_precisions
 from ov_kvcrush.policies.registry import as_policy, name_of
 
 _SCHEDULER_FIELDS = ("max_num_batched_tokens", "num_kv_blocks", "max_num_seqs")

@@ -20,8 +20,7 @@ from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
 from ov_kvcrush.errors import ContextFileError, CrushError, ModelError, RequestError, did_you_mean, reason_of
 from ov_kvcrush.genai.eviction import scheduler_fields, translate
 from ov_kvcrush.model.load import check_device
-from ov_kvcrush.model.plugin import open_core
-from ov_kvcrush.model.precision import paged_precisions
+from ov_kvcrush.model.plugin import open_core, paged_precisions
 from ov_kvcrush.policies.base import Policy
 
 Status = ov_genai.GenerationStatus

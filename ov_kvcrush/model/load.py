@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import openvino as ov
-import openvino.opset15 as ops
 
 from ov_kvcrush.errors import CrushError, ModelError, did_you_mean, reason_of
 from ov_kvcrush.model.folder import IR_NAME, check_model_folder
 from ov_kvcrush.model.graph.attention import AttentionLayer, attention_ops, read_layer
 from ov_kvcrush.model.graph.rewrite import gather_sampled_rows, use_crush_attention, use_paged_attention
 from ov_kvcrush.model.info import read_json_object, read_model_info
-from ov_kvcrush.model.plugin import open_core
-from ov_kvcrush.model.precision import plugin_precisions
+from ov_kvcrush.model.plugin import one_operation, open_core, plugin_precisions
 from ov_kvcrush.model.support import attention_reason
 
 _PIPELINE_OPTIONS = ("engine", "scheduler_config", "cache_config", "tokenizer", "device", "properties")
@@ -59,9 +57,8 @@ def check_properties(core: ov.Core, device: str, properties: dict[str, Any]) -> 
 
     The plugin lists fewer properties than it takes, so it is asked: by compiling a model of one operation.
     """
-    node = ops.parameter(ov.PartialShape([1]), ov.Type.f32)
     try:
-        core.compile_model(ov.Model([ops.relu(node)], [node]), device, properties)
+        core.compile_model(one_operation(), device, properties)
     except (RuntimeError, TypeError, ValueError) as error:
         known = {*core.get_property(device, "SUPPORTED_PROPERTIES"), *_PIPELINE_OPTIONS}
         likely = "".join(did_you_mean(name, known) for name in properties if name not in known)

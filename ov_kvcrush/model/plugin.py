@@ -1,15 +1,27 @@
-"""openvino.Core without a trap: with more than one of them a Ctrl-C could end the process."""
+"""OpenVINO's CPU plugin: a core of it without a trap, and the types that it computes and caches in."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import openvino as ov
+import openvino.opset15 as ops
 
 _SS_DISABLE = 2  # of <bits/ss_flags.h>
+_QUANTISED = ("u8", "u4")
+_OWN_TYPES = {"dynamic": "f32"}  # each operation in the model's own type
+
+
+class PluginPrecisions(NamedTuple):
+    """Types by OpenVINO's names: of cached keys, of cached values, and of what the model computes in."""
+
+    key: str
+    value: str
+    inference: str
 
 
 class _SignalStack(ctypes.Structure):
@@ -19,16 +31,43 @@ class _SignalStack(ctypes.Structure):
 
 
 def open_core() -> ov.Core:
-    """A new ov.Core with its CPU plugin loaded, which leaves this thread's alternate signal stack as it was.
+    """A new ov.Core with its CPU plugin loaded; this thread's alternate signal stack is as it was before.
 
-    The plugin (openvino 2026.4) sets one of its own when it is loaded; when it is unloaded it puts back the one that it
-    found, which may be that of another plugin that is gone. Python's signal handlers run on that stack, so after two
-    pipelines were dropped in the order in which they were made, the next Ctrl-C was a segmentation fault.
+    The plugin (openvino 2026.4) sets an alternate signal stack when it is loaded. When it is unloaded it restores the
+    one that it found, which may belong to another plugin that is unloaded already. Python's signal handlers run on
+    that stack: after two pipelines were dropped in the order in which they were made, the next Ctrl-C was a
+    segmentation fault.
     """
     with _kept_signal_stack():
         core = ov.Core()
         core.get_versions("CPU")  # loads it
     return core
+
+
+def one_operation() -> ov.Model:
+    """The smallest model that can be compiled: only a compiled model tells what the plugin made of properties."""
+    node = ops.parameter(ov.PartialShape([1]), ov.Type.f32)
+    return ov.Model([ops.relu(node)], [node])
+
+
+def plugin_precisions(properties: Mapping[str, Any]) -> PluginPrecisions:
+    """The types that the CPU plugin chooses for `properties`. Raises RuntimeError if it does not take them."""
+    compiled = open_core().compile_model(one_operation(), "CPU", dict(properties))
+    names = ("KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION", "INFERENCE_PRECISION_HINT")
+    types = [compiled.get_property(name).to_string() for name in names]
+    return PluginPrecisions(*(_OWN_TYPES.get(name, name) for name in types))
+
+
+def paged_precisions(key: str, value: str, properties: Mapping[str, Any]) -> dict[str, str]:
+    """The properties that make PagedAttention store keys and values in these types; empty if it cannot.
+
+    It mixes u8 and u4 freely. Float types must be the inference type, or f16 beside f32. It has no u2.
+    """
+    inference = plugin_precisions(properties).inference
+    is_float = key == value and (key == inference or (key, inference) == ("f16", "f32"))
+    if is_float or (key in _QUANTISED and value in _QUANTISED):
+        return {"KEY_CACHE_PRECISION": key, "VALUE_CACHE_PRECISION": value}
+    return {}
 
 
 @contextmanager
@@ -42,6 +81,6 @@ def _kept_signal_stack() -> Iterator[None]:
     try:
         yield
     finally:
-        # One that is too small for the registers that the plugin uses is refused; none is better than one that goes.
+        # A stack too small for the registers that the plugin uses is refused; none is better than one that is freed.
         if sigaltstack(ctypes.byref(before), None):
             sigaltstack(ctypes.byref(_SignalStack(None, _SS_DISABLE, 0)), None)

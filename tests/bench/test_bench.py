@@ -30,7 +30,7 @@ from ov_kvcrush.cli.environment import describe_environment
 from ov_kvcrush.cli.parse import parse_numbers, parse_properties
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.model.default import default_model_path
-from ov_kvcrush.model.precision import plugin_precisions
+from ov_kvcrush.model.plugin import plugin_precisions
 from ov_kvcrush.policies.registry import build, settings_of
 from ov_kvcrush.utils.json_file import check_writable, write_json
 

@@ -22,7 +22,7 @@ from ov_kvcrush.bench.plot import Point, panels_of, points_of, read_reports, wri
 from ov_kvcrush.config import PRECISIONS
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.model.graph.attention import AttentionLayer
-from ov_kvcrush.model.precision import paged_precisions, plugin_precisions
+from ov_kvcrush.model.plugin import paged_precisions, plugin_precisions
 from ov_kvcrush.utils.process_memory import free_memory_bytes
 
 # Of two widths, one with a sliding window.

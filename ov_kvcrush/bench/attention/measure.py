@@ -24,7 +24,7 @@ from ov_kvcrush.errors import CrushError, ModelError, reason_of
 from ov_kvcrush.model.folder import IR_NAME, check_model_folder
 from ov_kvcrush.model.graph.attention import AttentionLayer, attention_ops, read_layer
 from ov_kvcrush.model.graph.rewrite import use_paged_attention
-from ov_kvcrush.model.precision import plugin_precisions
+from ov_kvcrush.model.plugin import plugin_precisions
 from ov_kvcrush.utils.process_memory import free_memory_bytes
 
 STOCK_PRECISION = "u8"

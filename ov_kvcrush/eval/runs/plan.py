@@ -11,7 +11,7 @@ from ov_kvcrush.config import ENGINES, PRECISIONS, CacheConfig
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.records import FULL, QUERIES, Setting
 from ov_kvcrush.genai.eviction import closest_genai_eviction
-from ov_kvcrush.model.precision import paged_precisions
+from ov_kvcrush.model.plugin import paged_precisions
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import Settings, build, describe, names
 from ov_kvcrush.utils.checks import check_choice, check_fraction
