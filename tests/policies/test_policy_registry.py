@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from policy_states import POLICIES
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.policies.base import Budget, BudgetAllocator, Policy
+from ov_kvcrush.policies import registry
+from ov_kvcrush.policies.base import Budget, BudgetAllocator, Inputs, Policy
 from ov_kvcrush.policies.budgets.global_threshold import GlobalThreshold
 from ov_kvcrush.policies.budgets.kv_compress import PageAllocator
 from ov_kvcrush.policies.budgets.pyramid_kv import PyramidKV
@@ -24,6 +28,7 @@ from ov_kvcrush.policies.scorers.random_scores import Random
 from ov_kvcrush.policies.scorers.snapkv import SnapKV
 from ov_kvcrush.policies.top_scores import TopScores
 
+DOCS = Path(__file__).parents[2] / "docs" / "policies.md"
 EVERY_NAME = pytest.mark.parametrize("name", names())
 ASKED: list[dict[str, Any]] = [
     {"name": "none", "stride": 5},
@@ -208,6 +213,22 @@ def test_a_policy_put_together_without_a_budget_is_said_to_keep_all() -> None:
     settings = settings_of(TopScores(scorer=SnapKV(), allocator=GlobalThreshold()))
     assert settings["kept"] == 1.0
     assert build(**settings).budget.tokens(5000) == 5000
+
+
+def test_the_example_of_the_docs_is_a_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, section = DOCS.read_text().split("## Add a policy")
+    _, code, _, rows, _ = re.split(r"```(?:python)?\n", section)
+    (tmp_path / "value_norm.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    scorer = importlib.import_module("value_norm").ValueNorm
+    assert rows.splitlines()[0].strip() == '"value_norm": _top_scores(ValueNorm),'
+    monkeypatch.setitem(registry.POLICIES, "value_norm", registry._top_scores(scorer))
+    policy = build("value_norm", kept=0.5, factor=2)
+    assert build(**settings_of(policy)) == policy
+    assert name_of(policy) == "value_norm"
+    assert policy.inputs == Inputs(values=True)
+    with pytest.raises(CrushError, match="factor must be an integer of at least 1, got 0"):
+        build("value_norm", factor=0)
 
 
 def test_nothing_is_shared_between_two_policies() -> None:

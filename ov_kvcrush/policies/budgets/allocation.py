@@ -75,10 +75,10 @@ def _count(masks: Iterable[np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Rivals:
-    """The tokens of each of N heads that are not protected: scores float32 (F,), places int32 (F,) in the text."""
+    """The F unprotected tokens of each of N heads: scores float32 (F,), positions int32 (F,) in the text."""
 
     scores: list[np.ndarray]
-    places: list[np.ndarray]
+    positions: list[np.ndarray]
 
     @classmethod
     def of(cls, state: CacheState, scores: Scores, first: int = 0, last: int | None = None) -> Rivals:
@@ -88,7 +88,7 @@ class Rivals:
             for head, values in zip(layer, layer_scores, strict=True):
                 free = ~state.is_protected(head)
                 rivals.scores.append(values[free])
-                rivals.places.append(head.positions[free])
+                rivals.positions.append(head.positions[free])
         return rivals
 
     def winners(self, n: int) -> np.ndarray:
@@ -102,11 +102,11 @@ class Rivals:
         at = int(sizes.sum()) - n
         threshold = np.partition(np.concatenate(self.scores), at)[at]
         counts = _count(scores > threshold for scores in self.scores)
-        equal = [places[scores == threshold] for scores, places in zip(self.scores, self.places, strict=True)]
+        equal = [positions[scores == threshold] for scores, positions in zip(self.scores, self.positions, strict=True)]
         missing = n - int(counts.sum())
         last = np.partition(np.concatenate(equal), missing - 1)[missing - 1]
-        counts += _count(places < last for places in equal)
-        at_last = np.flatnonzero([np.any(places == last) for places in equal])
+        counts += _count(positions < last for positions in equal)
+        at_last = np.flatnonzero([np.any(positions == last) for positions in equal])
         counts[at_last[: n - int(counts.sum())]] += 1
         return counts
 

@@ -125,9 +125,9 @@ class LayerChoice:
         pairs = zip(self.counts, self.table.protected, strict=True)
         return max(0, min(count - int(np.count_nonzero(mask)) for count, mask in pairs))
 
-    def host_room(self, places: int) -> int:
-        """Evictable tokens that the host keeps in a head if `places` are for representatives; may be negative."""
-        return sum(self.counts) // len(self.counts) - self.table.num_protected - places
+    def host_room(self, num_picks: int) -> int:
+        """Evictable tokens that the host keeps in a head beside `num_picks` representatives; may be negative."""
+        return sum(self.counts) // len(self.counts) - self.table.num_protected - num_picks
 
 
 def _index(indices: np.ndarray) -> Index:

@@ -24,7 +24,7 @@ POOLED = 7  # width of openvino_genai's max-pooling of scores, in tokens
 class Pages:
     """The P pages of tokens at given positions.
 
-    size: places of a whole page. of_token: int64 (E,), the page of each token, ascending. slots: int (E,), its place
+    size: positions of a whole page. of_token: int64 (E,), the page of each token, ascending. slots: int (E,), its place
     there. num_tokens: int64 (P,).
     """
 
@@ -35,7 +35,7 @@ class Pages:
 
     @classmethod
     def of(cls, positions: np.ndarray, size: int) -> Pages:
-        """Pages of `size` places; positions: int (E,), ascending."""
+        """Pages of `size` positions; positions: int (E,), ascending."""
         grid = positions // size
         of_token = np.cumsum(np.diff(grid, prepend=grid[:1]) > 0)
         return cls(size, of_token, positions % size, np.bincount(of_token))

@@ -56,15 +56,15 @@ class KVCrush(Policy):
 
     Departures and choices: the paper leaves the threshold open; here "median" is the lower middle, and equal values get
     equal bits. "mean" anchors are the majority over the dropped tokens, a tie is 0; over all tokens no median's bit has
-    a majority. Where heads hold different tokens (after earlier choices), one that a head lacks has bit 0 and share 0
-    there, and as a representative leaves its place to the host.
+    a majority. Where heads hold different tokens (after earlier evictions), a token that a head lacks has bit 0 and
+    share 0 there; if it is a representative, the head keeps one more token of the host's.
 
-    Page mode (page > 0): the same on pages (see pages.py), floor(n / page) of them as representatives; a signature
-    holds the bits of all its tokens. A head's budget is met with its best whole pages and the best tokens of one more.
+    Page mode (page > 0): the same on pages (see pages.py), with floor(n / page) representatives; a page's signature has
+    the bits of all its tokens. A head fills its budget with its best whole pages and the best tokens of one more.
 
     page_rule="genai" decides as openvino_genai does. Scores are the host's summed over the heads, then the highest of
     each token and of the 6 after it; pages are the same for all heads, among equals the later one stays; one bit a
-    token, 1 for the higher half; "mean" is over all pages that may go; picks have a constant stride. Its own host is
+    token, 1 for the higher half; "mean" is over all evictable pages; picks have a constant stride. Its own host is
     SnapKV(window=8, pooling="none"). Departures: its representatives come on top of its budget, these are inside; its
     random anchors go on from one eviction to the next, these begin anew; pages of equal distance keep their order,
     which it leaves open.
@@ -76,11 +76,11 @@ class KVCrush(Policy):
         `anchor_distances` tells which the further ones are.
     representative: "centroid", or "even": the first of each bucket.
     share: of the budget, for representatives, in [0, 1]. share_mode: "static"; or "adaptive": not `share`, but what is
-        left beside the fewest tokens that hold `mass` of the attention to what may go (bits="scores": of the shares).
+        left beside the fewest tokens with `mass` of the attention to evictable tokens (bits="scores": of the shares).
     page: tokens of a page, 0 = single tokens. page_rule: "crush" or "genai".
-    bits: from "attention", a bit per query head (of a scorer that has the text read twice: that of the second reading);
-        or from the host's "scores", a bit per KV head.
-    Raises CrushError for anything else, and for options that page_rule="genai" has no place for.
+    bits: from "attention", a bit per query head (of the second prefill if the scorer has one); or from the host's
+        "scores", a bit per KV head.
+    Raises CrushError for anything else, and for options that page_rule="genai" does not have.
     """
 
     name: ClassVar[str] = "kvcrush"
@@ -148,13 +148,13 @@ class KVCrush(Policy):
     def _choose_tokens(self, choice: LayerChoice) -> KeptOfLayer:
         table = choice.table
         represents = np.zeros(len(table), bool)
-        places = self._places(choice)
-        if places:
+        num_picks = self._num_picks(choice)
+        if num_picks:
             shares = table.shares(choice.scores)
             drops = np.ones(len(table), bool)
-            drops[top(shares, choice.host_room(places))] = False
+            drops[top(shares, choice.host_room(num_picks))] = False
             dropped = np.flatnonzero(drops)
-            represents[self._pick(self._bits(choice), shares, dropped, places, choice.index)] = True
+            represents[self._pick(self._bits(choice), shares, dropped, num_picks, choice.index)] = True
         held = [table.in_head(head, represents) for head in range(len(choice.layer))]
         kept = [
             top_with_protected(values, must | own, count)
@@ -164,35 +164,35 @@ class KVCrush(Policy):
 
     def _choose_pages(self, choice: LayerChoice) -> KeptOfLayer:
         pages = Pages.of(choice.table.positions, self.page)
-        places = self._places(choice) // self.page
+        num_picks = self._num_picks(choice) // self.page
         genai = self.page_rule == "genai"
         values = genai_scores(choice, choice.score_rows) if genai else choice.table.shares(choice.scores)
         represents = np.zeros(len(pages), bool)
-        if places:
+        if num_picks:
             means = pages.means(values)
-            dropped = dropped_pages(pages, page_order(means, genai), choice.host_room(places * self.page))
-            places = min(places, len(dropped))
+            dropped = dropped_pages(pages, page_order(means, genai), choice.host_room(num_picks * self.page))
+            num_picks = min(num_picks, len(dropped))
             if genai:
-                seen = genai_scores(choice, self._seen(choice))
-                picks = genai_picks(pages, seen, dropped, places, (self.anchor, self.seed, choice.index))
+                seen = genai_scores(choice, self._bit_values(choice))
+                picks = genai_picks(pages, seen, dropped, num_picks, (self.anchor, self.seed, choice.index))
             else:
-                picks = self._pick(pages.signatures(self._bits(choice)), means, dropped, places, choice.index)
+                picks = self._pick(pages.signatures(self._bits(choice)), means, dropped, num_picks, choice.index)
             represents[picks] = True
         return keep_pages(choice, pages, represents, values if genai else None)
 
-    def _places(self, choice: LayerChoice) -> int:
-        """Tokens of the layer's budget that go to representatives."""
+    def _num_picks(self, choice: LayerChoice) -> int:
+        """Tokens of the layer's budget for representatives."""
         if self.share_mode == "static":
             wanted = int(self.share * sum(choice.counts) / len(choice.counts) + 0.5)
         else:
             table = choice.table
-            values = table.shares(choice.scores) if self.bits == "scores" else table.sums(self._seen(choice))
+            values = table.shares(choice.scores) if self.bits == "scores" else table.sums(self._bit_values(choice))
             held = np.cumsum(np.sort(values)[::-1])
             wanted = choice.host_room(int(np.count_nonzero(held < self.mass * held[-1:])) + 1)
         return max(0, min(wanted, choice.spare))
 
-    def _seen(self, choice: LayerChoice) -> list[np.ndarray]:
-        """[K] float32 (R, S): what the bits are made of."""
+    def _bit_values(self, choice: LayerChoice) -> list[np.ndarray]:
+        """[K] float32 (R, S): the values that become bits."""
         if self.bits == "scores":
             return choice.score_rows
         rows = [head.attention if head.replayed is None else np.nan_to_num(head.replayed) for head in choice.layer]
@@ -201,17 +201,17 @@ class KVCrush(Policy):
     def _bits(self, choice: LayerChoice) -> np.ndarray:
         """bool (sum of R, E)"""
         return choice.table.bits(
-            self._seen(choice), lambda rows: threshold_bits(rows, self.threshold, self.quantile, self.topk)
+            self._bit_values(choice), lambda rows: threshold_bits(rows, self.threshold, self.quantile, self.topk)
         )
 
     def _pick(
-        self, signatures: np.ndarray, scores: np.ndarray, dropped: np.ndarray, places: int, index: int
+        self, signatures: np.ndarray, scores: np.ndarray, dropped: np.ndarray, num_picks: int, index: int
     ) -> np.ndarray:
         """int64, ascending: representatives of the items `dropped` (C,) of all: signatures (D, N), scores (N,)."""
-        if places >= len(dropped):
+        if num_picks >= len(dropped):
             return dropped
         distances = anchor_distances(signatures, dropped, self.anchor, self.num_anchors, (self.seed, index))
         order = dropped[order_by_distance(distances)]
         if self.representative == "even":
-            return even_picks(order, places)
-        return centroid_picks(signatures, scores, order, places)
+            return even_picks(order, num_picks)
+        return centroid_picks(signatures, scores, order, num_picks)
