@@ -49,5 +49,5 @@ class ModelRunner:
         return logits.reshape(-1, logits.shape[-1])
 
     def attention_scores(self) -> list[np.ndarray]:
-        """The flat scores of each layer, float32, views until the next `infer`; see native/src/op.hpp."""
+        """The flat scores of each layer, float32, views until the next `infer`; see native/src/op/crush_scores.hpp."""
         return [self._request.get_tensor(port).data for port in self._scores]

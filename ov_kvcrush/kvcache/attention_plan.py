@@ -1,4 +1,4 @@
-"""The plan of one step, which CrushAttention and CrushScores read: native/src/plan.hpp in Python."""
+"""The plan of one step, which CrushAttention and CrushScores read: native/src/op/plan.hpp in Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STORED = 0  # rows that are appended to the store and attend to it
 STAGED = 1  # rows of a fresh prompt, for PagedAttention: only their queries are captured
 PREFILL = 2  # rows of a fresh prompt without PagedAttention: written to the staging blocks, and attending to them
 NO_SCORES = 0  # instead of the code of a reduction
-MAX_OF_ROWS = 2  # a reduction of attention scores over rows; native/src/kernels/attention.hpp
+MAX_OF_ROWS = 2  # a reduction of attention scores over rows; native/src/kernels/kernels.hpp
 
 
 class PlanEntry(NamedTuple):

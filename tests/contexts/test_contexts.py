@@ -40,7 +40,7 @@ def make_pipe(folder: Path, cache: dict[str, Any] | None = None, **scheduler: An
 
 
 def store_of(pipe: LLMPipeline) -> Any:
-    return pipe._backend.memory.store  # type: ignore[attr-defined]
+    return pipe._backend.cache.store  # type: ignore[attr-defined]
 
 
 def nbytes(pipe: LLMPipeline) -> int:
@@ -49,9 +49,9 @@ def nbytes(pipe: LLMPipeline) -> int:
 
 def assert_nothing_left(pipe: LLMPipeline) -> None:
     gc.collect()
-    memory: Any = pipe._backend.memory  # type: ignore[attr-defined]
+    memory: Any = pipe._backend.cache  # type: ignore[attr-defined]
     assert pipe.get_metrics().requests == 0
-    assert nbytes(pipe) == memory.store.num_sequences == memory.pool.num_used == 0
+    assert nbytes(pipe) == memory.store.num_sequences == memory.staging.pool.num_used == 0
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +332,7 @@ def test_kvzip_s_context_of_a_text_that_was_a_prompt_before(tiny_ir: Callable[[s
     pipe.generate(TEXT, **ASK)
     context = pipe.compress(TEXT, policy=ZIP)
     assert context.kept_tokens == 60
-    pipe._backend.drop_kept_kv()
+    pipe._backend.clear_prefixes()
     fresh = make_pipe(tiny_ir("llama"))
     assert positions(fresh.compress(TEXT, policy=ZIP)) == positions(context)
 

@@ -41,7 +41,7 @@ def make_pipe(folder: Path, cache: dict[str, Any] | None = None, **scheduler: An
 
 
 def memory_of(pipe: Any) -> Any:
-    return pipe._backend.memory
+    return pipe._backend.cache
 
 
 def nbytes(pipe: Any) -> int:
@@ -53,7 +53,7 @@ def assert_nothing_left(*pipes: Any) -> None:
     for pipe in pipes:
         memory = memory_of(pipe)
         assert pipe.get_metrics().requests == 0
-        assert nbytes(pipe) == memory.store.num_sequences == memory.pool.num_used == 0
+        assert nbytes(pipe) == memory.store.num_sequences == memory.staging.pool.num_used == 0
 
 
 def positions(context: Context) -> list[list[list[int]]]:
@@ -288,7 +288,7 @@ def test_kept_prefixes_of_a_prompt_do_not_keep_it_from_being_read(folder: Path) 
     assert answers(beside, first) == answers(beside, second)
     first.clear(), second.clear()
     for each in (pipe, beside):
-        each._backend.drop_kept_kv()
+        each._backend.clear_prefixes()
     assert_nothing_left(pipe, beside)
 
 

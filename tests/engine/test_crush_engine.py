@@ -16,8 +16,8 @@ from tiny_models import VOCAB_SIZE, tiny_model
 
 from model_export import export_model
 from ov_kvcrush import CacheConfig, CrushError, LLMPipeline, ModelError, RequestError, SchedulerConfig, native
-from ov_kvcrush.core.request import GenerationHandle
 from ov_kvcrush.engine.engine import Engine
+from ov_kvcrush.engine.handle import GenerationHandle
 from ov_kvcrush.model.load import load_model
 from ov_kvcrush.utils.process_memory import rss_bytes
 
@@ -115,7 +115,7 @@ def test_sequences_of_one_request_share_the_prompt(tiny_ir: Callable[[str], Path
     while engine.has_unfinished():
         engine.step()
         most = max(most, engine.metrics().kv_cache_size_in_bytes)
-    whole = engine.memory.store.bytes_for(224)  # type: ignore[attr-defined]
+    whole = engine.cache.store.bytes_for(224)  # type: ignore[attr-defined]
     assert len({tuple(t) for t in tokens(handle)}) == 4
     assert most < 2 * whole, "four copies of the prompt would be more"
     assert engine.metrics().kv_cache_size_in_bytes == 0
@@ -137,7 +137,7 @@ def test_quantised_store_answers_like_the_exact_one_on_a_real_model(smollm2: Pat
 
 def test_bytes_follow_the_formula_and_staging_is_empty_after_adoption(tiny_ir: Callable[[str], Path]) -> None:
     engine = make_engine(tiny_ir("llama"), {"key_precision": "u8", "value_precision": "u4"})
-    store = engine.memory.store  # type: ignore[attr-defined]
+    store = engine.cache.store  # type: ignore[attr-defined]
     for n in (31, 32, 33, 64, 150):
         handle = add(engine, 0, prompt(n), new_tokens=8)
         while not tokens(handle)[0]:
@@ -150,7 +150,7 @@ def test_bytes_follow_the_formula_and_staging_is_empty_after_adoption(tiny_ir: C
 
 def test_limit_is_never_passed_and_all_get_through(tiny_ir: Callable[[str], Path]) -> None:
     folder = tiny_ir("llama")
-    probe = make_engine(folder).memory.store  # type: ignore[attr-defined]
+    probe = make_engine(folder).cache.store  # type: ignore[attr-defined]
     limit = probe.bytes_for(260)
     engine = make_engine(folder, {**EXACT, "max_bytes": limit})
     prompts = [prompt(n, seed=n) for n in (100, 90, 80, 70, 60)]
@@ -167,7 +167,7 @@ def test_limit_is_never_passed_and_all_get_through(tiny_ir: Callable[[str], Path
 
 def test_request_that_can_never_fit_is_refused_with_both_numbers(tiny_ir: Callable[[str], Path]) -> None:
     folder = tiny_ir("llama")
-    limit = make_engine(folder).memory.store.bytes_for(128)  # type: ignore[attr-defined]
+    limit = make_engine(folder).cache.store.bytes_for(128)  # type: ignore[attr-defined]
     engine = make_engine(folder, {**EXACT, "max_bytes": limit})
     other = add(engine, 0, prompt(40))
     with pytest.raises(RequestError, match=rf"KV store of {limit} bytes, got 500 tokens, which take \d+ bytes"):
@@ -178,7 +178,7 @@ def test_request_that_can_never_fit_is_refused_with_both_numbers(tiny_ir: Callab
 
 def test_one_that_outgrows_the_store_ends_and_the_others_finish(tiny_ir: Callable[[str], Path]) -> None:
     folder = tiny_ir("llama")
-    limit = make_engine(folder).memory.store.bytes_for(192)  # type: ignore[attr-defined]
+    limit = make_engine(folder).cache.store.bytes_for(192)  # type: ignore[attr-defined]
     engine = make_engine(folder, {**EXACT, "max_bytes": limit})
     config = ov_genai.GenerationConfig(max_new_tokens=1000, ignore_eos=True)
     long, short = engine.add(0, prompt(100), config), add(engine, 1, prompt(30, seed=1))
@@ -287,9 +287,9 @@ def test_bad_cache_config_is_refused(name: str, tiny_ir: Callable[[str], Path]) 
 
 def test_openvino_names_of_precisions_hold(tiny_ir: Callable[[str], Path]) -> None:
     pipe = LLMPipeline(tiny_ir("llama"), KEY_CACHE_PRECISION=ov.Type.u8, VALUE_CACHE_PRECISION="u4")
-    config = pipe._backend.memory.store  # type: ignore[attr-defined]
+    config = pipe._backend.cache.store  # type: ignore[attr-defined]
     ours = CacheConfig(key_precision="u8", value_precision="u4")
-    reference = make_engine(tiny_ir("llama"), {"key_precision": "u8", "value_precision": "u4"}).memory.store  # type: ignore[attr-defined]
+    reference = make_engine(tiny_ir("llama"), {"key_precision": "u8", "value_precision": "u4"}).cache.store  # type: ignore[attr-defined]
     assert ours.key_precision == "u8"
     # The recent window is bf16 here and f32 there; what left it takes the same bytes.
     assert config.bytes_for(64000) - config.bytes_for(32000) == reference.bytes_for(64000) - reference.bytes_for(32000)

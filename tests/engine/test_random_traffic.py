@@ -111,7 +111,7 @@ def test_answers_are_those_of_each_request_alone(pipes: Pipes, arrivals: list[Ar
             assert mine == whole[: len(mine)]
         if arrivals[i].fate == "end" and arrivals[i].copies == 1:
             assert got == expected
-    busy._backend.drop_kept_kv()
+    busy._backend.clear_prefixes()
     for pipe in pipes:
         assert pipe.get_metrics().num_used_blocks == 0
         assert pipe.get_metrics().requests == 0
@@ -141,7 +141,7 @@ def test_threads_share_a_pipeline(pipes: Pipes) -> None:
         results = list(threads.map(lambda p, s: busy.generate([p], None, s, **options)[0], prompts, streamed))
     assert [r.m_generation_ids for r in results] == expected
     assert [[s.tokens] for s in streamed] == expected
-    busy._backend.drop_kept_kv()
+    busy._backend.clear_prefixes()
     assert busy.get_metrics().num_used_blocks == 0
 
 
@@ -155,8 +155,8 @@ def test_a_broken_inference_ends_its_requests_only(pipes: Pipes, monkeypatch: py
         with pytest.raises(ZeroDivisionError):
             busy.step()
     assert lost.get_status() == GenerationStatus.CANCEL
-    busy._backend.drop_kept_kv()
+    busy._backend.clear_prefixes()
     assert busy.get_metrics().num_used_blocks == 0
     after = busy.generate([ids], max_new_tokens=5, ignore_eos=True)[0].m_generation_ids
     assert after == calm.generate([ids], max_new_tokens=5, ignore_eos=True)[0].m_generation_ids
-    busy._backend.drop_kept_kv()
+    busy._backend.clear_prefixes()

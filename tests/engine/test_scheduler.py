@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from covering import examples
@@ -20,7 +22,10 @@ from ov_kvcrush.kvcache.prefix_cache import PrefixCache, common_length
 class FakeCache:
     """What each slot of each block holds: the pair (sequence, position) that was written there last."""
 
+    bytes_per_block = 1
+
     def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
         self.slots = np.full((num_blocks, BLOCK_SIZE), -1, np.int64)
         self.num_copies = 0
 
@@ -28,16 +33,19 @@ class FakeCache:
         self.slots[target] = self.slots[source]
         self.num_copies += 1
 
-    def run(self, plan: SchedulerOutput) -> None:
+    def bind(self, request: object) -> None:
+        raise AssertionError("no model runs here")
+
+    def run(self, plan: SchedulerOutput, blocks_of: Callable[[Sequence], np.ndarray]) -> None:
         """Write what a real step would, and check that every sequence reads its own history."""
         for row in plan.rows:
-            s = row.sequence
+            s, blocks = row.sequence, blocks_of(row.sequence)
             positions = np.arange(s.num_cached, s.num_cached + row.num_tokens)
-            self.slots[s.blocks.ids[positions // BLOCK_SIZE], positions % BLOCK_SIZE] = s.ids[:][positions]
+            self.slots[blocks[positions // BLOCK_SIZE], positions % BLOCK_SIZE] = s.ids[:][positions]
         for row in plan.rows:
-            s = row.sequence
+            s, blocks = row.sequence, blocks_of(row.sequence)
             positions = np.arange(s.num_cached + row.num_tokens)
-            read = self.slots[s.blocks.ids[positions // BLOCK_SIZE], positions % BLOCK_SIZE]
+            read = self.slots[blocks[positions // BLOCK_SIZE], positions % BLOCK_SIZE]
             np.testing.assert_array_equal(read, s.ids[:][positions])
 
 
@@ -46,8 +54,8 @@ class Harness:
 
     def __init__(self, num_blocks: int, **config: object) -> None:
         self.cache = FakeCache(num_blocks)
-        self.pool = BlockPool(num_blocks)
-        self.memory = PagedKVCache(self.pool, None, self.cache.copy_block)
+        self.memory = PagedKVCache(self.cache, None)
+        self.pool = self.memory.pool
         self.scheduler = Scheduler(SchedulerConfig(**config), self.memory)  # type: ignore[arg-type]
         self.next_token = 1_000_000
         self.finished: list[Sequence] = []
@@ -59,8 +67,8 @@ class Harness:
         return request
 
     def step(self) -> SchedulerOutput:
-        plan = self.scheduler.plan()
-        self.cache.run(plan)
+        plan = self.scheduler.schedule()
+        self.cache.run(plan, lambda sequence: self.memory.kv_of(sequence).blocks.view)
         for sequence in plan.out_of_memory:
             self._end(sequence)
         for row in plan.rows:
@@ -85,7 +93,7 @@ class Harness:
     def _end(self, sequence: Sequence) -> None:
         sequence.finish_reason = FinishReason.LENGTH
         if sequence.request.keep_kv:
-            self.memory.keep(sequence)
+            self.memory.cache_prefix(sequence)
         self.scheduler.remove([sequence])
         self.finished.append(sequence)
 
@@ -129,7 +137,7 @@ def test_every_request_ends_and_every_block_comes_back(
             # Shorter only where the cache was full with this sequence alone.
             full = blocks_for(len(sequence.ids)) >= num_blocks - 1
             assert sequence.num_generated == request.params.max_new_tokens or full
-    h.memory.drop_kept()
+    h.memory.clear_prefixes()
     assert h.pool.num_used == 0
     assert h.pool.num_free == num_blocks
 
@@ -219,7 +227,7 @@ def test_step_inputs_describe_the_rows() -> None:
     h.add(prompt(34), 5)
     h.step()
     h.add(prompt(60, 500), 5)
-    inputs = h.memory.step_inputs(h.scheduler.plan().rows)
+    inputs = h.memory.step_inputs(h.scheduler.schedule().rows)
     assert inputs["past_lens"].tolist() == [34, 0]
     assert inputs["subsequence_begins"].tolist() == [0, 1, 48]
     assert inputs["block_indices_begins"].tolist() == [0, 2, 4]

@@ -9,6 +9,7 @@ import numpy as np
 import openvino as ov
 import openvino_genai as ov_genai
 import pytest
+from covering import covering
 
 from ov_kvcrush import CacheConfig, ContinuousBatchingPipeline, CrushError, LLMPipeline, RequestError
 from ov_kvcrush.genai.eviction import GenaiEviction, closest_genai_eviction, scheduler_fields, translate
@@ -135,8 +136,7 @@ def test_blocks_of_a_gpu_are_smaller() -> None:
         translate(build(**policy))
 
 
-@pytest.mark.parametrize("name", sorted(set(names()) - {"none"}))
-@pytest.mark.parametrize("tokens", [128, 500, 4096])
+@pytest.mark.parametrize(("name", "tokens"), covering(sorted(set(names()) - {"none"}), [128, 500, 4096]))
 def test_nearest_keeps_as_many_tokens_in_whole_blocks(name: str, tokens: int) -> None:
     eviction = closest_genai_eviction(build(name), tokens)
     assert eviction.kept_tokens == tokens // 32 * 32

@@ -14,12 +14,14 @@ import pytest
 from tiny_models import VOCAB_SIZE
 
 from ov_kvcrush import CacheConfig, SchedulerConfig
-from ov_kvcrush.core.request import GenerationHandle, ScoreWindow
+from ov_kvcrush.core.cache_params import CacheParams
+from ov_kvcrush.core.eviction import EvictionState
 from ov_kvcrush.core.request import Sequence as Line
 from ov_kvcrush.engine.engine import Engine
+from ov_kvcrush.engine.handle import GenerationHandle
 from ov_kvcrush.engine.scheduler import SchedulerOutput
+from ov_kvcrush.kvcache.sequence_kv import SequenceKV
 from ov_kvcrush.model.load import load_model
-from ov_kvcrush.pipelines.backend import CacheParams
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import build, names
 
@@ -63,13 +65,12 @@ def add(
     policy: Policy | None = None,
     new_tokens: int = 12,
     protect: Sequence[tuple[int, int]] = (),
-    window: ScoreWindow | None = None,
     use: dict[str, Any] | None = None,
     **options: Any,
 ) -> GenerationHandle:
     """use: what else the CacheParams says."""
     config = ov_genai.GenerationConfig(max_new_tokens=new_tokens, ignore_eos=True, **options)
-    return engine.add(index, ids, config, CacheParams(policy=policy, protect=tuple(protect), **(use or {})), window)
+    return engine.add(index, ids, config, CacheParams(policy=policy, protect=tuple(protect), **(use or {})))
 
 
 def run(engine: Engine) -> None:
@@ -89,7 +90,19 @@ def tokens(handle: GenerationHandle) -> list[list[int]]:
 
 
 def line_of(handle: GenerationHandle, index: int = 0) -> Line:
-    return handle._request.sequences[index]
+    return handle.request.sequences[index]
+
+
+def kv_of(engine: Engine, line: Line) -> SequenceKV:
+    """What the cache knows of a sequence that runs."""
+    cache: Any = engine.cache
+    known: SequenceKV = cache.kv_of(line)
+    return known
+
+
+def state_of(engine: Engine, line: Line) -> EvictionState:
+    """What policies left of a sequence, also of one that has ended."""
+    return line.final_state or engine.cache.eviction_state(line)
 
 
 def nbytes(engine: Engine) -> int:
@@ -98,11 +111,12 @@ def nbytes(engine: Engine) -> int:
 
 def held(engine: Engine, line: Line) -> Positions:
     """What is cached of each head; of a prompt that is still staged everything."""
-    memory: Any = engine.memory
-    if len(line.blocks):
+    memory: Any = engine.cache
+    kv = memory.kv_of(line)
+    if kv.is_staged:
         return [[np.arange(line.num_cached)] * num_kv_heads for _, num_kv_heads in memory._heads]
     return [
-        [np.sort(memory.store.positions(line.stored, layer, head)) for head in range(num_kv_heads)]
+        [np.sort(memory.store.positions(kv.store_id, layer, head)) for head in range(num_kv_heads)]
         for layer, (_, num_kv_heads) in enumerate(memory._heads)
     ]
 
@@ -146,7 +160,7 @@ class Tracer:
 
     def __init__(self, engine: Engine, max_tokens: int) -> None:
         self._engine = engine
-        self._memory: Any = engine.memory
+        self._memory: Any = engine.cache
         self._max_tokens = max_tokens
         self._traces: dict[Line, Trace] = {}
         self._kept: dict[int, Trace] = {}  # by the store's number of a kept prefix or a context
@@ -160,7 +174,7 @@ class Tracer:
 
     def of(self, handle: GenerationHandle) -> list[Trace]:
         """Of the sequences of a request. One that never ran has none."""
-        return [self._traces[line] for line in handle._request.sequences if line in self._traces]
+        return [self._traces[line] for line in handle.request.sequences if line in self._traces]
 
     @contextmanager
     def noting(self) -> Iterator[None]:
@@ -173,7 +187,7 @@ class Tracer:
             def prepare(plan: SchedulerOutput, then: Any = runner.prepare) -> None:
                 plans.append(plan)
                 for row in plan.rows:
-                    if row.sequence.reads_for is None:
+                    if row.sequence.replays is None:
                         self._note(row.sequence, row.num_tokens)
                 then(plan)
 
@@ -187,23 +201,23 @@ class Tracer:
                 matches.append(then(*args))
                 return matches[-1]
 
-            def admit(line: Line, then: Any = memory.admit) -> bool:
-                is_admitted = then(line)
-                if is_admitted and line.num_cached:
-                    self._origins[line] = self._kept[(line.request.context or matches[-1][0]).stored]
-                return is_admitted
+            def allocate(line: Line, then: Any = memory.allocate) -> bool:
+                is_allocated = then(line)
+                if is_allocated and line.num_cached:
+                    self._origins[line] = self._kept[(line.request.context or matches[-1][0]).store_id]
+                return is_allocated
 
             def _share(line: Line, then: Any = memory._share) -> Any:
                 kv = then(line)
                 if kv is not None and line in self._traces:
-                    self._kept[kv.stored] = self._traces[line]
+                    self._kept[kv.store_id] = self._traces[line]
                 return kv
 
             for owner, function in (
                 (runner, prepare),
                 (runner, infer),
                 (prefixes, match),
-                (memory, admit),
+                (memory, allocate),
                 (memory, _share),
             ):
                 patch.setattr(owner, function.__name__, function)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3", "gpt_neox")
+RARE_KINDS = ("qwen3", "mistral")  # gemma3 has the norms of queries and keys of the one, and windows as the other
 SLIDING_WINDOW = 16
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, HIDDEN_SIZE = 4, 2, 32, 128
 CONTEXT_LENGTH = 4096
@@ -22,6 +23,13 @@ SLIDING_WINDOWS: dict[str, tuple[int | None, ...]] = {
     "phi3": (SLIDING_WINDOW,) * 2,
     "gemma3": (SLIDING_WINDOW, SLIDING_WINDOW, None, SLIDING_WINDOW),
 }
+
+
+def kinds() -> list[Any]:
+    """KINDS as pytest.params: RARE_KINDS only with `--exhaustive`."""
+    import pytest
+
+    return [pytest.param(kind, marks=pytest.mark.exhaustive if kind in RARE_KINDS else ()) for kind in KINDS]
 
 
 def tiny_model(kind: str, folder: str | Path, seed: int = 0, **overrides: Any) -> Path:

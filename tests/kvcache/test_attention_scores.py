@@ -11,10 +11,11 @@ import pytest
 from covering import covering
 from eager_attention import eager_attentions
 from tiny_models import KINDS, VOCAB_SIZE, tiny_tokenizer
+from watch import AttentionScores, Watch
 
 from model_export import export_model
-from ov_kvcrush import CacheConfig, CrushError, RequestError, SchedulerConfig
-from ov_kvcrush.core.request import AttentionScores, ScoreWindow
+from ov_kvcrush import CacheConfig, SchedulerConfig
+from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.engine.engine import Engine
 from ov_kvcrush.model.default import default_gguf
 from ov_kvcrush.model.load import load_model
@@ -34,19 +35,21 @@ def make_engine(folder: Path, cache: CacheConfig = EXACT, chunk: int = 512) -> E
     return Engine(model, config, ov_genai.GenerationConfig(), lambda ids: "", cache)
 
 
-def scores_of(engine: Engine, ids: np.ndarray, window: ScoreWindow) -> AttentionScores:
-    config = ov_genai.GenerationConfig(max_new_tokens=2, ignore_eos=True)
-    handle = engine.add(0, ids, config, score_window=window)
+def run(engine: Engine) -> None:
     while engine.has_unfinished():
         engine.step()
-    assert handle.attention_scores is not None
-    return handle.attention_scores
 
 
-def assert_equal(ours: AttentionScores, eager: list[np.ndarray], window: ScoreWindow) -> None:
+def scores_of(engine: Engine, ids: np.ndarray, watch: Watch) -> AttentionScores:
+    engine.add(0, ids, ov_genai.GenerationConfig(max_new_tokens=2, ignore_eos=True), CacheParams(policy=watch))
+    run(engine)
+    return watch.scores
+
+
+def assert_equal(ours: AttentionScores, eager: list[np.ndarray], watch: Watch) -> None:
     assert len(ours) == len(eager)
     for heads, attention in zip(ours, eager, strict=True):
-        expected = REDUCE[window.reduce](attention[:, -window.rows :])
+        expected = REDUCE[watch.reduce](attention[:, -watch.window :])
         np.testing.assert_allclose(np.concatenate(heads), expected, atol=1e-3, rtol=0)
 
 
@@ -55,10 +58,10 @@ def test_scores_equal_eager_attention(
     kind: str, reduce: str, tiny_hf: Callable[[str], Path], tiny_ir: Callable[[str], Path]
 ) -> None:
     ids = np.random.default_rng(2).integers(0, VOCAB_SIZE, 75)
-    window = ScoreWindow(9, reduce)
+    watch = Watch(window=9, reduce=reduce)
     # Chunks of 24 rows: the window of the last 9 begins in one chunk and ends in the next.
-    ours = scores_of(make_engine(tiny_ir(kind), chunk=24), ids, window)
-    assert_equal(ours, eager_attentions(tiny_hf(kind), ids), window)
+    ours = scores_of(make_engine(tiny_ir(kind), chunk=24), ids, watch)
+    assert_equal(ours, eager_attentions(tiny_hf(kind), ids), watch)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
@@ -67,10 +70,10 @@ def test_scores_of_a_prompt_read_through_the_store_are_the_same(
 ) -> None:
     """The prompt has 3 blocks, the staging pool fewer."""
     ids = np.random.default_rng(3).integers(0, VOCAB_SIZE, 75)
-    window = ScoreWindow(9)
+    watch = Watch(window=9)
     engine = make_engine(tiny_ir(kind), CacheConfig("f32", "f32", staging_bytes=1 << 16), chunk=24)
-    assert engine.memory.pool.num_blocks < 3  # type: ignore[attr-defined]
-    assert_equal(scores_of(engine, ids, window), eager_attentions(tiny_hf(kind), ids), window)
+    assert engine.cache.staging.pool.num_blocks < 3  # type: ignore[attr-defined]
+    assert_equal(scores_of(engine, ids, watch), eager_attentions(tiny_hf(kind), ids), watch)
 
 
 @pytest.fixture(scope="module")
@@ -94,40 +97,26 @@ def test_scores_of_a_real_model(smollm2: Path, smollm2_hf: Path, tmp_path: Path)
     export_model(smollm2_hf, tmp_path / "ir", weight_format="fp32")
     text = " ".join(f"Sentence {i} says that the sea is {'calm' if i % 3 else 'wild'} today." for i in range(20))
     ids = ov_genai.Tokenizer(str(smollm2)).encode(text).input_ids.data[0].astype(np.int64)
-    window = ScoreWindow(16)
-    assert_equal(scores_of(make_engine(tmp_path / "ir"), ids, window), eager_attentions(smollm2_hf, ids), window)
+    watch = Watch(window=16)
+    assert_equal(scores_of(make_engine(tmp_path / "ir"), ids, watch), eager_attentions(smollm2_hf, ids), watch)
 
 
 def test_scores_cost_nothing_unless_asked_for(tiny_ir: Callable[[str], Path]) -> None:
     engine = make_engine(tiny_ir("llama"))
-    handle = engine.add(0, np.arange(40), ov_genai.GenerationConfig(max_new_tokens=3, ignore_eos=True))
+    engine.add(0, np.arange(40), ov_genai.GenerationConfig(max_new_tokens=3, ignore_eos=True))
     while engine.has_unfinished():
         engine.step()
         assert all(not len(scores) for scores in engine._runner.attention_scores())
-    assert handle.attention_scores is None
 
 
 def test_only_the_request_that_asks_gets_scores(tiny_ir: Callable[[str], Path]) -> None:
-    alone = make_engine(tiny_ir("llama"))
+    """Those that it would get alone."""
     ids = [np.random.default_rng(seed).integers(0, VOCAB_SIZE, 40 + seed) for seed in range(3)]
-    expected = scores_of(alone, ids[1], ScoreWindow(8))
-    together = make_engine(tiny_ir("llama"))
+    expected = scores_of(make_engine(tiny_ir("llama")), ids[1], Watch(window=8))
+    together, watch = make_engine(tiny_ir("llama")), Watch(window=8)
     config = ov_genai.GenerationConfig(max_new_tokens=5, ignore_eos=True)
-    handles = [together.add(i, ids[i], config, score_window=ScoreWindow(8) if i == 1 else None) for i in range(3)]
-    while together.has_unfinished():
-        together.step()
-    assert [h.attention_scores is None for h in handles] == [True, False, True]
-    for ours, theirs in zip(handles[1].attention_scores or [], expected, strict=True):
+    for i in range(3):
+        together.add(i, ids[i], config, CacheParams(policy=watch if i == 1 else None))
+    run(together)
+    for ours, theirs in zip(watch.scores, expected, strict=True):
         np.testing.assert_allclose(np.concatenate(ours), np.concatenate(theirs), atol=1e-5)
-
-
-def test_bad_windows_are_refused(tiny_ir: Callable[[str], Path]) -> None:
-    with pytest.raises(CrushError, match=r"rows must be an integer of at least 1, got 0"):
-        ScoreWindow(0)
-    with pytest.raises(CrushError, match=r"reduce must be one of mean, max, sum_squares, got 'men'"):
-        ScoreWindow(4, "men")
-    paged = Engine(
-        load_model(tiny_ir("llama"), "CPU", F32), SchedulerConfig(num_kv_blocks=8), ov_genai.GenerationConfig(), str,
-    )  # fmt: skip
-    with pytest.raises(RequestError, match="score_window must be None with attention='paged'"):
-        paged.add(0, np.arange(4), ov_genai.GenerationConfig(max_new_tokens=1), score_window=ScoreWindow(2))

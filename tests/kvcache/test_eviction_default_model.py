@@ -37,7 +37,7 @@ def answers(pipe: LLMPipeline, num_tokens: int, **options: Any) -> list[list[int
     ids = text_of(pipe, num_tokens)
     assert ids.shape[1] == num_tokens
     found = pipe.generate(ov.Tensor(ids), **{"max_new_tokens": 12, "ignore_eos": True, **options}).tokens
-    pipe._backend.drop_kept_kv()
+    pipe._backend.clear_prefixes()
     assert pipe.get_metrics().kv_cache_size_in_bytes == 0
     return found
 
@@ -85,13 +85,13 @@ def test_same_request_twice_gives_the_same_answer(prefixes: bool, pipe_of: Calla
     ids = ov.Tensor(text_of(pipe, 150))
     first, second, third = (pipe.generate(ids, max_new_tokens=40, ignore_eos=True).tokens for _ in range(3))
     assert first == second == third
-    pipe._backend.drop_kept_kv()
+    pipe._backend.clear_prefixes()
 
 
 def test_chat_goes_on_from_its_crushed_history(pipe_of: Callable[[bool], LLMPipeline]) -> None:
     """No turn reads again what an earlier one has read; the system prompt stays; what is left is within the budget."""
     pipe = pipe_of(False)
-    memory: Any = pipe._backend.memory  # type: ignore[attr-defined]
+    memory: Any = pipe._backend.cache  # type: ignore[attr-defined]
     history = ov_genai.ChatHistory()
     history.append({"role": "system", "content": "You answer in one short sentence."})
     known = 0
@@ -103,7 +103,7 @@ def test_chat_goes_on_from_its_crushed_history(pipe_of: Callable[[bool], LLMPipe
         known = metrics.num_input_tokens + metrics.num_generated_tokens - 1
         history.append({"role": "assistant", "content": results.texts[0]})
         kept = memory.prefixes._prefixes[0].kv
-        assert 32 <= kept.num_tokens - kept.kept.num_evicted <= 32 + 16
-        assert set(range(3, 10)) <= set(memory.store.positions(kept.stored, 0, 0)), "the system prompt's words"
+        assert 32 <= kept.num_tokens - kept.state.num_evicted <= 32 + 16
+        assert set(range(3, 10)) <= set(memory.store.positions(kept.store_id, 0, 0)), "the system prompt's words"
     assert known > 3 * 32
     pipe.finish_chat()

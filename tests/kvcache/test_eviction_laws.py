@@ -24,6 +24,7 @@ from eviction_runs import (
     counts,
     eager_model,
     held,
+    kv_of,
     line_of,
     make_engine,
     nbytes,
@@ -31,13 +32,16 @@ from eviction_runs import (
     read_prompt,
     run,
     small,
+    state_of,
     tokens,
 )
 from tiny_models import HEAD_SIZE
+from watch import AttentionScores, Watch
 
 from ov_kvcrush import native
-from ov_kvcrush.core.request import GenerationHandle, ScoreWindow
+from ov_kvcrush.core.request import Request
 from ov_kvcrush.engine.engine import Engine
+from ov_kvcrush.engine.handle import GenerationHandle
 from ov_kvcrush.policies.base import CacheState, HeadState, Inputs
 from ov_kvcrush.policies.registry import build
 from reference.codec import must_list
@@ -90,13 +94,15 @@ def test_logits_where_tiles_change_places(
 ) -> None:
     """A tile of which all stays is moved, not written again: the store's order is no longer that of the text."""
     engine = engine_of("llama")
-    store, orders = engine.memory.store, []  # type: ignore[attr-defined]
+    store, orders = engine.cache.store, []  # type: ignore[attr-defined]
     handle = add(engine, 0, prompt(160), small({"name": name}, kept_tokens=130), new_tokens=60)
     tracer = Tracer(engine, 220)
     with tracer.noting():
         line = read_prompt(engine, handle)
         while engine.has_unfinished():
-            orders += [store.positions(line.stored, layer, head) for layer in range(2) for head in range(2)]
+            orders += [
+                store.positions(kv_of(engine, line).store_id, layer, head) for layer in range(2) for head in range(2)
+            ]
             engine.step()
     assert any(np.any(np.diff(order) < 0) for order in orders)
     assert_attends_to_what_is_kept(tracer, handle, eager_of("llama"))
@@ -187,7 +193,7 @@ def test_budget_is_met_and_every_byte_is_told(variant: dict[str, Any], quantised
     assert nbytes(quantised) == sum(bytes_of(head) for head in heads)
     run(quantised)
     assert nbytes(quantised) == quantised.metrics().staging_size_in_bytes == 0
-    assert quantised.memory.store.num_sequences == 0  # type: ignore[attr-defined]
+    assert quantised.cache.store.num_sequences == 0  # type: ignore[attr-defined]
 
 
 def bytes_of(positions: np.ndarray, recent_tokens: int = 16, group_size: int = 32) -> int:
@@ -235,12 +241,19 @@ def test_streaming_llm_holds_sinks_and_the_newest(engine_of: Callable[[str], Eng
     line = read_prompt(engine, add(engine, 0, prompt(90), small({"name": "streaming_llm"}), new_tokens=60))
     num_choices = 0
     while engine.has_unfinished():
-        if line.kept.num_choices > num_choices:
-            num_choices = line.kept.num_choices
+        if state_of(engine, line).num_choices > num_choices:
+            num_choices = state_of(engine, line).num_choices
             expected = [0, 1, *range(line.num_cached - 22, line.num_cached)]
             assert as_lists(held(engine, line)) == [[expected] * 2] * 2
         engine.step()
     assert num_choices == 1 + 59 // 9
+
+
+def scores_of(engine: Engine, ids: np.ndarray, watch: Watch) -> AttentionScores:
+    """The attention of the last rows of a prompt, as a policy is shown it."""
+    add(engine, 99, ids, watch, new_tokens=1)
+    run(engine)
+    return watch.scores
 
 
 def snapkv_scores(attention: np.ndarray) -> np.ndarray:
@@ -251,11 +264,12 @@ def snapkv_scores(attention: np.ndarray) -> np.ndarray:
 
 def test_snapkv_holds_what_the_exported_attention_says(engine_of: Callable[[str], Engine]) -> None:
     engine = engine_of("llama")
-    handle = add(engine, 0, prompt(100), small({"name": "snapkv", "window": 12, "kernel": 5}), window=ScoreWindow(12))
+    handle = add(engine, 0, prompt(100), small({"name": "snapkv", "window": 12, "kernel": 5}))
     positions = held(engine, read_prompt(engine, handle))
     run(engine)
+    shown = scores_of(engine, prompt(100), Watch(window=12))
     free = range(2, 94)
-    for heads, scores in zip(positions, handle.attention_scores or [], strict=True):
+    for heads, scores in zip(positions, shown, strict=True):
         for head, attention in zip(heads, scores, strict=True):
             values = snapkv_scores(attention)
             best = sorted(free, key=lambda p, values=values: -values[p])[: 24 - 8]
@@ -268,7 +282,7 @@ def test_choices_of_an_answer_are_made_of_what_is_cached_then(
 ) -> None:
     """Also where the store's order is not that of the text, and more queries are captured than the policy wants."""
     engine = engine_of("llama")
-    memory: Any = engine.memory
+    memory: Any = engine.cache
     store, expected, disordered = memory.store, [], []
 
     def numpy_choice(line: int, layer: int, head: int) -> list[int]:
@@ -292,14 +306,15 @@ def test_choices_of_an_answer_are_made_of_what_is_cached_then(
         return then(*args)
 
     monkeypatch.setattr(memory._view, "choose", choose)
+    monkeypatch.setattr(Request, "captured_rows", property(lambda self: 40))
     policy = build(name, **SMALL, kept_tokens=130, **({"window": 12, "kernel": 5} if name == "snapkv" else {}))
-    handle = add(engine, 0, prompt(160), policy, new_tokens=60, window=ScoreWindow(40))
+    handle = add(engine, 0, prompt(160), policy, new_tokens=60)
     line = read_prompt(engine, handle)
     num_choices = 1
     while engine.has_unfinished():
-        if line.kept.num_choices > num_choices:
-            num_choices = line.kept.num_choices
-            assert as_lists(line.kept.positions) == as_lists(held(engine, line)) == expected[-1]
+        if state_of(engine, line).num_choices > num_choices:
+            num_choices = state_of(engine, line).num_choices
+            assert as_lists(state_of(engine, line).positions) == as_lists(held(engine, line)) == expected[-1]
         engine.step()
     assert len(expected) == num_choices - 1 == 59 // 9
     assert any(disordered)
@@ -308,12 +323,13 @@ def test_choices_of_an_answer_are_made_of_what_is_cached_then(
 def test_global_split_has_one_threshold(engine_of: Callable[[str], Engine]) -> None:
     engine = engine_of("llama")
     policy = small({"name": "snapkv", "window": 12, "kernel": 5, "split": "global"})
-    handle = add(engine, 0, prompt(100), policy, window=ScoreWindow(12))
+    handle = add(engine, 0, prompt(100), policy)
     positions = held(engine, read_prompt(engine, handle))
     run(engine)
+    shown = scores_of(engine, prompt(100), Watch(window=12))
     rivals = [
         (-snapkv_scores(attention)[place], layer, head, place)
-        for layer, heads in enumerate(handle.attention_scores or [])
+        for layer, heads in enumerate(shown)
         for head, attention in enumerate(heads)
         for place in range(2, 94)
     ]
@@ -332,9 +348,10 @@ def test_policy_sees_what_is_cached(variant: dict[str, Any], engine_of: Callable
     chosen = held(engine, read_prompt(engine, choice))
     vectors = vectors_of(engine, choice)
     run(engine)
-    whole = add(engine, 0, prompt(100), window=ScoreWindow(policy.inputs.window or 1, policy.inputs.reduce))
+    watch = Watch(window=policy.inputs.window or 1, reduce=policy.inputs.reduce)
+    whole = add(engine, 0, prompt(100), watch)
     read_prompt(engine, whole)
-    state = state_of(engine, whole, policy.inputs, policy.protected(100))
+    state = shown_to(engine, whole, watch.scores, policy.inputs, policy.protected(100))
     selection = policy.select(state, 24)
     assert as_lists(chosen) == as_lists(selection.kept)
     for kept_heads, mine, all_of_it in zip(selection.kept, vectors, vectors_of(engine, whole), strict=True):
@@ -346,17 +363,17 @@ def test_policy_sees_what_is_cached(variant: dict[str, Any], engine_of: Callable
 
 def vectors_of(engine: Engine, handle: GenerationHandle) -> list[list[tuple[np.ndarray, np.ndarray]]]:
     """[layer][KV head] keys and values (S, D)"""
-    store, line = engine.memory.store, line_of(handle)  # type: ignore[attr-defined]
-    return [[store.read(line.stored, layer, head) for head in range(2)] for layer in range(2)]
+    store, line = engine.cache.store, line_of(handle)  # type: ignore[attr-defined]
+    return [[store.read(kv_of(engine, line).store_id, layer, head) for head in range(2)] for layer in range(2)]
 
 
-def state_of(engine: Engine, handle: GenerationHandle, inputs: Inputs, protected: np.ndarray) -> CacheState:
-    store, line = engine.memory.store, line_of(handle)  # type: ignore[attr-defined]
+def shown_to(
+    engine: Engine, handle: GenerationHandle, scores: AttentionScores, inputs: Inputs, protected: np.ndarray
+) -> CacheState:
+    store, line = engine.cache.store, line_of(handle)  # type: ignore[attr-defined]
     layers = []
-    for layer, (heads, vectors) in enumerate(
-        zip(handle.attention_scores or [], vectors_of(engine, handle), strict=True)
-    ):
-        rows, _ = store.captured(line.stored, layer)
+    for layer, (heads, vectors) in enumerate(zip(scores, vectors_of(engine, handle), strict=True)):
+        rows, _ = store.captured(kv_of(engine, line).store_id, layer)
         queries = rows.reshape(len(rows), 2, -1, HEAD_SIZE)
         layers.append(
             tuple(

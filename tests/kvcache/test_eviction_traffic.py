@@ -31,12 +31,13 @@ from eviction_runs import (
     read_prompt,
     run,
     small,
+    state_of,
     tokens,
 )
 
 from ov_kvcrush import CrushError
+from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.engine.engine import Engine
-from ov_kvcrush.pipelines.backend import CacheParams
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import build
 
@@ -56,7 +57,7 @@ def engine(shared: Engine) -> Iterator[Engine]:
     """The same for all tests; each must leave it empty."""
     yield shared
     assert nbytes(shared) == shared.metrics().staging_size_in_bytes == 0
-    assert shared.memory.store.num_sequences == 0  # type: ignore[attr-defined]
+    assert shared.cache.store.num_sequences == 0  # type: ignore[attr-defined]
     assert not shared.has_unfinished()
 
 
@@ -105,7 +106,7 @@ def test_sequences_that_part_choose_for_themselves(engine: Engine, eager: Eager)
 
 
 def test_request_that_loses_its_memory_goes_on_within_its_budget(tiny_ir: Callable[[str], Path], eager: Eager) -> None:
-    probe: Any = make_engine(tiny_ir("llama")).memory
+    probe: Any = make_engine(tiny_ir("llama")).cache
     engine = make_engine(tiny_ir("llama"), {**EXACT, "max_bytes": probe.store.bytes_for(330)})
     policies = [small({"name": name}) for name in ("kvcrush", "h2o", "adakv", "rkv")]
     hungry = add(engine, 9, prompt(30), new_tokens=180)
@@ -137,7 +138,7 @@ def test_request_that_is_ended_early_gives_all_back(steps: int, ending: str, eng
 def test_random_traffic_attends_to_what_is_kept(seed: int, tiny_ir: Callable[[str], Path], eager: Eager) -> None:
     """Prompts of a common text, staged or not, forks, turns, early ends, too little memory, prefixes: all at once."""
     rng = np.random.default_rng(seed)
-    probe: Any = make_engine(tiny_ir("llama")).memory
+    probe: Any = make_engine(tiny_ir("llama")).cache
     limit = probe.store.bytes_for(int(rng.integers(200, 350)))
     settings = {**EXACT, "max_bytes": limit, "staging_bytes": int(rng.choice([1 << 16, 1 << 19]))}
     chunk = int(rng.choice([16, 48, 200]))
@@ -162,8 +163,8 @@ def test_random_traffic_attends_to_what_is_kept(seed: int, tiny_ir: Callable[[st
             history = next((line_of(h).ids[:] for h in handles[::-1] if line_of(h).is_finished), history)
         run(engine)
     assert_logits_equal([trace for handle in handles for trace in tracer.of(handle) if trace.logits], eager)
-    engine.drop_kept_kv()
-    assert nbytes(engine) == engine.memory.store.num_sequences == 0  # type: ignore[attr-defined]
+    engine.clear_prefixes()
+    assert nbytes(engine) == engine.cache.store.num_sequences == 0  # type: ignore[attr-defined]
 
 
 # -- long answers and long prompts -------------------------------------------------------------------------------------
@@ -179,8 +180,8 @@ def test_long_answer_stays_within_budget_and_stride(variant: dict[str, Any], eng
         positions = held(engine, line)
         sizes = counts(positions)
         assert sizes.mean() <= 24 + 8
-        if line.kept.num_choices > num_choices:
-            num_choices = line.kept.num_choices
+        if state_of(engine, line).num_choices > num_choices:
+            num_choices = state_of(engine, line).num_choices
             spans.append(line.num_cached)
             assert sizes.sum() == 24 * sizes.size
             always = {0, 1, *range(line.num_cached - 6, line.num_cached)}
@@ -205,13 +206,17 @@ def test_sums_of_h2o_survive_choices(engine: Engine) -> None:
     before: list[list[dict[int, float]]] = [[{}, {}], [{}, {}]]
     num_choices = grown = 0
     while engine.has_unfinished():
-        if line.kept.num_choices > num_choices:
-            num_choices = line.kept.num_choices
-            assert as_lists(line.kept.positions) == as_lists(held(engine, line))
+        if state_of(engine, line).num_choices > num_choices:
+            num_choices = state_of(engine, line).num_choices
+            assert as_lists(state_of(engine, line).positions) == as_lists(held(engine, line))
             for layer in range(2):
                 for head in range(2):
                     sums = dict(
-                        zip(line.kept.positions[layer][head].tolist(), line.kept.carried[layer][head], strict=True)
+                        zip(
+                            state_of(engine, line).positions[layer][head].tolist(),
+                            state_of(engine, line).policy_state[layer][head],
+                            strict=True,
+                        )
                     )
                     assert min(sums.values()) > 0
                     for place, value in before[layer][head].items():
@@ -236,11 +241,11 @@ def test_memory_of_a_long_text_does_not_grow_with_it(name: str, tiny_ir: Callabl
         assert len(tokens(handle)[0]) == 4
     one_tile_more = 1.25 if name == "adakv" else 1.0
     assert max(peaks.values()) <= one_tile_more * peaks[300], peaks
-    assert peaks[1200] < engine.memory.store.bytes_for(300) * 0.8  # type: ignore[attr-defined]
+    assert peaks[1200] < engine.cache.store.bytes_for(300) * 0.8  # type: ignore[attr-defined]
 
 
 def test_limit_of_bytes_holds_where_the_whole_text_would_not_fit(tiny_ir: Callable[[str], Path]) -> None:
-    probe: Any = make_engine(tiny_ir("llama")).memory
+    probe: Any = make_engine(tiny_ir("llama")).cache
     limit = probe.store.bytes_for(256)
     cache = {**EXACT, "staging_bytes": 1 << 16, "max_bytes": limit}
     engine = make_engine(tiny_ir("llama"), cache, max_num_batched_tokens=32)
@@ -264,7 +269,7 @@ def test_protected_tokens_above_the_budget_are_not_chosen_again_at_every_step(en
     while engine.has_unfinished():
         assert counts(held(engine, line)).max() <= 70 + 6 + 8
         assert all(set(head) >= set(range(*system)) for layer in held(engine, line) for head in layer)
-        num_choices = line.kept.num_choices
+        num_choices = state_of(engine, line).num_choices
         engine.step()
     assert num_choices == 1 + 59 // 9
 
@@ -285,7 +290,7 @@ def reused(engine: Engine, ids: np.ndarray, policy: Policy | None, **options: An
 
 def next_turn(engine: Engine, policy: Policy | None, **options: Any) -> np.ndarray:
     """A prompt that goes on from an answer whose KV is kept; nothing else is."""
-    engine.drop_kept_kv()
+    engine.clear_prefixes()
     answer = alone(engine, prompt(60), policy, new_tokens=20, **options)[0]
     return np.concatenate([prompt(60), np.array(answer), prompt(10, seed=7)])
 
@@ -302,7 +307,7 @@ def test_crushed_kv_serves_the_same_policy_and_budget_only(keeping: Engine) -> N
     ]
     ids = next_turn(keeping, mine)
     for policy in others:
-        keeping.drop_kept_kv()
+        keeping.clear_prefixes()
         ids = next_turn(keeping, mine)
         assert reused(keeping, ids, policy) == 0
     ids = next_turn(keeping, mine)
@@ -325,7 +330,7 @@ def test_whole_kv_serves_a_policy_as_if_it_had_read_the_prompt_itself(keeping: E
     expected = [0, 1, *range(len(ids) - 22, len(ids))]
     assert as_lists(held(keeping, line)) == [[expected] * 2] * 2
     run(keeping)
-    keeping.drop_kept_kv()
+    keeping.clear_prefixes()
     assert tokens(handle) == alone(keeping, ids, policy, new_tokens=20)
 
 
@@ -353,7 +358,7 @@ def test_turns_on_a_crushed_history_keep_to_the_budget(variant: dict[str, Any], 
     while keeping.has_unfinished():
         assert counts(held(keeping, line)).mean() <= 24 + 8
         keeping.step()
-    keeping.drop_kept_kv()
+    keeping.clear_prefixes()
     assert nbytes(keeping) == 0
 
 
@@ -366,7 +371,7 @@ def test_turns_that_are_not_read_twice_stay(variant: dict[str, Any], keeping: En
     assert handle.get_stats().num_reused_tokens == 79
     assert counts(held(keeping, line)).mean() == 24 + len(ids) - 60
     run(keeping)
-    keeping.drop_kept_kv()
+    keeping.clear_prefixes()
 
 
 @EVERY_ONE_THAT_READS_TWICE
@@ -376,25 +381,31 @@ def test_whole_kv_does_not_keep_a_prompt_from_being_read_twice(variant: dict[str
     line = read_prompt(keeping, handle)
     assert counts(held(keeping, line)).mean() == 24
     run(keeping)
-    keeping.drop_kept_kv()
+    keeping.clear_prefixes()
     assert tokens(handle) == alone(keeping, ids, policy, new_tokens=20)
-    keeping.drop_kept_kv()
+    keeping.clear_prefixes()
 
 
 def test_sums_of_h2o_survive_turns(keeping: Engine) -> None:
     policy = small({"name": "h2o", "window": 16})
     ids = next_turn(keeping, policy)
-    memory: Any = keeping.memory
-    before = memory.prefixes._prefixes[0].kv.kept
+    memory: Any = keeping.cache
+    before = memory.prefixes._prefixes[0].kv.state
     line = read_prompt(keeping, add(keeping, 0, ids, policy))
     compared = 0
     for layer, head in np.ndindex(2, 2):
-        old = dict(zip(before.positions[layer][head].tolist(), before.carried[layer][head], strict=True))
-        new = dict(zip(line.kept.positions[layer][head].tolist(), line.kept.carried[layer][head], strict=True))
+        old = dict(zip(before.positions[layer][head].tolist(), before.policy_state[layer][head], strict=True))
+        new = dict(
+            zip(
+                state_of(keeping, line).positions[layer][head].tolist(),
+                state_of(keeping, line).policy_state[layer][head],
+                strict=True,
+            )
+        )
         assert all(new[place] >= old[place] for place in old.keys() & new.keys())
         compared += len(old.keys() & new.keys())
     assert compared > 40
-    assert line.kept.num_choices == before.num_choices + 1
+    assert state_of(keeping, line).num_choices == before.num_choices + 1
     run(keeping)
 
 

@@ -37,9 +37,9 @@ from policy_states import KINDS, cache_state
 from tiny_models import SLIDING_WINDOW, SLIDING_WINDOWS
 
 from ov_kvcrush import CrushError
-from ov_kvcrush.core.request import GenerationHandle, Status
+from ov_kvcrush.core.eviction import ReplayPrompt
 from ov_kvcrush.engine.engine import Engine
-from ov_kvcrush.pipelines.backend import ReplayPrompt
+from ov_kvcrush.engine.handle import GenerationHandle, Status
 from ov_kvcrush.policies.base import Budget, CacheState, Inputs, LayerState, Policy, Scorer
 from ov_kvcrush.policies.kvcrush.policy import KVCrush
 from ov_kvcrush.policies.scorers.kvzip import KVzip
@@ -51,10 +51,16 @@ EndOf = Callable[[Engine, GenerationHandle], None]
 
 
 def assert_nothing_left(engine: Engine) -> None:
-    memory: Any = engine.memory
+    memory: Any = engine.cache
     assert not engine.has_unfinished()
-    assert len(engine.scheduler) == len(memory._reading) == 0
-    assert nbytes(engine) == memory.store.num_sequences == memory.pool.num_used == memory.pool._ref_counts.sum() == 0
+    assert len(engine.scheduler) == len(memory._admission.prefilling) == 0
+    assert (
+        nbytes(engine)
+        == memory.store.num_sequences
+        == memory.staging.pool.num_used
+        == memory.staging.pool._ref_counts.sum()
+        == 0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +125,7 @@ CASES = [
 
 def replayed_scores(engine: Engine, case: Case, ids: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """Of each layer (H, S): what the policy is shown."""
-    view: Any = engine.memory._view  # type: ignore[attr-defined]
+    view: Any = engine.cache._view  # type: ignore[attr-defined]
     shown = []
 
     def choose(*args: Any, then: Any = view.choose) -> Any:
@@ -128,7 +134,7 @@ def replayed_scores(engine: Engine, case: Case, ids: np.ndarray, monkeypatch: py
 
     monkeypatch.setattr(view, "choose", choose)
     policy = small({"name": "kvzip", "chunk": case.chunk, "sees": case.sees, "sample": case.sample})
-    use = {"words": case.all_words(), "system": (0, case.head) if case.head else None}
+    use = {"replay_prompt": case.all_words(), "system": (0, case.head) if case.head else None}
     handle = add(engine, 0, ids, policy, new_tokens=3, use=use)
     run(engine)
     assert len(tokens(handle)[0]) == 3
@@ -203,7 +209,7 @@ def test_what_is_read_twice_is_chosen_by_both_readings(variant: dict[str, Any], 
     chosen = []
     for seed in (0, 1, 0):
         words = ReplayPrompt(prompt(6, seed=seed), prompt(6, seed=seed), prompt(3, seed=seed))
-        line = read_prompt(engine, add(engine, 0, prompt(150), small(variant), use={"words": words}))
+        line = read_prompt(engine, add(engine, 0, prompt(150), small(variant), use={"replay_prompt": words}))
         chosen.append(as_lists(held(engine, line)))
         assert counts(held(engine, line)).mean() == 24
         run(engine)
@@ -240,8 +246,8 @@ def test_sequences_of_a_request_attend_to_what_was_kept(variant: dict[str, Any],
 
 
 def replaying(engine: Engine, handle: GenerationHandle) -> bool:
-    line = line_of(handle)
-    return line.replay is not None and line.replay.reader is not None and line.replay.reader.num_cached > 0
+    reader = engine.cache.reader(line_of(handle))
+    return reader is not None and reader.num_cached > 0
 
 
 def step_until_it_replays(engine: Engine, handle: GenerationHandle, again: int = 3) -> None:
@@ -269,11 +275,11 @@ def fail(engine: Engine, handle: GenerationHandle) -> None:
 
 @pytest.mark.parametrize("end", [stop, cancel, fail])
 def test_request_that_ends_while_it_is_read_again_gives_all_back(end: EndOf, engine: Engine) -> None:
-    handle = add(engine, 0, prompt(150), small(KVZIP), use={"hold": True})
+    handle = add(engine, 0, prompt(150), small(KVZIP), use={"return_snapshot": True})
     step_until_it_replays(engine, handle)
     end(engine, handle)
     engine.process_aborts()
-    assert handle.held is None
+    assert handle.snapshot is None
     assert handle.get_status() == (Status.STOP if end is stop else Status.CANCEL)
     assert_nothing_left(engine)
 
@@ -295,13 +301,13 @@ def test_request_that_ends_while_it_is_read_again_disturbs_no_other(end: EndOf, 
 def test_request_that_loses_its_memory_while_it_is_read_again_begins_anew(
     tiny_ir: Callable[[str], Path], engine: Engine, eager: Eager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probe: Any = engine.memory
+    probe: Any = engine.cache
     limit = probe.store.bytes_for(32) + probe.store.bytes_for(24 + 32)
     tight = make_engine(tiny_ir("llama"), {**EXACT, "max_bytes": limit}, max_num_batched_tokens=32)
     was_replaying = []
 
     def preempt(line: Any, then: Any = tight.scheduler._preempt) -> None:
-        was_replaying.append(line.replay is not None and line.replay.reader is not None)
+        was_replaying.append(tight.cache.reader(line) is not None)
         then(line)
 
     monkeypatch.setattr(tight.scheduler, "_preempt", preempt)
@@ -321,7 +327,7 @@ def test_request_that_loses_its_memory_while_it_is_read_again_begins_anew(
 def test_prompts_wait_for_staging_blocks(tiny_ir: Callable[[str], Path], engine: Engine) -> None:
     """The pool has room for the two readings of one of them."""
     tight = make_engine(tiny_ir("llama"), {**EXACT, "staging_bytes": 9 << 15}, max_num_batched_tokens=48)
-    assert tight.memory.pool.num_blocks == 9  # type: ignore[attr-defined]
+    assert tight.cache.staging.pool.num_blocks == 9  # type: ignore[attr-defined]
     handles = [add(tight, i, prompt(150, seed=i), small(KVZIP)) for i in range(4)]
     run(tight)
     assert_nothing_left(tight)
@@ -335,7 +341,7 @@ def test_prompts_wait_for_staging_blocks(tiny_ir: Callable[[str], Path], engine:
 def test_random_traffic_attends_to_what_is_kept(seed: int, tiny_ir: Callable[[str], Path], eager: Eager) -> None:
     """Contexts and what goes on from them, prompts that are read twice or once, early ends, too little memory."""
     rng = np.random.default_rng(seed)
-    probe: Any = make_engine(tiny_ir("llama")).memory
+    probe: Any = make_engine(tiny_ir("llama")).cache
     limit = probe.store.bytes_for(int(rng.integers(250, 400)))
     settings = {**EXACT, "max_bytes": limit, "staging_bytes": 16 << 15}
     engine = make_engine(
@@ -352,7 +358,7 @@ def test_random_traffic_attends_to_what_is_kept(seed: int, tiny_ir: Callable[[st
             elif contexts and rng.random() < 0.6:
                 source, kv = contexts[rng.integers(len(contexts))]
                 ids = np.concatenate([source, prompt(int(rng.integers(1, 60)), seed=i)])
-                use = {"context": kv, "hold": bool(rng.random() < 0.3)}
+                use = {"context": kv, "return_snapshot": bool(rng.random() < 0.3)}
             else:
                 ids = prompt(120)[: rng.integers(40, 120)]
             options = {"num_return_sequences": 2, "do_sample": True, "rng_seed": i} if not use else {}
@@ -363,18 +369,18 @@ def test_random_traffic_attends_to_what_is_kept(seed: int, tiny_ir: Callable[[st
             if rng.random() < 0.2:
                 getattr(handles[rng.integers(len(handles))], rng.choice(["cancel", "stop"]))()
             for handle in handles:
-                kv = handle.held
+                kv = handle.snapshot
                 if kv is not None and kv not in known and kv.num_tokens < 120:
                     contexts.append((line_of(handle).ids[: kv.num_tokens], kv))
                     known.add(kv)
             if len(contexts) > 2:  # who goes on from it still can
-                engine.drop_held(contexts.pop(0)[1])
+                contexts.pop(0)[1].release()
         run(engine)
     assert_logits_equal([trace for handle in handles for trace in tracer.of(handle) if trace.logits], eager)
     for handle in handles:
-        if handle.held is not None and handle.held not in engine._gone:
-            engine.drop_held(handle.held)
-    engine.drop_kept_kv()
+        if handle.snapshot is not None and not engine.snapshots.is_gone(handle.snapshot):
+            handle.snapshot.release()
+    engine.clear_prefixes()
     assert_nothing_left(engine)
 
 
@@ -385,7 +391,7 @@ def read(engine: Engine, ids: np.ndarray, policy: Policy | None) -> Any:
     handle = add(engine, 500, ids, policy, use={"prefill_only": True})
     run(engine)
     assert tokens(handle) == [[]]
-    return handle.held.as_base()
+    return handle.snapshot.as_base()
 
 
 @pytest.mark.parametrize(
@@ -398,7 +404,7 @@ def test_request_that_goes_on_attends_to_what_the_context_kept(
     tracer = Tracer(engine, 260)
     with tracer.noting():
         kv = read(engine, prompt(100), policy and small({"name": policy}))
-    base = kv.kept.positions_of(100) or [[np.arange(100)] * 2] * 2
+    base = kv.state.positions_of(100) or [[np.arange(100)] * 2] * 2
     ids = np.concatenate([prompt(100), prompt(50, seed=1)])
     handle = add(engine, 0, ids, growth and small({"name": growth}), new_tokens=60, use={"context": kv})
     with tracer.noting():
@@ -413,7 +419,7 @@ def test_request_that_goes_on_attends_to_what_the_context_kept(
             engine.step()
     assert handle.get_stats().num_reused_tokens == 100
     assert_logits_equal(tracer.of(handle), eager)
-    engine.drop_held(kv)
+    kv.release()
 
 
 def test_what_went_on_from_a_context_serves_no_prompt_without_it(tiny_ir: Callable[[str], Path]) -> None:
@@ -422,7 +428,7 @@ def test_what_went_on_from_a_context_serves_no_prompt_without_it(tiny_ir: Callab
     policy, ids = small({"name": "snapkv"}), prompt(120)
     handle = add(engine, 0, prompt(150), policy)
     run(engine)
-    engine.drop_kept_kv()
+    engine.clear_prefixes()
     kv = read(engine, ids, small(KVZIP))
     again = np.concatenate([ids, prompt(40, seed=1)])
     asked = add(engine, 0, again, policy, use={"context": kv})
@@ -432,8 +438,8 @@ def test_what_went_on_from_a_context_serves_no_prompt_without_it(tiny_ir: Callab
     run(engine)
     assert plain.get_stats().num_reused_tokens == 0
     assert len(tokens(handle)[0]) == 12
-    engine.drop_held(kv)
-    engine.drop_kept_kv()
+    kv.release()
+    engine.clear_prefixes()
     assert_nothing_left(engine)
 
 
@@ -447,7 +453,7 @@ def test_context_that_is_dropped_stays_for_those_that_wait_for_it(tiny_ir: Calla
         run(engine)
     handles = [add(engine, i, row, use={"context": kv}) for i, row in enumerate(ids)]
     engine.step()
-    engine.drop_held(kv)
+    kv.release()
     run(engine)
     assert [tokens(h) for h in handles] == [tokens(h) for h in expected]
     assert_nothing_left(engine)
@@ -457,7 +463,7 @@ def test_context_that_is_dropped_stays_for_those_that_wait_for_it(tiny_ir: Calla
 
 def test_limits_of_a_request_that_goes_on_count_what_its_context_holds(tiny_ir: Callable[[str], Path]) -> None:
     """The store has room for 128 tokens a head, of which the context of 300 takes 24 or more."""
-    probe: Any = make_engine(tiny_ir("llama")).memory
+    probe: Any = make_engine(tiny_ir("llama")).cache
     for growth in (None, small({"name": "snapkv"}), small(KVZIP)):
         cache = {**EXACT, "max_bytes": probe.store.bytes_for(128)}
         engine = make_engine(tiny_ir("llama"), cache, max_num_batched_tokens=16)
@@ -472,7 +478,7 @@ def test_limits_of_a_request_that_goes_on_count_what_its_context_holds(tiny_ir: 
         if growth is None or growth.inputs.replay:
             with pytest.raises(CrushError, match=r"must fit into the KV store of .* got 500 tokens"):
                 add(engine, 0, np.concatenate([prompt(300), prompt(200)]), growth, use={"context": kv})
-        engine.drop_held(kv)
+        kv.release()
         assert_nothing_left(engine)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import openvino as ov
 import openvino_genai as ov_genai
 import pytest
+from covering import rarely
 
 from ov_kvcrush import (
     ChatHistory,
@@ -353,7 +354,8 @@ def resident_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def test_200_short_requests_leave_nothing(smollm2: Path) -> None:
+@pytest.mark.parametrize("num_requests", [80, *rarely(200)])
+def test_many_short_requests_leave_nothing(num_requests: int, smollm2: Path) -> None:
     pipe = ContinuousBatchingPipeline(smollm2)
 
     def round_of(count: int) -> None:
@@ -371,10 +373,10 @@ def test_200_short_requests_leave_nothing(smollm2: Path) -> None:
             pipe.step()
 
     # The plugin keeps a compiled kernel for each number of rows it has seen, so both rounds have the same ones.
-    round_of(200)
+    round_of(num_requests)
     before = resident_bytes()
-    round_of(200)
+    round_of(num_requests)
     assert pipe.get_metrics().num_used_blocks == 0
     assert pipe.get_metrics().requests == 0
-    # The KV of 200 such requests is about 90 MB in f32 and 22 MB in u8.
+    # The KV of 80 such requests is about 36 MB in f32 and 9 MB in u8.
     assert resident_bytes() - before < 4 << 20
