@@ -109,7 +109,9 @@ POLICIES: Mapping[str, PolicyRecipe] = {
     "kvzip": _top_scores(KVzip, GlobalThreshold, floor=0.06),
 }
 SCORERS: Mapping[str, type[Component]] = {
-    recipe.components["scorer"].name: recipe.components["scorer"] for recipe in POLICIES.values() if recipe.components
+    recipe.components["scorer"].name: recipe.components["scorer"]
+    for recipe in POLICIES.values()
+    if "scorer" in recipe.components
 }
 ALLOCATORS: Mapping[str, type[Component]] = {
     cls.name: cls for cls in (Uniform, PyramidKV, AdaKV, GlobalThreshold, PageAllocator, WholeHeads)

@@ -145,7 +145,7 @@ def test_h2o_counts_each_new_row_once_and_at_most_the_window(window: int, steps:
     assert state.sum() == pytest.approx(sum(min(window, step) for step in steps), rel=1e-4)
 
 
-def test_h2o_remembers_that_it_saw_a_token_nothing_looked_at() -> None:
+def test_h2o_s_state_tells_a_token_without_attention_from_a_new_one() -> None:
     scorer = H2O(window=8)
     positions = np.arange(8, dtype=np.int32)
     attention = np.zeros((2, 8), np.float32)

@@ -275,14 +275,14 @@ def test_the_genai_rule_keeps_the_pages_that_openvino_genai_keeps(
 # Settings
 
 
-def test_needs_are_those_of_the_parts_and_the_attention_of_the_bits() -> None:
+def test_inputs_are_those_of_the_components_and_the_attention_of_the_bits() -> None:
     assert policy(scorer=SnapKV(window=8, reduce="max")).inputs == Inputs(window=8, reduce="max")
     assert policy(scorer=Knorm()).inputs == Knorm().inputs | Inputs(window=16)
     assert policy(scorer=Knorm(), bits="scores").inputs == Knorm().inputs
     assert policy(scorer=H2O()).inputs.state
 
 
-def test_what_the_host_remembers_is_passed_on() -> None:
+def test_the_state_of_the_host_is_passed_on() -> None:
     crush = policy(scorer=H2O())
     state = cache_state(2, crush.inputs, "random", crush.protected(50), (2, 2), answering=True)
     seen = crush.update(state)

@@ -161,7 +161,7 @@ def test_a_budget_below_what_is_protected_keeps_just_that(
 @MOST_POLICIES
 @MANY
 @given(moment=moments())
-def test_what_is_remembered_is_a_number_a_token(variant: dict[str, Any], moment: Moment) -> None:
+def test_state_is_a_number_a_token(variant: dict[str, Any], moment: Moment) -> None:
     policy = policy_of(variant)
     state = moment.state(policy)
     seen = policy.update(state)

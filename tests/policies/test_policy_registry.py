@@ -67,10 +67,10 @@ def test_what_is_described_is_what_is_built(name: str) -> None:
     assert settings_of(build(name)) == {"name": name, **description.settings}
     assert build(name, **description.settings) == build(name)
     assert description.about.endswith(".")
-    for setting, parts in description.choices.items():
-        assert description.settings[setting] in parts
-        for part, own in parts.items():
-            built = settings_of(build(name, **{setting: part}))
+    for setting, components in description.choices.items():
+        assert description.settings[setting] in components
+        for component, own in components.items():
+            built = settings_of(build(name, **{setting: component}))
             assert {key: built[key] for key in own} == own
 
 
@@ -135,8 +135,8 @@ def test_methods_that_are_combinations() -> None:
     assert build("none") == KeepAll()
 
 
-def test_parts_share_no_setting_that_means_two_things() -> None:
-    """The settings are one flat list: what two parts of a policy both have goes to both."""
+def test_components_share_no_setting_that_means_two_things() -> None:
+    """The settings are one flat list: what two components of a policy both have goes to both."""
     own = {name: set(inspect.signature(cls).parameters) for name, cls in SCORERS.items()}
     for name, cls in ALLOCATORS.items():
         fields_of_allocator = set(inspect.signature(cls).parameters)
