@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from covering import covering
 
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.benchmarks.haystack import Haystack, load_haystack, split_sentences
@@ -40,8 +41,7 @@ def niah(task: NeedleTask) -> pytest.param:
 
 
 class TestSizes:
-    @pytest.mark.parametrize("length", LENGTHS)
-    @pytest.mark.parametrize("task", TASKS)
+    @pytest.mark.parametrize(("task", "length"), covering(TASKS, LENGTHS))
     def test_tokens_never_exceed_length_and_nearly_reach_it(self, task: str, length: int) -> None:
         for item in make(task, length):
             assert 0.9 * length <= item_tokens(item, count_words) <= length
@@ -60,8 +60,7 @@ class TestSizes:
         assert len(dear.context) < len(cheap.context)
         assert item_tokens(dear, len) <= 6000
 
-    @pytest.mark.parametrize("budget", [1, 7, 100, 1001, 54321])
-    @pytest.mark.parametrize("greatest", [None, 60, 5000])
+    @pytest.mark.parametrize(("budget", "greatest"), covering([1, 7, 100, 1001, 54321], [None, 60, 5000]))
     def test_search_finds_the_largest_size_up_to_half_a_percent(self, budget: int, greatest: int | None) -> None:
         size, tokens = largest(lambda n: n, lambda n: 3 * n + 5, budget, 2, greatest)
         assert tokens == 3 * size + 5

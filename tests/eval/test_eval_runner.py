@@ -34,13 +34,13 @@ KEPT = 0.5
 
 
 def log(seed: int) -> str:
-    return "\n".join(f"On day {i} the {'ship' if i % 3 else 'crew'} saw {seed * i % 11} whales." for i in range(1, 30))
+    return "\n".join(f"On day {i} the {'ship' if i % 3 else 'crew'} saw {seed * i % 11} whales." for i in range(1, 20))
 
 
 def item(seed: int, **changes: object) -> Item:
     questions = tuple(
         Question(f"How many whales on day {day}?", (str(seed * day % 11),), NEW_TOKENS, " There were")
-        for day in (3, 20)
+        for day in (3, 17)
     )
     return replace(Item(f"log-{seed}", TASK.name, log(seed), questions), **changes)
 
@@ -242,8 +242,8 @@ def test_bad_suites_are_refused_by_name(suite: str, options: dict[str, object], 
 
 def test_prompt_longer_than_the_model_is_refused_by_its_item(smollm2: Path) -> None:
     encoder = ItemEncoder(load_tokenizer(smollm2, {}))
-    with pytest.raises(CrushError, match=r"model must have a context of at least .* for item 'log-7'.*got 300; lower"):
-        encode_items([item(7)], encoder, 300)
+    with pytest.raises(CrushError, match=r"model must have a context of at least .* for item 'log-7'.*got 200; lower"):
+        encode_items([item(7)], encoder, 200)
 
 
 def test_commands_of_every_suite_teach_with_examples() -> None:
