@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from ov_kvcrush.errors import ModelError, did_you_mean
 from ov_kvcrush.model.hf_config import head_sizes, pick, rope_of, sliding_windows_of
+from ov_kvcrush.utils.atomic import atomic_write
 
 FILE_NAME = "ov_kvcrush.json"
 FORMAT_VERSION = 1
@@ -169,18 +169,7 @@ class ModelInfo:
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write `ov_kvcrush.json` into an existing folder, whole or not at all; returns its path."""
         path = Path(folder) / FILE_NAME
-        handle, temporary = tempfile.mkstemp(prefix=f".{FILE_NAME}.", dir=folder)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.to_json(), file, indent=2)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the model's data from other users of the folder
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        atomic_write(path, [(json.dumps(self.to_json(), indent=2) + "\n").encode()])
         return path
 
 

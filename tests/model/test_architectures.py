@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
-from tiny_models import KINDS, VOCAB_SIZE
+from tiny_models import VOCAB_SIZE, kinds
 
 from ov_kvcrush import CacheConfig, SchedulerConfig
 from ov_kvcrush.core.request import Request
@@ -32,22 +32,22 @@ CHUNKS = (1, 30, 2, 37, 1, 1, 1, 5, 1, 1)
 def logits_at_chunk_ends(folder: Path, ids: np.ndarray, cache: CacheConfig) -> np.ndarray:
     """Logits (steps, vocabulary) of the last row of each step."""
     model = load_model(folder, "CPU", F32, cache.attention)
-    memory = make_kv_cache_manager(model, SchedulerConfig(num_kv_blocks=8), cache)
-    runner = ModelRunner(model, memory)
+    manager = make_kv_cache_manager(model, SchedulerConfig(num_kv_blocks=8), cache)
+    runner = ModelRunner(model, manager)
     sequence = Request(0, ids, SamplingParams(max_new_tokens=1)).sequences[0]
-    assert memory.admit(sequence)
+    assert manager.allocate(sequence)
     logits = []
     for count in CHUNKS:
-        assert memory.append_slots(sequence, count)
+        assert manager.append_slots(sequence, count)
         row = ScheduledTokens(sequence, count, True)
         runner.prepare(SchedulerOutput((row,), ()))
         logits.append(runner.infer()[0].copy())
         sequence.num_cached += count
-        assert not memory.commit([row])
+        assert not manager.commit([row], runner.attention_scores)
     return np.stack(logits)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds())
 def test_rows_are_gathered_behind_the_last_attention(kind: str, tiny_ir: Callable[[str], Path]) -> None:
     """Not only before the LM head: the last layer's projections see the sampled rows alone."""
     model = ov.Core().read_model(tiny_ir(kind) / "openvino_model.xml")
@@ -61,7 +61,7 @@ def test_rows_are_gathered_behind_the_last_attention(kind: str, tiny_ir: Callabl
 
 
 @pytest.mark.parametrize("attention", list(CACHES))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds())
 def test_logits_equal_hugging_face(
     kind: str, attention: str, tiny_hf: Callable[[str], Path], tiny_ir: Callable[[str], Path]
 ) -> None:

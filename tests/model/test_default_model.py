@@ -99,7 +99,9 @@ def test_failed_conversion_leaves_nothing(cache: Path, gguf: Path, monkeypatch: 
 
 def test_killed_conversion_is_never_used_and_two_that_race_both_win(cache: Path, gguf: Path) -> None:
     setup = (
-        "import os, sys\nfrom pathlib import Path\nfrom ov_kvcrush import default_model, gguf_model\n"
+        "import os, sys\nfrom pathlib import Path\n"
+        "from ov_kvcrush.model import default as default_model\n"
+        "from ov_kvcrush.model.gguf import convert as gguf_model\n"
         "default_model._installed_gguf = lambda _: Path(sys.argv[1])\n"
     )
     killed = setup + "gguf_model._write_configs = lambda *_: os._exit(7)\ndefault_model.default_model_path()"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -33,7 +34,6 @@ def q8_gguf(tiny_hf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 
 def ir_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
     """Logits float32 (T, vocabulary) of one prompt, everything in float32."""
-
     exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     request = open_core().compile_model(folder / "openvino_model.xml", "CPU", exact).create_infer_request()
     length = len(ids)
@@ -151,6 +151,39 @@ def test_what_is_no_gguf_is_refused(tmp_path: Path, content: bytes, words: str) 
         read_gguf_header(path)
 
 
+def header_bytes(num_tensors: int, num_keys: int, rest: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, num_tensors, num_keys) + rest
+
+
+KEY = struct.pack("<Q", 1) + b"k"
+HOSTILE = {
+    "tensors": header_bytes(2**60, 0, bytes(999)),
+    "key-values": header_bytes(0, 2**60, bytes(999)),
+    "string": header_bytes(0, 1, KEY + struct.pack("<IQ", 8, 2**60) + bytes(999)),
+    "key": header_bytes(0, 1, struct.pack("<Q", 2**60) + bytes(999)),
+    "numbers": header_bytes(0, 1, KEY + struct.pack("<IIQ", 9, 0, 2**40) + bytes(999)),
+    "strings": header_bytes(0, 1, KEY + struct.pack("<IIQ", 9, 8, 2**40) + bytes(999)),
+    "arrays": header_bytes(0, 1, KEY + struct.pack("<IIQ", 9, 9, 2**40) + bytes(999)),
+    "name": header_bytes(1, 0, struct.pack("<Q", 2**60) + bytes(999)),
+    "rank": header_bytes(1, 0, KEY + struct.pack("<I", 2**31) + bytes(999)),
+    "dims": header_bytes(1, 0, KEY + struct.pack("<I4QIQ", 4, *[2**63] * 4, 0, 0) + bytes(999)),
+    "offset": header_bytes(1, 0, KEY + struct.pack("<IQIQ", 1, 8, 0, 2**63) + bytes(999)),
+}
+
+
+@pytest.mark.parametrize("where", HOSTILE)
+def test_a_count_beyond_the_file_is_refused_before_memory_is_taken(where: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(HOSTILE[where])
+    tracemalloc.start()
+    try:
+        with pytest.raises(ModelError, match=r"x\.gguf"):
+            read_gguf_header(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="readable"):
         read_gguf_header(tmp_path / "none.gguf")
@@ -233,6 +266,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pre-tokenizer": ({"tokenizer__ggml__pre": "unheard-of"}, "tokenizer.ggml.pre"),
     "no tokens": ({"tokenizer__ggml__tokens": None}, "tokenizer.ggml.tokens"),
     "eos outside": ({"tokenizer__ggml__eos_token_id": 5000}, "eos_token_id"),
+    "layers without tensors": ({"llama__block_count": 2**30}, "block_count must be at most"),
     "no layers": ({"llama__block_count": None}, "num_hidden_layers"),
     "no heads": ({"llama__attention__head_count": None}, "num_attention_heads"),
 }

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from covering import rarely
 from tiny_gguf import tiny_gguf
-from tiny_models import KINDS, tiny_model
+from tiny_models import kinds, tiny_model
 from typer.testing import CliRunner
 
 from model_export import checks, export_model, pipeline
@@ -52,7 +53,7 @@ def compressed(tiny_hf: Build, tmp_path_factory: pytest.TempPathFactory) -> Buil
     return build
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds())
 def test_exported_folder_generates_in_stock_genai(tiny_ir: Build, kind: str) -> None:
     import openvino_genai
 
@@ -164,6 +165,7 @@ def test_failure_midway_leaves_nothing(
 
 
 def test_missing_tokenizer_ir_is_a_failure(tiny_hf: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_to_ir", lambda *_: None)
     monkeypatch.setattr("optimum.exporters.openvino.convert.export_tokenizer", lambda *_, **__: None)
     with pytest.raises(ExportError, match="tokenizer that openvino_tokenizers can convert"):
         export_model(tiny_hf("llama"), tmp_path / "out", "fp32")
@@ -260,7 +262,7 @@ def test_stale_folders_of_other_targets_are_kept(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {"out", ".other.partial-x"}
 
 
-@pytest.mark.parametrize("weight_format", ["fp32", "int8"])
+@pytest.mark.parametrize("weight_format", ["fp32", *rarely("int8")])
 def test_gguf_in_another_weight_format(tiny_hf: Build, tmp_path: Path, weight_format: str) -> None:
     import openvino_genai
 

@@ -15,7 +15,7 @@ import pytest
 from eager_attention import eager_attentions
 from sample_runs import run_sample
 from tiny_gguf import tiny_gguf
-from tiny_models import KINDS, NUM_HEADS
+from tiny_models import NUM_HEADS, kinds
 from typer.testing import CliRunner
 
 from model_export import export_model, pipeline
@@ -104,7 +104,7 @@ def assert_scores_are_means(outputs: list[Outputs], steps: Sequence[int], attent
             np.testing.assert_allclose(output[f"attention_scores.{layer}"][0], expected, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds())
 def test_scores_equal_eager_attention(kind: str, tiny_hf: Build, with_scores: Build) -> None:
     ids = tokens()
     attentions, request = eager_attentions(tiny_hf(kind), ids[0]), scored(with_scores(kind))
@@ -112,7 +112,7 @@ def test_scores_equal_eager_attention(kind: str, tiny_hf: Build, with_scores: Bu
         assert_scores_are_means(run_steps(request, ids, steps), steps, attentions)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds())
 def test_plain_model_is_not_touched(kind: str, tiny_ir: Build, with_scores: Build) -> None:
     before, after = tiny_ir(kind), with_scores(kind)
     names = {file.name for file in before.iterdir()}

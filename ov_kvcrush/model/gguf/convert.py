@@ -164,11 +164,14 @@ def gguf_hf_config(header: GgufHeader) -> dict[str, Any]:
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.dims) != 2:
         raise ModelError("token_embd.weight must be a matrix in the GGUF, got none: is this a language model?")
+    num_layers, num_tensors = meta.get(f"{arch}.block_count"), len(header.tensors)
+    if isinstance(num_layers, int) and num_layers > num_tensors:  # what is known of each layer would fill the memory
+        raise ModelError(f"{arch}.block_count must be at most {num_tensors}, the number of tensors, got {num_layers}")
     heads = meta.get(f"{arch}.attention.head_count")
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES.get(arch, arch)],
         "model_type": arch,
-        "num_hidden_layers": meta.get(f"{arch}.block_count"),
+        "num_hidden_layers": num_layers,
         "hidden_size": meta.get(f"{arch}.embedding_length"),
         "intermediate_size": meta.get(f"{arch}.feed_forward_length"),
         "num_attention_heads": heads,

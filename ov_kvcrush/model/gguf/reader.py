@@ -1,4 +1,6 @@
-"""A strict reader of GGUF headers: every length is checked against the file before it is believed."""
+"""A strict reader of GGUF headers: every count is checked against the file's size before memory is taken for it."""
+
+# Not gguf.GGUFReader (0.19): an array length of 2^40 in 60 bytes ran 15 s until killed, a string of 2^60 was accepted.
 
 from __future__ import annotations
 

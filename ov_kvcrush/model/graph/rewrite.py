@@ -22,7 +22,7 @@ _ATTENTIONS = ("PagedAttentionExtension", "CrushAttention")
 SAMPLED_ROWS = "sampled_rows"  # i64 (rows that sample,): the rows whose logits are wanted
 PAGED_ROWS = "paged_rows"  # i64 (1,): rows that PagedAttention gets, all or none
 CRUSH_STORE = "crush_store"  # i32 (1,): id of the store
-CRUSH_PLAN = "crush_plan"  # i32 (n,): see native/src/plan.hpp
+CRUSH_PLAN = "crush_plan"  # i32 (n,): see native/src/op/plan.hpp
 # Outputs, "attention_scores.<layer>": f32 (n,), empty unless a request asks.
 ATTENTION_SCORES = "attention_scores"
 
