@@ -1,4 +1,4 @@
-"""What a context was made with, as short texts that can be compared: model, tokenizer, tokens."""
+"""Hashes of model, tokenizer and token ids: a saved context is loaded only where they agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is a folder a complete OpenVINO language model? Asked before anything heavy starts."""
+"""Checks that a folder is a complete OpenVINO language model, before anything slow starts."""
 
 from __future__ import annotations
 

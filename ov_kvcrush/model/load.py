@@ -8,6 +8,7 @@ from typing import Any
 
 import openvino as ov
 
+from ov_kvcrush import native
 from ov_kvcrush.errors import CrushError, ModelError, did_you_mean, reason_of
 from ov_kvcrush.model.folder import IR_NAME, check_model_folder
 from ov_kvcrush.model.graph.attention import AttentionLayer, attention_ops, read_layer
@@ -23,11 +24,11 @@ MODEL_XML = f"{IR_NAME}.xml"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A compiled model and what the engine must know of it.
+    """A compiled model and the facts about it that the engine needs.
 
-    context_length: None where nothing on disk says it. attention: "crush" or "paged". pages_prompts: whether there is
-    PagedAttention in it; else CrushAttention reads prompts too.
-    layers: of the attention, with "crush" only. recent_precision: of keys and values that are not quantised yet.
+    context_length: None if no file of the folder states it. attention: "crush" or "paged". pages_prompts: True if
+    PagedAttention computes prompts, False if CrushAttention does. layers: attention layers, with "crush" only.
+    recent_precision: type of keys and values that are not quantised yet.
     """
 
     compiled: ov.CompiledModel
@@ -40,7 +41,7 @@ class LoadedModel:
 
     @property
     def has_scores(self) -> bool:
-        """Whether there are outputs of attention scores."""
+        """Whether the model has attention scores as outputs."""
         return self.attention == "crush"
 
 
@@ -93,8 +94,6 @@ def load_model(
     layers: tuple[AttentionLayer, ...] = ()
     precision, pages_prompts = "f32", True
     if attention == "crush":
-        from ov_kvcrush import native
-
         layers = tuple(read_layer(op) for op in attention_ops(model))
         library = native.info()["path"]
         core.add_extension(library)

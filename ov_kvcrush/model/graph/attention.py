@@ -1,4 +1,4 @@
-"""What the attention layers of a model are, read from its PagedAttention operations."""
+"""Shapes and scales of the attention layers of a model, read from its PagedAttention operations."""
 
 from __future__ import annotations
 

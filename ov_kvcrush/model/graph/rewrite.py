@@ -49,7 +49,7 @@ def use_paged_attention(model: ov.Model) -> int:
 
 
 def use_crush_attention(model: ov.Model, library: str, *, pages_prompts: bool) -> None:
-    """Let CrushAttention take the place of each PagedAttention, or follow it and take over its rows of fresh prompts.
+    """Replace each PagedAttention by CrushAttention, or put CrushAttention behind it to pass on its rows of fresh prompts.
 
     pages_prompts: PagedAttention stays, for prompts that the store has no kernel for (`native.can_prefill`). Then it is
     skipped by the plugin where it gets no queries, so the queries are cut to `paged_rows`: all rows
@@ -175,7 +175,7 @@ def _row_wise_part(behind: set[str], head: ov.Node) -> dict[str, ov.Node]:
         if name in behind and name not in part and is_row_wise:
             part[name] = node
             waiting += [_source(target) for target in node.inputs()]
-    # Who is read from outside must keep all its rows, and then so must what it reads.
+    # A node that is read from outside the part keeps all its rows, and so do its inputs.
     allowed = {head.get_friendly_name()}
     while True:
         read_outside = [
