@@ -49,7 +49,7 @@ def use_paged_attention(model: ov.Model) -> int:
 
 
 def use_crush_attention(model: ov.Model, library: str, *, pages_prompts: bool) -> None:
-    """Replace each PagedAttention by CrushAttention, or put CrushAttention behind it to pass on its rows of fresh prompts.
+    """Replace each PagedAttention by CrushAttention, or put CrushAttention behind it, to pass on its rows of prompts.
 
     pages_prompts: PagedAttention stays, for prompts that the store has no kernel for (`native.can_prefill`). Then it is
     skipped by the plugin where it gets no queries, so the queries are cut to `paged_rows`: all rows
