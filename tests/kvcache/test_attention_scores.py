@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import openvino_genai as ov_genai
 import pytest
-from covering import covering
+from covering import covering, rarely
 from eager_attention import eager_attentions
 from tiny_models import KINDS, VOCAB_SIZE, tiny_tokenizer
 from watch import AttentionScores, Watch
@@ -76,9 +76,12 @@ def test_scores_of_a_prompt_read_through_the_store_are_the_same(
     assert_equal(scores_of(engine, ids, watch), eager_attentions(tiny_hf(kind), ids), watch)
 
 
-@pytest.fixture(scope="module")
-def smollm2_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 as a Hugging Face folder in float32: the default model's IR rounds some weights of the GGUF file."""
+@pytest.fixture(scope="module", params=[10, *rarely(30)], ids=lambda layers: f"{layers} layers")
+def smollm2_hf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first layers of SmolLM2, or all 30, as a Hugging Face folder in float32.
+
+    The default model's IR rounds some weights of the GGUF file.
+    """
     import torch
     import transformers
 
@@ -86,9 +89,10 @@ def smollm2_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gguf = default_gguf(folder, print)
     transformers.utils.logging.disable_progress_bar()
     options = {"gguf_file": gguf.name}
-    transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options).save_pretrained(
-        folder / "hf"
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+    model.model.layers = model.model.layers[: request.param]
+    model.config.num_hidden_layers = request.param
+    model.save_pretrained(folder / "hf")
     tiny_tokenizer().save_pretrained(folder / "hf")  # an export needs one; the real one is in the default model
     return folder / "hf"
 
