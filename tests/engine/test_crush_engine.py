@@ -205,7 +205,7 @@ def test_process_grows_by_what_the_store_says(smollm2: Path) -> None:
             engine.step()
         return rss_bytes()
 
-    hold(2)  # kernels are compiled and activations are allocated
+    hold(5)  # kernels are compiled and activations are allocated, those of as many prompts
     run(engine)
     gc.collect()
     before = rss_bytes()

@@ -88,7 +88,7 @@ def pipe(shared: LLMPipeline) -> Iterator[LLMPipeline]:
 def test_contexts_are_those_of_a_pipeline_loaded_with_the_same_cache(
     config: dict[str, Any], pipe: LLMPipeline, folder: Path
 ) -> None:
-    beside, alone = pipe.beside(config), make_pipe(folder, config)
+    beside, alone = pipe.with_cache(config), make_pipe(folder, config)
     assert type(beside) is LLMPipeline
     made = pipe.compress_ids(IDS, POLICIES, pipelines=[beside] * len(POLICIES), head=5)
     expected = [alone.compress_ids(IDS, [policy], head=5)[0] for policy in POLICIES]
@@ -108,8 +108,8 @@ def test_contexts_are_those_of_a_pipeline_loaded_with_the_same_cache(
 
 
 def test_one_reading_fills_the_stores_of_all_whoever_reads(pipe: LLMPipeline) -> None:
-    pipes = [pipe, pipe.beside(CONFIGS[0])]
-    pipes.append(pipes[1].beside(CONFIGS[1]))
+    pipes = [pipe, pipe.with_cache(CONFIGS[0])]
+    pipes.append(pipes[1].with_cache(CONFIGS[1]))
     policies = [policy for policy in POLICIES for _ in pipes]
     homes = pipes * len(POLICIES)
     expected = None
@@ -129,7 +129,7 @@ def test_one_reading_fills_the_stores_of_all_whoever_reads(pipe: LLMPipeline) ->
         for first in range(0, len(made), len(pipes)):
             assert positions(made[first]) == positions(made[first + 1]) == positions(made[first + 2])
         for home, context in placed:
-            assert context.of(home).num_tokens == len(IDS)
+            assert context.snapshot_for(home.context_owner).num_tokens == len(IDS)
             context.close()
     assert_nothing_left(*pipes)
 
@@ -156,7 +156,7 @@ class counted_steps:
 
 
 def test_policies_that_are_equal_choose_once(pipe: LLMPipeline) -> None:
-    beside = pipe.beside(U4)
+    beside = pipe.with_cache(U4)
     asked: list[Policy] = []
     policies = [build("snapkv", **TIGHT) for _ in range(4)]
     with pytest.MonkeyPatch.context() as patch:
@@ -171,7 +171,7 @@ def test_policies_that_are_equal_choose_once(pipe: LLMPipeline) -> None:
 
 
 def test_each_is_a_pipeline_of_its_own(pipe: LLMPipeline, folder: Path) -> None:
-    beside, alone = pipe.beside(U4), make_pipe(folder, U4)
+    beside, alone = pipe.with_cache(U4), make_pipe(folder, U4)
     config = pipe.get_generation_config()
     beside.set_generation_config(ov_genai.GenerationConfig(max_new_tokens=3))
     assert pipe.get_generation_config().max_new_tokens == config.max_new_tokens
@@ -198,7 +198,7 @@ def test_each_is_a_pipeline_of_its_own(pipe: LLMPipeline, folder: Path) -> None:
 def test_a_file_of_a_context_that_another_read_is_that_of_its_own_pipeline(
     pipe: LLMPipeline, folder: Path, tmp_path: Path
 ) -> None:
-    beside, alone = pipe.beside(U4), make_pipe(folder, U4)
+    beside, alone = pipe.with_cache(U4), make_pipe(folder, U4)
     (context,) = pipe.compress_ids(IDS, [POLICIES[1]], pipelines=[beside])
     context.save(tmp_path / "context.kvc")
     loaded = Context.load(tmp_path / "context.kvc", alone)
@@ -210,7 +210,7 @@ def test_a_file_of_a_context_that_another_read_is_that_of_its_own_pipeline(
 
 
 def test_pipeline_beside_one_that_is_gone_goes_on(folder: Path) -> None:
-    beside = make_pipe(folder).beside(U4)
+    beside = make_pipe(folder).with_cache(U4)
     gc.collect()
     (context,) = beside.compress_ids(IDS, [POLICIES[2]])
     assert answers(beside, [context]) == answers(beside, [context])
@@ -222,9 +222,9 @@ def test_pipeline_beside_one_that_is_gone_goes_on(folder: Path) -> None:
 
 
 def test_store_without_room_leaves_the_others_as_they_were(pipe: LLMPipeline) -> None:
-    beside = pipe.beside(U4)
+    beside = pipe.with_cache(U4)
     (small,) = beside.compress_ids(IDS, [POLICIES[1]])
-    tight = pipe.beside({**U4, "max_bytes": small.nbytes + memory_of(beside).store.bytes_for(len(IDS)) - 1})
+    tight = pipe.with_cache({**U4, "max_bytes": small.nbytes + memory_of(beside).store.bytes_for(len(IDS)) - 1})
     small.close()
     held = tight.compress_ids(IDS[::-1].copy(), [POLICIES[1]])
     before, answer = nbytes(tight), answers(tight, held)
@@ -234,7 +234,7 @@ def test_store_without_room_leaves_the_others_as_they_were(pipe: LLMPipeline) ->
             reader.compress_ids(IDS, [POLICIES[0]] * 4, pipelines=homes)
         gc.collect()
         assert [nbytes(p) for p in (pipe, beside, tight)] == [0, 0, before]
-        assert memory_of(pipe).pool.num_used == 0
+        assert memory_of(pipe).staging.pool.num_used == 0
     assert answers(tight, held) == answer
     made = pipe.compress_ids(IDS, [POLICIES[2]] * 4, pipelines=homes)
     assert all(answers(home, [context]) for home, context in zip(homes, made, strict=True))
@@ -246,7 +246,7 @@ def test_store_without_room_leaves_the_others_as_they_were(pipe: LLMPipeline) ->
 
 
 def test_kept_prefixes_make_room_for_what_another_read(pipe: LLMPipeline) -> None:
-    tight = pipe.beside({**U4, "max_bytes": memory_of(pipe.beside(U4)).store.bytes_for(len(IDS) + 40)})
+    tight = pipe.with_cache({**U4, "max_bytes": memory_of(pipe.with_cache(U4)).store.bytes_for(len(IDS) + 40)})
     tight.start_chat()
     tight.generate("In the harbour lie boats. " * 5, **ASK)
     assert nbytes(tight) > memory_of(tight).store.bytes_for(64)
@@ -259,7 +259,7 @@ def test_kept_prefixes_make_room_for_what_another_read(pipe: LLMPipeline) -> Non
 
 @pytest.mark.parametrize("last", [False, True])
 def test_error_of_the_caller_while_it_is_read_leaves_nothing(last: bool, pipe: LLMPipeline) -> None:
-    beside = pipe.beside(U4)
+    beside = pipe.with_cache(U4)
 
     def progress(done: int, of: int) -> None:
         if done == of or not last:
@@ -271,7 +271,7 @@ def test_error_of_the_caller_while_it_is_read_leaves_nothing(last: bool, pipe: L
 
 
 def test_error_of_a_policy_leaves_nothing(pipe: LLMPipeline) -> None:
-    beside = pipe.beside(U4)
+    beside = pipe.with_cache(U4)
     broken = build("tova", **TIGHT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(broken), "select", lambda *args: 1 / 0)
@@ -282,7 +282,7 @@ def test_error_of_a_policy_leaves_nothing(pipe: LLMPipeline) -> None:
 
 def test_kept_prefixes_of_a_prompt_do_not_keep_it_from_being_read(folder: Path) -> None:
     pipe = make_pipe(folder, enable_prefix_caching=True)
-    beside = pipe.beside(U4)
+    beside = pipe.with_cache(U4)
     pipe.generate(ov.Tensor(IDS[None]), **ASK)
     first, second = (pipe.compress_ids(IDS, POLICIES, pipelines=[beside] * len(POLICIES)) for _ in range(2))
     assert answers(beside, first) == answers(beside, second)
@@ -298,8 +298,8 @@ def test_kept_prefixes_of_a_prompt_do_not_keep_it_from_being_read(folder: Path) 
 def test_prompts_of_both_wait_for_the_same_staging_blocks(folder: Path) -> None:
     """In many threads, with blocks for little more than one of the texts and its second reading."""
     pipe = make_pipe(folder, {"staging_bytes": 16 * BLOCK})
-    pipes = [pipe, pipe.beside(U4), pipe.beside(CONFIGS[1])]
-    assert len({id(memory_of(p).pool) for p in pipes}) == len({id(memory_of(p).staging) for p in pipes}) == 1
+    pipes = [pipe, pipe.with_cache(U4), pipe.with_cache(CONFIGS[1])]
+    assert len({id(memory_of(p).staging.pool) for p in pipes}) == len({id(memory_of(p).staging) for p in pipes}) == 1
 
     def work(index: int) -> list[Any]:
         ids = np.roll(IDS, index // 2)
@@ -320,7 +320,7 @@ def test_prompts_of_both_wait_for_the_same_staging_blocks(folder: Path) -> None:
 def test_request_that_nobody_steps_does_not_block_the_other_pipeline(folder: Path) -> None:
     config = {**EXACT, "staging_bytes": 10 * BLOCK}
     pipe = ContinuousBatchingPipeline(folder, {"max_num_batched_tokens": 64}, "CPU", F32, cache_config=config)
-    beside = pipe.beside(U4)
+    beside = pipe.with_cache(U4)
     assert type(beside) is ContinuousBatchingPipeline
     expected = beside.generate([ov.Tensor(IDS[None])], **ASK)[0].m_generation_ids
     handle = pipe.add_request(0, ov.Tensor(IDS[None]), **ASK)
@@ -353,7 +353,7 @@ def test_request_that_nobody_steps_does_not_block_the_other_pipeline(folder: Pat
 )
 def test_engines_without_a_store_have_none_beside(options: dict[str, Any], message: str, folder: Path) -> None:
     with pytest.raises(CrushError, match=message):
-        LLMPipeline(folder, **options).beside(U4)
+        LLMPipeline(folder, **options).with_cache(U4)
 
 
 @pytest.mark.parametrize(
@@ -369,15 +369,15 @@ def test_engines_without_a_store_have_none_beside(options: dict[str, Any], messa
 )
 def test_caches_that_cannot_be_beside_are_refused(config: Any, message: str, pipe: LLMPipeline) -> None:
     with pytest.raises(CrushError, match=message):
-        pipe.beside(config)
+        pipe.with_cache(config)
 
 
 def test_pipelines_that_cannot_take_are_refused(pipe: LLMPipeline, folder: Path) -> None:
-    beside = pipe.beside(U4)
+    beside = pipe.with_cache(U4)
     stranger, genai = make_pipe(folder), LLMPipeline(folder, engine="genai")
     cases: list[tuple[Any, str]] = [
-        ([beside, stranger], "pipelines must be the one that reads or made by its beside(), got another"),
-        ([genai, beside], "pipelines must be the one that reads or made by its beside(), got another"),
+        ([beside, stranger], "pipelines must be the one that reads or made by its with_cache(), got another"),
+        ([genai, beside], "pipelines must be the one that reads or made by its with_cache(), got another"),
         ([beside], "pipelines must be one for each of 2 policies, got 1"),
         ([], "pipelines must be one for each of 2 policies, got 0"),
         ([beside, "u4"], "pipelines must be pipelines, got str"),
