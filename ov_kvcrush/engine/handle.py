@@ -77,7 +77,8 @@ class GenerationHandle:
         num_again = replayer.num_read_again(request.num_prompt_tokens) if replayer else 0
         num_read = min(first.num_cached, request.num_prompt_tokens)
         if num_read == request.num_prompt_tokens:
-            done, total = self._cache.replay_progress(first)
+            replay = self._cache.replay(first)
+            done, total = replay.progress if replay else (1, 1)
             num_read += num_again * done // total
         return num_read, request.num_prompt_tokens + num_again
 

@@ -61,7 +61,7 @@ class OutputProcessor:
         """End the requests that wanted nothing but the KV of their prompt."""
         for row in step.rows:
             sequence = row.sequence.replays or row.sequence
-            is_read = not sequence.num_pending and not self._cache.is_replaying(sequence)
+            is_read = not sequence.num_pending and self._cache.replay(sequence) is None
             if sequence.request.prefill_only and is_read and not sequence.is_finished:
                 self.finish(sequence, FinishReason.LENGTH)
                 self.end_if_complete(sequence.request)
@@ -76,7 +76,7 @@ class OutputProcessor:
             held = sequence.held_logits
             if held is None or sequence.is_finished:  # its KV found no room
                 continue
-            if self._cache.is_replaying(sequence):
+            if self._cache.replay(sequence):
                 sequence.held_logits = held.copy()
                 continue
             sequence.held_logits = None

@@ -68,9 +68,9 @@ class Scheduler:
 
     def _schedule_running_prompts(self, budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]) -> int:
         for sequence in list(self.running):
-            reader = self._cache.reader(sequence)
-            if budget > 0 and reader:
-                budget -= self._schedule_reader(reader, budget, rows)
+            replay = self._cache.replay(sequence)
+            if budget > 0 and replay and replay.reader:
+                budget -= self._schedule_reader(replay.reader, budget, rows)
             elif sequence.num_pending > 1 and budget > 0 and sequence in self.running:
                 budget -= self._schedule_rows(sequence, budget, rows, unschedulable)
         return budget

@@ -72,8 +72,6 @@ class CrushKVCache:
         self._prefill_inputs = PrefillInputs(staging.pool.num_blocks)
         self._store_id = np.array([store.id], np.int32)
         self._bytes_per_block = store.bytes_for(BLOCK_SIZE * 1024) / 1024
-        self.capacity_tokens = self._admission.capacity_tokens
-        self.refusal = self._admission.refusal
         staging.tensors.register(store)
 
     @property
@@ -85,6 +83,14 @@ class CrushKVCache:
     def is_contended(self) -> bool:
         """Whether other managers have prompts on the staging blocks."""
         return self.staging.is_contended(self._admission.prefilling.values())
+
+    def capacity_tokens(self, eviction: EvictionSpec | None, num_evicted: int = 0) -> int:
+        """Tokens of the longest text whose bytes are within the store's limit."""
+        return self._admission.capacity_tokens(eviction, num_evicted)
+
+    def refusal(self, num_tokens: int, eviction: EvictionSpec | None, num_evicted: int = 0) -> str | None:
+        """Why a prompt can never run; None if it can."""
+        return self._admission.refusal(num_tokens, eviction, num_evicted)
 
     # -- the life of a sequence ----------------------------------------------------------------------------------------
 
@@ -206,23 +212,10 @@ class CrushKVCache:
         kv = self._kv.get(sequence)
         return kv.state if kv else EvictionState()
 
-    def _replay(self, sequence: Sequence) -> ReplayState | None:
+    def replay(self, sequence: Sequence) -> ReplayState | None:
+        """The second reading of its prompt, from its allocation to its commit."""
         kv = self._kv.get(sequence)
         return kv.replay if kv else None
-
-    def reader(self, sequence: Sequence) -> Sequence | None:
-        """The sequence that reads a chunk of this one's prompt a second time."""
-        replay = self._replay(sequence)
-        return replay.reader if replay else None
-
-    def is_replaying(self, sequence: Sequence) -> bool:
-        """Whether the prompt is, or will be, read a second time."""
-        return self._replay(sequence) is not None
-
-    def replay_progress(self, sequence: Sequence) -> tuple[int, int]:
-        """Tokens that were read a second time, and all that are to be."""
-        replay = self._replay(sequence)
-        return replay.progress if replay else (1, 1)
 
     def bytes_of(self, sequence: Sequence) -> int:
         """Bytes of the tiles that a sequence can reach."""

@@ -17,6 +17,7 @@ from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, BlockPool, blocks_for
 from ov_kvcrush.kvcache.manager import KVCacheUsage
 from ov_kvcrush.kvcache.model_inputs import paged_inputs, row_inputs, sampled_rows
 from ov_kvcrush.kvcache.prefix_cache import PrefixCache
+from ov_kvcrush.kvcache.replay import ReplayState
 from ov_kvcrush.kvcache.sequence_kv import SequenceKV
 from ov_kvcrush.model.graph.rewrite import SAMPLED_ROWS
 
@@ -148,17 +149,9 @@ class PagedKVCache:
         """Nothing is evicted."""
         return EvictionState()
 
-    def reader(self, sequence: Sequence) -> Sequence | None:
+    def replay(self, sequence: Sequence) -> ReplayState | None:
         """None: no policy reads a prompt twice here."""
         return None
-
-    def is_replaying(self, sequence: Sequence) -> bool:
-        """False: no policy reads a prompt twice here."""
-        return False
-
-    def replay_progress(self, sequence: Sequence) -> tuple[int, int]:
-        """Nothing is read twice."""
-        return 1, 1
 
     def bind(self, request: ov.InferRequest) -> None:
         """Make the cache tensors the inputs of `request`."""

@@ -130,6 +130,21 @@ def test_same_record_gives_same_bytes_and_anyone_can_read_them(path: Path) -> No
         np.testing.assert_array_equal(arrays[name], getattr(record(), name))
 
 
+def test_names_in_the_file_are_those_of_the_first_release(path: Path) -> None:
+    """Files that were written before are read, whatever the code calls things now."""
+    save_context(path, record())
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    texts = header.pop("__metadata__")
+    assert (texts["format"], texts["layout_version"], texts["spans"]) == ("ov_kvcrush.context", "1", "[]")
+    assert set(texts) == {
+        "format", "layout_version", "sha256", "fingerprint", "policy", "spans", "kept", "heads_per_layer", "extra",
+    }  # fmt: skip
+    assert list(header) == [
+        "ids", "heads", "carried_offsets", "representatives_offsets", "carried", "representatives", "tiles",
+    ]  # fmt: skip
+
+
 def test_a_link_is_followed(path: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.kvc"
     link.symlink_to(path)

@@ -246,8 +246,8 @@ def test_sequences_of_a_request_attend_to_what_was_kept(variant: dict[str, Any],
 
 
 def replaying(engine: Engine, handle: GenerationHandle) -> bool:
-    reader = engine.cache.reader(line_of(handle))
-    return reader is not None and reader.num_cached > 0
+    replay = engine.cache.replay(line_of(handle))
+    return replay is not None and replay.reader is not None and replay.reader.num_cached > 0
 
 
 def step_until_it_replays(engine: Engine, handle: GenerationHandle, again: int = 3) -> None:
@@ -307,7 +307,8 @@ def test_request_that_loses_its_memory_while_it_is_read_again_begins_anew(
     was_replaying = []
 
     def preempt(line: Any, then: Any = tight.scheduler._preempt) -> None:
-        was_replaying.append(tight.cache.reader(line) is not None)
+        replay = tight.cache.replay(line)
+        was_replaying.append(replay is not None and replay.reader is not None)
         then(line)
 
     monkeypatch.setattr(tight.scheduler, "_preempt", preempt)
