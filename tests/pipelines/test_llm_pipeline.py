@@ -11,6 +11,7 @@ import numpy as np
 import openvino as ov
 import openvino_genai as ov_genai
 import pytest
+from covering import rarely
 
 from ov_kvcrush import (
     ChatHistory,
@@ -353,9 +354,8 @@ def resident_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def test_many_short_requests_leave_nothing(smollm2: Path, pytestconfig: pytest.Config) -> None:
-    """One number or the other: what a pipeline of the same process has freed would be taken for this one's memory."""
-    num_requests = 200 if pytestconfig.getoption("exhaustive") else 80
+@pytest.mark.parametrize("num_requests", [80, *rarely(200)])
+def test_many_short_requests_leave_nothing(num_requests: int, smollm2: Path) -> None:
     pipe = ContinuousBatchingPipeline(smollm2)
 
     def round_of(count: int) -> None:
@@ -372,7 +372,9 @@ def test_many_short_requests_leave_nothing(smollm2: Path, pytestconfig: pytest.C
         while pipe.has_non_finished_requests():
             pipe.step()
 
-    # The plugin keeps a compiled kernel for each number of rows it has seen, so both rounds have the same ones.
+    # The plugin keeps a compiled kernel for each number of rows it has seen, so all rounds have the same ones; the
+    # allocator may keep a few MB more in the second: 0 to 5 MB were seen, none in later ones.
+    round_of(num_requests)
     round_of(num_requests)
     before = resident_bytes()
     round_of(num_requests)
