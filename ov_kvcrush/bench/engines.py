@@ -12,10 +12,11 @@ import openvino_genai as ov_genai
 from ov_kvcrush import native
 from ov_kvcrush.bench.measure import MeasuredEngine, MeasuredHandle, Storage
 from ov_kvcrush.bench.settings import EVICTING, OURS
-from ov_kvcrush.config import CacheConfig
+from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.errors import CrushError, reason_of
 from ov_kvcrush.genai.eviction import GenaiEviction, closest_genai_eviction
 from ov_kvcrush.model.plugin import paged_precisions, plugin_precisions
+from ov_kvcrush.pipelines.continuous_batching import ContinuousBatchingPipeline
 from ov_kvcrush.policies.registry import as_policy, name_of
 
 _SCHEDULER_FIELDS = ("max_num_batched_tokens", "num_kv_blocks", "max_num_seqs")
@@ -44,9 +45,6 @@ class CrushUnderTest:
     """This package's ContinuousBatchingPipeline."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        from ov_kvcrush.config import SchedulerConfig
-        from ov_kvcrush.pipelines.continuous_batching import ContinuousBatchingPipeline
-
         cache, self._storage = _cache_of(job)
         values = {name: job[name] for name in _SCHEDULER_FIELDS}
         if cache.attention == "crush":

@@ -12,6 +12,7 @@ from ov_kvcrush.config import ENGINES, PRECISIONS
 from ov_kvcrush.errors import CrushError, ModelError
 from ov_kvcrush.genai.eviction import closest_genai_eviction
 from ov_kvcrush.kvcache.block_pool import blocks_for
+from ov_kvcrush.model.default import default_model_path
 from ov_kvcrush.model.folder import IR_NAME, check_model_folder
 from ov_kvcrush.model.info import read_model_info
 from ov_kvcrush.policies.base import Policy
@@ -102,8 +103,6 @@ class BenchSettings:
         # First with a made-up model: a wrong option shall not wait for the default model to be converted.
         cls(Path(), 1, None, **options)
         if model is None:
-            from ov_kvcrush.model.default import default_model_path
-
             model = default_model_path()
         check_model_folder(model)
         info = read_model_info(model)

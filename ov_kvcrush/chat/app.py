@@ -30,7 +30,7 @@ from ov_kvcrush.cli.policy_options import (
     list_policies,
 )
 from ov_kvcrush.config import PRECISIONS, check_engine
-from ov_kvcrush.contexts.context import DEFAULT_POLICY as CONTEXT_POLICY
+from ov_kvcrush.contexts.context import DEFAULT_CONTEXT_POLICY
 from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.model.default import DEFAULT_MODEL_NAME
 
@@ -128,9 +128,9 @@ def parse(
         typer.Option(
             metavar="FILE",
             help="Go on from this text, compressed as --policy, --kept, --kept-tokens, --min-tokens and "
-            f"--policy-option say, by default with {CONTEXT_POLICY} to 25 % but at least 128 tokens; the chat behind "
-            "it has the chat's defaults. Or go on from a .kvc file that --save-context wrote; those options are for "
-            "the chat behind it then.",
+            f"--policy-option say, by default with {DEFAULT_CONTEXT_POLICY} to 25 % but at least 128 tokens; the chat "
+            "behind it has the chat's defaults. Or go on from a .kvc file that --save-context wrote; those options are "
+            "for the chat behind it then.",
         ),
     ] = None,
     save_context: Annotated[
@@ -178,7 +178,7 @@ def parse(
             callback=explain_if_asked,
             is_eager=True,
             help="What stays in the KV cache of a long text; none keeps everything. Default: "
-            f"{DEFAULT_CHAT_POLICY}; of a --context {CONTEXT_POLICY}; with engine genai none.",
+            f"{DEFAULT_CHAT_POLICY}; of a --context {DEFAULT_CONTEXT_POLICY}; with engine genai none.",
         ),
     ] = None,
     kept: KeptOption = None,

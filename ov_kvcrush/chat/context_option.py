@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ov_kvcrush.chat.reader import MAX_STDIN_BYTES
 from ov_kvcrush.cli.policy_options import PolicyOptions
 from ov_kvcrush.config import check_engine
-from ov_kvcrush.contexts.context import DEFAULT_POLICY, Context
+from ov_kvcrush.contexts.context import DEFAULT_CONTEXT_POLICY, Context
 from ov_kvcrush.contexts.file import BEGINNING
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipelines.llm import LLMPipeline
@@ -95,7 +95,7 @@ def context_wish(
         raise RequestError(f"context must be left out with engine='genai', which holds no contexts, got {file!r}")
     text = read_context_file(Path(file))
     target = None if save_to is None else check_target("save_context", Path(save_to))
-    chosen = None if text is None else policy.build(policy.name or DEFAULT_POLICY)
+    chosen = None if text is None else policy.build(policy.name or DEFAULT_CONTEXT_POLICY)
     return ContextWish(Path(file), text, chosen, target)
 
 

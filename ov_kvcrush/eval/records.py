@@ -27,12 +27,12 @@ _BITS = {"f32": 32, "bf16": 16, "f16": 16, "u8": 8, "u4": 4, "u2": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One way to hold the cache.
+    """One configuration of engine, policy, budget and precisions.
 
-    policy: its name, "none" = the full cache. policy_settings: of the policy, besides the budget. kept, kept_tokens:
-    the budget as it was asked for, a fraction of the prompt or a number of tokens; the full cache has neither.
+    policy: "none" = the full cache. policy_settings: settings of the policy other than its budget. kept, kept_tokens:
+    the budget, as a fraction of the prompt or as a number of tokens; the full cache has neither.
     query: "aware" = the policy sees the question, "agnostic" = it sees the context alone.
-    Raises CrushError for anything else.
+    Raises CrushError for other values.
     """
 
     engine: str
@@ -64,18 +64,18 @@ class Setting:
 
     @property
     def precisions(self) -> str:
-        """As a row has them."""
+        """Precisions as "keys/values"."""
         return f"{self.key_precision}/{self.value_precision}"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As a row has them."""
+        """Settings of the policy, kept_tokens among them."""
         asked = {} if self.kept_tokens is None else {"kept_tokens": self.kept_tokens}
         return {**self.policy_settings, **asked}
 
     @property
     def key(self) -> str:
-        """A name for files: the same for equal settings, today and tomorrow, another for others."""
+        """A name that is the same for equal settings in every run, and differs for others."""
         values = {name: _canonical(value) for name, value in asdict(self).items()}
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
         budget = "full" if self.policy == FULL else f"{self.kept or self.kept_tokens:g}"
@@ -83,7 +83,7 @@ class Setting:
 
 
 class PredictionKey(NamedTuple):
-    """What was asked of which setting; nothing is asked twice in a run."""
+    """Identifies an answer: one question under one setting. Unique in a run."""
 
     task: str
     item_id: str
@@ -95,10 +95,10 @@ class PredictionKey(NamedTuple):
 class Prediction:
     """One answer and what it cost.
 
-    turn: of a conversation, from 0 on; 0 where there is none. score: of `text` by the task's metric, or a loss.
-    kept_tokens: cached tokens of a head, on average, when the prompt had been read and the policy had chosen; bytes:
-    of the whole cache of this request then. prompt_tokens: all that was read, earlier turns included.
-    seconds: from the adopted cache to the end of the answer. Raises CrushError for wrong types and negative numbers.
+    turn: index in a conversation; 0 outside of one. score: of `text` by the task's metric, or a loss.
+    kept_tokens: cached tokens per head, on average, after prefill and eviction; bytes: of the request's whole cache
+    then. prompt_tokens: all prompt tokens, earlier turns included. seconds: from the evicted cache to the end of the
+    answer. Raises CrushError for wrong types and negative numbers.
     """
 
     item_id: str
@@ -126,12 +126,12 @@ class Prediction:
 
     @property
     def key(self) -> PredictionKey:
-        """What this is the answer to."""
+        """The question and the setting that this answers."""
         return PredictionKey(self.task, self.item_id, self.question_index, self.setting_key)
 
 
 def bits(precisions: str) -> int:
-    """Bits of a key's and a value's number together, scales left out. Raises CrushError unless it is "keys/values"."""
+    """Bits of one key element plus one value element, without scales. Raises CrushError unless it is "keys/values"."""
     names = precisions.split("/")
     for name in names:
         check_choice("precisions", name, PRECISIONS)
@@ -139,7 +139,7 @@ def bits(precisions: str) -> int:
 
 
 def _canonical(value: Any) -> Any:
-    """Equal values in one form: 1 and 1.0 are the same setting."""
+    """Equal values in one form: 1.0 becomes 1."""
     if isinstance(value, dict):
         return {name: _canonical(inner) for name, inner in value.items()}
     return int(value) if isinstance(value, float) and value.is_integer() else value

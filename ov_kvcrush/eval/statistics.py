@@ -28,11 +28,11 @@ _TAILS = (0.025, 0.975)
 class ResultRow:
     """One setting on one task, or on the average of all tasks (task = "average": mean of the tasks' means).
 
-    kept: fraction that was asked for, 1.0 = full cache, None where tokens were asked for (settings["kept_tokens"]).
-    n: items. score: mean over items, of an item over its questions. full_score: of the full cache of the same engine,
-    the most precise one that ran. difference: score - full_score; low, high: its 95 % interval, a paired bootstrap over
-    items (within tasks). kept_tokens: mean over items. bytes_per_prompt_token: all bytes by all tokens of the prompts.
-    precisions: "keys/values".
+    kept: requested fraction, 1.0 = full cache, None if tokens were requested (settings["kept_tokens"]).
+    n: number of items. score: mean over items of the mean over an item's questions. full_score: score of the full
+    cache of the same engine, at the highest precision that ran. difference: score - full_score; low, high: its 95 %
+    interval, by a paired bootstrap over items within tasks. kept_tokens: mean over items. bytes_per_prompt_token: sum
+    of bytes / sum of prompt tokens. precisions: "keys/values".
     """
 
     suite: str
@@ -76,8 +76,8 @@ def result_rows(
 ) -> list[ResultRow]:
     """A row for every setting on every task, then on the average; tasks in the order in which they first appear.
 
-    The order of the predictions of a task changes nothing. Raises CrushError if there are none, for a setting whose
-    engine has no full cache among them, and unless every setting answered the same questions once.
+    The result does not depend on the order of a task's predictions. Raises CrushError if there are no predictions, if
+    an engine has no full cache among the settings, and unless every setting answered every question exactly once.
     """
     check_integer("resamples", resamples, 1)
     full = [settings.index(full_cache_of(setting, settings)) for setting in settings]
@@ -97,7 +97,7 @@ def result_rows(
 
 
 def full_cache_of(setting: Setting, settings: Sequence[Setting]) -> Setting:
-    """The full cache to compare with: of the same engine, rather with the same query, the most precise one.
+    """The full cache to compare with: same engine, the same query if there is one, then the highest precision.
 
     Raises CrushError if there is none.
     """
@@ -108,7 +108,7 @@ def full_cache_of(setting: Setting, settings: Sequence[Setting]) -> Setting:
 
 
 class _Means(NamedTuple):
-    """Means over the questions of each item, float64 (S, n), items by their ids."""
+    """Means over the questions of each item, float64 (S, n), items sorted by id."""
 
     score: np.ndarray
     kept: np.ndarray
@@ -117,7 +117,7 @@ class _Means(NamedTuple):
 
 
 def _by_task(predictions: Iterable[Prediction], settings: Sequence[Setting]) -> dict[str, list[Prediction]]:
-    """Predictions by their task. Raises CrushError unless every setting has the same questions, each once."""
+    """Predictions by task. Raises CrushError unless every setting answered every question exactly once."""
     known = {setting.key: number for number, setting in enumerate(settings)}
     if len(known) < len(settings):
         raise CrushError("settings must be different from each other, got the same twice")
@@ -192,19 +192,19 @@ def _rows(
 
 
 def generator(seed: int, task: str) -> np.random.Generator:
-    """What draws the items of a task: its own, so that a task's interval does not depend on what else was run."""
+    """The random generator of a task: separate, so that its interval does not depend on the other tasks of the run."""
     return np.random.default_rng([seed, zlib.crc32(task.encode())])
 
 
 def bootstrap_means(values: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    """Means of items drawn with replacement, the same items for every setting: float64 (resamples, S).
+    """Means over items drawn with replacement, with the same draws for every setting: float64 (resamples, S).
 
     values: float64 (S, n), one row per setting. O(resamples * n * S), as one product of matrices.
     """
     n = values.shape[1]
     drawn = rng.integers(0, n, (resamples, n)) + np.arange(resamples)[:, None] * n
     counts = np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n)
-    # About the mean: what does not differ from item to item has no spread, not even that of rounding.
+    # Centred on the mean, so that equal values have an interval of exactly 0, without rounding noise.
     centre = values.mean(axis=1)
     return centre + counts.astype(np.float64) @ (values - centre[:, None]).T / n
 

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 
 from ov_kvcrush import ContinuousBatchingPipeline, CrushError, RequestError
+from ov_kvcrush.eval.likelihood.forcing import Score
 from ov_kvcrush.eval.likelihood.lm_eval import LM_EVAL_MODEL_NAME, model_class, register
 from ov_kvcrush.eval.likelihood.lm_eval_arguments import generation_options, sort_arguments
-from ov_kvcrush.eval.likelihood.scoring import Score, scores_of
+from ov_kvcrush.eval.likelihood.scoring import scores_of
 
 EXACT = {
     "key_precision": "f32", "value_precision": "f32", "INFERENCE_PRECISION_HINT": "f32",
@@ -153,7 +154,7 @@ def test_a_policy_changes_every_score_of_a_long_context_and_only_those(load: Loa
 def test_scoring_leaves_nothing_in_the_cache(load: Load) -> None:
     model = load(**KVCRUSH)
     model.loglikelihood(requests(*PAIRS), disable_tqdm=True)
-    use = model._pipeline.forced_engine("this test").memory.use()
+    use = model._pipeline.forced_engine("this test").cache.usage()
     assert (use.used_bytes, use.staging_bytes) == (0, 0)
 
 

@@ -26,7 +26,7 @@ from ov_kvcrush.eval.benchmarks.metrics import lines_in_order
 from ov_kvcrush.eval.benchmarks.sizing import item_tokens
 from ov_kvcrush.eval.benchmarks.suites import SuiteOptions, load_suite
 from ov_kvcrush.eval.cli.app import app
-from ov_kvcrush.eval.likelihood.forcing import force
+from ov_kvcrush.eval.likelihood.perplexity import distributions
 from ov_kvcrush.eval.report.likelihood import losses
 from ov_kvcrush.eval.runs.answers import Answer
 from ov_kvcrush.eval.runs.long_answers import LongRuns, check_long, long_runs
@@ -34,7 +34,7 @@ from ov_kvcrush.eval.runs.plan import Planned, PlanOptions, caches_of, make_plan
 from ov_kvcrush.eval.runs.prompts import ItemEncoder, ItemPrompts, encode_items
 from ov_kvcrush.eval.runs.run_folder import read_run
 from ov_kvcrush.model.load import load_model
-from ov_kvcrush.pipelines.base import load_tokenizer
+from ov_kvcrush.pipelines.loading import load_tokenizer
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 BUDGET, STRIDE = 96, 24
@@ -53,6 +53,16 @@ TEXT = Haystack.of(novel(400))
 
 def words_of(text: str) -> int:
     return len(text.split())
+
+
+def stock_logprobs(folder: Path, ids: np.ndarray) -> np.ndarray:
+    """float64 (S, vocabulary): the distribution after each of the ids by OpenVINO's own attention, in one inference."""
+    model = ov.Core().compile_model(folder / "openvino_model.xml", "CPU", EXACT)
+    inputs = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
+    inputs |= {"position_ids": np.arange(len(ids))[None], "beam_idx": np.zeros(1, np.int32)}
+    logits = model.create_infer_request().infer(inputs)["logits"][0].astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
 def items(task: str, count: int = 2, length: int = 400, seed: int = 1) -> list[Item]:
@@ -216,8 +226,10 @@ class TestRuns:
         assert len(ids) == one.asked[0].question.max_new_tokens
         cache = CacheConfig(key_precision="f32", value_precision="f32", attention="crush")
         model = load_model(folder, "CPU", dict(EXACT), "crush")
-        forced = force(model, cache, np.concatenate([context, ids]), len(context))
-        expected = float(-forced.logprobs[np.arange(len(ids)), ids].mean())
+        text_ids = np.concatenate([context, ids])
+        logprobs = distributions(model, cache, text_ids, len(context)).logprobs
+        np.testing.assert_allclose(logprobs, stock_logprobs(folder, text_ids)[len(context) - 1 : -1], atol=1e-3)
+        expected = float(-logprobs[np.arange(len(ids)), ids].mean())
         found = {
             r.planned.setting.policy: self.loss(r)
             for r in answers[CONTINUE]

@@ -18,7 +18,8 @@ from ov_kvcrush.eval.runs.plan import Planned, PlanOptions, make_plan
 from ov_kvcrush.eval.runs.prompts import ItemEncoder, ItemPrompts, encode_items
 from ov_kvcrush.eval.runs.run_folder import Run, RunFolder
 from ov_kvcrush.eval.runs.runner import run_suite
-from ov_kvcrush.pipelines.base import load_tokenizer
+from ov_kvcrush.pipelines.loading import load_tokenizer
+from ov_kvcrush.pipelines.request_loop import RequestLoop
 
 TASK = Task("boats", string_match_all)
 PRECISIONS = (("u8", "u8"), ("u4", "u4"), ("bf16", "u2"))
@@ -114,20 +115,20 @@ def test_stopped_run_of_precisions_ends_as_one_that_was_not(answer: Answer, toge
 def test_each_context_is_read_once_for_all_precisions(answer: Answer, tmp_path: Path) -> None:
     """Policies that want another second reading have a reading of their own."""
     reads: list[int] = []
-    then: Any = LLMPipeline._read_handle
+    then: Any = RequestLoop.prefill
     loads: list[Path] = []
     init: Any = LLMPipeline.__init__
 
-    def read(self: Any, ids: Any, use: Any, progress: Any) -> Any:
-        reads.append(len(use.others))
-        return then(self, ids, use, progress)
+    def read(self: Any, ids: Any, params: Any, progress: Any) -> Any:
+        reads.append(len(params.fan_out))
+        return then(self, ids, params, progress)
 
     def load(self: Any, path: Path, *args: Any, **options: Any) -> None:
         loads.append(path)
         init(self, path, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LLMPipeline, "_read_handle", read)
+        patch.setattr(RequestLoop, "prefill", read)
         patch.setattr(LLMPipeline, "__init__", load)
         answer(tmp_path, plan_of(*PRECISIONS))
     contexts = sum(len(item.questions) + 1 for item in ITEMS)

@@ -25,7 +25,7 @@ from ov_kvcrush.eval.runs.plan import Planned, PlanOptions, make_plan, pairs
 from ov_kvcrush.eval.runs.prompts import ItemEncoder, ItemPrompts, encode_items
 from ov_kvcrush.eval.runs.run_folder import RunFolder, read_run
 from ov_kvcrush.eval.runs.runner import run_suite
-from ov_kvcrush.pipelines.base import load_tokenizer
+from ov_kvcrush.pipelines.loading import load_tokenizer
 
 TASK = Task("log", string_match_all)
 NEW_TOKENS = 6

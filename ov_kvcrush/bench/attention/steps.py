@@ -13,7 +13,7 @@ from ov_kvcrush.bench.attention.graph import CHUNK, Inputs, Shape, Tokens, atten
 from ov_kvcrush.kvcache.attention_plan import PlanEntry, write_plan
 from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE
 from ov_kvcrush.kvcache.block_tensors import BlockTensors, cache_inputs
-from ov_kvcrush.kvcache.paged import paged_inputs, with_dummy_rows
+from ov_kvcrush.kvcache.model_inputs import paged_inputs, with_dummy_rows
 from ov_kvcrush.model.graph.attention import AttentionLayer, attention_ops
 from ov_kvcrush.model.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, PAGED_ROWS, use_crush_attention
 from ov_kvcrush.model.plugin import open_core
@@ -144,7 +144,7 @@ class CrushAttention:
                     self._store.append(sequence, index, k, v, start)
                 self._store.quantize_aged(sequence)
         rows = np.arange(shape.batch) % CHUNK
-        tables = with_dummy_rows(paged_inputs([]), shape.batch, 0) if self._pages_prompts else {}
+        tables = with_dummy_rows(paged_inputs([], []), shape.batch, 0) if self._pages_prompts else {}
         for request in self._requests.values():
             store_id = np.array([self._store.id], np.int32)
             _set(request, {**tokens.inputs(self._layers, rows), **tables, CRUSH_STORE: store_id})

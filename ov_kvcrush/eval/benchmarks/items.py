@@ -13,9 +13,9 @@ from ov_kvcrush.utils.checks import check_integer
 class Question:
     """One question about a context.
 
-    text: what follows the context in the prompt. answers: the references, never empty; whether one or all of them are
-    wanted is the metric's affair. max_new_tokens: where the answer is cut off. answer_prefix: the answer's beginning,
-    given to the model after the generation prompt of its chat template. classes: of a classification, else empty.
+    text: what follows the context in the prompt. answers: references, never empty; the metric decides whether one or
+    all of them are needed. max_new_tokens: limit of the answer. answer_prefix: beginning of the answer, put after the
+    generation prompt of the chat template. classes: labels of a classification, else empty.
     """
 
     text: str
@@ -34,9 +34,9 @@ class Question:
 class Item:
     """A context and the questions about it. The prompt of a question is context + question.text.
 
-    context: what is compressed while the question is unknown; all there is before the question.
-    chat: whether the prompt goes into the model's chat template (context and question are one turn of the user).
-    multi_turn: the questions are turns of one conversation, in order; else each is asked of the context alone.
+    context: everything before the question; what a query-agnostic policy compresses.
+    chat: put the prompt into the model's chat template, context and question in one user turn.
+    multi_turn: the questions are turns of one conversation, in order; else each follows the context alone.
     """
 
     id: str
@@ -60,8 +60,8 @@ class Task:
     """How answers are generated and scored.
 
     first_line: only the first line of the prediction counts. stop: strings at which generation ends.
-    min_new_tokens: before it the model may neither end nor stop. is_forced: the reference is read token by token in
-    place of an answer, and the prediction tells how likely it was.
+    min_new_tokens: the answer does not end before. is_forced: the reference is decoded token by token (teacher
+    forcing) in place of an answer, and the prediction tells how likely it was.
     """
 
     name: str
@@ -85,10 +85,10 @@ def score(task: Task, prediction: str, question: Question) -> float:
 
 
 def truncate_middle(ids: Sequence[int], max_tokens: int, num_after: int = 0) -> list[int]:
-    """Ids shortened so that they and the num_after tokens that follow them are at most max_tokens, if they were more.
+    """Cut ids in their middle so that they and the num_after tokens behind them are at most max_tokens.
 
-    What is left are the first and the last half of the whole, so the end of these ids gives way to what follows.
-    Raises CrushError if what follows leaves no room.
+    The first max_tokens // 2 tokens stay, and the last ones of ids + what follows; the cut part is taken from ids only.
+    Raises CrushError if num_after leaves no room.
     """
     check_integer("max_tokens", max_tokens, 1)
     check_integer("num_after", num_after, 0)

@@ -28,12 +28,12 @@ CONTINUE = "continue"
 _WORDS_OF_A_LINE = 4
 _FIRST_NUMBER = 101  # so that no number is the end of another
 _MORE = 1.1  # times the tokens of the answer: what a model may write beside it
-_SAID_FIRST = 8  # words of a text's first half that stand in the place of a question
+_SAID_FIRST = 8  # last words of a text's first half, which take the place of a question
 _LOSS = re.compile(r"(\d+\.\d+) nats per token")
 
 
 def likelihood(prediction: str, question: Question) -> float:
-    """Geometric mean of the probabilities of the reference's tokens, from what `loss_text` says."""
+    """Geometric mean of the probabilities of the reference's tokens, read from a text that `loss_text` wrote."""
     found = _LOSS.search(prediction)
     if found is None:
         raise CrushError(f"prediction of {CONTINUE} must tell a loss, got {prediction[:60]!r}")
@@ -41,7 +41,7 @@ def likelihood(prediction: str, question: Question) -> float:
 
 
 def loss_text(loss: float, num_tokens: int) -> str:
-    """What a run writes down of a text that was not generated. loss: mean negative log-likelihood, nats."""
+    """The prediction that a run records for a forced text. loss: mean negative log-likelihood, nats."""
     return f"{loss:.9f} nats per token, {num_tokens} tokens"
 
 

@@ -29,8 +29,9 @@ def needle_items(
     """`count` items of every length and depth, length by length; their ids can be read with `length_and_depth`.
 
     lengths: most tokens of prompt and answer. depths: percent of the haystack's words before the needle, 0 to 100; the
-    needle goes to the nearest end of a sentence. The needle and where the essays start depend on seed and count alone,
-    so that points of the grid differ in nothing else. Raises CrushError before the first item for bad settings.
+    needle goes to the nearest end of a sentence. The needle and the start of the essays depend on seed and index only,
+    so that the points of the grid differ in nothing but length and depth. Raises CrushError before the first
+    item for bad settings.
     """
     check_integer("count", count, 1)
     for length in lengths:
@@ -67,6 +68,6 @@ def _recipe(length: int, depth: float, index: int, essays: Haystack, words: Word
 
 
 def nearest_end(sentences: Sequence[str], depth: float) -> int:
-    """How many of the sentences hold as nearly as can be `depth` percent of their words."""
+    """Number of leading sentences whose words are closest to `depth` percent of all words."""
     words = list(itertools.accumulate((len(sentence.split()) for sentence in sentences), initial=0))
     return min(range(len(words)), key=lambda i: abs(words[i] - depth / 100 * words[-1]))

@@ -44,7 +44,7 @@ NEEDLES = Task("needles", string_match_all)
 
 @dataclass(frozen=True)
 class Material:
-    """What tasks are made of; None for what no asked task needs."""
+    """Texts that tasks are made of; None if no requested task needs them."""
 
     essays: Haystack | None = None
     words: Words | None = None
@@ -52,7 +52,7 @@ class Material:
 
 @dataclass(frozen=True)
 class NeedleTask:
-    """One variant. Hidden are num_keys keys with num_values values each; num_asked of the keys are asked together."""
+    """One variant: num_keys keys with num_values values each are hidden, and one question asks for num_asked keys."""
 
     name: str
     haystack: Literal["noise", "essays", "needles"]
@@ -81,7 +81,7 @@ NIAH_TASKS = (
 
 
 class Draw:
-    """Random keys and values of one item, none given twice."""
+    """Random keys and values of one item, without repeats."""
 
     def __init__(self, rng: random.Random, words: Words | None) -> None:
         self.rng = rng
@@ -146,7 +146,7 @@ def _worded(template: str, kind: Kind, single: bool, query: str = "") -> str:
 
 
 def niah_recipe(task: NeedleTask, item_id: str, seed: str, material: Material) -> ItemRecipe:
-    """An item of a task. Its size is words of the essays, or lines."""
+    """The recipe of a task's item. Size: words of the essays, or lines."""
 
     def build(size: int) -> Item:
         draw = Draw(random.Random(seed), material.words)
@@ -188,7 +188,7 @@ def needles(
 ) -> Iterator[Item]:
     """Items of task "needles": essays with num_needles numbers under different keys, each asked by its own question.
 
-    Made to compress a context once and ask it many times. Every item starts at another sentence of the essays.
+    For compressing a context once and asking it many times. Every item starts at another sentence of the essays.
     length: most tokens of context, one question and its answer. Raises CrushError before the first item.
     """
     check_integer("num_items", num_items, 1)

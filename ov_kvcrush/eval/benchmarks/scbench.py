@@ -43,7 +43,7 @@ _Build = Callable[[random.Random, int], tuple[str, tuple[Question, ...]]]
 
 @dataclass(frozen=True)
 class _TaskRecipe:
-    """build takes sizes from smallest to greatest, None = any."""
+    """build: context and questions of a size from smallest to greatest; None = no limit."""
 
     build: _Build
     metric: Metric
@@ -82,7 +82,7 @@ def conversation_tokens(item: Item, count_tokens: CountTokens) -> int:
 
 
 def gold_text(question: Question) -> str:
-    """The answer that stands in a conversation for what the model wrote: all references."""
+    """The text that stands for the model's answer in a conversation: all references."""
     return ", ".join(question.answers)
 
 
@@ -118,7 +118,7 @@ def _uuid(rng: random.Random) -> str:
 
 
 def _prefix_suffix(rng: random.Random, size: int) -> tuple[str, tuple[Question, ...]]:
-    """Strings of which no two share both ends; of each that is asked for, others share one."""
+    """No two strings share both prefix and suffix; each string asked for shares one of them with others."""
     middles: dict[tuple[str, str], str] = {}
     asked = []
     for _ in range(TURNS):

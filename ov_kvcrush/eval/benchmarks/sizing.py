@@ -1,4 +1,4 @@
-"""Generated items as long as a limit allows: the largest size whose prompt and answer fit is searched."""
+"""Sizes of generated items: search the largest item whose prompt and answer fit into a number of tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULT_SEED = 42
 
 @dataclass(frozen=True)
 class ItemRecipe:
-    """How to make one item. build: the item of a size between smallest and largest; the same size, the same item."""
+    """How to make one item. build: returns the item of a size from smallest to largest; deterministic."""
 
     build: Callable[[int], Item]
     smallest: int
@@ -29,7 +29,7 @@ class ItemRecipe:
 def fit(recipe: ItemRecipe, length: int, count_tokens: CountTokens) -> Item:
     """The largest item of a recipe whose tokens, answer included, are at most `length`.
 
-    Raises CrushError if even the smallest is longer, or if the largest there is fills less than nine tenths.
+    Raises CrushError if the smallest item is longer, or if the largest one fills less than nine tenths of `length`.
     """
     check_integer("length", length, 1)
 
@@ -39,7 +39,7 @@ def fit(recipe: ItemRecipe, length: int, count_tokens: CountTokens) -> Item:
     item, used = largest(recipe.build, tokens, length, recipe.smallest, recipe.largest)
     if used > length:
         raise CrushError(f"length must be at least {used} for {item.id}, got {length}")
-    # Only a recipe that has come to its end is at fault: in a short item one size more may be a big step.
+    # Refuse only if the recipe has no larger size: in a short item one size more may be a big step.
     if recipe.largest is not None and used < 0.9 * length and item == recipe.build(recipe.largest):
         raise CrushError(f"length must be at most {used} for {item.id}, there is no more to fill it, got {length}")
     return item
@@ -53,10 +53,10 @@ def item_tokens(item: Item, count_tokens: CountTokens) -> int:
 def largest(
     build: Callable[[int], T], tokens: Callable[[T], int], budget: int, smallest: int, greatest: int | None = None
 ) -> tuple[T, int]:
-    """What build gives, and its tokens: the largest of at most `budget` tokens, or the smallest if none is.
+    """The largest result of `build` with at most `budget` tokens, or the smallest one if none fits; and its tokens.
 
-    The search ends early within half a percent of the budget. Tokens need not grow strictly with size: only what
-    was seen to fit is returned.
+    The search ends early within half a percent of the budget. Tokens need not grow strictly with size: only a result
+    that was measured to fit is returned.
     """
     low, high = smallest, None
     best = build(low)

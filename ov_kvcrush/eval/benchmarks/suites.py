@@ -1,4 +1,4 @@
-"""The suites by their names: from a few options to items and the tasks that score their answers."""
+"""The suites by name: from options to items and the tasks that score the answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEFAULT_DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
 
 @dataclass(frozen=True)
 class SuiteOptions:
-    """What a suite is asked for; None and () are its own defaults.
+    """Options of a suite; None and () mean the suite's own default.
 
     lengths: most tokens of prompt and answer; only `needle` takes several. limit: items of each task or grid point.
     tasks: names. data: folder of longbench. haystack: text or folder to hide needles in, or to be continued. depths:
@@ -49,7 +49,7 @@ class SuiteOptions:
 
     @property
     def json(self) -> dict[str, Any]:
-        """What was asked for, as a run folder records it; the seed has a place of its own there."""
+        """The options as a run folder records them, without the seed, which is a field of RunConfig."""
         values = {name: value for name, value in asdict(self).items() if name != "seed" and value not in (None, ())}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
@@ -67,8 +67,8 @@ class Suite:
 def load_suite(name: str, options: SuiteOptions, count_tokens: CountTokens, context_length: int | None) -> Suite:
     """The items of a suite. context_length: tokens of the model's context, None if it does not say.
 
-    Raises CrushError for an unknown suite or task, missing data (with the place to get it), a length that the model or
-    a task cannot have.
+    Raises CrushError for an unknown suite or task, missing data (telling where to get it), and a length that the model
+    or a task does not allow.
     """
     check_choice("suite", name, SUITES)
     for length in options.lengths:
@@ -167,7 +167,7 @@ def _or(limit: int | None, default: int) -> int:
 
 
 def _essays_if_any(path: Path | None) -> Haystack | None:
-    """Given essays, or those that are installed, or none: then the tasks without essays are run."""
+    """The given essays, else the installed ones, else None: the tasks with essays are left out then."""
     if path is not None:
         return load_haystack(path)
     try:

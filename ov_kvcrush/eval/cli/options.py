@@ -63,7 +63,7 @@ def shared_options(
         Path | None, typer.Option("--json", metavar="FILE", help="Also write rows, settings and the machine.")
     ] = None,
 ) -> None:
-    """Of every suite."""
+    """Options of every suite."""
 
 
 def _task(
@@ -115,7 +115,7 @@ _OWN: dict[str, tuple[Callable[..., None], ...]] = {
 
 @dataclass(frozen=True)
 class SuiteArguments:
-    """All that a command line of a suite says."""
+    """The parsed command line of a suite."""
 
     model: Path | None
     suite: SuiteOptions
@@ -152,7 +152,7 @@ class SuiteArguments:
 
 
 def command_of(suite: str, run: Callable[[str, dict[str, Any]], None]) -> Callable[..., None]:
-    """A function with the options of a suite, its own behind MODEL and --length, for typer; it calls `run`."""
+    """A typer command that calls `run`; the options of the suite itself come after MODEL and --length."""
 
     def command(**given: Any) -> None:
         run(suite, given)
@@ -174,7 +174,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _listed(option: str, given: dict[str, Any]) -> tuple[str, ...]:
-    """Words, of which the same may come twice."""
+    """Words of a list; repeats stay."""
     words = tuple(part.strip() for part in given[option.replace("-", "_")].split(",") if part.strip())
     if not words:
         raise CrushError(f"--{option} must be at least one, got none")

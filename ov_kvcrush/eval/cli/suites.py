@@ -37,7 +37,7 @@ from ov_kvcrush.model.default import default_model_path
 from ov_kvcrush.model.fingerprints import model_fingerprint
 from ov_kvcrush.model.folder import check_model_folder
 from ov_kvcrush.model.info import read_model_info
-from ov_kvcrush.pipelines.base import load_tokenizer
+from ov_kvcrush.pipelines.loading import load_tokenizer
 from ov_kvcrush.utils.json_file import check_writable, write_json
 
 _TASK_COLUMNS = 6  # of one table, so that names of settings stay readable
@@ -98,7 +98,7 @@ def _results_command(
 
 
 def evaluate(name: str, asked: SuiteArguments, console: Console) -> Run:
-    """Run a suite, or go on with it, into its folder. Raises CrushError before a model is loaded for what cannot be."""
+    """Run a suite, or resume it, in its folder. Raises CrushError for invalid options before a model is loaded."""
     plan = make_plan(asked.plan)
     for line in left_out(asked.plan, plan):
         console.print(Text(line), soft_wrap=True)
@@ -169,7 +169,7 @@ def _progress(console: Console, name: str, total: int) -> Iterator[Any]:
             nonlocal started
             if started:
                 bars.advance(task, number)
-            else:  # what an earlier run left says nothing about the speed of this one
+            else:  # answers of an earlier run must not count in the estimate of the time left
                 bars.reset(task, completed=number)
                 started = True
 
@@ -178,7 +178,7 @@ def _progress(console: Console, name: str, total: int) -> Iterator[Any]:
 
 @contextmanager
 def _errors(console: Console) -> Iterator[None]:
-    """Say what was wrong in a line, and end with 2; with 130 if the user interrupts."""
+    """Print an error in one line and exit with 2; exit with 130 if the user interrupts."""
     try:
         yield
     except CrushError as error:

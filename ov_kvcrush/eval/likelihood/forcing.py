@@ -1,79 +1,174 @@
-"""Teacher forcing: the next-token distributions of a given text, decoded token by token on a given cache."""
+"""Teacher forcing: an engine whose answers are given, and how likely the model finds them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+import openvino_genai as ov_genai
 
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
-from ov_kvcrush.core.request import Request
-from ov_kvcrush.core.sampling_params import SamplingParams
-from ov_kvcrush.engine.model_runner import ModelRunner
-from ov_kvcrush.engine.scheduler import Scheduler
+from ov_kvcrush.core import request as requests
+from ov_kvcrush.core.cache_params import CacheParams
+from ov_kvcrush.core.snapshot import KVSnapshot
+from ov_kvcrush.core.step import SchedulerOutput
+from ov_kvcrush.engine.engine import Engine
+from ov_kvcrush.engine.handle import GenerationHandle
+from ov_kvcrush.engine.input_processor import Decode
+from ov_kvcrush.engine.output_processor import OutputProcessor
+from ov_kvcrush.engine.sampler import log_softmax_at
 from ov_kvcrush.errors import OutOfMemory
-from ov_kvcrush.kvcache.factory import make_kv_cache_manager
 from ov_kvcrush.model.load import LoadedModel
+
+Prompt = tuple[np.ndarray, ov_genai.GenerationConfig, CacheParams]  # token ids int64 (S,)
+Observe = Callable[[np.ndarray], None]  # told the logits float32 (vocabulary,) of each forced token
+Advance = Callable[[int], None]  # told the rows of each step
 
 
 @dataclass(frozen=True)
-class Forced:
-    """logprobs: float32 (N, vocabulary) of the token after each of N positions. kv_bytes: held at the end.
+class Score:
+    """logprob: of all tokens of a continuation, in nats. is_greedy: each of them was the most likely one.
 
-    num_tokens: cached at the end.
+    kept_tokens: tokens that a head holds at the end, on average. kv_bytes: of the request's whole cache then.
     """
 
-    logprobs: np.ndarray
-    kv_bytes: int
-    num_tokens: int
+    logprob: float
+    is_greedy: bool
+    kept_tokens: int = 0
+    kv_bytes: int = 0
 
 
-def force(
-    model: LoadedModel,
-    cache: CacheConfig,
-    ids: np.ndarray,
-    num_context: int,
-    advance: Callable[[int], None] = lambda rows: None,
-    chunk: int = 512,
-) -> Forced:
-    """Read ids[:num_context] as a prompt, then decode the other tokens one by one as if they had been generated.
+@dataclass
+class _ForcedAnswer:
+    """The tokens of an answer, int64 (N,), and how likely those so far were."""
 
-    ids: int64 (S,). advance: told the rows of each step. Returns the distributions after ids[num_context - 1 : S - 1],
-    each of which can be compared with the token that follows. Raises OutOfMemory if the cache cannot hold the text.
-    """
-    config = SchedulerConfig(max_num_batched_tokens=chunk)
-    memory = make_kv_cache_manager(model, config, cache)
-    scheduler, runner = Scheduler(config, memory), ModelRunner(model, memory)
-    params = SamplingParams(max_new_tokens=len(ids) - num_context + 1)
-    sequence = Request(0, ids[:num_context], params).sequences[0]
-    scheduler.add(sequence)
-    logprobs: list[np.ndarray] = []
-    while len(logprobs) < len(ids) - num_context:
-        plan = scheduler.plan()
-        if not plan.rows:
-            raise OutOfMemory(f"max_bytes must hold {len(ids)} tokens, got {memory.use().capacity_bytes} bytes")
-        runner.prepare(plan)
-        logits = runner.infer()
-        sequence.num_cached += plan.num_tokens
-        if memory.commit(plan.rows):
-            raise OutOfMemory(f"max_bytes must hold {len(ids)} tokens, got {memory.use().capacity_bytes} bytes")
-        if plan.rows[0].samples:
-            logprobs.append(log_softmax(logits[0]))
-            sequence.ids.append(int(ids[len(sequence.ids)]))
-        advance(plan.num_tokens)
-    kv_bytes, num_tokens = memory.bytes_of(sequence), sequence.num_cached
-    scheduler.remove([sequence])
-    return Forced(np.stack(logprobs), kv_bytes, num_tokens)
+    ids: np.ndarray
+    observe: Observe | None = None
+    logprobs: list[float] = field(default_factory=list)
+    is_greedy: bool = True
+
+    def note(self, row: np.ndarray, index: int) -> int:
+        """Take the logits of token `index`, and return that token."""
+        token = int(self.ids[index])
+        self.logprobs.append(log_softmax_at(row, token))
+        self.is_greedy &= int(row.argmax()) == token
+        if self.observe:
+            self.observe(row)
+        return token
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities float32 of logits (V,)."""
-    shifted = logits.astype(np.float64) - logits.max()
-    return (shifted - np.log(np.exp(shifted).sum())).astype(np.float32)
+class _ForcedOutput(OutputProcessor):
+    """Where an answer is given, its next token is the only one that can be sampled."""
+
+    answers: dict[int, _ForcedAnswer]  # by request id
+    one_hot: np.ndarray  # float32 (vocabulary,), all 0
+    advance: Advance | None = None
+
+    def process(self, step: SchedulerOutput, logits: np.ndarray) -> float:
+        if self.advance:
+            self.advance(step.num_tokens)
+        return super().process(step, logits)
+
+    def _due(self, step: SchedulerOutput, logits: np.ndarray) -> Iterator[tuple[requests.Sequence, np.ndarray]]:
+        for sequence, row in super()._due(step, logits):
+            answer = self.answers.get(sequence.request.request_id)
+            if answer is None:
+                yield sequence, row
+                continue
+            token = answer.note(row, sequence.num_generated)
+            self.one_hot[token] = 1
+            yield sequence, self.one_hot
+            self.one_hot[token] = 0
 
 
-def kl_divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """KL(reference || other) in nats per row, float64 (N,); log-probabilities (N, V)."""
-    p = reference.astype(np.float64)
-    return (np.exp(p) * (p - other.astype(np.float64))).sum(axis=-1)
+class ForcedEngine(Engine):
+    """An engine whose answers can be given. Batches, chunks, policies and preemption are those of Engine."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: SchedulerConfig,
+        defaults: ov_genai.GenerationConfig,
+        decode: Decode,
+        cache_config: CacheConfig,
+    ) -> None:
+        super().__init__(model, config, defaults, decode, cache_config)
+        self._forced = _ForcedOutput(self.scheduler, self.cache, self._handles, self._add_lock, self.snapshots.own)
+        self._forced.answers = {}
+        self._forced.one_hot = np.zeros(model.vocab_size, np.float32)
+        self._output = self._forced
+        self._request_ids = itertools.count(1 << 61)
+
+    @classmethod
+    def on_model_of(cls, engine: Engine, cache_config: CacheConfig) -> ForcedEngine:
+        """One on the compiled model of another engine, with a cache of its own."""
+        return cls(engine._model, engine._config, engine._defaults, engine._decode, cache_config)
+
+    def read(self, prompts: Iterable[np.ndarray]) -> list[KVSnapshot]:
+        """The KV of each prompt as the policy leaves it; the caller releases it. Raises OutOfMemory."""
+        config = ov_genai.GenerationConfig(max_new_tokens=1)
+        params = CacheParams(prefill_only=True)
+        prompts = list(prompts)
+        found = [handle.snapshot for handle in self._run_all([(ids, config, params) for ids in prompts])]
+        made = [snapshot for snapshot in found if snapshot is not None]
+        if len(made) < len(prompts) or any(kv.num_tokens < len(ids) for kv, ids in zip(made, prompts, strict=True)):
+            for snapshot in made:
+                snapshot.release()
+            raise OutOfMemory(f"KV cache must hold a context, got one of up to {max(map(len, prompts))} tokens")
+        return made
+
+    def force(
+        self,
+        prompts: Iterable[tuple[np.ndarray, np.ndarray, CacheParams]],
+        observe: Observe | None = None,
+        advance: Advance | None = None,
+    ) -> list[Score]:
+        """How likely each continuation is after its prompt: int64 (P,), (N,) with N > 0. Raises OutOfMemory.
+
+        observe: told the logits of every token of the continuations, in the order in which they are decoded.
+        """
+        prompts = list(prompts)
+        items = [
+            (ids, ov_genai.GenerationConfig(max_new_tokens=len(answer), ignore_eos=True), params)
+            for ids, answer, params in prompts
+        ]
+        forced = [_ForcedAnswer(answer, observe) for _, answer, _ in prompts]
+        self._forced.advance = advance
+        try:
+            stats = [handle.get_stats() for handle in self._run_all(items, forced)]
+        finally:
+            self._forced.answers.clear()
+            self._forced.advance = None
+        for (ids, answer, _), done in zip(prompts, forced, strict=True):
+            if len(done.logprobs) < len(answer):
+                raise OutOfMemory(f"KV cache must hold {len(ids)} tokens and {len(answer)} more; raise max_bytes")
+        return [
+            Score(float(np.sum(done.logprobs)), done.is_greedy, used.kept_tokens or 0, used.kv_bytes)
+            for done, used in zip(forced, stats, strict=True)
+        ]
+
+    def write(self, prompts: Iterable[Prompt]) -> list[GenerationHandle]:
+        """The model's own answers to prompts, all in one batch: handles of requests that have ended."""
+        return self._run_all(list(prompts))
+
+    def _run_all(self, items: list[Prompt], forced: Sequence[_ForcedAnswer] = ()) -> list[GenerationHandle]:
+        handles = []
+        try:
+            for index, (ids, config, params) in enumerate(items):
+                request_id = next(self._request_ids)
+                if forced:
+                    self._forced.answers[request_id] = forced[index]
+                handles.append(self.add(request_id, ids, config, params))
+            while any(handle.get_status() == requests.Status.RUNNING for handle in handles):
+                self.step()
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            self.process_aborts()
+            for handle in handles:
+                if handle.snapshot is not None:
+                    handle.snapshot.release()
+            raise
+        return handles

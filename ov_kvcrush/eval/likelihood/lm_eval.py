@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ov_kvcrush.errors import CrushError, RequestError
+from ov_kvcrush.eval.likelihood.forcing import Score
 from ov_kvcrush.eval.likelihood.lm_eval_arguments import generation_options, sort_arguments
 from ov_kvcrush.eval.likelihood.pipeline import ScoringPipeline
-from ov_kvcrush.eval.likelihood.scoring import Score, scores_of
+from ov_kvcrush.eval.likelihood.scoring import scores_of
 
 LM_EVAL_MODEL_NAME = "ov_kvcrush"
 INSTALL = "pip install ov-kvcrush[lm-eval]"

@@ -1,4 +1,4 @@
-"""Turn by turn: how scores change along a conversation, or from one question about a context to the next."""
+"""Scores by turn of a conversation, or by number of the question about a context."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from ov_kvcrush.eval.statistics import ResultRow, result_rows
 
 @dataclass(frozen=True)
 class ByTurn:
-    """name: "turn" of conversations, "question" of items whose questions follow the context alone.
+    """Result rows by turn.
 
-    rows: for `by_task`, with each place in place of a task; the average is that of the run.
+    name: "turn" for conversations, "question" for items whose questions follow the context alone.
+    rows: for `tables.by_task`, with "turn 1", "turn 2", ... in place of tasks; the average is that of the run.
     """
 
     name: str
@@ -21,9 +22,9 @@ class ByTurn:
 
 
 def by_turn(run: Run) -> ByTurn | None:
-    """Rows for the first, the second, ... turn or question of items: averages of the tasks that have it.
+    """Rows for the first, second, ... turn or question: averages of the tasks that have it.
 
-    None where no item has two.
+    None if every item has a single one.
     """
     name = "turn" if any(prediction.turn for prediction in run.predictions) else "question"
     found: dict[int, list[Prediction]] = {}

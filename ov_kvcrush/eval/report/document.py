@@ -31,10 +31,10 @@ everything; `random` and `streaming_llm` are floors; lines that begin with `gena
 
 
 def write_results(folders: Sequence[Path], target: Path, remake: str = "") -> list[Path]:
-    """Write `target`, and the pictures into the folder TARGET'S-STEM/ beside it; return all that was written.
+    """Write `target`, and the pictures into a folder beside it named after its stem; return all paths written.
 
     folders: of finished runs, a section each in this order; the text of a notes.md in one follows its heading.
-    remake: the command that makes this file again. The same folders give the same files.
+    remake: the command that writes this file again. The same folders give the same files.
     Raises CrushError for a folder that holds no finished run, two of the same name, and files that cannot be written.
     """
     check_figures()
@@ -101,7 +101,7 @@ def _machine(run: Run) -> str:
 
 
 def _shell(command: str) -> str:
-    """A block of code; of files and folders the names alone, for where they lay is this machine's affair."""
+    """A code block with the command; absolute paths are cut to their names, which mean something elsewhere too."""
     try:
         words = [Path(word).name if Path(word).is_absolute() else word for word in shlex.split(command)]
     except ValueError:
@@ -110,7 +110,7 @@ def _shell(command: str) -> str:
 
 
 def _notes(folder: Path) -> str:
-    """What somebody wrote about the run, if anybody did."""
+    """The text of the run's notes.md, or ""."""
     file = folder / NOTES
     try:
         return file.read_text(encoding="utf-8").strip() if file.is_file() else ""

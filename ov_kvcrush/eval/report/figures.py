@@ -1,6 +1,6 @@
 """Pictures of a run: accuracy over bytes, tasks beside each other, a heat map of needles.
 
-The same rows give the same file: nothing of the time, or of the user's own style of matplotlib, goes in.
+The same rows give the same file: neither the time nor the user's matplotlib style has an influence.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MAX_SHARE = 150  # percent: beyond it one task with a tiny full score would hid
 
 
 def check_figures() -> None:
-    """Raise CrushError if there is nothing to draw with."""
+    """Raise CrushError if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise CrushError("pictures must have matplotlib, got none; pip install 'ov-kvcrush[plot]'")
 
@@ -39,11 +39,10 @@ def check_figures() -> None:
 def write_figures(
     stem: Path, rows: Sequence[ResultRow], predictions: Sequence[Prediction], settings: Sequence[Setting]
 ) -> list[Path]:
-    """Draw what there is to show into STEM-accuracy.png, STEM-tasks.png and STEM-needles.png; return those written.
+    """Draw STEM-accuracy.png, STEM-tasks.png and STEM-needles.png as far as the run has them; return those written.
 
-    Of more settings than colours can tell apart, STEM-ranking.png instead of the first two.
-
-    Raises CrushError if there is nothing to draw with, or if a file cannot be written.
+    With more settings than colours can tell apart, STEM-ranking.png replaces the first two.
+    Raises CrushError if matplotlib is missing, or if a file cannot be written.
     """
     check_figures()
     with _plain_style():
@@ -213,7 +212,7 @@ def _finish(axes: Any, title: str, xlabel: str) -> None:
 
 
 def _compared(rows: Sequence[ResultRow]) -> list[ResultRow]:
-    """Everything but the full caches that the others are measured by."""
+    """All rows but those of the full caches that the others are compared with."""
     full = [row for row in rows if row.policy == FULL and row.task == AVERAGE]
     measures = {row_label(row) for row in full if row.difference == row.low == row.high == 0}
     return [row for row in sorted_rows(rows) if row_label(row) not in measures]
@@ -242,7 +241,7 @@ def _key(marker: str) -> Any:
 
 
 def _figure(width: float, height: float) -> Any:
-    """A white page. What is drawn here needs no display, and no state of pyplot."""
+    """A white figure that needs neither a display nor the state of pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -253,7 +252,7 @@ def _figure(width: float, height: float) -> Any:
 
 @contextmanager
 def _plain_style() -> Iterator[None]:
-    """matplotlib as it comes, whatever the user's matplotlibrc says."""
+    """matplotlib's defaults, whatever the user's matplotlibrc says."""
     from matplotlib import rc_context, rcdefaults
 
     with rc_context():

@@ -1,4 +1,4 @@
-"""Two halves of a run: settings are chosen on one half of its items, and shown by what they are on the other."""
+"""Holdout: settings are chosen on one half of a run's items and reported on the other half."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from ov_kvcrush.eval.statistics import ResultRow, result_rows
 from ov_kvcrush.utils.checks import check_choice
 from ov_kvcrush.utils.json_file import write_file
 
-ENOUGH = 4  # settings of one budget: with as many, the best of them is likely to be one by luck
+ENOUGH = 4  # settings of one budget: with that many, the best one owes part of its score to luck
 
 
 class Judged(NamedTuple):
-    """A setting's averages over the tasks, on the first and on the second half."""
+    """A setting's average over the tasks, on the first and on the second half."""
 
     first: ResultRow
     second: ResultRow
@@ -36,9 +36,9 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class Selection:
-    """The best on the first half of the settings that evict with equal budget, precisions, query and engine.
+    """The setting with the best score on the first half, among those of one budget, precision, query and engine.
 
-    policy: they are settings of it alone; None: of all policies.
+    policy: among the settings of this policy; None = of all policies that evict. num_settings: how many those are.
     """
 
     best: Judged
@@ -48,9 +48,10 @@ class Selection:
 
 @dataclass(frozen=True)
 class Holdout:
-    """judged: every setting, as tables have them.
+    """Both halves of a run.
 
-    chosen: one of each budget, precisions, query and engine, and one of each policy that has ENOUGH settings there.
+    judged: every setting, in the order of the tables. chosen: for each budget, precision, query and engine the best
+    setting, and the best one of each policy that has ENOUGH settings there.
     """
 
     judged: tuple[Judged, ...]
@@ -68,9 +69,9 @@ class Holdout:
 
 
 def split(predictions: Iterable[Prediction]) -> tuple[list[Prediction], list[Prediction]]:
-    """The items of every task, ordered by their ids, in turn to the first and to the second half.
+    """Split the items of every task, sorted by id, alternately into a first and a second half.
 
-    Tasks of a single item are in neither, so that both halves have the same tasks.
+    Tasks with a single item are in neither half, so that both halves have the same tasks.
     """
     predictions = list(predictions)
     items: dict[str, set[str]] = {}
@@ -82,9 +83,9 @@ def split(predictions: Iterable[Prediction]) -> tuple[list[Prediction], list[Pre
 
 
 def holdout_of(run: Run, engine: str | None = None) -> Holdout:
-    """Both halves of a run, of one engine or of all. Raises CrushError for an engine or a second item that it has not.
+    """Both halves of a run, for one engine or for all. Ties on the first half go to the first setting of the run.
 
-    Of settings that are equally good on the first half, the first of the run is chosen.
+    Raises CrushError for an engine that did not run, and if no task has two items.
     """
     engines = dict.fromkeys(setting.engine for setting in run.config.settings)
     if engine is not None:
@@ -111,7 +112,7 @@ def holdout_of(run: Run, engine: str | None = None) -> Holdout:
 
 
 def worth_showing(run: Run) -> bool:
-    """Whether a budget has so many settings that its best may be one by luck, and the run has items to tell."""
+    """Whether some budget has ENOUGH settings, and some task two items."""
     groups: dict[tuple[object, ...], int] = {}
     for row in run.rows:
         if row.task == AVERAGE and row.policy != FULL:
@@ -120,7 +121,7 @@ def worth_showing(run: Run) -> bool:
 
 
 def chosen_grid(holdout: Holdout) -> Grid:
-    """A line for each choice: what was chosen on the first half, of how many, and what it shows on the second."""
+    """A line for each choice: the setting chosen on the first half, among how many, and its score on the second."""
     rows = [one.best.second for one in holdout.chosen]
     engine, query = _several(rows, "engine"), _several(rows, "query")
     header = (
@@ -155,7 +156,7 @@ def judged_grid(holdout: Holdout) -> Grid:
 
 
 def markdown(holdout: Holdout) -> str:
-    """Both tables with what they are, for a page."""
+    """Both tables with a sentence above each."""
     return "\n".join(
         (
             "Selection on the first half of the items (of every task, in turn by their ids), shown on the second:\n",
@@ -186,7 +187,7 @@ def _group(row: ResultRow) -> tuple[object, ...]:
 
 
 def _gain(one: Judged) -> float:
-    """How much better than the full cache on the first half: of a loss, less is better."""
+    """Gain over the full cache on the first half; for a loss, less is better."""
     return one.first.difference if in_percent(one.first.suite) else -one.first.difference
 
 

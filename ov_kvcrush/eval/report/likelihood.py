@@ -11,7 +11,7 @@ from ov_kvcrush.eval.statistics import ResultRow, result_rows
 
 
 def losses(run: Run) -> list[ResultRow]:
-    """Rows of the mean next-token loss of `continue`, nats: less is better. Empty for a run without that task."""
+    """Result rows of the mean next-token loss of `continue`, in nats; empty for a run without that task."""
     found = [p for p in run.predictions if p.task == CONTINUE]
     if run.config.suite != SUITE or not found:
         return []

@@ -22,7 +22,7 @@ Labelled = ResultRow | Setting
 
 @dataclass(frozen=True)
 class Grid:
-    """A table that is not drawn yet. num_names: columns on the left that are words, the others are numbers."""
+    """A table as text cells. num_names: leading columns that hold words; the others hold numbers."""
 
     header: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
@@ -43,7 +43,7 @@ class Grid:
         return table
 
     def markdown(self) -> str:
-        """As GitHub draws it; ends with a line break."""
+        """A GitHub table; ends with a line break."""
         rule = ["---"] * self.num_names + ["---:"] * (len(self.header) - self.num_names)
         lines = [self.header, tuple(rule), *self.lines]
         return "".join(f"| {' | '.join(map(_escape, line))} |\n" for line in lines)
@@ -112,12 +112,12 @@ def policy_label(row: Labelled) -> str:
 
 
 def kept_label(row: Labelled) -> str:
-    """What was asked for: a percentage or a number of tokens."""
+    """The requested budget: a percentage or a number of tokens."""
     return f"{row.settings['kept_tokens']} tokens" if row.kept is None else f"{100 * row.kept:g} %"
 
 
 def row_label(row: Labelled) -> str:
-    """All of a setting in a few words, the same on every task."""
+    """The whole setting in a few words, the same on every task."""
     kept = "" if row.policy == FULL else f" {kept_label(row)}"
     return f"{policy_label(row)}{kept} {row.precisions}{'' if row.query == 'aware' else f' {row.query}'}"
 
@@ -129,7 +129,7 @@ def score_cells(row: ResultRow) -> tuple[str, str, str, str]:
 
 
 def difference_cells(row: ResultRow) -> tuple[str, str]:
-    """Difference and its interval; a full cache that is its own measure has none."""
+    """Difference and its interval; empty for the full cache that the others are compared with."""
     if row.policy == FULL and row.difference == row.low == row.high == 0:
         return "", ""
     scale, digits = _scale(row)
@@ -138,7 +138,7 @@ def difference_cells(row: ResultRow) -> tuple[str, str]:
 
 
 def in_percent(suite: str) -> bool:
-    """Whether its scores go from 0 to 1."""
+    """Whether the scores of a suite go from 0 to 1."""
     return suite not in _NATS
 
 

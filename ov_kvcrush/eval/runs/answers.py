@@ -1,4 +1,4 @@
-"""An answer of either engine, and how answers are generated."""
+"""An answer of either engine, and the generation config of answers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ov_kvcrush.pipelines.llm import LLMPipeline
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer to a question under a setting, and what the cache was when it was asked.
+    """An answer to a question under a setting, and the size of the cache when the question was asked.
 
-    Of long answers: what it was when they ended, and prompt_tokens with those of the answer.
+    For long answers: its size when the answer ended; prompt_tokens then counts the answer's tokens too.
     """
 
     planned: Planned
@@ -29,12 +29,12 @@ class Answer:
 
 
 def generation_config(pipeline: LLMPipeline, task: Task, max_new_tokens: int) -> ov_genai.GenerationConfig:
-    """Greedy, whatever the model's own config says, with its end-of-sequence tokens."""
+    """Greedy decoding with the pipeline's end-of-sequence tokens."""
     return greedy(pipeline.get_generation_config(), task, max_new_tokens)
 
 
 def greedy(own: ov_genai.GenerationConfig, task: Task, max_new_tokens: int) -> ov_genai.GenerationConfig:
-    """The same from the model's own config."""
+    """Greedy decoding with the end-of-sequence tokens of the model's own config."""
     config = ov_genai.GenerationConfig()
     config.stop_token_ids = own.stop_token_ids
     if own.eos_token_id >= 0:

@@ -23,8 +23,8 @@ from ov_kvcrush.pipelines.llm import LLMPipeline
 class GenaiRuns:
     """openvino_genai with one precision.
 
-    It is told a number of tokens when it is loaded: a pipeline stays as long as prompts ask for the same number,
-    rounded down to its blocks, so it pays to ask it for one setting at a time.
+    The number of kept tokens is fixed when a pipeline is loaded. It is loaded again when a prompt needs another number
+    (rounded down to blocks), so one setting at a time is fastest.
     """
 
     def __init__(self, model: Path, key_precision: str, value_precision: str, properties: Mapping[str, Any]) -> None:
@@ -34,9 +34,9 @@ class GenaiRuns:
         self._loaded: tuple[GenaiEviction | None, LLMPipeline] | None = None
 
     def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Answer]:
-        """Answers to all questions of an item, at the same kept tokens as our policy's budget.
+        """Answers to all questions of an item, with as many kept tokens as our policy's budget.
 
-        Raises CrushError for a budget that is less than openvino_genai's eviction can be told.
+        Raises CrushError for a budget below what openvino_genai's eviction allows.
         """
         for one in planned:
             for asked in prompts.asked:
@@ -66,7 +66,7 @@ class GenaiRuns:
         )
 
     def _num_tokens(self, prompt: np.ndarray, answer: Sequence[int]) -> int:
-        """When the cache is looked at: those of the prompt."""
+        """Tokens in the cache when its size is recorded: those of the prompt."""
         return len(prompt)
 
     def _eviction(self, planned: Planned, num_tokens: int) -> GenaiEviction | None:
@@ -77,7 +77,7 @@ class GenaiRuns:
         return None if tokens >= num_tokens else closest_genai_eviction(policy, tokens)
 
     def _pipeline_for(self, eviction: GenaiEviction | None) -> LLMPipeline:
-        """The pipeline, made anew where the number of tokens is another than the last time."""
+        """The pipeline, loaded again if the eviction differs from the last one."""
         if self._loaded is not None and self._loaded[0] == eviction:
             return self._loaded[1]
         self._loaded = None  # two at a time would take twice the memory
@@ -94,16 +94,16 @@ class GenaiRuns:
 
 
 def _blocks(num_tokens: int, eviction: GenaiEviction | None) -> int:
-    """Blocks that hold a text: the last one, which is not full, is beside the kept tokens."""
+    """Blocks of a text; after eviction a last, partly filled one comes on top of the kept tokens."""
     block = block_size("CPU")
     blocks = -(-num_tokens // block)
     return blocks if eviction is None else min(blocks, eviction.kept_tokens // block + 1)
 
 
 class _BytesAtFirstToken(ov_genai.StreamerBase):  # type: ignore[misc]  # it has no types
-    """Bytes of the blocks that a prompt takes before it is evicted from, which is a step or two after its first token.
+    """Bytes of a prompt's blocks at its first token; eviction follows a step or two later.
 
-    An answer may be shorter than that. The pool itself only grows, so what it takes says nothing.
+    Measured this early since an answer may end before the eviction. The size of the pool says nothing: it only grows.
     """
 
     def __init__(self, pipeline: LLMPipeline) -> None:

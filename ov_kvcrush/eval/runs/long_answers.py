@@ -10,17 +10,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ov_kvcrush.config import CacheConfig
+from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.benchmarks.items import Task
 from ov_kvcrush.eval.benchmarks.longgen import SUITE, TASKS, loss_text
+from ov_kvcrush.eval.likelihood.forcing import ForcedEngine
 from ov_kvcrush.eval.likelihood.pipeline import ScoringPipeline
-from ov_kvcrush.eval.likelihood.scoring import ForcedEngine
 from ov_kvcrush.eval.runs.answers import Answer, greedy
 from ov_kvcrush.eval.runs.genai import GenaiRuns
 from ov_kvcrush.eval.runs.plan import Planned, caches_of, grouped, precisions_of
 from ov_kvcrush.eval.runs.prompts import ItemPrompts, QuestionPrompt
 from ov_kvcrush.genai.eviction import GenaiEviction, closest_genai_eviction
-from ov_kvcrush.pipelines.backend import CacheParams, Handle
+from ov_kvcrush.pipelines.backend import Handle
 
 
 class LongRuns:
@@ -33,7 +34,7 @@ class LongRuns:
         self._engines = {name: self._pipeline.make_engine(cache, SUITE) for name, cache in caches.items()}
 
     def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Answer]:
-        """Answers to all questions of an item. Policies see the prompt with the question, whatever the query."""
+        """Answers to all questions of an item. Policies see the whole prompt, question included."""
         for asked in prompts.asked:
             ids = np.concatenate([prompts.ids, asked.ids])
             for same in grouped(planned, precisions_of):
@@ -42,10 +43,10 @@ class LongRuns:
     def _batch(
         self, task: Task, asked: QuestionPrompt, ids: np.ndarray, engine: ForcedEngine, planned: Sequence[Planned]
     ) -> list[Answer]:
-        uses = [CacheParams(policy=one.policy) for one in planned]
+        params = [CacheParams(policy=one.policy) for one in planned]
         start = time.perf_counter()
         run = self._forced if task.is_forced else self._written
-        answers = run(task, asked, ids, engine, uses)
+        answers = run(task, asked, ids, engine, params)
         seconds = (time.perf_counter() - start) / len(planned)
         return [
             Answer(one, asked, a.text, float(a.kept_tokens), len(ids) + a.num_tokens, a.kv_bytes, seconds)
@@ -53,22 +54,22 @@ class LongRuns:
         ]
 
     def _written(
-        self, task: Task, asked: QuestionPrompt, ids: np.ndarray, engine: ForcedEngine, uses: Sequence[CacheParams]
-    ) -> list[_Answer]:
+        self, task: Task, asked: QuestionPrompt, ids: np.ndarray, engine: ForcedEngine, params: Sequence[CacheParams]
+    ) -> list[_LongAnswer]:
         config = greedy(self._pipeline.get_config(), task, asked.question.max_new_tokens)
-        return [_answer(handle, self._pipeline) for handle in engine.write((ids, config, use) for use in uses)]
+        return [_answer(handle, self._pipeline) for handle in engine.write((ids, config, own) for own in params)]
 
     def _forced(
-        self, task: Task, asked: QuestionPrompt, ids: np.ndarray, engine: ForcedEngine, uses: Sequence[CacheParams]
-    ) -> list[_Answer]:
+        self, task: Task, asked: QuestionPrompt, ids: np.ndarray, engine: ForcedEngine, params: Sequence[CacheParams]
+    ) -> list[_LongAnswer]:
         answer = self._pipeline.encode(asked.question.answers[0], add_special_tokens=False)
         return [
-            _Answer(loss_text(-s.logprob / len(answer), len(answer)), len(answer), s.kept_tokens, s.kv_bytes)
-            for s in engine.force((ids, answer, use) for use in uses)
+            _LongAnswer(loss_text(-s.logprob / len(answer), len(answer)), len(answer), s.kept_tokens, s.kv_bytes)
+            for s in engine.force((ids, answer, own) for own in params)
         ]
 
 
-class _Answer(NamedTuple):
+class _LongAnswer(NamedTuple):
     """num_tokens: of the answer. kept_tokens: that a head held at its end, on average; kv_bytes: of all heads then."""
 
     text: str
@@ -77,21 +78,21 @@ class _Answer(NamedTuple):
     kv_bytes: int
 
 
-def _answer(handle: Handle, pipeline: ScoringPipeline) -> _Answer:
+def _answer(handle: Handle, pipeline: ScoringPipeline) -> _LongAnswer:
     output, stats = handle.read_all()[0], handle.get_stats()
     ids = output.generated_ids
     text = pipeline.get_tokenizer().decode(ids) if ids and output.text is None else output.text or ""
-    return _Answer(text, len(ids), stats.kept_tokens or 0, stats.kv_bytes)
+    return _LongAnswer(text, len(ids), stats.kept_tokens or 0, stats.kv_bytes)
 
 
 class GenaiLongRuns(GenaiRuns):
-    """openvino_genai with one precision. Its eviction acts while an answer is written; its cache has one size."""
+    """openvino_genai with one precision. It evicts during generation too, down to one fixed cache size."""
 
     def _eviction(self, planned: Planned, num_tokens: int) -> GenaiEviction | None:
         policy = planned.policy
         if not policy.evicts:
             return None
-        assert policy.budget.kept_tokens is not None, "check_long() refuses fractions"
+        assert policy.budget.kept_tokens is not None, "check_long() refparams fractions"
         return closest_genai_eviction(policy, policy.budget.kept_tokens)
 
     def _num_tokens(self, prompt: np.ndarray, answer: Sequence[int]) -> int:
@@ -99,7 +100,7 @@ class GenaiLongRuns(GenaiRuns):
 
 
 def long_runs(model: Path, planned: Sequence[Planned], properties: Mapping[str, Any]) -> LongRuns | GenaiLongRuns:
-    """What answers these settings of one engine, of openvino_genai with one precision, with the model loaded."""
+    """The engine for these settings, with the model loaded; openvino_genai takes one precision."""
     first = planned[0].setting
     if first.engine == "genai":
         return GenaiLongRuns(model, *precisions_of(first), properties)
@@ -107,7 +108,7 @@ def long_runs(model: Path, planned: Sequence[Planned], properties: Mapping[str, 
 
 
 def check_long(plan: Sequence[Planned], tasks: Sequence[str]) -> None:
-    """Raise CrushError for what long answers cannot be asked for, before a model is loaded."""
+    """Raise CrushError for settings that long answers do not support, before a model is loaded."""
     if any(planned.setting.query != "aware" for planned in plan):
         raise CrushError(f"--query must be aware for {SUITE}, whose policies see all of a prompt, got agnostic")
     forced = [task for task in dict.fromkeys(tasks) if TASKS[task].is_forced]

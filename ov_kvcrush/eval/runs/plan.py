@@ -1,4 +1,4 @@
-"""What a run compares: every policy at every budget and precision, on every engine, beside the full cache."""
+"""The settings that a run compares: every policy at every budget and precision, on every engine, and the full cache."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import Settings, build, describe, names
 from ov_kvcrush.utils.checks import check_choice, check_fraction
 
-# What openvino_genai has a method of the same name for.
+# Policies that openvino_genai has a method of the same name for.
 GENAI_POLICIES = ("kvcrush", "snapkv", "h2o")
-# What a policy has to beat to be worth anything; run beside all others.
+# Policies that every other one has to beat; run beside all others.
 BASELINES = ("random", "streaming_llm")
 _MANY_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A setting of the results, and the policy that makes it."""
+    """A setting, and its policy."""
 
     setting: Setting
     policy: Policy
@@ -64,8 +64,8 @@ class PlanOptions:
 def make_plan(options: PlanOptions) -> list[Planned]:
     """Every setting once: for each engine, precision and query the full cache, then its policies, then the baselines.
 
-    openvino_genai, which sees the question by its nature, gets the policies that it has and the precisions that it can
-    hold. Raises CrushError for a policy, setting or precision that there is not.
+    openvino_genai runs with the question in its prompt ("aware"), with the policies and precisions that it has. Raises
+    CrushError for an unknown policy, setting or precision.
     """
     found: dict[str, Planned] = {}
     specs = [_parse(spec, options.policy_options) for spec in options.policies]
@@ -91,7 +91,7 @@ def make_plan(options: PlanOptions) -> list[Planned]:
 
 
 def left_out(options: PlanOptions, plan: Sequence[Planned]) -> list[str]:
-    """What openvino_genai is not asked though the user asked for it: a line each, none if it is not in the plan."""
+    """A line for each requested policy or precision that openvino_genai does not have; none if it does not run."""
     if "genai" not in options.engines:
         return []
     asked = dict.fromkeys(_parse(spec, options.policy_options)[0] for spec in options.policies)
@@ -103,7 +103,7 @@ def left_out(options: PlanOptions, plan: Sequence[Planned]) -> list[str]:
 
 
 def pairs(key: Sequence[str], value: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Keys' and values' precisions beside each other; a single one goes with all. CrushError for other counts."""
+    """Pairs of key and value precisions; a single one goes with all of the other. CrushError for other counts."""
     if len(key) != len(value) and 1 not in (len(key), len(value)):
         raise CrushError(
             f"--key-precision and --value-precision must be equally many, or one of either, got {len(key)} and "
@@ -114,7 +114,7 @@ def pairs(key: Sequence[str], value: Sequence[str]) -> tuple[tuple[str, str], ..
 
 
 def grouped(plan: Sequence[Planned], key: Callable[[Setting], Any]) -> list[list[Planned]]:
-    """The plan in parts of equal keys, both in the order in which they first appear."""
+    """The plan grouped by key; groups and members in the order of the plan."""
     found: dict[Any, list[Planned]] = {}
     for planned in plan:
         found.setdefault(key(planned.setting), []).append(planned)
@@ -137,7 +137,7 @@ def caches_of(plan: Sequence[Planned]) -> dict[tuple[str, str], CacheConfig]:
 def _baselines(
     specs: Sequence[tuple[str, Settings]], evicting: Sequence[Planned], options: PlanOptions
 ) -> list[Planned]:
-    """BASELINES that the user did not name, at every budget that evicts, with the options for all that they have."""
+    """BASELINES that the user did not name, at every budget that evicts, with the --policy-option values they know."""
     if not options.baselines or not any(planned.policy.evicts for planned in evicting):
         return []
     shared = PolicyOptions(others=options.policy_options).settings()
@@ -167,7 +167,7 @@ def _with_budgets(name: str, own: Settings, options: PlanOptions) -> Iterator[Pl
 
 
 def _setting(name: str, settings: Settings) -> Setting:
-    """Of our engine in u8, aware of the question: `_add` puts its own in place of these."""
+    """A setting of our engine in u8, "aware"; `_add` replaces engine, precisions and query."""
     own = dict(settings)
     kept, kept_tokens = own.pop("kept", None), own.pop("kept_tokens", None)
     assert kept is None or isinstance(kept, (int, float))
@@ -190,7 +190,7 @@ def _add(found: dict[str, Planned], planned: Planned, engine: str, precisions: t
 
 
 def _distinct_for_genai(evicting: Sequence[Planned]) -> list[Planned]:
-    """Policies of names that it has; of those that come to the same there, the first."""
+    """Policies that openvino_genai has; the first one of those that become the same eviction there."""
     found: dict[str, Planned] = {}
     for planned in evicting:
         s = planned.setting

@@ -1,4 +1,4 @@
-"""Token ids of a suite's items: what is compressed, and what follows it for each question."""
+"""Token ids of a suite's items: the context, and what follows it for each question."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _PIECE = 20_000  # characters of a long text that are tokenized at a time
 
 @dataclass(frozen=True, eq=False)
 class QuestionPrompt:
-    """A question in its place: its prompt is the context's tokens and `ids`, int64 (T,), at least one.
+    """A question as tokens: its prompt is the context's tokens and then `ids`, int64 (T,), at least one.
 
-    turn: of a conversation, whose earlier questions and references are in `ids`, too; else 0.
+    turn: of a conversation, whose earlier questions and references are in `ids` too; 0 outside of one.
     """
 
     index: int
@@ -34,7 +34,7 @@ class QuestionPrompt:
 
 @dataclass(frozen=True, eq=False)
 class ItemPrompts:
-    """An item's context, int64 (S,), and its questions. head: tokens at the front, of the chat template, that stay."""
+    """An item's context, int64 (S,), and its questions. head: leading tokens of the chat template, never evicted."""
 
     item: Item
     ids: np.ndarray
@@ -43,12 +43,12 @@ class ItemPrompts:
 
     @property
     def num_tokens(self) -> int:
-        """Of the longest prompt and its answer."""
+        """Tokens of the longest prompt and its answer."""
         return len(self.ids) + max(len(a.ids) + a.question.max_new_tokens for a in self.asked)
 
 
 class ItemEncoder:
-    """Makes token ids of items as the pipelines make them of `compress(context)` and `generate(question)`."""
+    """Encodes items to the ids that the pipelines make of `compress(context)` and `generate(question)`."""
 
     def __init__(self, tokenizer: ov_genai.Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -57,16 +57,15 @@ class ItemEncoder:
         self._metrics = PerfMetrics()
 
     def count(self, text: str) -> int:
-        """Tokens of a text as it is; a huge number for one that is too long for the tokenizer."""
+        """Tokens of a text; a huge number for one that is too long for the tokenizer."""
         try:
             return len(self._ids(text))
         except RequestError:
             return _TOO_MANY
 
     def encode(self, item: Item, max_tokens: int | None = None) -> ItemPrompts:
-        """max_tokens: of the longest prompt and its answer; more are cut out of the middle of the context.
-
-        None: nothing is cut. Raises RequestError for an item that cannot be put into the chat template.
+        """The prompts of an item. max_tokens: limit of the longest prompt and its answer; the context is cut in its
+        middle to fit. None = no limit. Raises RequestError for an item that cannot be put into the chat template.
         """
         if max_tokens is not None and len(item.context) > max_tokens:
             item = replace(item, context=self._pre_cut(item.context, max_tokens))
@@ -89,7 +88,7 @@ class ItemEncoder:
         return replace(whole, ids=np.concatenate([ids[:head], np.array(cut, np.int64)]))
 
     def _pre_cut(self, text: str, max_tokens: int) -> str:
-        """A text of not many more tokens than that, which the tokenizer takes as a whole."""
+        """A text cut in its middle to about max_tokens tokens, few enough for the tokenizer."""
         pieces = [text[i : i + _PIECE] for i in range(0, len(text), _PIECE)]
         ids = [token for piece in pieces for token in self._ids(piece).tolist()]
         if len(ids) <= max_tokens:

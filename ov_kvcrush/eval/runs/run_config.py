@@ -1,4 +1,4 @@
-"""What decides a run, as its folder holds it."""
+"""The configuration of a run, as config.json in its folder holds it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.records import Setting
 from ov_kvcrush.utils.checks import check_integer, check_object, check_string, known_options
 
-# Of the environment, what may change a score; a run may go on where the rest differs.
+# The part of the environment that can change a score; a run may be resumed if the rest differs.
 _DECISIVE = ("cpu", "kernel", "versions")
 
 T = TypeVar("T")
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run, and where it ran.
+    """Everything that decides a run, and the machine it ran on.
 
-    command: as it was typed. model: path of its folder. fingerprint: of the model, by which it is known again wherever
-    it lies. num_items: of the suite, limit applied. environment: of bench.environment.describe_environment().
+    command: as typed. model: path of its folder. fingerprint: of the model, the same wherever its folder is.
+    num_items: items of the suite, limit applied. environment: of cli.environment.describe_environment().
     options: of the suite (length, data, limit), JSON values.
     Raises CrushError for wrong types, no setting, or the same one twice.
     """
@@ -50,7 +50,7 @@ class RunConfig:
 
     @property
     def json(self) -> dict[str, Any]:
-        """As the file has it."""
+        """The content of the file."""
         return dict(json.loads(json.dumps(asdict(self))))
 
     @classmethod
@@ -63,7 +63,7 @@ class RunConfig:
         return from_json(cls, {**value, "settings": made}, where)
 
     def differences(self, other: RunConfig) -> list[str]:
-        """Names of what makes the other another run, sorted; the command and the place of the model do not."""
+        """Sorted names of the fields in which the other is another run; command and model path do not count."""
         mine, others = self._identity(), other._identity()
         return sorted(name for name in {*mine, *others} if mine.get(name) != others.get(name))
 

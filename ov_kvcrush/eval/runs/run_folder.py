@@ -1,4 +1,4 @@
-"""A run on disk: what was asked, every answer as it comes, the result. A stopped run goes on where it was.
+"""A run on disk: its config, every answer as it comes, the result. A stopped run can be resumed.
 
 config.json is written first, predictions.jsonl grows, metrics.json comes last and makes the run finished.
 """
@@ -35,13 +35,13 @@ class Run:
 
 
 class RunFolder:
-    """The folder of a run that is going on; nobody else can go on with it until `close`."""
+    """The folder of a run in progress, locked against other processes until `close`."""
 
     def __init__(self, path: Path, config: RunConfig) -> None:
-        """Make the folder, or go on with the run in it.
+        """Create the folder, or resume the run in it.
 
-        Raises CrushError for a finished run, one of another config (named by what differs), one that is going on
-        elsewhere, a folder with something else in it, and one that cannot be read or written.
+        Raises CrushError for a finished run, a run of another config (naming the differences), a run that another
+        process has open, a folder with other content, and one that cannot be read or written.
         """
         self.path, self.config = path, config
         _check_startable(path, config)
@@ -71,17 +71,17 @@ class RunFolder:
 
     @property
     def predictions(self) -> tuple[Prediction, ...]:
-        """All there are, those of earlier times first."""
+        """All answers, those before the resumption first."""
         return tuple(self._predictions)
 
     def done(self) -> frozenset[PredictionKey]:
-        """What need not be asked again."""
+        """Keys of the answers that are there."""
         return frozenset(self._done)
 
     def add(self, prediction: Prediction) -> None:
-        """Write an answer, which no later crash of this process can undo.
+        """Write an answer; it survives a later crash of this process.
 
-        Raises CrushError for a setting that is none of the config's, an answer that is there, and a full disk.
+        Raises CrushError for an unknown setting, an answer that is already there, and a full disk.
         """
         _check_known(prediction, self.config, self._done)
         line = json.dumps(asdict(prediction), allow_nan=False) + "\n"
@@ -102,11 +102,11 @@ class RunFolder:
         return Run(self.path, self.config, self.predictions, tuple(rows))
 
     def close(self) -> None:
-        """Let others go on; what was added stays."""
+        """Release the lock; what was added stays."""
         self._file.close()
 
     def _resume(self) -> list[Prediction]:
-        """Read what is there, and cut off a last line that was not written whole."""
+        """Read the answers so far, and cut off an incomplete last line."""
         self._file.seek(0)
         whole = self._file.read()
         end = whole.rfind(b"\n") + 1
@@ -141,7 +141,7 @@ def read_run(path: Path) -> Run:
 
 
 def report_of(run: Run) -> dict[str, Any]:
-    """All but the predictions, for a file that others read."""
+    """Config and result rows, for --json."""
     return {**run.config.json, "rows": [asdict(row) for row in run.rows]}
 
 

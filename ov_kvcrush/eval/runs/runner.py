@@ -1,5 +1,5 @@
-"""Runs a suite: each context is read once for all policies and precisions, and what is asked of it is answered in
-batches, one for each precision.
+"""Runs a suite: each context is prefilled once for all policies and precisions; its questions are answered in batches,
+one for each precision.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from ov_kvcrush.pipelines.llm import LLMPipeline
 from ov_kvcrush.policies.base import Replay
 
 BATCH = 96  # sequences that are answered together
-Advance = Callable[[int], None]  # answers that are there now
+Advance = Callable[[int], None]  # told how many answers were added
 
 
 class Runs(Protocol):
-    """An engine, and what it answers."""
+    """An engine that answers the questions of items."""
 
     def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Answer]: ...
 
 
 @dataclass(frozen=True, eq=False)
 class _Question:
-    """What goes into a batch: token ids int64 (T,) that follow a context."""
+    """One row of a batch: token ids int64 (T,) that follow a context."""
 
     planned: Planned
     asked: QuestionPrompt
@@ -59,10 +59,10 @@ def run_suite(
 ) -> Run:
     """Answer what the folder does not have yet, and finish it.
 
-    One model at a time: ours for all its settings, openvino_genai for each. advance: called with the number of answers
-    that were added, first with those that were there. Answers to an item under one model, precision and query are made
-    together or, after a stop, together again, so that a run that was stopped has the same answers as one that was not,
-    and other precisions in the run change none.
+    One model is loaded at a time: ours once for all its settings, openvino_genai for each. All answers to an item under
+    one model, precision and query come from one batch, and are generated again together if the run stopped among them:
+    a resumed run has the same answers as an uninterrupted one, whatever other precisions run.
+    advance: told the number of answers that were added; first, those that were there already.
     """
     advance(len(folder.predictions))
     for planned in _by_model(plan):
@@ -90,7 +90,7 @@ class CrushRuns:
     ) -> None:
         first, *others = caches
         self._reader = LLMPipeline(model, "CPU", dict(properties), cache_config=caches[first])
-        self._pipelines = {first: self._reader, **{name: self._reader.beside(caches[name]) for name in others}}
+        self._pipelines = {first: self._reader, **{name: self._reader.with_cache(caches[name]) for name in others}}
 
     def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Answer]:
         """Answers to all questions of an item under settings of one query."""
@@ -119,7 +119,7 @@ class CrushRuns:
         yield from (answers[p.setting.key, a.index] for p in planned for a, _ in questions)
 
     def _compress(self, ids: np.ndarray, head: int, planned: Sequence[Planned], stack: ExitStack) -> dict[str, Context]:
-        """A context for the key of each setting, closed with `stack`. One reading has one second reading at most."""
+        """A context by the key of each setting, closed with `stack`. Each way of replaying a prompt is a prefill."""
         replays = [p.policy.inputs.replay if p.policy.evicts else None for p in planned]
         second: list[Replay | None] = [*dict.fromkeys(replay for replay in replays if replay is not None)] or [None]
         made: dict[str, Context] = {}
@@ -157,7 +157,7 @@ def _answer_batch(task: Task, pipeline: LLMPipeline, max_new_tokens: int, batch:
 
 
 def _runs(model: Path, planned: Sequence[Planned], properties: Mapping[str, Any], suite: str) -> Runs:
-    """What answers these settings, with the model loaded."""
+    """The engine for these settings, with the model loaded."""
     if suite == LONGGEN:
         return long_runs(model, planned, properties)
     first = planned[0].setting
@@ -167,7 +167,7 @@ def _runs(model: Path, planned: Sequence[Planned], properties: Mapping[str, Any]
 
 
 def _by_model(plan: Sequence[Planned]) -> list[list[Planned]]:
-    """Settings that one loaded model answers: of ours all, of openvino_genai one."""
+    """Groups of settings that share a loaded model: all of our engine, each one of openvino_genai."""
     return grouped(plan, lambda s: (s.engine, s.key if s.engine == "genai" else ""))
 
 
@@ -178,7 +178,7 @@ def _missing(folder: RunFolder, prompts: ItemPrompts, planned: Sequence[Planned]
 
 
 def _add(folder: RunFolder, prompts: ItemPrompts, task: Task, answers: Iterator[Answer]) -> int:
-    """Write what is not there yet, and return how many that were."""
+    """Write the answers that are not there yet; returns their number."""
     done, made = folder.done(), [_prediction(prompts, task, answer) for answer in answers]
     new = [prediction for prediction in made if prediction.key not in done]
     for prediction in new:
