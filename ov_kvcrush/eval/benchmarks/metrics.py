@@ -10,14 +10,11 @@ import importlib
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping
 from difflib import SequenceMatcher
-from types import MappingProxyType
 from typing import Any
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.benchmarks.items import Metric, Question
-from ov_kvcrush.utils.checks import check_choice
+from ov_kvcrush.eval.benchmarks.items import Question
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _CONTROL = re.compile(r"[\x00-\x1f]")
@@ -136,23 +133,6 @@ def lines_in_order(prediction: str, question: Question) -> float:
                 before + 1 if line == answer.strip() else max(lengths[place], lengths[place - 1]),
             )
     return lengths[-1] / len(question.answers)
-
-
-METRICS: Mapping[str, Metric] = MappingProxyType(
-    {
-        metric.__name__: metric
-        for metric in (
-            qa_f1, rouge_l, class_match, retrieval, counting, edit_similarity, string_match_all, string_match_any,
-            substring, choice_letter, first_number, variable_fraction, lines_in_order,
-        )
-    }
-)  # fmt: skip
-
-
-def find_metric(name: str) -> Metric:
-    """The metric of a name in METRICS. Raises CrushError, with the nearest name, for another."""
-    check_choice("metric", name, METRICS)
-    return METRICS[name]
 
 
 def _plain_words(text: str) -> list[str]:
