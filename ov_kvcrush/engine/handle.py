@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 
 import openvino_genai as ov_genai
@@ -19,7 +20,7 @@ class GenerationHandle:
 
     def __init__(self, request: Request, cache: KVCacheManager) -> None:
         self.request = request
-        self._cache = cache
+        self._cache = weakref.ref(cache)  # a handle that is kept keeps no cache alive
         self._lock = threading.Lock()
         self._new: deque[dict[int, GenerationOutput]] = deque()
 
@@ -77,14 +78,16 @@ class GenerationHandle:
         num_again = replayer.num_read_again(request.num_prompt_tokens) if replayer else 0
         num_read = min(first.num_cached, request.num_prompt_tokens)
         if num_read == request.num_prompt_tokens:
-            replay = self._cache.replay(first)
+            cache = self._cache()
+            replay = cache.replay(first) if cache else None
             done, total = replay.progress if replay else (1, 1)
             num_read += num_again * done // total
         return num_read, request.num_prompt_tokens + num_again
 
     def _state(self) -> EvictionState:
         first = self.request.sequences[0]
-        state = self._cache.eviction_state(first)  # before it may end in another thread
+        cache = self._cache()
+        state = cache.eviction_state(first) if cache else EvictionState()  # before it may end in another thread
         return state if first.final_state is None else first.final_state
 
     def stop(self, finish_reason: ov_genai.GenerationFinishReason = FinishReason.STOP) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import openvino as ov
@@ -26,7 +27,7 @@ from ov_kvcrush.kvcache.prefix_cache import PrefixCache, serves
 from ov_kvcrush.kvcache.replay import ROWS, Reader, ReplayState
 from ov_kvcrush.kvcache.sequence_kv import SequenceKV
 from ov_kvcrush.kvcache.snapshots import SnapshotStore
-from ov_kvcrush.kvcache.staging import Staging, commit_for_each
+from ov_kvcrush.kvcache.staging import Staging, commit_for_each, commit_prefill
 from ov_kvcrush.model.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, SAMPLED_ROWS
 
 _log = logging.getLogger(__name__)
@@ -60,15 +61,17 @@ class CrushKVCache:
         self.store = store
         self.staging = staging
         self.policy_seconds = 0.0
+        # What is made of these has no reference to this object: the store goes with it, not with the garbage collector.
+        self._admission = Admission(store, staging.pool.num_blocks, staging.tensors.bytes_per_block, chunk)
+        self.prefixes: PrefixCache[KVSnapshot] = PrefixCache(lambda kept: store.release(kept.store_id), max_prefixes)
+        self._fill = partial(commit_prefill, store, self._admission, self.prefixes)
         self.snapshots = SnapshotStore(store, [num_kv_heads for _, num_kv_heads in heads], self._fill)
-        self.prefixes: PrefixCache[KVSnapshot] = PrefixCache(self.snapshots.release_snapshot, max_prefixes)
         self._prefix_bytes = prefix_bytes
         self._heads = heads
         self._chunk = chunk
         self._pages_prompts = pages_prompts
         self._view = CacheView(store, heads)
         self._kv: dict[Sequence, SequenceKV] = {}
-        self._admission = Admission(store, staging.pool.num_blocks, staging.tensors.bytes_per_block, chunk)
         self._prefill_inputs = PrefillInputs(staging.pool.num_blocks)
         self._store_id = np.array([store.id], np.int32)
         self._bytes_per_block = store.bytes_for(BLOCK_SIZE * 1024) / 1024
@@ -340,17 +343,6 @@ class CrushKVCache:
             self.policy_seconds += time.perf_counter() - start
         self._unstage(kv)
         return True
-
-    def _fill(self, store_id: int, choice: Choice | None) -> None:
-        """Commit a staged prompt. Cached prefixes make room, what is promised to others stays. Raises StoreFull."""
-        offsets, indices = (choice.offsets, choice.indices) if choice else (None, None)
-        while True:
-            try:
-                self.store.commit_prefill(store_id, offsets, indices, self._admission.promised())
-                return
-            except native.StoreFull:
-                if not self.prefixes.drop_oldest():
-                    raise
 
     def _evict(self, sequence: Sequence, kv: SequenceKV, *, is_read: bool) -> None:
         """Let the policy choose again if the stored cache has grown over its budget."""
