@@ -6,6 +6,7 @@ process number was given to another, and the next call for the same target remov
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import secrets
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+_LOCK_TRIES = 8  # another process rarely takes a new file for abandoned; without locks every try fails
 _LOCK_NAME = ".lock"  # in a partial folder; a partial file is locked itself
 _UNLOCKED_GRACE_S = 3600.0  # a partial folder without a lock file may be between its creation and its locking
 
@@ -130,13 +132,15 @@ def _remove_abandoned_folder(partial: Path) -> None:
 
 
 def _locked_file(target: Path) -> tuple[Path, IO[bytes]]:
-    while True:
+    for _ in range(_LOCK_TRIES):
         partial = target.with_name(f"{_prefix(target, 'partial')}{secrets.token_hex(8)}")
         file = open(partial, "xb")  # noqa: SIM115 - the caller closes it
         # Between its creation and its locking, another process may have taken it for abandoned.
         if try_lock(file) and _is_at(file, partial):
             return partial, file
         file.close()
+        partial.unlink(missing_ok=True)
+    raise OSError(errno.ENOLCK, "files cannot be locked on this file system", str(target))
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:

@@ -171,7 +171,7 @@ def test_policies_that_are_equal_choose_once(pipe: LLMPipeline) -> None:
 
 
 def test_each_is_a_pipeline_of_its_own(pipe: LLMPipeline, folder: Path) -> None:
-    beside, alone = pipe.with_cache(U4), make_pipe(folder, U4)
+    beside, alone = pipe.beside(U4), make_pipe(folder, U4)  # with_cache by its first name
     config = pipe.get_generation_config()
     beside.set_generation_config(ov_genai.GenerationConfig(max_new_tokens=3))
     assert pipe.get_generation_config().max_new_tokens == config.max_new_tokens
