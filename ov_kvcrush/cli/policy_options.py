@@ -10,7 +10,7 @@ import typer
 
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies.base import Budget, Policy
-from ov_kvcrush.policies.registry import Setting, Settings, build, describe, names
+from ov_kvcrush.policies.registry import Settings, SettingValue, build, describe, names
 from ov_kvcrush.utils.checks import key_values
 
 LIST = "help"  # in place of a policy's name: say which there are
@@ -70,7 +70,7 @@ class PolicyOptions:
         return build(name, **settings)
 
 
-def _value(text: str) -> Setting:
+def _value(text: str) -> SettingValue:
     if re.fullmatch(r"[+-]?\d+", text):
         return int(text)
     try:

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import openvino_genai as ov_genai
 
-from ov_kvcrush.contexts.file import load_context, save_context
-from ov_kvcrush.contexts.record import LAYOUT_VERSION, ContextRecord
+from ov_kvcrush.contexts.file import LAYOUT_VERSION, ContextRecord, load_context, save_context
 from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
 from ov_kvcrush.errors import ContextFileError, CrushError
 from ov_kvcrush.model.fingerprints import model_fingerprint, token_ids_fingerprint, tokenizer_fingerprint
@@ -78,7 +77,10 @@ def load(path: str | os.PathLike[str], made_with: Mapping[str, str], load_snapsh
         policy = as_policy(dict(record.policy)) if record.policy else None
     except (KeyError, TypeError, CrushError) as error:
         raise ContextFileError(f"{path} must say what its context is, got {error!r}") from None
-    snapshot = load_snapshot(record, policy, base, base_kept)
+    arrays = SnapshotArrays(
+        record.heads, record.tiles, record.num_evicted, record.num_choices, record.carried, record.representatives
+    )
+    snapshot = load_snapshot(arrays, policy, base, base_kept)
     if snapshot.num_tokens > len(ids):
         snapshot.release()
         raise ContextFileError(f"{path} must hold KV of its {len(ids)} tokens, got that of {snapshot.num_tokens}")

@@ -14,30 +14,19 @@ from ov_kvcrush.policies.base import Policy
 FrozenPerHead = tuple[tuple[np.ndarray, ...], ...]  # [layer][KV head]
 
 
-class SnapshotArrays(Protocol):
+@dataclass(frozen=True, eq=False)
+class SnapshotArrays:
     """A snapshot as arrays, for a file.
 
-    heads, tiles: as from `Store.dump`. policy_state float32, representatives int32: [layer][KV head], as in
-    EvictionState.
+    heads, tiles: as from `Store.dump`. The others are as in EvictionState: policy_state float32, representatives int32.
     """
 
-    @property
-    def heads(self) -> np.ndarray: ...
-
-    @property
-    def tiles(self) -> np.ndarray: ...
-
-    @property
-    def num_evicted(self) -> int: ...
-
-    @property
-    def num_choices(self) -> int: ...
-
-    @property
-    def policy_state(self) -> FrozenPerHead | None: ...
-
-    @property
-    def representatives(self) -> FrozenPerHead | None: ...
+    heads: np.ndarray
+    tiles: np.ndarray
+    num_evicted: int
+    num_choices: int
+    policy_state: FrozenPerHead | None
+    representatives: FrozenPerHead | None
 
 
 class SnapshotOwner(Protocol):

@@ -53,7 +53,15 @@ def genai_cache_properties(config: CacheConfig, properties: dict[str, Any]) -> d
 
 
 class GenaiHandle:
-    """A request of openvino_genai, read after every step so that its tokens have a time."""
+    """A request of openvino_genai, read after every step so that its tokens have a time.
+
+    It does not tell what it evicted, and keeps its KV.
+    """
+
+    kept_positions: None = None
+    representative_positions: None = None
+    snapshot: None = None
+    fan_out_snapshots: list[KVSnapshot] = []  # noqa: RUF012 - nothing is ever added
 
     def __init__(self, request_id: int, handle: Any, num_input_tokens: int) -> None:
         self.request_id = request_id
@@ -90,26 +98,6 @@ class GenaiHandle:
     def read_all(self) -> list[GenerationOutput]:
         """Everything generated so far, one output for each sequence."""
         return [self._outputs[i] for i in sorted(self._outputs)] or [GenerationOutput([], [], 0.0, FinishReason.NONE)]
-
-    @property
-    def kept_positions(self) -> None:
-        """None: openvino_genai does not tell."""
-        return None
-
-    @property
-    def representative_positions(self) -> None:
-        """None: openvino_genai does not tell."""
-        return None
-
-    @property
-    def snapshot(self) -> None:
-        """None: openvino_genai keeps its KV."""
-        return None
-
-    @property
-    def fan_out_snapshots(self) -> list[KVSnapshot]:
-        """None: openvino_genai keeps its KV."""
-        return []
 
     @property
     def progress(self) -> tuple[int, int]:

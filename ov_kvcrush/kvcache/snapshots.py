@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,18 +14,6 @@ from ov_kvcrush.core.eviction import Choice, EvictionState, PerHead
 from ov_kvcrush.core.snapshot import FrozenPerHead, KVSnapshot, SnapshotArrays
 from ov_kvcrush.errors import ContextFileError, OutOfMemory
 from ov_kvcrush.policies.base import Policy
-
-
-@dataclass(frozen=True, eq=False)
-class _Arrays:
-    """See SnapshotArrays."""
-
-    heads: np.ndarray
-    tiles: np.ndarray
-    num_evicted: int
-    num_choices: int
-    policy_state: FrozenPerHead | None
-    representatives: FrozenPerHead | None
 
 
 class SnapshotStore:
@@ -83,7 +71,7 @@ class SnapshotStore:
             policy_state = tuple(tuple(np.pad(x, (0, num_newer)) for x in layer) for layer in state.policy_state)
         stand = state.representatives
         representatives = None if stand is None else tuple(tuple(x.astype(np.int32) for x in layer) for layer in stand)
-        return _Arrays(heads, tiles, state.num_evicted, state.num_choices, policy_state, representatives)
+        return SnapshotArrays(heads, tiles, state.num_evicted, state.num_choices, policy_state, representatives)
 
     def load(self, arrays: SnapshotArrays, policy: Policy | None, base: int, base_kept: int) -> KVSnapshot:
         """A snapshot from arrays, which are checked.

@@ -12,7 +12,7 @@ import numpy as np
 import openvino_genai as ov_genai
 
 from ov_kvcrush.config import CacheConfig, check_engine
-from ov_kvcrush.contexts.context import Context
+from ov_kvcrush.contexts.context import Context, Progress
 from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.core.outputs import GenerationOutput, KeptTokens, PerfMetrics, PipelineMetrics, StepSeconds
 from ov_kvcrush.core.sampling_params import make_generation_config
@@ -22,7 +22,7 @@ from ov_kvcrush.model.folder import check_model_folder
 from ov_kvcrush.pipelines.backend import Backend, Handle
 from ov_kvcrush.pipelines.compress import ContextCompressor
 from ov_kvcrush.pipelines.loading import load_generation_config, load_tokenizer, make_backend, with_cache
-from ov_kvcrush.pipelines.request_loop import Progress, RequestLoop
+from ov_kvcrush.pipelines.request_loop import RequestLoop
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.keep_all import KeepAll
 from ov_kvcrush.policies.registry import PolicyLike

@@ -13,12 +13,12 @@ import numpy as np
 import openvino_genai as ov_genai
 
 from ov_kvcrush.contexts import saving
-from ov_kvcrush.contexts.context import Context, context_policy
+from ov_kvcrush.contexts.context import Context, Progress, context_policy
 from ov_kvcrush.core.cache_params import CacheParams, FanOut
 from ov_kvcrush.core.eviction import NO_REPLAY_PROMPT, ReplayPrompt
 from ov_kvcrush.core.outputs import PerfMetrics
 from ov_kvcrush.pipelines.backend import Backend
-from ov_kvcrush.pipelines.request_loop import Progress, RequestLoop
+from ov_kvcrush.pipelines.request_loop import RequestLoop
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.keep_all import KeepAll
 from ov_kvcrush.policies.registry import PolicyLike

@@ -16,7 +16,7 @@ from ov_kvcrush.pipelines.backend import Handle
 from ov_kvcrush.pipelines.base import PipelineBase
 from ov_kvcrush.pipelines.streaming import Streamer
 from ov_kvcrush.policies.registry import PolicyLike, as_policy
-from ov_kvcrush.prompts.encoder import rows_of
+from ov_kvcrush.prompts.encoder import token_rows
 from ov_kvcrush.prompts.spans import Protect, check_protect, system_text
 
 _MAX_REQUEST_ID = (1 << 62) - 1
@@ -160,7 +160,7 @@ class ContinuousBatchingPipeline(PipelineBase):
 
 
 def _one_row(prompt: Any) -> np.ndarray:
-    rows = rows_of(prompt)
+    rows = token_rows(prompt)
     if len(rows) != 1:
         raise RequestError(f"prompt must be one row of token ids, got {len(rows)}")
     return rows[0]

@@ -21,7 +21,7 @@ from ov_kvcrush.pipelines.streaming import Streamer
 from ov_kvcrush.policies.registry import PolicyLike, as_policy
 from ov_kvcrush.prompts.context import ContextText
 from ov_kvcrush.prompts.conversation import ConversationTokens
-from ov_kvcrush.prompts.encoder import check_text, rows_of
+from ov_kvcrush.prompts.encoder import check_text, token_rows
 from ov_kvcrush.prompts.spans import Protect, check_protect, system_text
 
 CANCEL = ov_genai.GenerationStatus.CANCEL
@@ -162,7 +162,7 @@ class LLMPipeline(PipelineBase):
             results = self._decoded(self._run_rows(rows, config, streamer, metrics, params), rows, config, metrics)
             return results.texts[0] if isinstance(inputs, str) and len(results.texts) == 1 else results
         if isinstance(inputs, (ov.Tensor, ov_genai.TokenizedInputs)):
-            rows = [ids if begun is None else np.concatenate([begun.ids, ids]) for ids in rows_of(inputs)]
+            rows = [ids if begun is None else np.concatenate([begun.ids, ids]) for ids in token_rows(inputs)]
             return self._encoded(self._run_rows(rows, config, streamer, metrics, params), rows, config, metrics)
         raise RequestError(
             f"inputs must be a str, list[str], ChatHistory, ov.Tensor or TokenizedInputs, got {type(inputs).__name__}"

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import openvino_genai as ov_genai
 
+from ov_kvcrush.contexts.context import Progress
 from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.core.outputs import PerfMetrics
 from ov_kvcrush.errors import OutOfMemory, RequestError
 from ov_kvcrush.pipelines.backend import Backend, Handle
 from ov_kvcrush.pipelines.streaming import Streamer, make_sink, pump
-
-Progress = Callable[[int, int], None]  # tokens that were read, and all
 
 RUNNING = ov_genai.GenerationStatus.RUNNING
 

@@ -32,9 +32,9 @@ from ov_kvcrush.policies.scorers.tova import TOVA
 from ov_kvcrush.policies.top_scores import TopScores
 from ov_kvcrush.utils.checks import check_choice
 
-Setting = int | float | str | None
-Settings = dict[str, Setting]
-PolicyLike = Policy | str | Mapping[str, Setting] | None  # itself, its name, its settings with the name among them
+SettingValue = int | float | str | None
+Settings = dict[str, SettingValue]
+PolicyLike = Policy | str | Mapping[str, SettingValue] | None  # itself, its name, its settings with the name among them
 
 DEFAULT_KEPT = 0.25
 _FIELDS = {"scorer": "scorer", "split": "allocator"}  # setting that chooses a component: field of the policy with it
@@ -52,10 +52,10 @@ class PolicyRecipe:
     policy: type[Policy]
     components: Mapping[str, type[Component]] = field(default_factory=dict)
     open: tuple[str, ...] = ()
-    presets: Mapping[str, Setting] = field(default_factory=dict)
+    presets: Mapping[str, SettingValue] = field(default_factory=dict)
     about: tuple[type[Component], ...] = ()
 
-    def choose(self, values: Mapping[str, Setting]) -> dict[str, type[Component]]:
+    def choose(self, values: Mapping[str, SettingValue]) -> dict[str, type[Component]]:
         """`components`, with those that `values` choose. Raises CrushError for an unknown choice."""
         chosen = dict(self.components)
         for setting in self.open:
@@ -64,7 +64,7 @@ class PolicyRecipe:
                 chosen[setting] = CHOICES[setting][str(values[setting])]
         return chosen
 
-    def defaults(self, values: Mapping[str, Setting]) -> Settings:
+    def defaults(self, values: Mapping[str, SettingValue]) -> Settings:
         """Every setting there is with the components that `values` choose, and its default."""
         found = {**_scalars(Budget), **_scalars(self.policy)}
         for setting, cls in self.choose(values).items():
@@ -81,7 +81,9 @@ class PolicyRecipe:
         )
 
 
-def _top_scores(scorer: type[Scorer], allocator: type[BudgetAllocator] = Uniform, **presets: Setting) -> PolicyRecipe:
+def _top_scores(
+    scorer: type[Scorer], allocator: type[BudgetAllocator] = Uniform, **presets: SettingValue
+) -> PolicyRecipe:
     about = (scorer,) if allocator is Uniform else (scorer, allocator)
     return PolicyRecipe(
         TopScores, {"scorer": scorer, "split": allocator}, ("split",), {"kept": DEFAULT_KEPT, **presets}, about
@@ -138,7 +140,7 @@ def names() -> list[str]:
     return list(POLICIES)
 
 
-def build(name: str, **settings: Setting) -> Policy:
+def build(name: str, **settings: SettingValue) -> Policy:
     """Make a policy; `describe(name)` lists its settings. None for kept and kept_tokens means not given.
 
     Without either, kept is 0.25 ("none": everything). Raises CrushError for an unknown name or setting, and for a value
@@ -225,7 +227,7 @@ def _scalars(cls: type[Any]) -> Settings:
     return {f.name: f.default for f in fields(cls) if f.compare and f.default is not MISSING}
 
 
-def _make(cls: type[Any], values: Mapping[str, Setting], **others: Any) -> Any:
+def _make(cls: type[Any], values: Mapping[str, SettingValue], **others: Any) -> Any:
     return cls(**{key: values[key] for key in _scalars(cls)}, **others)
 
 
@@ -240,7 +242,7 @@ def _values(*components: Any) -> Settings:
     return values
 
 
-def _hint(recipe: PolicyRecipe, key: str, known: Mapping[str, Setting]) -> str:
+def _hint(recipe: PolicyRecipe, key: str, known: Mapping[str, SettingValue]) -> str:
     """What the caller may have meant: another choice that has the setting, or the nearest known one."""
     owners = {
         setting: [name for name, cls in CHOICES[setting].items() if key in _scalars(cls)] for setting in recipe.open

@@ -80,7 +80,7 @@ class PromptEncoder:
         return self.encode(text, metrics)
 
 
-def rows_of(inputs: Any) -> list[np.ndarray]:
+def token_rows(inputs: Any) -> list[np.ndarray]:
     """The rows of an ov.Tensor or TokenizedInputs `[B, S]`, each without the padding that its mask marks."""
     mask = None
     if isinstance(inputs, ov_genai.TokenizedInputs):

@@ -20,8 +20,7 @@ import pytest
 from native_stores import Cache, layer
 from safetensors.numpy import load_file
 
-from ov_kvcrush.contexts.file import load_context, save_context
-from ov_kvcrush.contexts.record import LAYOUT_VERSION, ContextRecord
+from ov_kvcrush.contexts.file import LAYOUT_VERSION, ContextRecord, load_context, save_context
 from ov_kvcrush.errors import ContextFileError, ModelError
 from ov_kvcrush.model.fingerprints import (
     FINGERPRINT_FIELDS,

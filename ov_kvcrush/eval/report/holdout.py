@@ -35,7 +35,7 @@ class Judged(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Selection:
+class HoldoutChoice:
     """The setting with the best score on the first half, among those of one budget, precision, query and engine.
 
     policy: among the settings of this policy; None = of all policies that evict. num_settings: how many those are.
@@ -55,7 +55,7 @@ class Holdout:
     """
 
     judged: tuple[Judged, ...]
-    chosen: tuple[Selection, ...]
+    chosen: tuple[HoldoutChoice, ...]
 
     @property
     def json(self) -> dict[str, Any]:
@@ -172,14 +172,14 @@ def write_page(holdout: Holdout, path: Path) -> None:
     write_file(path, "markdown", markdown(holdout).encode())
 
 
-def _choose(group: list[Judged]) -> Iterable[Selection]:
-    yield Selection(max(group, key=_gain), len(group))
+def _choose(group: list[Judged]) -> Iterable[HoldoutChoice]:
+    yield HoldoutChoice(max(group, key=_gain), len(group))
     by_policy: dict[str, list[Judged]] = {}
     for one in group:
         by_policy.setdefault(one.first.policy, []).append(one)
     for policy, its in by_policy.items():
         if ENOUGH <= len(its) < len(group):
-            yield Selection(max(its, key=_gain), len(its), policy)
+            yield HoldoutChoice(max(its, key=_gain), len(its), policy)
 
 
 def _group(row: ResultRow) -> tuple[object, ...]:
