@@ -391,11 +391,14 @@ def test_many_short_requests_leave_nothing(num_requests: int, smollm2: Path) -> 
         while pipe.has_non_finished_requests():
             pipe.step()
 
-    # The plugin keeps a compiled kernel for each number of rows it has seen, so both rounds have the same ones.
-    round_of(num_requests)
-    before = resident_bytes()
-    round_of(num_requests)
+    # The plugin keeps a compiled kernel for each number of rows it has seen, so all rounds have the same ones. In a
+    # process of GBs the allocator may keep some MB in a round, but not in each; what is left behind would be there
+    # in each.
+    sizes = []
+    for _ in range(4):
+        round_of(num_requests)
+        sizes.append(resident_bytes())
     assert pipe.get_metrics().num_used_blocks == 0
     assert pipe.get_metrics().requests == 0
     # The KV of 80 such requests is about 36 MB in f32 and 9 MB in u8.
-    assert resident_bytes() - before < 4 << 20
+    assert min(np.diff(sizes)) < 1 << 20
