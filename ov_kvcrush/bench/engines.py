@@ -15,7 +15,7 @@ from ov_kvcrush.bench.settings import EVICTING, OURS
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.errors import CrushError, reason_of
 from ov_kvcrush.genai.eviction import GenaiEviction, closest_genai_eviction
-from ov_kvcrush.model.plugin import paged_precisions, plugin_precisions
+from ov_kvcrush.model.plugin import kept_signal_stack, paged_precisions, plugin_precisions
 from ov_kvcrush.pipelines.continuous_batching import ContinuousBatchingPipeline
 from ov_kvcrush.policies.registry import as_policy, name_of
 
@@ -128,7 +128,8 @@ class GenaiUnderTest:
                 key, value = (job[name] or _DEFAULT_PRECISION for name in ("key_precision", "value_precision"))
                 properties |= paged_precisions(key, value, properties)
             self._storage = _paged_storage(properties)
-            self._pipeline = ov_genai.ContinuousBatchingPipeline(job["model"], scheduler, "CPU", properties)
+            with kept_signal_stack():
+                self._pipeline = ov_genai.ContinuousBatchingPipeline(job["model"], scheduler, "CPU", properties)
         except RuntimeError as error:
             raise CrushError(
                 f"model and properties must be ones that openvino_genai can load, got: {reason_of(error)}"

@@ -20,7 +20,7 @@ from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
 from ov_kvcrush.errors import ContextFileError, CrushError, ModelError, RequestError, did_you_mean, reason_of
 from ov_kvcrush.genai.eviction import scheduler_fields, translate
 from ov_kvcrush.model.load import check_device
-from ov_kvcrush.model.plugin import open_core, paged_precisions
+from ov_kvcrush.model.plugin import kept_signal_stack, open_core, paged_precisions
 from ov_kvcrush.policies.base import Policy
 
 Status = ov_genai.GenerationStatus
@@ -155,9 +155,10 @@ class GenaiBackend:
         if self._eviction:
             scheduler = self._eviction.added_to(scheduler, is_default=scheduler_config is None)
         try:
-            self._pipeline = ov_genai.ContinuousBatchingPipeline(
-                str(folder), tokenizer, scheduler, device, **properties
-            )
+            with kept_signal_stack():
+                self._pipeline = ov_genai.ContinuousBatchingPipeline(
+                    str(folder), tokenizer, scheduler, device, **properties
+                )
         except RuntimeError as error:
             raise ModelError(
                 f"model in {str(folder)!r} must load in openvino_genai on {device}, got: {reason_of(error)}"

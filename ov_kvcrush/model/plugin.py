@@ -38,7 +38,7 @@ def open_core() -> ov.Core:
     that stack: after two pipelines were dropped in the order in which they were made, the next Ctrl-C was a
     segmentation fault.
     """
-    with _kept_signal_stack():
+    with kept_signal_stack():
         core = ov.Core()
         core.get_versions("CPU")  # loads it
     return core
@@ -71,7 +71,8 @@ def paged_precisions(key: str, value: str, properties: Mapping[str, Any]) -> dic
 
 
 @contextmanager
-def _kept_signal_stack() -> Iterator[None]:
+def kept_signal_stack() -> Iterator[None]:
+    """Leave this thread's alternate signal stack as it was, whatever loads the plugin inside; see `open_core`."""
     sigaltstack = getattr(ctypes.CDLL(None), "sigaltstack", None) if sys.platform == "linux" else None
     if sigaltstack is None:
         yield

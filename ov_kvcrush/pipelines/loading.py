@@ -12,13 +12,15 @@ from ov_kvcrush.engine.engine import Engine
 from ov_kvcrush.errors import CrushError, ModelError, reason_of
 from ov_kvcrush.genai.backend import GenaiBackend, genai_cache_properties
 from ov_kvcrush.model.load import load_model
+from ov_kvcrush.model.plugin import kept_signal_stack
 from ov_kvcrush.pipelines.backend import Backend
 
 
 def load_tokenizer(folder: Path, properties: dict[str, Any]) -> ov_genai.Tokenizer:
     """openvino_genai's tokenizer of a model folder. Raises ModelError if it cannot be read."""
     try:
-        return ov_genai.Tokenizer(str(folder), properties)
+        with kept_signal_stack():  # it loads the plugin, too
+            return ov_genai.Tokenizer(str(folder), properties)
     except RuntimeError as error:
         raise ModelError(f"tokenizer in {str(folder)!r} must be readable, got: {reason_of(error)}") from None
 

@@ -13,7 +13,7 @@ from ov_kvcrush.model.plugin import open_core
 INTERRUPTED = """
 import signal, sys
 from ov_kvcrush import LLMPipeline
-pipelines = [LLMPipeline(sys.argv[1]) for _ in range(3)]
+pipelines = [LLMPipeline(sys.argv[1], engine=sys.argv[2]) for _ in range(3)]
 while pipelines:
     del pipelines[0]
 try:
@@ -36,8 +36,9 @@ def test_a_core_leaves_the_signal_stack_as_it_was() -> None:
     assert before.raw == after.raw
 
 
-def test_ctrl_c_after_pipelines_that_were_dropped_in_the_order_of_their_making(smollm2: Path) -> None:
+@pytest.mark.parametrize("engine", ["crush", "genai"])
+def test_ctrl_c_after_pipelines_that_were_dropped_in_the_order_of_their_making(engine: str, smollm2: Path) -> None:
     """It was a segmentation fault: the plugin puts signal stacks back that are not there any more."""
-    command = [sys.executable, "-c", INTERRUPTED, str(smollm2)]
+    command = [sys.executable, "-c", INTERRUPTED, str(smollm2), engine]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
