@@ -288,7 +288,7 @@ class CrushKVCache:
 
     def _take_scores(self, rows: Items[ScheduledTokens], scores: Callable[[], list[np.ndarray]]) -> None:
         """Hand each reader the attention scores of its rows."""
-        readers = [s for row in self._in_order(rows) if isinstance(s := row.sequence, Reader)]
+        readers = [s for row in rows if isinstance(s := row.sequence, Reader)]  # all staged: in the order of the step
         if not readers:
             return
         found: list[PerHead] = [[] for _ in readers]
