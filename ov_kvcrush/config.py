@@ -14,6 +14,7 @@ from ov_kvcrush.utils.checks import check_choice, check_integer, known_options
 ENGINES = ("crush", "genai")
 PRECISIONS = ("f32", "bf16", "f16", "u8", "u4", "u2")
 ATTENTIONS = ("auto", "crush", "paged")
+OWN_SCHEDULER_FIELDS = ("max_step_ms", "max_waiting")  # openvino_genai's SchedulerConfig has no such thing
 _PRECISION_PROPERTIES = ("KV_CACHE_PRECISION", "KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION")
 
 
@@ -29,6 +30,9 @@ class SchedulerConfig:
     dynamic_split_fuse: cut prompts into chunks; False = a prompt enters only whole.
     max_num_seqs: sequences that run at the same time.
     enable_prefix_caching: keep the KV of ended requests, and reuse it for prompts that begin with the same tokens.
+    max_step_ms: bound on the time between two tokens of an answer while prompts are read beside it: chunks are as long
+        as it allows, by what the last ones took. 0 = no bound. Prompts that nobody waits beside are not cut by it.
+    max_waiting: requests that may wait for their turn; one more is refused with QueueFull. 0 = any number.
     """
 
     max_num_batched_tokens: int = 512
@@ -37,10 +41,16 @@ class SchedulerConfig:
     dynamic_split_fuse: bool = True
     max_num_seqs: int = 256
     enable_prefix_caching: bool = False
+    max_step_ms: float = 200
+    max_waiting: int = 0
 
     def __post_init__(self) -> None:
-        for name, minimum in (("max_num_batched_tokens", 1), ("num_kv_blocks", 0), ("max_num_seqs", 1)):
+        minima = {"max_num_batched_tokens": 1, "num_kv_blocks": 0, "max_num_seqs": 1, "max_waiting": 0}
+        for name, minimum in minima.items():
             check_integer(name, getattr(self, name), minimum)
+        is_number = isinstance(self.max_step_ms, (int, float)) and not isinstance(self.max_step_ms, bool)
+        if not is_number or not 0 <= self.max_step_ms < float("inf"):
+            raise CrushError(f"max_step_ms must be a number of milliseconds of at least 0, got {self.max_step_ms!r}")
         if isinstance(self.cache_size, bool) or not isinstance(self.cache_size, (int, float)) or self.cache_size < 0:
             raise CrushError(f"cache_size must be a number of GiB of at least 0, got {self.cache_size!r}")
 
@@ -54,7 +64,7 @@ class SchedulerConfig:
             return cls()
         if isinstance(options, cls):
             return options
-        known = [f.name for f in fields(cls)]
+        known = [f.name for f in fields(cls) if f.name not in OWN_SCHEDULER_FIELDS]
         if isinstance(options, dict):
             return cls(**known_options(options, cls, "scheduler option"))
         if not all(hasattr(options, name) for name in known):

@@ -22,12 +22,20 @@ class RequestError(CrushError):
     """One request was refused; no other request is touched."""
 
 
+class QueueFull(RequestError):
+    """Too many requests wait already; try again later."""
+
+
+class RequestTimeout(CrushError, TimeoutError):
+    """A request was not complete when its time was over."""
+
+
 class ContextFileError(CrushError):
     """A context's file cannot be written or read, is damaged, or belongs to something else than what was asked for."""
 
 
 class OutOfMemory(CrushError):
-    """The KV cache cannot hold what was asked, even with nothing else in it."""
+    """The KV cache cannot hold what was asked beside what it must keep."""
 
 
 def reason_of(error: Exception) -> str:

@@ -135,7 +135,7 @@ class RequestStats:
     """What a request took. Moments are seconds of time.perf_counter; token_times has one list per sequence.
 
     kept_tokens: tokens whose KV a head of the first sequence holds, on average; after its end, held then. None where
-    the engine does not tell.
+    the engine does not tell. steps: numbers of the engine's steps that it took part in, and what each took.
     """
 
     num_input_tokens: int
@@ -144,6 +144,7 @@ class RequestStats:
     token_times: list[list[float]]
     kv_bytes: int
     kept_tokens: int | None = None
+    steps: list[tuple[int, StepSeconds]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

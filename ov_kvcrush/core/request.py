@@ -9,11 +9,15 @@ import numpy as np
 import openvino_genai as ov_genai
 
 from ov_kvcrush.core.cache_params import DEFAULT_CACHE_PARAMS, CacheParams, KVTarget
+from ov_kvcrush.core.end_reason import EndReason
 from ov_kvcrush.core.eviction import EvictionSpec, EvictionState
 from ov_kvcrush.core.growable import GrowableArray
+from ov_kvcrush.core.outputs import StepSeconds
+from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
 from ov_kvcrush.core.sampling_params import SamplingParams
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.core.stop_strings import StopStringTracker
+from ov_kvcrush.core.token_stream import TokenStream
 
 FinishReason = ov_genai.GenerationFinishReason
 Status = ov_genai.GenerationStatus
@@ -31,7 +35,8 @@ class Sequence:
     ids: int64, prompt and generated tokens. num_cached: how many of them, from the start, have KV; the others are still
     to be run. position_offset: added to a token's index for its position. replays: the sequence whose prompt this one
     reads a second time. held_logits: of the prompt's last token, while the prompt is read a second time.
-    score_reduction: how attention scores of its rows are reduced, 0 = none are computed.
+    score_reduction: how attention scores of its rows are reduced, 0 = none are computed. num_pushed: generated tokens
+    that were handed out. num_passed: times that a later one found memory while it found none. error: what broke it.
     final_*: set at the end.
     """
 
@@ -47,7 +52,11 @@ class Sequence:
         self.held_logits: np.ndarray | None = None
         self.logprobs: list[float] = []
         self.cumulative_logprob = 0.0
+        self.num_pushed = 0
+        self.num_passed = 0
+        self.last_scheduled = 0
         self.finish_reason = FinishReason.NONE
+        self.error: Exception | None = None
         self.final_ids: list[int] | None = None  # without the tokens of a stop string
         self.final_state: EvictionState | None = None
         self.final_text: str | None = None  # by a stop string, which may cut inside a token
@@ -93,7 +102,8 @@ class Request:
 
     ids: int64 (S,), checked by the engine before. decode: tokens -> text, for stop strings only. keep_kv: leave the KV
     in the prefix cache at the end. eviction: None = all tokens stay. fan_out: caches to be made from its prefill, each
-    with its eviction and its target; nothing is left of the request itself then.
+    with its eviction and its target; nothing is left of the request itself then. is_driven: whether the engine moves it
+    on by itself; else its caller does, step by step. error: why there is no whole answer. steps: that it took part in.
     """
 
     def __init__(
@@ -106,8 +116,10 @@ class Request:
         eviction: EvictionSpec | None = None,
         cache: CacheParams = DEFAULT_CACHE_PARAMS,
         fan_out: tuple[tuple[EvictionSpec | None, KVTarget], ...] = (),
+        options: RequestOptions = DEFAULT_REQUEST_OPTIONS,
     ) -> None:
         self.request_id = request_id
+        self.options = options
         self.params = params
         self.decode = decode
         self.keep_kv = keep_kv
@@ -121,12 +133,30 @@ class Request:
         self.snapshot: KVSnapshot | None = None
         self.fan_out = fan_out
         self.fan_out_snapshots: list[KVSnapshot] = []
+        self.stream = TokenStream()
         self.status = Status.RUNNING
+        self.end_reason: EndReason | None = None
+        self.error: Exception | None = None
+        self.is_driven = False
+        self.steps: list[tuple[int, StepSeconds]] = []
+        self.readings: list[tuple[int, int]] = []  # of prefill_only: tokens that were read after each step, and all
         self.arrival = time.perf_counter()
         capacity = len(ids) + min(params.max_new_tokens, 4096)
         self.sequences = [Sequence(self, 0, GrowableArray(np.int64, ids, capacity))]
         # Written by any thread, acted on by the engine between two steps.
         self.abort_reason: tuple[ov_genai.GenerationStatus, ov_genai.GenerationFinishReason] | None = None
+        self.max_read: int | None = None  # tokens of the first sequence that its caller still wanted
+
+    @property
+    def deadline(self) -> float:
+        """The moment of time.perf_counter at which its time is over."""
+        limit = self.options.timeout_s
+        return float("inf") if limit is None else self.arrival + limit
+
+    @property
+    def num_to_fork(self) -> int:
+        """Sequences that it will have beside those it has."""
+        return max(self.params.num_return_sequences - len(self.sequences), 0)
 
     @property
     def evictions(self) -> list[EvictionSpec]:

@@ -48,7 +48,7 @@ class KVSnapshot:
     owner: not kept alive by its snapshots. store_id: of its tokens in the owner's store. state: what policies left.
     policy: who chose it; None = all tokens stay. num_tokens: of the text, kept or not. captured_rows: query rows that
     the store has of it. base: tokens at the front that later policies do not choose from; base_kept: what a head holds
-    of these, on average.
+    of these, on average. holder: tells those who share one `store_id` apart; an owner's own.
     """
 
     owner: weakref.ref[SnapshotOwner]
@@ -59,6 +59,7 @@ class KVSnapshot:
     captured_rows: int = 0
     base: int = 0
     base_kept: int = 0
+    holder: object = None
 
     @property
     def num_kept(self) -> int:

@@ -15,6 +15,11 @@ class ScheduledTokens:
     num_tokens: int
     samples: bool
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is the row of an answer that goes on."""
+        return self.num_tokens == 1 and self.samples and self.sequence.num_generated > 0
+
 
 @dataclass(frozen=True)
 class SchedulerOutput:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 
 import numpy as np
@@ -12,9 +13,12 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.core.cache_params import DEFAULT_CACHE_PARAMS, CacheParams
+from ov_kvcrush.core.end_reason import EndReason
+from ov_kvcrush.core.engine_thread import EngineThread
 from ov_kvcrush.core.eviction import Choice
 from ov_kvcrush.core.outputs import PipelineMetrics, StepSeconds
-from ov_kvcrush.core.request import FinishReason
+from ov_kvcrush.core.request import Request, Sequence, Status
+from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
 from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
 from ov_kvcrush.core.step import SchedulerOutput
 from ov_kvcrush.engine.guarded_snapshots import GuardedSnapshots
@@ -23,8 +27,7 @@ from ov_kvcrush.engine.input_processor import Decode, InputProcessor
 from ov_kvcrush.engine.model_runner import ModelRunner
 from ov_kvcrush.engine.output_processor import OutputProcessor
 from ov_kvcrush.engine.scheduler import Scheduler
-from ov_kvcrush.engine.step_lock import StepLock
-from ov_kvcrush.errors import CrushError, RequestError
+from ov_kvcrush.errors import CrushError, OutOfMemory, QueueFull, RequestError
 from ov_kvcrush.kvcache.factory import make_kv_cache_manager
 from ov_kvcrush.kvcache.manager import KVCacheManager
 from ov_kvcrush.model.load import LoadedModel
@@ -36,8 +39,8 @@ _log = logging.getLogger(__name__)
 class Engine:
     """Continuous batching over one compiled model.
 
-    `add` may be called from any thread and while a step runs; `step` from one thread at a time (a lock sees to it).
-    defaults: the model's generation config. shared: an engine on the same model whose staging blocks and step lock this
+    Everything may be called from any thread: what touches the cache is done between two steps, by `thread`.
+    defaults: the model's generation config. shared: an engine on the same model whose staging blocks and thread this
     one shares; each has its own store and requests, and what one prefills may be committed to the store of the other.
     """
 
@@ -56,25 +59,25 @@ class Engine:
         self._defaults = defaults
         self._decode = decode
         self._cache_config = cache_config
-        self._step_lock: StepLock = shared._step_lock if shared else StepLock()
-        self._lock = self._step_lock.lock
+        self.thread: EngineThread = shared.thread if shared else EngineThread()
         self.cache: KVCacheManager = make_kv_cache_manager(
             model, config, cache_config, shared.cache if shared else None
         )
         self.scheduler = Scheduler(config, self.cache)
         self._runner = ModelRunner(model, self.cache)
-        self._inbox: deque[GenerationHandle] = deque()
-        self._handles: dict[int, GenerationHandle] = {}
+        self._inbox: deque[Request] = deque()
+        self.requests: dict[int, Request] = {}  # that have not ended
         self._add_lock = threading.Lock()
-        self.snapshots = GuardedSnapshots(self.cache.snapshots, self._step_lock, self._add_lock, self._handles)
+        self.snapshots = GuardedSnapshots(self.cache.snapshots, self.thread, self._add_lock, self.requests)
         self._input = InputProcessor(model, self.cache, config, cache_config.eviction_policy, defaults, decode)
-        self._output = OutputProcessor(self.scheduler, self.cache, self._handles, self._add_lock, self.snapshots.own)
+        self._output = OutputProcessor(self.scheduler, self.cache, self.requests, self._add_lock, self.snapshots.own)
         self._num_steps = 0
         self._usage_sum = 0.0
         self._max_usage = 0.0
         self._policy_s = 0.0  # of all steps
         self._last_step = StepSeconds(0.0, 0.0, 0.0)
-        self._step_lock.join(self)
+        self.thread.join(self)
+        weakref.finalize(self, _end_orphans, self.requests, self.thread).atexit = False
 
     def with_cache(self, cache_config: CacheConfig) -> Engine:
         """Another engine on the same model and staging blocks, with a store of its own.
@@ -100,34 +103,48 @@ class Engine:
         ids: np.ndarray,
         config: ov_genai.GenerationConfig,
         params: CacheParams = DEFAULT_CACHE_PARAMS,
+        options: RequestOptions = DEFAULT_REQUEST_OPTIONS,
     ) -> GenerationHandle:
-        """Check a request and queue it for the next step. Raises RequestError; no other request is touched."""
+        """Check a request and queue it. Raises RequestError, QueueFull; no other request is touched."""
         targets: list[tuple[InputProcessor, Engine]] = []
         for target in (asked.target or self for asked in params.fan_out):
-            if not isinstance(target, Engine) or target._step_lock is not self._step_lock:
+            if not isinstance(target, Engine) or target.thread is not self.thread:
                 raise RequestError("pipelines must be the one that reads or made by its with_cache(), got another")
             targets.append((target._input, target))
-        request = self._input.make_request(request_id, ids, config, params, targets)
-        handle = GenerationHandle(request, self.cache)
+        request = self._input.make_request(request_id, ids, config, params, targets, options)
+        num_waiting, most = len(self._inbox) + len(self.scheduler.waiting), self._config.max_waiting
+        if most and num_waiting >= most:
+            raise QueueFull(f"requests that wait must be at most max_waiting={most}, got {num_waiting} and one more")
         with self._add_lock:
-            if request_id in self._handles:
+            if request_id in self.requests:
                 raise RequestError(f"request_id must differ from those of running requests, got {request_id} again")
             if params.context is not None and self.snapshots.is_gone(params.context):
                 raise RequestError("context must be open, got one that was closed")
-            self._handles[request_id] = handle
-            self._inbox.append(handle)
-        return handle
+            self.requests[request_id] = request
+            self._inbox.append(request)
+        return GenerationHandle(request, self.cache, self.thread)
 
     def process_aborts(self) -> None:
         """End the requests whose handles were told to stop or cancel, without running a step."""
-        with self._lock:
+        self.thread.call(self._process_aborts)
+
+    def _process_aborts(self) -> None:
+        try:
             self._take_in()
-            self._output.process_aborts()
-            self._release_all_dropped()
+            self._output.end_requests(time.perf_counter())
+            self.snapshots.release_dropped()
+        finally:
+            self._output.flush()
 
     def has_unfinished(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(self._handles)
+        return bool(self.requests)
+
+    @property
+    def has_driven(self) -> bool:
+        """Whether some requests are to be moved on without a caller's `step`, or ended."""
+        with self._add_lock:
+            return any(request.is_driven for request in self.requests.values())
 
     @property
     def has_running(self) -> bool:
@@ -136,55 +153,55 @@ class Engine:
 
     def _take_in(self) -> None:
         while self._inbox:
-            request = self._inbox.popleft().request
-            if not request.is_finished:  # cancelled before it was taken in
-                self.scheduler.add(request.sequences[0])
+            self.scheduler.add(self._inbox.popleft().sequences[0])
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def step(self) -> None:
-        """Run one inference for as many rows as are scheduled; hand their tokens to the handles.
+    def step(self) -> bool:
+        """Run one inference for as many rows as are scheduled; hand out their tokens. False: nothing could be done.
 
         Where they wait for staging blocks that another engine holds, that one's requests move on instead.
-        If anything breaks, the requests of the step end and their memory is freed before the error goes on.
+        An error that cannot be told to be of one request ends all that are in the step before it goes on.
         """
-        with self._lock:
-            start = time.perf_counter()
-            self.release_dropped()
+        return self.thread.call(self._step)
+
+    def _step(self) -> bool:
+        start = time.perf_counter()
+        num_before = len(self.requests)
+        try:
             self._take_in()
-            self._output.process_aborts()
-            self._step_lock.is_stepping = True
+            self._output.end_requests(start)
             try:
                 step = self.scheduler.schedule()
-            except BaseException:  # whose fault it is cannot be told
-                self._step_lock.is_stepping = False
-                self._output.abort({s.request for s in (*self.scheduler.running, *self.scheduler.waiting)})
+            except BaseException as error:  # whose fault it is cannot be told
+                self._output.abort({s.request for s in (*self.scheduler.running, *self.scheduler.waiting)}, error)
                 raise
             try:
                 self._run(step, start)
-            except BaseException:
-                self._output.abort({row.sequence.request for row in step.rows})
+            except BaseException as error:
+                self._output.abort({row.sequence.request for row in step.rows}, error)
                 raise
-            finally:
-                self._step_lock.is_stepping = False
-            self._release_all_dropped()
-            if self.scheduler.waiting and not step.rows and not step.out_of_memory:
-                self._step_others()
+        finally:
+            self.snapshots.release_dropped()
+            self._output.flush()
+        if step.rows or len(self.requests) < num_before:
+            return True
+        return bool(self.scheduler.waiting) and self._step_others()
 
-    def _step_others(self) -> None:
+    def _step_others(self) -> bool:
         """Move on those that hold staging blocks: they have running sequences, so they do not come back here."""
-        for engine in self._step_lock.engines():
-            if engine is not self and engine.has_running:
-                engine.step()
+        others = [engine for engine in self.thread.engines() if engine is not self and engine.has_running]
+        return any([engine.step() for engine in others])
+
+    def end_all(self, error: Exception) -> None:
+        """End every request with an error."""
+        self._take_in()
+        self._output.abort(set(self.requests.values()), error)
+        self._output.flush()
 
     def _run(self, step: SchedulerOutput, start: float) -> None:
         for sequence in step.out_of_memory:
-            _log.warning(
-                "request %d ends after %d tokens: the KV cache of %d tokens is full; give it more memory",
-                sequence.request.request_id, len(sequence.ids), self.cache.capacity_tokens(sequence.request.eviction),
-            )  # fmt: skip
-            self._output.finish(sequence, FinishReason.LENGTH)
-            self._output.end_if_complete(sequence.request)
+            self._output.fail(sequence, self._out_of_memory(sequence))
         if not step.rows:
             return
         self._runner.prepare(step)
@@ -193,27 +210,38 @@ class Engine:
         infer_end = time.perf_counter()
         for row in step.rows:
             row.sequence.num_cached += row.num_tokens
-        for sequence in self.cache.commit(step.rows, self._runner.attention_scores):
-            self._output.finish(sequence, FinishReason.LENGTH, keep=False)
-            self._output.end_if_complete(sequence.request)
+        for sequence, error in self.cache.commit(step.rows, self._runner.attention_scores):
+            self._output.fail(sequence, error or self._out_of_memory(sequence))
         sampling_s = self._output.process(step, logits)
-        self._measure(start, infer_end - infer_start, sampling_s)
+        self._measure(step, start, infer_end - infer_start, sampling_s)
 
-    def _measure(self, start: float, inference_s: float, sampling_s: float) -> None:
+    def _out_of_memory(self, sequence: Sequence) -> OutOfMemory:
+        usage = self.cache.usage()
+        what = "context" if sequence.request.prefill_only else "prompt and answer"
+        return OutOfMemory(
+            f"{what} must fit into the KV store beside what is there, got {len(sequence.ids)} tokens with "
+            f"{usage.used_bytes} of {usage.capacity_bytes} bytes in use; raise max_bytes or close contexts"
+        )
+
+    def _measure(self, step: SchedulerOutput, start: float, inference_s: float, sampling_s: float) -> None:
         use = self.cache.usage()
         usage = 100 * use.used_bytes / use.capacity_bytes
         self._num_steps += 1
         self._usage_sum += usage
         self._max_usage = max(self._max_usage, usage)
         policy_s, self._policy_s = self.cache.policy_seconds - self._policy_s, self.cache.policy_seconds
-        self._last_step = StepSeconds(inference_s, sampling_s, time.perf_counter() - start - inference_s, policy_s)
+        seconds = time.perf_counter() - start
+        self._last_step = StepSeconds(inference_s, sampling_s, seconds - inference_s, policy_s)
+        num_decodes = sum(row.is_decode for row in step.rows)
+        self.scheduler.pace.note(num_decodes, step.num_tokens - num_decodes, seconds)
+        for request in {row.sequence.request for row in step.rows}:
+            request.steps.append((self._num_steps, self._last_step))
 
     # -- KV that outlives requests -------------------------------------------------------------------------------------
 
     def clear_prefixes(self) -> None:
         """Give back the KV that ended requests left for reuse."""
-        with self._lock:
-            self.cache.clear_prefixes()
+        self.thread.call(self.cache.clear_prefixes)
 
     def commit_snapshot(
         self, blocks: np.ndarray, num_tokens: int, policy: Policy | None, choice: Choice | None
@@ -225,22 +253,14 @@ class Engine:
         """KV from arrays. Raises ContextFileError for what the store could not have made, OutOfMemory without room."""
         return self.snapshots.load(arrays, policy, base, base_kept)
 
-    def release_dropped(self) -> None:
-        """Give back snapshots that were released while that was not possible. The caller holds the step lock."""
-        self.snapshots.release_dropped()
-
-    def _release_all_dropped(self) -> None:
-        for engine in self._step_lock.engines():
-            engine.release_dropped()
-
     # -- figures -------------------------------------------------------------------------------------------------------
 
     def metrics(self) -> PipelineMetrics:
         """Requests and cache usage after the last step."""
         use = self.cache.usage()
         return PipelineMetrics(
-            requests=len(self._handles),
-            scheduled_requests=len({s.request.request_id for s in self.scheduler.running}),
+            requests=len(self.requests),
+            scheduled_requests=len({s.request.request_id for s in list(self.scheduler.running)}),
             cache_usage=100 * use.used_bytes / use.capacity_bytes,
             max_cache_usage=self._max_usage,
             avg_cache_usage=self._usage_sum / max(self._num_steps, 1),
@@ -269,3 +289,12 @@ class Engine:
     def kv_heads(self) -> list[int]:
         """KV heads of each layer."""
         return [layer.num_kv_heads for layer in self._model.layers]
+
+
+def _end_orphans(requests: dict[int, Request], thread: EngineThread) -> None:
+    """When an engine goes: whoever waits for its requests is told, and its thread looks whether any engine is left."""
+    for request in list(requests.values()):
+        request.end_reason, request.status = EndReason.ERROR, Status.CANCEL
+        request.error = CrushError("pipeline must be held while its requests run, got one that is gone")
+        request.stream.end()
+    thread.wake()

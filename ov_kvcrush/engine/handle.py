@@ -2,49 +2,108 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections import deque
+from collections.abc import Iterator
 
 import openvino_genai as ov_genai
 
+from ov_kvcrush.core.end_reason import EndReason
+from ov_kvcrush.core.engine_thread import EngineThread
 from ov_kvcrush.core.eviction import EvictionState, PerHead
 from ov_kvcrush.core.outputs import GenerationOutput, RequestStats
+from ov_kvcrush.core.reading import Readable
 from ov_kvcrush.core.request import FinishReason, Request, Sequence, Status
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.kvcache.manager import KVCacheManager
 
 
-class GenerationHandle:
-    """The caller's side of a request: read what has been generated, stop it, or cancel it; from any thread."""
+class GenerationHandle(Readable):
+    """The caller's side of a request: read what has been generated, stop it, or cancel it; from any thread.
 
-    def __init__(self, request: Request, cache: KVCacheManager) -> None:
+    A request runs while its handle is held. Who adds requests to a ContinuousBatchingPipeline may move all of them on
+    with `step`; whoever waits for one, by `read`, `wait` or iterating, has the engine do so by itself from then on.
+    """
+
+    def __init__(self, request: Request, cache: KVCacheManager, thread: EngineThread) -> None:
+        super().__init__(request.stream, thread, request.decode)
         self.request = request
         self._cache = weakref.ref(cache)  # a handle that is kept keeps no cache alive
-        self._lock = threading.Lock()
-        self._new: deque[dict[int, GenerationOutput]] = deque()
+
+    def __del__(self) -> None:
+        request = getattr(self, "request", None)
+        if request is not None and not request.is_finished:
+            self.cancel()
 
     @property
     def request_id(self) -> int:
         """The id given to `add_request`."""
         return self.request.request_id
 
+    # -- how it goes ---------------------------------------------------------------------------------------------------
+
     def get_status(self) -> ov_genai.GenerationStatus:
-        """RUNNING, FINISHED, STOP or CANCEL."""
+        """RUNNING, FINISHED, STOP, CANCEL, or IGNORED for one that the cache had no room for."""
         return self.request.status
 
-    def can_read(self) -> bool:
-        """Whether `read` would return tokens that were not read before."""
-        return bool(self._new)
+    @property
+    def end_reason(self) -> EndReason | None:
+        """Why it has ended; None while it runs."""
+        return self.request.end_reason
 
-    def read(self) -> dict[int, GenerationOutput]:
-        """Tokens of the oldest unread step, by sequence index. Raises IndexError if there are none."""
-        with self._lock:
-            return self._new.popleft()
+    @property
+    def error(self) -> Exception | None:
+        """Why there is no whole answer: OutOfMemory, RequestTimeout, or whatever broke it; None if nothing did."""
+        return self.request.error
 
     def read_all(self) -> list[GenerationOutput]:
-        """Everything generated so far: one output for each sequence, in their order."""
+        """Everything generated so far: one output for each sequence, in their order. Waits for nothing."""
         return [whole_output(s) for s in self.request.sequences]
+
+    def _be_driven(self) -> bool:
+        request = self.request
+        if request.is_driven or request.is_finished:
+            return False
+        request.is_driven = True
+        return True
+
+    def _final_text(self) -> str | None:
+        return self.request.sequences[0].final_text
+
+    # -- ending --------------------------------------------------------------------------------------------------------
+
+    def stop(self, finish_reason: ov_genai.GenerationFinishReason = FinishReason.STOP) -> None:
+        """End the request after the running step; what was generated counts as the answer."""
+        self._end(Status.STOP, finish_reason)
+
+    def cancel(self) -> None:
+        """End the request after the running step; what was generated does not count, and its KV is not kept."""
+        self._end(Status.CANCEL, FinishReason.STOP)
+
+    def end_at(self, num_tokens: int, *, is_cancelled: bool) -> None:
+        """Stop or cancel it with the first `num_tokens` of the first sequence as its answer, also one that has ended.
+
+        For a reader who has had enough while the engine went on.
+        """
+        self.request.max_read = num_tokens
+        (self.cancel if is_cancelled else self.stop)()
+        self.wait()
+        if is_cancelled and self.request.status != Status.CANCEL:
+            self.request.status, self.request.end_reason = Status.CANCEL, EndReason.CANCELLED
+            if self.request.snapshot is not None:
+                self.request.snapshot.release()
+                self.request.snapshot = None
+
+    @property
+    def was_told_to_end(self) -> bool:
+        """Whether it was stopped or cancelled, in time or not."""
+        return self.request.abort_reason is not None
+
+    def _end(self, status: ov_genai.GenerationStatus, reason: ov_genai.GenerationFinishReason) -> None:
+        if self.request.abort_reason is None or status == Status.CANCEL:
+            self.request.abort_reason = (status, reason)
+            self._thread.wake()
+
+    # -- figures -------------------------------------------------------------------------------------------------------
 
     @property
     def kept_positions(self) -> PerHead | None:
@@ -70,33 +129,24 @@ class GenerationHandle:
         """The caches made from its prefill, in the order of `CacheParams.fan_out`; the reader releases them."""
         return self.request.fan_out_snapshots
 
-    @property
-    def progress(self) -> tuple[int, int]:
-        """Tokens of the prompt that were read, and all of them; those of a second reading count again."""
-        request = self.request
-        first, replayer = request.sequences[0], request.replayer
-        num_again = replayer.num_read_again(request.num_prompt_tokens) if replayer else 0
-        num_read = min(first.num_cached, request.num_prompt_tokens)
-        if num_read == request.num_prompt_tokens:
-            cache = self._cache()
-            replay = cache.replay(first) if cache else None
-            done, total = replay.progress if replay else (1, 1)
-            num_read += num_again * done // total
-        return num_read, request.num_prompt_tokens + num_again
+    def readings(self) -> Iterator[tuple[int, int]]:
+        """After each step of reading the prompt: tokens that were read, and all; those of a second reading count again.
+
+        To the end of the request. Of prompts that are only read.
+        """
+        seen = num_shown = 0
+        is_done = False
+        while not is_done:
+            seen, is_done = self.wait_change(seen), self.request.stream.is_done
+            new = self.request.readings[num_shown:]
+            num_shown += len(new)
+            yield from new
 
     def _state(self) -> EvictionState:
         first = self.request.sequences[0]
         cache = self._cache()
         state = cache.eviction_state(first) if cache else EvictionState()  # before it may end in another thread
         return state if first.final_state is None else first.final_state
-
-    def stop(self, finish_reason: ov_genai.GenerationFinishReason = FinishReason.STOP) -> None:
-        """End the request after the running step; what was generated counts as the answer."""
-        self.request.abort_reason = (Status.STOP, finish_reason)
-
-    def cancel(self) -> None:
-        """End the request after the running step; what was generated does not count, and its KV is not kept."""
-        self.request.abort_reason = (Status.CANCEL, FinishReason.STOP)
 
     def get_stats(self) -> RequestStats:
         """Token counts, moments and bytes of the request so far."""
@@ -109,17 +159,14 @@ class GenerationHandle:
             token_times=[s.token_times for s in request.sequences],
             kv_bytes=request.peak_kv_bytes,
             kept_tokens=first.num_cached - self._state().num_evicted,
+            steps=request.steps,
         )
-
-    def push(self, outputs: dict[int, GenerationOutput]) -> None:
-        """Called by the engine with the tokens of one step."""
-        with self._lock:
-            self._new.append(outputs)
 
 
 def whole_output(sequence: Sequence) -> GenerationOutput:
     """All tokens that `sequence` has generated so far; after its end those of its answer."""
     ids = sequence.final_ids if sequence.final_ids is not None else sequence.generated.tolist()
-    return GenerationOutput(
-        ids, sequence.logprobs[: len(ids)], sequence.cumulative_logprob, sequence.finish_reason, sequence.final_text
-    )
+    text, score, limit = sequence.final_text, sequence.cumulative_logprob, sequence.request.max_read
+    if limit is not None and sequence.index == 0 and limit < len(ids):
+        ids, text, score = ids[:limit], None, sum(sequence.logprobs[:limit])
+    return GenerationOutput(ids, sequence.logprobs[: len(ids)], score, sequence.finish_reason, text)

@@ -13,6 +13,7 @@ from ov_kvcrush.config import SchedulerConfig
 from ov_kvcrush.core.cache_params import CacheParams, KVTarget
 from ov_kvcrush.core.eviction import EvictionSpec, check_spans
 from ov_kvcrush.core.request import Request
+from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
 from ov_kvcrush.core.sampling_params import SamplingParams, refuse_unsupported
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.errors import RequestError
@@ -54,6 +55,7 @@ class InputProcessor:
         config: ov_genai.GenerationConfig,
         params: CacheParams,
         targets: Items[tuple[InputProcessor, KVTarget]],
+        options: RequestOptions = DEFAULT_REQUEST_OPTIONS,
     ) -> Request:
         """A checked request. targets: of each of `params.fan_out`. Raises RequestError."""
         if (params.context or params.return_snapshot or params.prefill_only) and self._cache.snapshots is None:
@@ -69,7 +71,12 @@ class InputProcessor:
         keeps_kv = params.keep_kv or self._config.enable_prefix_caching
         keep_kv = keeps_kv and params.context is None and not params.fan_out
         fan_out = self._fan_out(params, ids, targets)
-        return Request(request_id, ids, sampling, self._decode, keep_kv, eviction, params, fan_out)
+        if sampling.num_return_sequences > self._config.max_num_seqs:
+            raise RequestError(
+                f"num_return_sequences must be at most max_num_seqs={self._config.max_num_seqs}, "
+                f"got {sampling.num_return_sequences}"
+            )
+        return Request(request_id, ids, sampling, self._decode, keep_kv, eviction, params, fan_out, options)
 
     def check_prompt(
         self, ids: np.ndarray, eviction: EvictionSpec | None = None, context: KVSnapshot | None = None

@@ -8,25 +8,34 @@ from collections.abc import Iterable
 from ov_kvcrush.config import SchedulerConfig
 from ov_kvcrush.core.request import Sequence
 from ov_kvcrush.core.step import ScheduledTokens, SchedulerOutput
+from ov_kvcrush.engine.step_pace import StepPace
 from ov_kvcrush.kvcache.manager import KVCacheManager
 from ov_kvcrush.kvcache.replay import ROWS as REPLAY_ROWS
 
 _MIN_CHUNK = 32  # rows of a prompt that memory is short for: less is not tried
+_MAX_PASSED = 32  # that may find memory while one before them does not; then all wait for it
+_MAX_TRIES = 4  # prompts in a step that are looked at and find no memory
 
 
 class Scheduler:
-    """Waiting and running sequences in the order of their arrival.
+    """Waiting and running sequences.
 
     A prompt is admitted with memory for all its tokens; a decoding sequence gets room as it grows. When there is none,
-    the sequence that arrived last gives up its KV and waits at the front, to be computed again.
+    the sequence of the lowest priority that arrived last gives up its KV and waits, to be computed again.
+
+    Prompts run in the order of the moments at which each would be read if it had the machine for itself: a short one
+    that comes later goes before a long one, until that has waited for as long as its own reading takes. Where several
+    are there, a quarter of the rows is kept for those behind the first.
     """
 
     def __init__(self, config: SchedulerConfig, cache: KVCacheManager) -> None:
         self._config = config
         self._cache = cache
+        self.pace = StepPace(config.max_step_ms / 1e3)
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.running: list[Sequence] = []  # in the order of arrival
         self.num_preemptions = 0
+        self._num_steps = 0
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
@@ -52,52 +61,116 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Decide the next step and take memory for it. Without rows there is nothing to do."""
+        self._num_steps += 1
         rows: list[ScheduledTokens] = []
         unschedulable: list[Sequence] = []
         budget = self._schedule_decodes(self._config.max_num_batched_tokens, rows, unschedulable)
-        budget = self._schedule_running_prompts(budget, rows, unschedulable)
-        self._schedule_new_prompts(budget, rows, unschedulable)
+        if rows and self._config.dynamic_split_fuse:
+            budget = min(budget, self.pace.rows_beside_decodes(budget))
+        self._schedule_prompts(budget, rows, unschedulable)
         return SchedulerOutput(tuple(rows), tuple(unschedulable))
 
-    # Rows are planned in the order of arrival and the last is preempted first: no planned row loses its KV.
+    # -- decode rows ---------------------------------------------------------------------------------------------------
+
+    # The last to arrive is preempted first, and nobody's planned row loses its KV: who would need it waits for a step.
     def _schedule_decodes(self, budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]) -> int:
-        for sequence in list(self.running):
-            if sequence.num_pending == 1 and budget > 0 and sequence in self.running:
+        decodes = [s for s in self.running if s.num_pending == 1 and not self._reader_of(s)]
+        if len(decodes) > budget:  # those who had to wait come first
+            decodes.sort(key=lambda s: s.last_scheduled)
+        decodes.sort(key=lambda s: -s.request.options.priority)
+        for sequence in decodes:
+            if budget > 0 and sequence in self.running:
                 budget -= self._schedule_rows(sequence, 1, rows, unschedulable)
+                sequence.last_scheduled = self._num_steps
         return budget
 
-    def _schedule_running_prompts(self, budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]) -> int:
-        for sequence in list(self.running):
-            replay = self._cache.replay(sequence)
-            if budget > 0 and replay and replay.reader:
-                budget -= self._schedule_reader(replay.reader, budget, rows)
-            elif sequence.num_pending > 1 and budget > 0 and sequence in self.running:
-                budget -= self._schedule_rows(sequence, budget, rows, unschedulable)
+    # -- prompts -------------------------------------------------------------------------------------------------------
+
+    def _schedule_prompts(self, budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]) -> None:
+        prompts = [s for s in self.running if s.num_pending > 1 or self._reader_of(s)]
+        has_seats = len(self.running) < self._config.max_num_seqs
+        prompts = sorted((*prompts, *(self.waiting if has_seats else ())), key=self._turn_of)
+        if not prompts:
+            return
+        later = prompts[1:]
+        # The first is planned after those behind it where they have rows of their own.
+        share = budget // 4 if later and self._pending_of(prompts[0]) > budget - budget // 4 else 0
+        if share and self._config.dynamic_split_fuse and prompts[0] in self.running:
+            budget -= share - self._schedule_each(later, share, rows, unschedulable)
+            later = []
+        self._schedule_each([prompts[0], *later], budget, rows, unschedulable)
+
+    def _turn_of(self, sequence: Sequence) -> tuple[int, float]:
+        request = sequence.request
+        return -request.options.priority, request.arrival + self._pending_of(sequence) * self.pace.row_seconds
+
+    def _reader_of(self, sequence: Sequence) -> Sequence | None:
+        replay = self._cache.replay(sequence)
+        return replay.reader if replay else None
+
+    def _pending_of(self, sequence: Sequence) -> int:
+        reader = self._reader_of(sequence)
+        return reader.num_pending if reader else sequence.num_pending
+
+    def _schedule_each(
+        self, prompts: list[Sequence], budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]
+    ) -> int:
+        """Plan rows of prompts in their order; returns the rows that are left."""
+        without_memory: list[Sequence] = []
+        is_closed = False  # to those that wait
+        for sequence in prompts:
+            if budget <= 0:
+                break
+            if sequence in self.running:
+                budget -= self._schedule_running(sequence, budget, rows, unschedulable)
+            elif sequence in self.waiting and not is_closed:  # it may have been preempted just now
+                if not self._has_seat(sequence) or (
+                    not self._config.dynamic_split_fuse and rows and sequence.num_pending > budget
+                ):
+                    is_closed = True
+                elif self._admit(sequence):
+                    for passed in without_memory:
+                        passed.num_passed += 1
+                    budget -= self._schedule_running(sequence, budget, rows, unschedulable)
+                else:
+                    without_memory.append(sequence)
+                    is_closed = sequence.num_passed >= _MAX_PASSED or len(without_memory) >= _MAX_TRIES
+        if without_memory and not self.running and not self._cache.is_contended:
+            unschedulable.append(without_memory[0])
         return budget
 
-    def _schedule_new_prompts(self, budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]) -> None:
-        while self.waiting and budget > 0 and len(self.running) < self._config.max_num_seqs:
-            sequence = self.waiting[0]
-            if not self._config.dynamic_split_fuse and rows and sequence.num_pending > budget:
-                return
-            if not self._cache.allocate(sequence):
-                if not self.running and not self._cache.is_contended:
-                    unschedulable.append(sequence)
-                return
-            if not sequence.num_generated:
-                sequence.request.num_reused_tokens = sequence.num_cached
-            self.waiting.popleft()
-            self.running.append(sequence)
-            scheduled = self._schedule_rows(sequence, budget, rows, unschedulable)
-            if not scheduled:
-                return
-            budget -= scheduled
+    def _has_seat(self, sequence: Sequence) -> bool:
+        """Whether `max_num_seqs` leaves room for it and the sequences that it will fork into."""
+        if not self.running:
+            return True
+        taken = len(self.running) + sum(r.num_to_fork for r in {s.request for s in self.running})
+        wanted = 0 if any(s.request is sequence.request for s in self.running) else sequence.request.num_to_fork
+        return taken + 1 + wanted <= self._config.max_num_seqs
+
+    def _admit(self, sequence: Sequence) -> bool:
+        if not self._cache.allocate(sequence):
+            return False
+        if not sequence.num_generated:
+            sequence.request.num_reused_tokens = sequence.num_cached
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        return True
+
+    def _schedule_running(
+        self, sequence: Sequence, budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]
+    ) -> int:
+        reader = self._reader_of(sequence)
+        if reader is not None:
+            return self._schedule_reader(reader, budget, rows)
+        return self._schedule_rows(sequence, budget, rows, unschedulable)
 
     def _schedule_reader(self, reader: Sequence, budget: int, rows: list[ScheduledTokens]) -> int:
         """Plan rows of a prompt's second reading, which has had its blocks since the prompt was admitted."""
         num_tokens = min(reader.num_pending, budget, REPLAY_ROWS)
         rows.append(ScheduledTokens(reader, num_tokens, False))
         return num_tokens
+
+    # -- memory --------------------------------------------------------------------------------------------------------
 
     def _schedule_rows(
         self, sequence: Sequence, budget: int, rows: list[ScheduledTokens], unschedulable: list[Sequence]
@@ -108,18 +181,23 @@ class Scheduler:
             if num_tokens > _MIN_CHUNK:
                 num_tokens = max(num_tokens // 2, _MIN_CHUNK)
                 continue
-            victim = self.running[-1]
+            victim = self._victim()
             if victim is sequence and len(self.running) == 1:
                 unschedulable.append(sequence)
                 return 0
-            # A victim with planned rows arrived earlier than it was planned here: this one waits for the next step.
-            if any(row.sequence is victim for row in rows):
+            # A victim with planned rows keeps them: this one waits for the next step.
+            if any((row.sequence.replays or row.sequence) is victim for row in rows):
                 return 0
             self._preempt(victim)
             if victim is sequence:
                 return 0
         rows.append(ScheduledTokens(sequence, num_tokens, sequence.samples and num_tokens == sequence.num_pending))
         return num_tokens
+
+    def _victim(self) -> Sequence:
+        """The last to arrive of the lowest priority."""
+        lowest = min(s.request.options.priority for s in self.running)
+        return next(s for s in reversed(self.running) if s.request.options.priority == lowest)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1

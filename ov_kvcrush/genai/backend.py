@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,28 @@ import numpy as np
 import openvino as ov
 import openvino_genai as ov_genai
 
-from ov_kvcrush.config import CacheConfig, SchedulerConfig
+from ov_kvcrush.config import OWN_SCHEDULER_FIELDS, CacheConfig, SchedulerConfig
 from ov_kvcrush.core.cache_params import DEFAULT_CACHE_PARAMS, CacheParams
-from ov_kvcrush.core.outputs import GenerationOutput, PipelineMetrics, RequestStats, StepSeconds
+from ov_kvcrush.core.engine_thread import EngineThread
+from ov_kvcrush.core.outputs import PipelineMetrics, StepSeconds
+from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
 from ov_kvcrush.core.sampling_params import SamplingParams
 from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
-from ov_kvcrush.errors import ContextFileError, CrushError, ModelError, RequestError, did_you_mean, reason_of
+from ov_kvcrush.errors import (
+    ContextFileError,
+    CrushError,
+    ModelError,
+    RequestError,
+    did_you_mean,
+    reason_of,
+)
 from ov_kvcrush.genai.eviction import scheduler_fields, translate
+from ov_kvcrush.genai.request import GenaiHandle, GenaiRequest
 from ov_kvcrush.model.load import check_device
 from ov_kvcrush.model.plugin import kept_signal_stack, open_core, paged_precisions
 from ov_kvcrush.policies.base import Policy
 
 Status = ov_genai.GenerationStatus
-FinishReason = ov_genai.GenerationFinishReason
 
 _NO_LIMIT = 1 << 40  # tokens
 
@@ -50,90 +60,6 @@ def genai_cache_properties(config: CacheConfig, properties: dict[str, Any]) -> d
             f"with engine='genai', got {key!r}, {value!r}"
         )
     return paged
-
-
-class GenaiHandle:
-    """A request of openvino_genai, read after every step so that its tokens have a time.
-
-    It does not tell what it evicted, and keeps its KV.
-    """
-
-    kept_positions: None = None
-    representative_positions: None = None
-    snapshot: None = None
-    fan_out_snapshots: list[KVSnapshot] = []  # noqa: RUF012 - nothing is ever added
-
-    def __init__(self, request_id: int, handle: Any, num_input_tokens: int) -> None:
-        self.request_id = request_id
-        self._handle = handle
-        self._num_input_tokens = num_input_tokens
-        self._arrival = time.perf_counter()
-        self._times: dict[int, list[float]] = {}
-        self._new: deque[dict[int, GenerationOutput]] = deque()
-        self._outputs: dict[int, GenerationOutput] = {}
-        self.peak_kv_bytes = 0
-        self.was_told_to_end = False
-
-    def collect(self, now: float) -> None:
-        """Take over what the last step generated; openvino_genai hands every token out once."""
-        while self._handle.can_read():
-            outputs = {i: _output(o) for i, o in self._handle.read().items()}
-            for index, output in outputs.items():
-                self._times.setdefault(index, []).extend([now] * len(output.generated_ids))
-                self._outputs[index] = _joined(self._outputs.get(index), output)
-            self._new.append(outputs)
-
-    def get_status(self) -> ov_genai.GenerationStatus:
-        """RUNNING, FINISHED, STOP or CANCEL. A request that openvino_genai gave up for lack of memory is IGNORED."""
-        return self._handle.get_status()
-
-    def can_read(self) -> bool:
-        """Whether `read` would return tokens that were not read before."""
-        return bool(self._new)
-
-    def read(self) -> dict[int, GenerationOutput]:
-        """Tokens of the oldest unread step, by sequence index. Raises IndexError if there are none."""
-        return self._new.popleft()
-
-    def read_all(self) -> list[GenerationOutput]:
-        """Everything generated so far, one output for each sequence."""
-        return [self._outputs[i] for i in sorted(self._outputs)] or [GenerationOutput([], [], 0.0, FinishReason.NONE)]
-
-    @property
-    def progress(self) -> tuple[int, int]:
-        """Known at the end only."""
-        done = self._num_input_tokens if self._times else 0
-        return done, self._num_input_tokens
-
-    def stop(self, finish_reason: ov_genai.GenerationFinishReason = FinishReason.STOP) -> None:
-        """End the request; what was generated counts as the answer."""
-        self.was_told_to_end = True
-        self._handle.stop(finish_reason)
-
-    def cancel(self) -> None:
-        """End the request; what was generated does not count."""
-        self.was_told_to_end = True
-        self._handle.cancel()
-
-    def get_stats(self) -> RequestStats:
-        """Token counts, moments and bytes of the request so far. openvino_genai does not tell reused tokens."""
-        times = [self._times[i] for i in sorted(self._times)]
-        return RequestStats(self._num_input_tokens, 0, self._arrival, times, self.peak_kv_bytes)
-
-
-def _output(output: Any) -> GenerationOutput:
-    return GenerationOutput(output.generated_ids, output.generated_log_probs, output.score, output.finish_reason)
-
-
-def _joined(before: GenerationOutput | None, new: GenerationOutput) -> GenerationOutput:
-    if before is None:
-        return new
-    return GenerationOutput(
-        before.generated_ids + new.generated_ids,
-        before.generated_log_probs + new.generated_log_probs,
-        new.score,
-        new.finish_reason,
-    )
 
 
 class GenaiBackend:
@@ -164,8 +90,13 @@ class GenaiBackend:
                 f"model in {str(folder)!r} must load in openvino_genai on {device}, got: {reason_of(error)}"
             ) from None
         self._defaults = defaults
-        self._handles: dict[int, GenaiHandle] = {}
-        self._lock = threading.RLock()
+        self._decode: Callable[[list[int]], str] = tokenizer.decode
+        self._requests: dict[int, GenaiRequest] = {}
+        self._lock = threading.Lock()
+        self._num_steps = 0
+        self.thread = EngineThread()
+        self.thread.join(self)
+        weakref.finalize(self, self.thread.wake).atexit = False
 
     def add(
         self,
@@ -173,6 +104,7 @@ class GenaiBackend:
         ids: np.ndarray,
         config: ov_genai.GenerationConfig,
         params: CacheParams = DEFAULT_CACHE_PARAMS,
+        options: RequestOptions = DEFAULT_REQUEST_OPTIONS,
     ) -> GenaiHandle:
         """Queue a request. Keeping its KV is up to `enable_prefix_caching` of the scheduler config here, and the policy
         is that of the pipeline.
@@ -184,6 +116,9 @@ class GenaiBackend:
         if params.policy is not None or params.protect:
             field = "policy" if params.policy is not None else "protect"
             raise RequestError(f"{field} must be left out of a request with engine='genai'; give cache_config a policy")
+        if options.priority or options.logit_bias:
+            field = "priority" if options.priority else "logit_bias"
+            raise RequestError(f"{field} must be left out with engine='genai', got one; engine='crush' has it")
         ids = np.asarray(ids, np.int64).reshape(1, -1)
         if not ids.size:
             raise RequestError("prompt must have at least one token, got an empty one")
@@ -195,36 +130,68 @@ class GenaiBackend:
             # For its checks: openvino_genai has fewer.
             SamplingParams.from_config(config, self._defaults, ids.size, _NO_LIMIT)
         with self._lock:
-            if request_id in self._handles:
+            if request_id in self._requests:
                 raise RequestError(f"request_id must differ from those of running requests, got {request_id} again")
             try:
                 handle = self._pipeline.add_request(request_id, ov.Tensor(ids), config)
             except (RuntimeError, ValueError) as error:
                 raise RequestError(f"request must be one that openvino_genai runs, got: {reason_of(error)}") from None
-            self._handles[request_id] = GenaiHandle(request_id, handle, ids.size)
-            return self._handles[request_id]
+            request = self._requests[request_id] = GenaiRequest(request_id, handle, ids.size, options.timeout_s)
+        return GenaiHandle(request, self.thread, self._decode)
 
-    def step(self) -> None:
-        """Run one step and collect its tokens."""
-        with self._lock:
-            if self._pipeline.has_non_finished_requests():
+    def step(self) -> bool:
+        """Run one step and hand out its tokens. False: there was nothing to do."""
+        return self.thread.call(self._step)
+
+    def _step(self) -> bool:
+        try:
+            if has_work := bool(self._pipeline.has_non_finished_requests()):
                 self._pipeline.step()
-            now = time.perf_counter()
-            used = self._pipeline.get_metrics().kv_cache_size_in_bytes
-            for request_id, handle in list(self._handles.items()):
-                handle.peak_kv_bytes = max(handle.peak_kv_bytes, used)
-                handle.collect(now)
-                if handle.get_status() != Status.RUNNING:
-                    del self._handles[request_id]
+        except Exception as error:  # it does not say whose fault it was, and goes on with none of them
+            self.end_all(error)
+            raise
+        now = time.perf_counter()
+        used = self._pipeline.get_metrics().kv_cache_size_in_bytes
+        self._num_steps += 1
+        for request_id, request in self._running():
+            request.peak_kv_bytes = max(request.peak_kv_bytes, used)
+            request.steps.append((self._num_steps, StepSeconds(0.0, 0.0, 0.0)))
+            request.collect(now)
+            if request.status != Status.RUNNING:
+                with self._lock:
+                    del self._requests[request_id]
+        return has_work
+
+    def _running(self) -> list[tuple[int, GenaiRequest]]:
+        with self._lock:
+            return list(self._requests.items())
+
+    def end_all(self, error: Exception) -> None:
+        """End every request with an error."""
+        for request_id, request in self._running():
+            request.handle.cancel()
+            request.fail(error)
+            with self._lock:
+                del self._requests[request_id]
 
     def process_aborts(self) -> None:
         """Let openvino_genai drop stopped and cancelled requests: it does so in a step, and leaks them without one."""
-        if any(handle.was_told_to_end for handle in self._handles.values()):
+        if any(request.was_told_to_end for _, request in self._running()):
             self.step()
 
     def has_unfinished(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(self._pipeline.has_non_finished_requests())
+        return bool(self._pipeline.has_non_finished_requests()) or bool(self._requests)
+
+    @property
+    def has_driven(self) -> bool:
+        """Whether some requests are to be moved on without a caller's `step`."""
+        return any(request.is_driven for _, request in self._running())
+
+    @property
+    def has_running(self) -> bool:
+        """Whether `step` has something to do."""
+        return bool(self._requests)
 
     def load_snapshot(self, arrays: SnapshotArrays, policy: Policy | None, base: int, base_kept: int) -> KVSnapshot:
         """Contexts live in the store."""
@@ -274,7 +241,12 @@ def to_genai_scheduler_config(options: Any) -> ov_genai.SchedulerConfig:
         config.max_num_batched_tokens = SchedulerConfig().max_num_batched_tokens
         config.enable_prefix_caching = True
         return config
-    values = vars(options) if isinstance(options, SchedulerConfig) else options
+    values = options
+    if isinstance(options, SchedulerConfig):
+        values = {name: value for name, value in vars(options).items() if name not in OWN_SCHEDULER_FIELDS}
+        for name in OWN_SCHEDULER_FIELDS:
+            if getattr(options, name) != getattr(SchedulerConfig(), name):
+                raise CrushError(f"{name} must be left alone with engine='genai', got {getattr(options, name)}")
     if not isinstance(values, dict):
         raise CrushError(f"scheduler_config must be a SchedulerConfig or a dict, got {type(options).__name__}")
     known = scheduler_fields(config)

@@ -266,25 +266,34 @@ class CrushKVCache:
         """Staged rows come first in a step."""
         return sorted(rows, key=lambda row: not self._kv[row.sequence].is_staged)
 
-    def commit(self, rows: Items[ScheduledTokens], scores: Callable[[], list[np.ndarray]]) -> list[Sequence]:
+    def commit(
+        self, rows: Items[ScheduledTokens], scores: Callable[[], list[np.ndarray]]
+    ) -> list[tuple[Sequence, Exception | None]]:
         """Commit prompts that are complete to the store; quantise what left a recent window."""
         self._take_scores(rows, scores)
-        evicted = []
+        failed: list[tuple[Sequence, Exception | None]] = []
         for row in rows:
             s = row.sequence.replays or row.sequence
-            kv = self._kv[s]
-            if kv.is_staged:
-                if not s.num_pending and not self._replays_on(kv) and not self._commit_prefill(s, kv):
-                    evicted.append(s)
-                continue
-            kv.free_slots -= row.num_tokens
-            if row.num_tokens > 1 or not kv.free_slots:
-                self.store.quantize_aged(kv.store_id)
-            is_read = not s.num_pending and s in self._admission.prefilling
-            self._evict(s, kv, is_read=is_read)
-            if is_read:
-                del self._admission.prefilling[s]
-        return evicted
+            try:
+                if not self._commit_row(s, row.num_tokens):
+                    failed.append((s, None))
+            except Exception as error:  # of its policy: the others' rows are not concerned
+                failed.append((s, error))
+        return failed
+
+    def _commit_row(self, s: Sequence, num_tokens: int) -> bool:
+        """False where the store has no room."""
+        kv = self._kv[s]
+        if kv.is_staged:
+            return bool(s.num_pending) or self._replays_on(kv) or self._commit_prefill(s, kv)
+        kv.free_slots -= num_tokens
+        if num_tokens > 1 or not kv.free_slots:
+            self.store.quantize_aged(kv.store_id)
+        is_read = not s.num_pending and s in self._admission.prefilling
+        self._evict(s, kv, is_read=is_read)
+        if is_read:
+            del self._admission.prefilling[s]
+        return True
 
     def _take_scores(self, rows: Items[ScheduledTokens], scores: Callable[[], list[np.ndarray]]) -> None:
         """Hand each reader the attention scores of its rows."""

@@ -96,11 +96,13 @@ class KVCacheManager(Protocol):
     def step_inputs(self, rows: Items[ScheduledTokens]) -> dict[str, np.ndarray]:
         """The small inputs of the compiled model for the rows of one step; logits come in the order of `rows`."""
 
-    def commit(self, rows: Items[ScheduledTokens], scores: Callable[[], list[np.ndarray]]) -> list[Sequence]:
+    def commit(
+        self, rows: Items[ScheduledTokens], scores: Callable[[], list[np.ndarray]]
+    ) -> list[tuple[Sequence, Exception | None]]:
         """Note that the inference of `rows` is done (`num_cached` is up to date).
 
         scores: the attention scores of each layer, flat, as the model gave them. Returns the sequences whose KV found
-        no room; the caller ends them.
+        no room (None), or whose policy broke; the caller ends them.
         """
 
     def bytes_of(self, sequence: Sequence) -> int:

@@ -162,7 +162,9 @@ class PagedKVCache:
         tables = [self._kv[row.sequence].blocks.view for row in rows]
         return {**paged_inputs(rows, tables), **row_inputs(rows), SAMPLED_ROWS: sampled_rows(rows, rows)}
 
-    def commit(self, rows: Items[ScheduledTokens], scores: Callable[[], list[np.ndarray]]) -> list[Sequence]:
+    def commit(
+        self, rows: Items[ScheduledTokens], scores: Callable[[], list[np.ndarray]]
+    ) -> list[tuple[Sequence, Exception | None]]:
         """Nothing is left to do: PagedAttention has written the blocks."""
         return []
 

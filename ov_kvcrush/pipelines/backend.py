@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 import openvino_genai as ov_genai
 
 from ov_kvcrush.core.cache_params import CacheParams
+from ov_kvcrush.core.end_reason import EndReason
+from ov_kvcrush.core.engine_thread import EngineThread
 from ov_kvcrush.core.outputs import GenerationOutput, PipelineMetrics, RequestStats, StepSeconds
+from ov_kvcrush.core.request_options import RequestOptions
 from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
 from ov_kvcrush.policies.base import Policy
 
@@ -23,7 +27,28 @@ class Handle(Protocol):
 
     def can_read(self) -> bool: ...
 
-    def read(self) -> dict[int, GenerationOutput]: ...
+    @property
+    def error(self) -> Exception | None: ...
+
+    @property
+    def end_reason(self) -> EndReason | None: ...
+
+    @property
+    def was_told_to_end(self) -> bool: ...
+
+    def raise_error(self) -> None: ...
+
+    def drive(self) -> None: ...
+
+    def wait(self, timeout: float | None = None) -> bool: ...
+
+    def wait_change(self, seen: int = 0) -> int: ...
+
+    def read(self, timeout: float | None = None) -> dict[int, GenerationOutput]: ...
+
+    def __iter__(self) -> Iterator[dict[int, GenerationOutput]]: ...
+
+    def end_at(self, num_tokens: int, *, is_cancelled: bool) -> None: ...
 
     def read_all(self) -> list[GenerationOutput]: ...
 
@@ -45,18 +70,25 @@ class Handle(Protocol):
     @property
     def fan_out_snapshots(self) -> list[KVSnapshot]: ...
 
-    @property
-    def progress(self) -> tuple[int, int]: ...
+    def readings(self) -> Iterator[tuple[int, int]]: ...
 
 
 class Backend(Protocol):
     """An engine: requests are added, `step` moves all of them on."""
 
+    @property
+    def thread(self) -> EngineThread: ...
+
     def add(
-        self, request_id: int, ids: np.ndarray, config: ov_genai.GenerationConfig, params: CacheParams = ...
+        self,
+        request_id: int,
+        ids: np.ndarray,
+        config: ov_genai.GenerationConfig,
+        params: CacheParams = ...,
+        options: RequestOptions = ...,
     ) -> Handle: ...
 
-    def step(self) -> None: ...
+    def step(self) -> bool: ...
 
     def process_aborts(self) -> None: ...
 

@@ -176,9 +176,13 @@ class PipelineBase:
         handles = self._loop.run(rows, [self._options(config, {})] * len(rows), None, metrics, params)
         return [self._text(handle.read_all()[0], metrics) for handle in handles]
 
-    def stop(self) -> None:
-        """End the running `generate` after its step; it returns what there is. For other threads or signal handlers."""
-        self._loop.stop()
+    def stop(self, thread: int | None = None) -> None:
+        """End a running `generate` after its step; it returns what there is. For other threads or signal handlers.
+
+        thread: identifier of the thread that it runs in; None = this one, or else the only one that has a call running.
+        Raises RequestError where it could be one of several: nobody ends another's call by accident.
+        """
+        self._loop.stop(thread)
 
     def _options(self, config: ov_genai.GenerationConfig | None, options: dict[str, Any]) -> ov_genai.GenerationConfig:
         return make_generation_config(config or self._config, options)

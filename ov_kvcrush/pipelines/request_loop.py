@@ -1,37 +1,70 @@
-"""Requests to their end: steps while they run, tokens to a streamer in between, nothing left running after an error."""
+"""Requests to their end: their tokens to a streamer meanwhile, nothing left running after an error."""
 
 from __future__ import annotations
 
 import itertools
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import openvino_genai as ov_genai
 
 from ov_kvcrush.contexts.context import Progress
 from ov_kvcrush.core.cache_params import CacheParams
-from ov_kvcrush.core.outputs import PerfMetrics
+from ov_kvcrush.core.outputs import PerfMetrics, StepSeconds
+from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
 from ov_kvcrush.errors import OutOfMemory, RequestError
 from ov_kvcrush.pipelines.backend import Backend, Handle
 from ov_kvcrush.pipelines.streaming import Streamer, make_sink, pump
 
-RUNNING = ov_genai.GenerationStatus.RUNNING
+_FIRST_ID = 1 << 62  # of requests made here; callers of add_request choose theirs below
 
 
 class RequestLoop:
-    """Runs requests of one engine, each call in the thread of its caller."""
+    """Runs requests of one engine: each call waits in the thread of its caller while the engine moves them on."""
 
     def __init__(self, backend: Backend, tokenizer: ov_genai.Tokenizer) -> None:
         self._backend = backend
         self._tokenizer = tokenizer
-        self._ids = itertools.count(1 << 62)  # of requests made here; callers of add_request choose theirs below
-        self._active: list[Handle] = []  # of all calls that run, each in its own thread
+        self._ids = itertools.count(_FIRST_ID)
+        self._lock = threading.Lock()
+        self._calls: dict[int, list[list[Handle]]] = {}  # that run, by the identifiers of their threads
 
-    def stop(self) -> None:
-        """End what runs after its step."""
-        for handle in list(self._active):
+    def stop(self, thread: int | None = None) -> None:
+        """End the calls of one thread; see PipelineBase.stop."""
+        with self._lock:
+            asked = threading.get_ident() if thread is None else thread
+            if thread is None and asked not in self._calls:
+                if len(self._calls) > 1:
+                    raise RequestError(
+                        f"thread must be that of the call to be ended where several run, got {len(self._calls)}"
+                    )
+                asked = next(iter(self._calls), asked)
+            handles = [handle for call in self._calls.get(asked, ()) for handle in call]
+        for handle in handles:
             handle.stop()
+
+    @contextmanager
+    def _call(self) -> Iterator[list[Handle]]:
+        """The handles of one call: they can be stopped, and are given up where it raises."""
+        handles: list[Handle] = []
+        thread = threading.get_ident()
+        with self._backend.thread.visit():
+            with self._lock:
+                self._calls.setdefault(thread, []).append(handles)
+            try:
+                yield handles
+            except BaseException:
+                self._give_up(handles)
+                raise
+            finally:
+                with self._lock:
+                    calls = self._calls[thread]
+                    calls[:] = [call for call in calls if call is not handles]
+                    if not calls:
+                        del self._calls[thread]
 
     def run(
         self,
@@ -40,35 +73,30 @@ class RequestLoop:
         streamer: Streamer | None,
         metrics: PerfMetrics,
         params: Sequence[CacheParams],
+        options: RequestOptions = DEFAULT_REQUEST_OPTIONS,
     ) -> list[Handle]:
-        """Run prompts to their end together. Fills `metrics`. If anything is raised, none of them is left running."""
+        """Run prompts to their end together. Fills `metrics`. If anything is raised, none of them is left running.
+
+        Raises what kept a request from its whole answer: OutOfMemory, RequestTimeout, or what broke.
+        """
         start = time.perf_counter()
         sink = make_sink(streamer, self._tokenizer, configs[0])
-        handles: list[Handle] = []
-        goes_on = True
-        try:
+        with self._call() as handles:
             for ids, config, cache in zip(prompts, configs, params, strict=True):
-                handles.append(self._backend.add(next(self._ids), ids, config, cache))
-                self._active.append(handles[-1])
-            while any(handle.get_status() == RUNNING for handle in handles):
-                self._backend.step()
-                metrics.inference_s.append(self._backend.last_step().inference)
-                metrics.sampling_s.append(self._backend.last_step().sampling)
-                if sink and goes_on:
-                    goes_on = pump(handles[0], sink)
+                handles.append(self._backend.add(next(self._ids), ids, config, cache, options))
+            for handle in handles:
+                handle.drive()
             if sink:
-                if goes_on:  # another thread's step may have brought the last tokens
-                    pump(handles[0], sink)
-                sink.end()
-            self._backend.process_aborts()
-        except BaseException:
-            self._give_up(handles)
-            raise
-        finally:
-            self._active = [handle for handle in self._active if handle not in handles]
+                pump(handles[0], sink)
+            for handle in handles:
+                handle.wait()
+                handle.raise_error()
         metrics.generate_s.append(time.perf_counter() - start)
+        steps: dict[int, StepSeconds] = {}
         for handle in handles:
-            _add_stats(metrics, handle)
+            _add_stats(metrics, handle, steps)
+        metrics.inference_s += [seconds.inference for _, seconds in sorted(steps.items())]
+        metrics.sampling_s += [seconds.sampling for _, seconds in sorted(steps.items())]
         return handles
 
     def prefill(self, ids: np.ndarray, params: CacheParams, progress: Progress | None) -> Handle:
@@ -78,29 +106,25 @@ class RequestLoop:
         """
         config = ov_genai.GenerationConfig()
         config.max_new_tokens = 1
-        handle = self._backend.add(next(self._ids), ids, config, params)
-        self._active.append(handle)
         num_read = 0
-        try:
-            while handle.get_status() == RUNNING:
-                self._backend.step()
-                num_read = max(num_read, handle.progress[0])  # one that lost its memory begins again
+        with self._call() as handles:
+            handle = self._backend.add(next(self._ids), ids, config, params)
+            handles.append(handle)
+            handle.drive()
+            for done, total in handle.readings():
+                num_read = max(num_read, done)  # one that lost its memory begins again
                 if progress:
-                    progress(num_read, handle.progress[1])
-        except BaseException:
-            self._give_up([handle])
-            raise
-        finally:
-            self._active.remove(handle)
-        made = handle.fan_out_snapshots
-        if len(made) == len(params.fan_out) if params.fan_out else handle.snapshot is not None:
-            return handle
-        self._give_up([handle])
-        if handle.get_status() != ov_genai.GenerationStatus.FINISHED:
+                    progress(num_read, total)
+            handle.wait()
+            num_made = len(handle.fan_out_snapshots) if params.fan_out else handle.snapshot is not None
+            if num_made == max(len(params.fan_out), 1) and not handle.was_told_to_end:
+                return handle
+            if isinstance(handle.error, OutOfMemory):
+                raise OutOfMemory(
+                    f"context must fit into the KV store beside what is there, got {len(ids)} tokens; raise max_bytes"
+                ) from handle.error
+            handle.raise_error()
             raise RequestError(f"context must be read to its end, got a stop after {num_read} tokens")
-        raise OutOfMemory(
-            f"context must fit into the KV store beside what is there, got {len(ids)} tokens; raise max_bytes"
-        )
 
     def _give_up(self, handles: list[Handle]) -> None:
         """End requests that nobody waits for any more, and release what they hand out."""
@@ -113,14 +137,16 @@ class RequestLoop:
                     snapshot.release()
 
 
-def _add_stats(metrics: PerfMetrics, handle: Handle) -> None:
+def _add_stats(metrics: PerfMetrics, handle: Handle, steps: dict[int, StepSeconds]) -> None:
     stats = handle.get_stats()
+    steps.update(stats.steps)
     metrics.num_input_tokens += stats.num_input_tokens
     metrics.num_reused_tokens += stats.num_reused_tokens
     metrics.kv_bytes += stats.kv_bytes
     if stats.kept_tokens is not None:
         metrics.kept_tokens = (metrics.kept_tokens or 0) + stats.kept_tokens
-    for times in stats.token_times:
+    for index, times in enumerate(stats.token_times):
+        times = times[: len(handle.read_all()[index].generated_ids)] if index == 0 else times
         metrics.num_generated_tokens += len(times)
         if times:
             metrics.ttft_s.append(times[0] - stats.arrival)

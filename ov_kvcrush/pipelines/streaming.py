@@ -21,7 +21,8 @@ class TokenSink(Protocol):
 
     def write(self, token: int) -> ov_genai.StreamingStatus: ...
 
-    def end(self) -> None: ...
+    def end(self, text: str | None) -> None:
+        """text: all of the answer, where it is not that of its tokens."""
 
 
 def make_sink(
@@ -66,7 +67,7 @@ class _StatusOf:
     def write(self, token: int) -> ov_genai.StreamingStatus:
         return as_status(self._streamer.write(token))
 
-    def end(self) -> None:
+    def end(self, text: str | None) -> None:
         self._streamer.end()
 
 
@@ -84,7 +85,12 @@ class _TextHoldBack:
             self._tracker.add(token)
         return self._show(self._limit())
 
-    def end(self) -> None:
+    def end(self, text: str | None) -> None:
+        if text is not None:  # of the token that a stop string begins in, a part belongs to the answer
+            rest = text[self._num_shown :]
+            if rest:
+                self._callback(rest)
+            return
         self._show(self._limit() if self._tracker.match else len(self._tracker.text))
 
     def _limit(self) -> int:
@@ -115,10 +121,10 @@ class _TokenHoldBack:
         length = match[self._include] if match else self._tracker.safe_length
         return self._show(self._tracker.num_tokens_within(length))
 
-    def end(self) -> None:
+    def end(self, text: str | None) -> None:
         if not self._tracker.match:
             self._show(len(self._tokens))
-        self._sink.end()
+        self._sink.end(text)
 
     def _show(self, num_tokens: int) -> ov_genai.StreamingStatus:
         status = StreamingStatus.RUNNING
@@ -128,19 +134,18 @@ class _TokenHoldBack:
         return status
 
 
-def pump(handle: Handle, sink: TokenSink) -> bool:
-    """Write what is new in `handle` to `sink`; stop or cancel the request if the sink says so, and return False then.
+def pump(handle: Handle, sink: TokenSink) -> None:
+    """Write the tokens of `handle` to `sink` as they come, to the end; or stop or cancel it when the sink says so.
 
-    An exception of the caller's streamer cancels the request and goes on to the caller.
+    Its answer is then what was written, however far the engine is. An exception of the caller's streamer goes on.
     """
-    try:
-        while handle.can_read():
-            for token in handle.read()[0].generated_ids:
-                status = sink.write(token)
-                if status != StreamingStatus.RUNNING:
-                    handle.cancel() if status == StreamingStatus.CANCEL else handle.stop()
-                    return False
-        return True
-    except BaseException:
-        handle.cancel()
-        raise
+    num_written = 0
+    for outputs in handle:
+        for token in outputs[0].generated_ids:
+            status = sink.write(token)
+            num_written += 1
+            if status != StreamingStatus.RUNNING:
+                handle.end_at(num_written, is_cancelled=status == StreamingStatus.CANCEL)
+                sink.end(None)
+                return
+    sink.end(handle.read_all()[0].text)

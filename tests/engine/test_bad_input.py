@@ -175,15 +175,16 @@ def test_bad_request_is_refused_and_harms_nobody(
 
 def test_request_ids_are_unique_while_they_run(pipe: ContinuousBatchingPipeline) -> None:
     config = GenerationConfig(max_new_tokens=2, ignore_eos=True)
-    pipe.add_request(7, ids(1), config)
+    first = pipe.add_request(7, ids(1), config)
     for bad in (7, -1, 1.5, None):
         with pytest.raises(RequestError, match="request_id"):
             pipe.add_request(bad, ids(1), config)  # type: ignore[arg-type]
     while pipe.has_non_finished_requests():
         pipe.step()
-    pipe.add_request(7, ids(1), config)
+    again = pipe.add_request(7, ids(1), config)
     while pipe.has_non_finished_requests():
         pipe.step()
+    assert first.read_all() == again.read_all()
 
 
 def test_one_bad_prompt_in_a_list_runs_none(pipe: ContinuousBatchingPipeline) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import openvino as ov
 import openvino_genai as ov_genai
 import pytest
+from held import hold
 from tiny_models import VOCAB_SIZE, tiny_model
 
 from model_export import export_model
@@ -33,7 +34,7 @@ def make_engine(folder: Path, cache: dict[str, Any] | None = None, **scheduler: 
 
 def add(engine: Engine, index: int, ids: np.ndarray, new_tokens: int = 24, **options: Any) -> GenerationHandle:
     config = ov_genai.GenerationConfig(max_new_tokens=new_tokens, ignore_eos=True, **options)
-    return engine.add(index, ids, config)
+    return hold(engine, engine.add(index, ids, config))
 
 
 def run(engine: Engine) -> None:
@@ -196,20 +197,20 @@ def test_process_grows_by_what_the_store_says(smollm2: Path) -> None:
         CacheConfig(key_precision="f32", value_precision="f32"),
     )  # fmt: skip
 
-    def hold(num_prompts: int) -> int:
+    def hold_prompts(num_prompts: int) -> int:
         rng = np.random.default_rng(0)
         for index in range(num_prompts):
             config = ov_genai.GenerationConfig(max_new_tokens=40, ignore_eos=True)
-            engine.add(index, rng.integers(0, 40000, 1024), config)
-        while any(not handle.read_all()[0].generated_ids for handle in engine._handles.values()):
+            hold(engine, engine.add(index, rng.integers(0, 40000, 1024), config))
+        while any(not handle.read_all()[0].generated_ids for handle in vars(engine)["held_handles"]):
             engine.step()
         return rss_bytes()
 
-    hold(5)  # kernels are compiled and activations are allocated, those of as many prompts
+    hold_prompts(5)  # kernels are compiled and activations are allocated, those of as many prompts
     run(engine)
     gc.collect()
     before = rss_bytes()
-    growth, held = hold(5) - before, engine.metrics().kv_cache_size_in_bytes
+    growth, held = hold_prompts(5) - before, engine.metrics().kv_cache_size_in_bytes
     run(engine)
     assert held > 200e6
     assert abs(growth - held) < 0.1 * held, (growth, held)

@@ -143,7 +143,7 @@ def test_every_request_ends_and_every_block_comes_back(
 
 
 def test_decode_rows_come_before_prompt_chunks() -> None:
-    h = Harness(40, max_num_batched_tokens=64)
+    h = Harness(40, max_num_batched_tokens=64, max_step_ms=0)
     first = h.add(prompt(10), 20)
     h.step()
     second = h.add(prompt(200, 500), 5)
@@ -223,7 +223,7 @@ def test_common_length(a: list[int], b: list[int]) -> None:
 
 
 def test_step_inputs_describe_the_rows() -> None:
-    h = Harness(20, max_num_batched_tokens=48)
+    h = Harness(20, max_num_batched_tokens=48, max_step_ms=0)
     h.add(prompt(34), 5)
     h.step()
     h.add(prompt(60, 500), 5)

@@ -237,8 +237,11 @@ def test_store_without_room_leaves_the_others_as_they_were(pipe: LLMPipeline) ->
         assert memory_of(pipe).staging.pool.num_used == 0
     assert answers(tight, held) == answer
     made = pipe.compress_ids(IDS, [POLICIES[2]] * 4, pipelines=homes)
+    with pytest.raises(OutOfMemory, match="prompt and answer must fit into the KV store beside what is there"):
+        answers(tight, made[2:3])
+    del held
     assert all(answers(home, [context]) for home, context in zip(homes, made, strict=True))
-    del held, made
+    del made
     assert_nothing_left(pipe, beside, tight)
     with pytest.raises(CrushError, match=r"prompt must fit into the KV store of .* raise max_bytes"):
         pipe.compress_ids(np.tile(IDS, 5), [POLICIES[0]] * 2, pipelines=[pipe, tight])

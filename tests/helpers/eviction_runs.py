@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import openvino_genai as ov_genai
 import pytest
+from held import hold
 from tiny_models import VOCAB_SIZE
 
 from ov_kvcrush import CacheConfig, SchedulerConfig
@@ -70,7 +71,8 @@ def add(
 ) -> GenerationHandle:
     """use: what else the CacheParams says."""
     config = ov_genai.GenerationConfig(max_new_tokens=new_tokens, ignore_eos=True, **options)
-    return engine.add(index, ids, config, CacheParams(policy=policy, protect=tuple(protect), **(use or {})))
+    params = CacheParams(policy=policy, protect=tuple(protect), **(use or {}))
+    return hold(engine, engine.add(index, ids, config, params))
 
 
 def run(engine: Engine) -> None:

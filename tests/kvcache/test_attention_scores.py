@@ -41,8 +41,9 @@ def run(engine: Engine) -> None:
 
 
 def scores_of(engine: Engine, ids: np.ndarray, watch: Watch) -> AttentionScores:
-    engine.add(0, ids, ov_genai.GenerationConfig(max_new_tokens=2, ignore_eos=True), CacheParams(policy=watch))
+    handle = engine.add(0, ids, ov_genai.GenerationConfig(max_new_tokens=2, ignore_eos=True), CacheParams(policy=watch))
     run(engine)
+    assert handle.end_reason
     return watch.scores
 
 
@@ -107,10 +108,11 @@ def test_scores_of_a_real_model(smollm2: Path, smollm2_hf: Path, tmp_path: Path)
 
 def test_scores_cost_nothing_unless_asked_for(tiny_ir: Callable[[str], Path]) -> None:
     engine = make_engine(tiny_ir("llama"))
-    engine.add(0, np.arange(40), ov_genai.GenerationConfig(max_new_tokens=3, ignore_eos=True))
+    handle = engine.add(0, np.arange(40), ov_genai.GenerationConfig(max_new_tokens=3, ignore_eos=True))
     while engine.has_unfinished():
         engine.step()
         assert all(not len(scores) for scores in engine._runner.attention_scores())
+    assert len(handle.read_all()[0].generated_ids) == 3
 
 
 def test_only_the_request_that_asks_gets_scores(tiny_ir: Callable[[str], Path]) -> None:

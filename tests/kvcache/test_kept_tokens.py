@@ -51,7 +51,7 @@ def test_representatives_are_among_the_kept(pipe: ContinuousBatchingPipeline) ->
 
 
 def test_time_of_a_policy_is_told_in_the_step_that_had_one(pipe: ContinuousBatchingPipeline) -> None:
-    pipe.add_request(0, IDS, policy=POLICY, **GREEDY)
+    held = pipe.add_request(0, IDS, policy=POLICY, **GREEDY)
     chose = []
     while pipe.has_non_finished_requests():
         pipe.step()
@@ -59,6 +59,7 @@ def test_time_of_a_policy_is_told_in_the_step_that_had_one(pipe: ContinuousBatch
         chose.append(step.policy > 0)
         assert 0 <= step.policy <= step.overhead
     assert chose == [False, True, *[False] * (NEW - 1)]
+    assert len(held.read_all()[0].generated_ids) == NEW
 
 
 def test_results_of_prompts_tell_what_each_kept(smollm2: Path) -> None:

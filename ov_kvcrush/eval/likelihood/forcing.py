@@ -95,7 +95,7 @@ class ForcedEngine(Engine):
         cache_config: CacheConfig,
     ) -> None:
         super().__init__(model, config, defaults, decode, cache_config)
-        self._forced = _ForcedOutput(self.scheduler, self.cache, self._handles, self._add_lock, self.snapshots.own)
+        self._forced = _ForcedOutput(self.scheduler, self.cache, self.requests, self._add_lock, self.snapshots.own)
         self._forced.answers = {}
         self._forced.one_hot = np.zeros(model.vocab_size, np.float32)
         self._output = self._forced

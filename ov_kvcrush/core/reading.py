@@ -1,0 +1,134 @@
+"""Reading from a request that an engine moves on: waiting, iterating, with asyncio; the same for every engine."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from ov_kvcrush.core.engine_thread import EngineThread
+from ov_kvcrush.core.stop_strings import StopStringTracker
+from ov_kvcrush.core.token_stream import Outputs, TokenStream
+
+
+class Readable(ABC):
+    """A request, as far as it is read.
+
+    Whoever waits for it has the engine move it on by itself from then on; else its caller may do so by `step`.
+    """
+
+    def __init__(self, stream: TokenStream, thread: EngineThread, decode: Callable[[list[int]], str]) -> None:
+        self._stream = stream
+        self._thread = thread
+        self._text = StopStringTracker((), decode)
+
+    @property
+    @abstractmethod
+    def error(self) -> Exception | None:
+        """Why there is no whole answer: OutOfMemory, RequestTimeout, or whatever broke it; None if nothing did."""
+
+    @abstractmethod
+    def _be_driven(self) -> bool:
+        """Note that the engine moves it on by itself; False if it did so before, or need not."""
+
+    @abstractmethod
+    def _final_text(self) -> str | None:
+        """The text of an ended answer that a stop string cut inside a token."""
+
+    def raise_error(self) -> None:
+        """Raise `error`, if there is one."""
+        error = self.error
+        if error is not None:
+            raise error
+
+    def drive(self) -> None:
+        """Have the engine move the request on by itself, without `step`."""
+        if not self._thread.is_own and self._be_driven():
+            self._thread.start()
+            self._thread.wake()
+
+    def can_read(self) -> bool:
+        """Whether `read` would return tokens that were not read before, without waiting."""
+        return self._stream.has_new
+
+    def read(self, timeout: float | None = None) -> Outputs:
+        """Tokens of the oldest unread step, by sequence index; waits for them.
+
+        Raises IndexError if all were read and none will come, TimeoutError after `timeout` seconds.
+        """
+        if not self.can_read():
+            self.drive()
+        outputs = self._stream.read(timeout)
+        if outputs is None:
+            raise IndexError("all tokens of the request were read")
+        return outputs
+
+    def __iter__(self) -> Iterator[Outputs]:
+        """What `read` returns, to the end. Raises `error` then, if there is one."""
+        self.drive()
+        while (outputs := self._stream.read()) is not None:
+            yield outputs
+        self.raise_error()
+
+    async def __aiter__(self) -> AsyncIterator[Outputs]:
+        """As `__iter__`, for asyncio: other tasks run while it waits. One task at a time."""
+        stream, happened = self._stream, asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def notify() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(happened.set)
+
+        stream.notify(notify)
+        try:
+            self.drive()
+            while stream.has_new or not stream.is_done:
+                if stream.has_new:
+                    outputs = stream.read()
+                    assert outputs is not None
+                    yield outputs
+                else:
+                    await happened.wait()
+                    happened.clear()
+        finally:
+            stream.notify(None)
+        self.raise_error()
+
+    def read_text(self, timeout: float | None = None) -> str:
+        """More text of the first sequence, waited for: whole characters, nothing of a stop string; "" at the end.
+
+        It takes what `read` would return. Raises TimeoutError after `timeout` seconds, `error` at the end.
+        """
+        text = self._text
+        shown = len(text.text)
+        while len(text.text) == shown:
+            if not self.can_read():
+                self.drive()
+            outputs = self._stream.read(timeout)
+            if outputs is None:
+                self.raise_error()
+                return ""
+            for token in outputs[0].generated_ids if 0 in outputs else ():
+                text.add(token)
+            final = self._final_text()
+            if final is not None and outputs[0].finish_reason.name != "NONE":
+                text.text = final
+        return text.text[shown:]
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end; False after `timeout` seconds."""
+        self.drive()
+        return self._stream.wait_done(timeout)
+
+    def wait_change(self, seen: int = 0) -> int:
+        """Wait until something has happened since the call that returned `seen`; also a step of reading the prompt."""
+        self.drive()
+        return self._stream.wait_change(seen)
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called when there is something to read or the request has ended, and now if there is already.
+
+        The engine's thread calls it and waits for it: it must be quick, and must not raise.
+        """
+        self._stream.notify(callback)
+        self.drive()
