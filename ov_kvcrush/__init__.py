@@ -16,6 +16,7 @@ from openvino_genai import (
 
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.contexts.context import Context
+from ov_kvcrush.core.end_reason import EndReason
 from ov_kvcrush.core.outputs import (
     DecodedResults,
     EncodedGenerationResult,
@@ -25,7 +26,16 @@ from ov_kvcrush.core.outputs import (
     PerfMetrics,
     PipelineMetrics,
 )
-from ov_kvcrush.errors import ContextFileError, CrushError, ExportError, ModelError, OutOfMemory, RequestError
+from ov_kvcrush.errors import (
+    ContextFileError,
+    CrushError,
+    ExportError,
+    ModelError,
+    OutOfMemory,
+    QueueFull,
+    RequestError,
+    RequestTimeout,
+)
 from ov_kvcrush.pipelines.continuous_batching import ContinuousBatchingPipeline
 from ov_kvcrush.pipelines.llm import LLMPipeline
 
@@ -41,6 +51,7 @@ __all__ = [
     "DecodedResults",
     "EncodedGenerationResult",
     "EncodedResults",
+    "EndReason",
     "ExportError",
     "GenerationConfig",
     "GenerationFinishReason",
@@ -52,7 +63,9 @@ __all__ = [
     "OutOfMemory",
     "PerfMetrics",
     "PipelineMetrics",
+    "QueueFull",
     "RequestError",
+    "RequestTimeout",
     "SchedulerConfig",
     "StreamerBase",
     "StreamingStatus",

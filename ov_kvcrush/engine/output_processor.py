@@ -53,11 +53,13 @@ class OutputProcessor:
         """Choose tokens and end what is complete. Returns the seconds that sampling took."""
         self._end_prefilled(step)
         start = time.perf_counter()
+        due = [(member, row) for sequence, row in self._due(step, logits) for member in self._members(sequence)]
         chosen = []
-        for member, row in [(m, row) for s, row in self._due(step, logits) for m in self._members(s)]:
+        for (member, _), found in zip(due, self._sample(due), strict=True):
             try:
-                token, logprob = sample(row, member)
-                _accept(member, token, logprob, start)
+                if isinstance(found, Exception):
+                    raise found
+                _accept(member, *found, start)
                 chosen.append(member)
             except Exception as error:
                 self.fail(member, error)
@@ -107,6 +109,16 @@ class OutputProcessor:
                 continue
             sequence.held_logits = None
             yield sequence, held
+
+    def _sample(self, due: list[tuple[Sequence, np.ndarray]]) -> list[tuple[int, float] | Exception]:
+        """The next token of each, and its log probability; or what is wrong with it."""
+        found: list[tuple[int, float] | Exception] = []
+        for member, row in due:
+            try:
+                found.append(sample(row, member))
+            except Exception as error:
+                found.append(error)
+        return found
 
     def _members(self, sequence: Sequence) -> list[Sequence]:
         """The sequences that take their next token from this row: all of a request's when its prompt is complete."""

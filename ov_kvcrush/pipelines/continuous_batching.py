@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 import openvino_genai as ov_genai
 
+from ov_kvcrush.contexts.context import Context, require_context
 from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.core.outputs import EncodedGenerationResult, GenerationResult, PerfMetrics
+from ov_kvcrush.core.request_options import RequestOptions
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipelines.backend import Handle
 from ov_kvcrush.pipelines.base import PipelineBase
@@ -68,21 +71,49 @@ class ContinuousBatchingPipeline(PipelineBase):
         *,
         policy: PolicyLike = None,
         protect: Protect = (),
+        context: Context | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
         **options: Any,
     ) -> Handle:
-        """Queue one prompt: a text, encoded as it is, or an ov.Tensor of token ids [1, S] or [S].
+        """Queue one prompt: a text, encoded as it is, a ChatHistory, or an ov.Tensor of token ids [1, S] or [S].
 
+        It runs when somebody calls `step`, or waits for its handle, and while the handle is held.
         policy: which tokens stay in the KV cache, as CacheConfig.policy; None = as the pipeline was told.
         protect: what a policy must not drop: passages of the prompt, or spans (begin, end) of its tokens.
-        Raises RequestError for a prompt or a config that cannot be run, and for an id that is in use.
+        context: what `compress` made of a text: the prompt, a text or ids, is a question about it.
+        priority, timeout_s, logit_bias: as RequestOptions has them.
+        Raises RequestError for a prompt or a config that cannot be run, and for an id that is in use; QueueFull where
+        too many wait.
         """
         if isinstance(request_id, bool) or not isinstance(request_id, int) or not 0 <= request_id <= _MAX_REQUEST_ID:
             raise RequestError(f"request_id must be an integer in 0..2^62-1, got {request_id!r}")
         config = self._options(generation_config, options)
-        params = CacheParams(as_policy(policy), check_protect(protect))
-        text = isinstance(prompt, str)
-        ids = self._encoder.encode(prompt, self._new_metrics()) if text else _one_row(prompt)
-        return self._backend.add(request_id, ids, config, self._resolve(params, ids))
+        begun = require_context(context)
+        if begun is not None and isinstance(prompt, ov_genai.ChatHistory):
+            raise RequestError("context must be left out with a ChatHistory, got one")
+        params = CacheParams(
+            as_policy(policy),
+            check_protect(protect),
+            system_text(prompt),
+            context=begun.snapshot_for(self._compressor) if begun else None,
+        )
+        asked = RequestOptions(priority, timeout_s, logit_bias or {})
+        with self._backend.thread.visit():
+            ids = self._encode_request(prompt, begun)
+            return self._backend.add(request_id, ids, config, self._resolve(params, ids), asked)
+
+    def _encode_request(self, prompt: Any, context: Context | None) -> np.ndarray:
+        metrics = self._new_metrics()
+        if isinstance(prompt, str):
+            if context is not None:
+                return self._context_encoder.question(context.ids, context.content, prompt, metrics)
+            return self._encoder.encode(prompt, metrics)
+        if isinstance(prompt, ov_genai.ChatHistory):
+            return self._encoder.encode(self._encoder.render(prompt, metrics), metrics, add_special_tokens=False)
+        ids = _one_row(prompt)
+        return ids if context is None else np.concatenate([context.ids, ids])
 
     def step(self) -> None:
         """Run one inference for the requests that are due."""
@@ -100,12 +131,15 @@ class ContinuousBatchingPipeline(PipelineBase):
         *,
         policy: PolicyLike = None,
         protect: Protect = (),
+        priority: int = 0,
+        timeout_s: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
         **options: Any,
     ) -> list[GenerationResult] | list[EncodedGenerationResult]:
         """Run a list of texts, ChatHistory objects or id tensors to their end.
 
         One config holds for all, or a list has one for each. A streamer is for a single prompt and a single sequence.
-        policy, protect: as for `add_request`, for all prompts.
+        policy, protect, priority, timeout_s, logit_bias: as for `add_request`, for all prompts.
         Returns texts for texts and histories, ids for tensors. Raises RequestError; then none of the prompts is run.
         """
         single = isinstance(prompts, (str, ov_genai.ChatHistory)) or not isinstance(prompts, (list, tuple))
@@ -122,7 +156,8 @@ class ContinuousBatchingPipeline(PipelineBase):
         caches = [
             self._resolve(replace(params, system=system_text(item)), ids) for item, ids in zip(items, rows, strict=True)
         ]
-        handles = self._loop.run(rows, configs, streamer, metrics, caches)
+        asked = RequestOptions(priority, timeout_s, logit_bias or {})
+        handles = self._loop.run(rows, configs, streamer, metrics, caches, asked)
         return [self._result(i, handle, rows[i], configs[i], metrics, as_text) for i, handle in enumerate(handles)]  # type: ignore[return-value]
 
     def _configs(self, given: Any, count: int, options: dict[str, Any]) -> list[ov_genai.GenerationConfig]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import openvino_genai as ov_genai
 from ov_kvcrush.contexts.context import Context, require_context
 from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.core.outputs import DecodedResults, EncodedResults, PerfMetrics
+from ov_kvcrush.core.request_options import RequestOptions
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipelines.backend import Backend, Handle
@@ -128,6 +130,9 @@ class LLMPipeline(PipelineBase):
         policy: PolicyLike = None,
         protect: Protect = (),
         context: Context | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
         **options: Any,
     ) -> Any:
         """Generate from a str, list[str], ChatHistory, ov.Tensor of ids [B, S] or TokenizedInputs.
@@ -138,8 +143,25 @@ class LLMPipeline(PipelineBase):
         protect: what a policy must not drop: passages of the prompt, or spans (begin, end) of its tokens.
         context: what `compress` made of a text: the inputs, a str, list[str] or ids, are questions about it, which
             share its bytes. A policy chooses from what follows it.
-        Raises RequestError naming the field for anything that cannot be run.
+        priority, timeout_s, logit_bias: as RequestOptions has them.
+        Raises RequestError naming the field for anything that cannot be run; OutOfMemory, RequestTimeout, or what broke
+        where there is no whole answer.
         """
+        with self._backend.thread.visit():
+            asked = RequestOptions(priority, timeout_s, logit_bias or {})
+            return self._generate(inputs, generation_config, streamer, policy, protect, context, asked, options)
+
+    def _generate(
+        self,
+        inputs: Any,
+        generation_config: ov_genai.GenerationConfig | None,
+        streamer: Streamer | None,
+        policy: PolicyLike,
+        protect: Protect,
+        context: Context | None,
+        asked: RequestOptions,
+        options: dict[str, Any],
+    ) -> Any:
         config = self._options(generation_config, options)
         metrics = self._new_metrics()
         begun = require_context(context)
@@ -151,19 +173,21 @@ class LLMPipeline(PipelineBase):
         if begun is not None and (isinstance(inputs, ov_genai.ChatHistory) or self._history is not None):
             raise RequestError("context must be given to start_chat() for a conversation, got one in a turn")
         if isinstance(inputs, ov_genai.ChatHistory):
-            return self._generate_turn(inputs, config, streamer, metrics, params)[0]
+            return self._generate_turn(inputs, config, streamer, metrics, params, asked)[0]
         if isinstance(inputs, str) and self._history is not None:
-            return self._generate_in_chat(inputs, config, streamer, metrics, params)
+            return self._generate_in_chat(inputs, config, streamer, metrics, params, asked)
         texts = [inputs] if isinstance(inputs, str) else inputs
         if isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts):
             if not texts:
                 raise RequestError("inputs must have at least one prompt, got none")
             rows = [self._encode_text(text, begun, config, metrics) for text in texts]
-            results = self._decoded(self._run_rows(rows, config, streamer, metrics, params), rows, config, metrics)
+            handles = self._run_rows(rows, config, streamer, metrics, params, asked)
+            results = self._decoded(handles, rows, config, metrics)
             return results.texts[0] if isinstance(inputs, str) and len(results.texts) == 1 else results
         if isinstance(inputs, (ov.Tensor, ov_genai.TokenizedInputs)):
             rows = [ids if begun is None else np.concatenate([begun.ids, ids]) for ids in token_rows(inputs)]
-            return self._encoded(self._run_rows(rows, config, streamer, metrics, params), rows, config, metrics)
+            handles = self._run_rows(rows, config, streamer, metrics, params, asked)
+            return self._encoded(handles, rows, config, metrics)
         raise RequestError(
             f"inputs must be a str, list[str], ChatHistory, ov.Tensor or TokenizedInputs, got {type(inputs).__name__}"
         )
@@ -182,6 +206,7 @@ class LLMPipeline(PipelineBase):
         streamer: Streamer | None,
         metrics: PerfMetrics,
         params: CacheParams,
+        asked: RequestOptions,
     ) -> list[Handle]:
         if streamer is not None and (len(rows) > 1 or config.num_return_sequences > 1):
             raise RequestError(
@@ -189,7 +214,7 @@ class LLMPipeline(PipelineBase):
                 f"{len(rows)} prompts x {config.num_return_sequences} sequences"
             )
         caches = [self._resolve(params, ids) for ids in rows]
-        return self._loop.run(rows, [config] * len(rows), streamer, metrics, caches)
+        return self._loop.run(rows, [config] * len(rows), streamer, metrics, caches, asked)
 
     def _generate_in_chat(
         self,
@@ -198,6 +223,7 @@ class LLMPipeline(PipelineBase):
         streamer: Streamer | None,
         metrics: PerfMetrics,
         params: CacheParams,
+        asked: RequestOptions,
     ) -> Any:
         """One turn of start_chat's conversation. A turn that fails or is cancelled leaves the history as it was."""
         assert self._history is not None
@@ -206,7 +232,7 @@ class LLMPipeline(PipelineBase):
         history = ov_genai.ChatHistory(list(before.asked(text)))
         if self._chat_context:
             params = replace(params, context=self._chat_context.snapshot_for(self._compressor))
-        results, status = self._generate_turn(history, config, streamer, metrics, params)
+        results, status = self._generate_turn(history, config, streamer, metrics, params, asked)
         if status != CANCEL:
             history.append({"role": "assistant", "content": results.texts[0]})
             self._history, self._is_open = history, False
@@ -219,6 +245,7 @@ class LLMPipeline(PipelineBase):
         streamer: Streamer | None,
         metrics: PerfMetrics,
         params: CacheParams,
+        asked: RequestOptions,
     ) -> tuple[DecodedResults, ov_genai.GenerationStatus]:
         if not len(history):
             raise RequestError("history must have at least one message, got an empty one")
@@ -230,7 +257,7 @@ class LLMPipeline(PipelineBase):
             ids = self._context_encoder.joined(begun.ids, begun.content, text, metrics)
             params = replace(params, context=begun.snapshot_for(self._compressor))
         turn = replace(params, keep_kv=not begun, return_snapshot=bool(begun), system=system_text(history))
-        handle = self._run_rows([ids], config, streamer, metrics, turn)[0]
+        handle = self._run_rows([ids], config, streamer, metrics, turn, asked)[0]
         results = self._decoded([handle], [ids], config, metrics)
         if handle.get_status() != CANCEL:
             answer = handle.read_all()[0]

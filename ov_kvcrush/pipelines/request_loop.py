@@ -29,7 +29,7 @@ class RequestLoop:
         self._backend = backend
         self._tokenizer = tokenizer
         self._ids = itertools.count(_FIRST_ID)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may call stop() while its thread is in here
         self._calls: dict[int, list[list[Handle]]] = {}  # that run, by the identifiers of their threads
 
     def stop(self, thread: int | None = None) -> None:

@@ -23,6 +23,7 @@ from ov_kvcrush.chat.conversation import ChatPipeline, ContextConversation, Conv
 from ov_kvcrush.chat.output import Messages
 from ov_kvcrush.chat.reader import Message
 from ov_kvcrush.chat.session import Session
+from ov_kvcrush.engine.handle import GenerationHandle
 from ov_kvcrush.errors import ContextFileError
 from ov_kvcrush.policies.registry import build
 
@@ -250,9 +251,9 @@ def test_a_question_that_was_stopped_before_its_answer_is_not_kept(
     expected = begun.ask(QUESTION)
     begun.reset()
     begun.ask("Hello")
-    step = pipe._backend.step
+    drive = GenerationHandle.drive
     with monkeypatch.context() as patch:
-        patch.setattr(pipe._backend, "step", lambda: (signal.raise_signal(signal.SIGINT), step()))
+        patch.setattr(GenerationHandle, "drive", lambda self: (signal.raise_signal(signal.SIGINT), drive(self)))
         stopped = begun.ask("Forget this.")
     assert (stopped.text, stopped.finish_reason) == ("", "interrupted")
     assert begun.ask(QUESTION).text == expected.text

@@ -10,6 +10,7 @@ import openvino_genai as ov_genai
 import pytest
 from covering import covering, rarely
 from eager_attention import eager_attentions
+from held import hold
 from tiny_models import KINDS, VOCAB_SIZE, tiny_tokenizer
 from watch import AttentionScores, Watch
 
@@ -122,7 +123,7 @@ def test_only_the_request_that_asks_gets_scores(tiny_ir: Callable[[str], Path]) 
     together, watch = make_engine(tiny_ir("llama")), Watch(window=8)
     config = ov_genai.GenerationConfig(max_new_tokens=5, ignore_eos=True)
     for i in range(3):
-        together.add(i, ids[i], config, CacheParams(policy=watch if i == 1 else None))
+        hold(together, together.add(i, ids[i], config, CacheParams(policy=watch if i == 1 else None)))
     run(together)
     for ours, theirs in zip(watch.scores, expected, strict=True):
         np.testing.assert_allclose(np.concatenate(ours), np.concatenate(theirs), atol=1e-5)

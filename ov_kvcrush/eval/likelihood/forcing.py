@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -60,10 +60,9 @@ class _ForcedAnswer:
 
 
 class _ForcedOutput(OutputProcessor):
-    """Where an answer is given, its next token is the only one that can be sampled."""
+    """Where an answer is given, its next token is the one that is chosen."""
 
     answers: dict[int, _ForcedAnswer]  # by request id
-    one_hot: np.ndarray  # float32 (vocabulary,), all 0
     advance: Advance | None = None
 
     def process(self, step: SchedulerOutput, logits: np.ndarray) -> float:
@@ -71,16 +70,13 @@ class _ForcedOutput(OutputProcessor):
             self.advance(step.num_tokens)
         return super().process(step, logits)
 
-    def _due(self, step: SchedulerOutput, logits: np.ndarray) -> Iterator[tuple[requests.Sequence, np.ndarray]]:
-        for sequence, row in super()._due(step, logits):
-            answer = self.answers.get(sequence.request.request_id)
-            if answer is None:
-                yield sequence, row
-                continue
-            token = answer.note(row, sequence.num_generated)
-            self.one_hot[token] = 1
-            yield sequence, self.one_hot
-            self.one_hot[token] = 0
+    def _sample(self, due: list[tuple[requests.Sequence, np.ndarray]]) -> list[tuple[int, float] | Exception]:
+        answers = [self.answers.get(sequence.request.request_id) for sequence, _ in due]
+        free = iter(super()._sample([one for one, answer in zip(due, answers, strict=True) if answer is None]))
+        return [
+            next(free) if answer is None else (answer.note(row, sequence.num_generated), 0.0)
+            for (sequence, row), answer in zip(due, answers, strict=True)
+        ]
 
 
 class ForcedEngine(Engine):
@@ -97,7 +93,6 @@ class ForcedEngine(Engine):
         super().__init__(model, config, defaults, decode, cache_config)
         self._forced = _ForcedOutput(self.scheduler, self.cache, self.requests, self._add_lock, self.snapshots.own)
         self._forced.answers = {}
-        self._forced.one_hot = np.zeros(model.vocab_size, np.float32)
         self._output = self._forced
         self._request_ids = itertools.count(1 << 61)
 
