@@ -36,7 +36,8 @@ class Sequence:
     to be run. position_offset: added to a token's index for its position. replays: the sequence whose prompt this one
     reads a second time. held_logits: of the prompt's last token, while the prompt is read a second time.
     score_reduction: how attention scores of its rows are reduced, 0 = none are computed. num_pushed: generated tokens
-    that were handed out. num_passed: times that a later one found memory while it found none. error: what broke it.
+    that were handed out. lacks_memory: it has waited for memory, num_passed others got some meanwhile. error: what
+    broke it.
     final_*: set at the end.
     """
 
@@ -53,6 +54,7 @@ class Sequence:
         self.logprobs: list[float] = []
         self.cumulative_logprob = 0.0
         self.num_pushed = 0
+        self.lacks_memory = False
         self.num_passed = 0
         self.last_scheduled = 0
         self.finish_reason = FinishReason.NONE

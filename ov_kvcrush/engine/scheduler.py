@@ -100,9 +100,10 @@ class Scheduler:
             later = []
         self._schedule_each([prompts[0], *later], budget, rows, unschedulable)
 
-    def _turn_of(self, sequence: Sequence) -> tuple[int, float]:
+    def _turn_of(self, sequence: Sequence) -> tuple[bool, int, float]:
         request = sequence.request
-        return -request.options.priority, request.arrival + self._pending_of(sequence) * self.pace.row_seconds
+        alone = self._pending_of(sequence) * self.pace.row_seconds
+        return sequence.num_passed < _MAX_PASSED, -request.options.priority, request.arrival + alone
 
     def _reader_of(self, sequence: Sequence) -> Sequence | None:
         replay = self._cache.replay(sequence)
@@ -129,10 +130,9 @@ class Scheduler:
                 ):
                     is_closed = True
                 elif self._admit(sequence):
-                    for passed in without_memory:
-                        passed.num_passed += 1
                     budget -= self._schedule_running(sequence, budget, rows, unschedulable)
                 else:
+                    sequence.lacks_memory = True
                     without_memory.append(sequence)
                     is_closed = sequence.num_passed >= _MAX_PASSED or len(without_memory) >= _MAX_TRIES
         if without_memory and not self.running and not self._cache.is_contended:
@@ -154,6 +154,9 @@ class Scheduler:
             sequence.request.num_reused_tokens = sequence.num_cached
         self.waiting.remove(sequence)
         self.running.append(sequence)
+        sequence.lacks_memory, sequence.num_passed = False, 0
+        for passed in self.waiting:
+            passed.num_passed += passed.lacks_memory
         return True
 
     def _schedule_running(
