@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,9 @@ from ov_kvcrush.bench.report import (
     make_rows,
 )
 from ov_kvcrush.bench.settings import BenchSettings
-from ov_kvcrush.bench.table import attention_table, ratios_table, rows_table
+from ov_kvcrush.bench.table import attention_table, ratios_table, rows_table, traffic_table
+from ov_kvcrush.bench.traffic import TrafficRow, measure_traffic, traffic_report
+from ov_kvcrush.bench.traffic import num_stages as traffic_stages
 from ov_kvcrush.cli.console import out, progress
 from ov_kvcrush.cli.environment import describe_environment
 from ov_kvcrush.cli.parse import check_at_least, parse_numbers, parse_properties
@@ -47,7 +50,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 # What each mode takes beside the options that all take.
 _PLOT_ONLY = {"plot", "from_paths"}
 _ATTENTION_ONLY = {"threads", "layers"}
-_WHOLE_ONLY = {"new_tokens", "against", "max_num_batched_tokens", "max_kv_mb", "policy"}
+_WHOLE_ONLY = {"new_tokens", "against", "max_num_batched_tokens", "max_kv_mb", "policy", "traffic"}
+_TRAFFIC_ONLY = {"max_step_ms"}
+_NOT_TRAFFIC = {"new_tokens", "policy", "plot"}
 _POLICY_ONLY = {"kept", "kept_tokens", "min_tokens", "policy_options"}
 _OPTION_NAMES = {
     "from_paths": "from",
@@ -124,6 +129,12 @@ def bench(
     attention: Annotated[
         bool, typer.Option("--attention", help="Measure attention alone, ours and OpenVINO's; no weights.")
     ] = False,
+    traffic: Annotated[
+        bool, typer.Option("--traffic", help="Measure what answers and a short prompt wait while a prompt is read.")
+    ] = False,
+    max_step_ms: Annotated[
+        float, typer.Option(metavar="MS", help="With --traffic: SchedulerConfig.max_step_ms of our engine.")
+    ] = 200,
     threads: Annotated[
         str | None,
         typer.Option(metavar="T[,T...]", help="With --attention: threads of the inference; all if omitted."),
@@ -175,7 +186,9 @@ def bench(
             wanted = PolicyOptions(policy, kept, kept_tokens, min_tokens, tuple(policy_options or ()))
             options["policy"] = None if policy is None else wanted.build(policy)
             options["max_num_batched_tokens"] = max_num_batched_tokens
-            report = _whole_report(model, _given(options), console)
+            settings = BenchSettings.for_model(model, **_given(options))
+            run = partial(_traffic_report, settings, max_step_ms) if traffic else partial(_whole_report, settings)
+            report = run(console)
         _write(report, json_path, plot, console)
     except CrushError as error:
         _say_error(console, error)
@@ -201,6 +214,10 @@ def _check_modes(given: set[str]) -> None:
         mode, unused = "with --from", given - _PLOT_ONLY
     elif "attention" in given:
         mode, unused = "with --attention", given & (_WHOLE_ONLY | _POLICY_ONLY)
+    elif not unused and "traffic" in given:
+        mode, unused = "with --traffic", given & (_NOT_TRAFFIC | _POLICY_ONLY)
+    elif not unused and given & _TRAFFIC_ONLY:
+        mode, unused = "without --traffic", given & _TRAFFIC_ONLY
     elif not unused and "policy" not in given:
         mode, unused = "without --policy", given & _POLICY_ONLY
     for name in sorted(unused):
@@ -214,9 +231,20 @@ def _precisions(key: str | None, value: str | None, both: str | None) -> tuple[s
     return key or both, value or both
 
 
-def _whole_report(model: Path | None, options: dict[str, Any], console: Console) -> dict[str, Any]:
+def _traffic_report(settings: BenchSettings, max_step_ms: float, console: Console) -> dict[str, Any]:
+    """Measure what others wait and print the table. Returns the content of the JSON file."""
+    rows: list[TrafficRow] = []
+    try:
+        with progress(traffic_stages(settings), console) as report:
+            rows.extend(measure_traffic(settings, max_step_ms, report))
+    finally:
+        if rows:
+            out().print(traffic_table(rows))
+    return traffic_report(rows, describe_environment(), _command())
+
+
+def _whole_report(settings: BenchSettings, console: Console) -> dict[str, Any]:
     """Measure the engines and print the tables. Returns the content of the JSON file."""
-    settings = BenchSettings.for_model(model, **options)
     rows = _measure(settings, console)
     return make_report(rows, settings, describe_environment(), _command())
 

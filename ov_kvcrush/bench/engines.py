@@ -49,6 +49,7 @@ class CrushUnderTest:
         values = {name: job[name] for name in _SCHEDULER_FIELDS}
         if cache.attention == "crush":
             values["num_kv_blocks"] = 0  # the store takes memory as it fills, up to max_bytes or half of what is free
+        values["max_step_ms"] = job.get("max_step_ms", 0)  # all requests come at once: no answer waits for a prompt
         self._pipeline = ContinuousBatchingPipeline(
             job["model"], SchedulerConfig(**values), "CPU", job["properties"], engine=OURS, cache_config=cache
         )

@@ -46,6 +46,10 @@ u8, and ours. No weights are read; both caches hold the same random tokens. They
 each step a large array is read: that leaves no cache warm, and tells how fast this machine reads memory. \
 [bold]bound[/bold] is the time in which our bytes could be read at that speed.
 
+[bold]--traffic[/bold] measures what others wait while a prompt of --context tokens is read: the time between two \
+tokens of --batch answers that are being written (p50, p95, p99 and the longest), and the first token of a prompt of \
+16 tokens that comes right behind the long one, beside its time alone.
+
 [bold]--plot[/bold] draws the cost of a token over cached tokens, requests and threads, wherever several were \
 measured: now, or earlier with --json.
 
@@ -58,6 +62,8 @@ measured: now, or earlier with --json.
   ov_kvcrush-bench my-model --context 16384 --key-precision u4 --value-precision u2 --json out.json
 
   ov_kvcrush-bench my-model --context 8192 --policy kvcrush --kept 0.25 --against genai-policy
+
+  ov_kvcrush-bench my-model --traffic --context 5000 --batch 4 --against genai
 
   ov_kvcrush-bench my-model --runs 5 --property INFERENCE_NUM_THREADS=2
 

@@ -20,6 +20,8 @@ class MeasuredHandle(Protocol):
 
     def read(self) -> dict[int, Any]: ...
 
+    def cancel(self) -> None: ...
+
 
 class MeasuredEngine(Protocol):
     """What is asked of an engine."""

@@ -11,6 +11,7 @@ from rich.table import Table
 from ov_kvcrush.bench.attention.measure import AttentionRow
 from ov_kvcrush.bench.report import COMPARED, BenchRow
 from ov_kvcrush.bench.settings import OURS
+from ov_kvcrush.bench.traffic import TrafficRow
 
 MIB = 1 << 20
 _COSTS = ("KV\nMiB", "KV bytes\n/token", "peak\nMiB", "growth\nMiB", "overhead\nms/step", "policy\n%")
@@ -38,6 +39,19 @@ def rows_table(rows: Sequence[BenchRow]) -> Table:
             _number(row.peak_growth_bytes, 0, MIB),
             _number(row.overhead_ms_per_step, 3),
             "-" if row.policy == "none" else _number(row.policy_share, 2, 0.01),
+        )
+    return table
+
+
+def traffic_table(rows: Sequence[TrafficRow]) -> Table:
+    """One line per engine and cell: what others wait while a prompt is read."""
+    gaps = ("gap p50\nms", "p95\nms", "p99\nms", "max\nms", "longest\nstep ms")
+    firsts = ("short\nalone ms", "short\nbehind ms", "long\nms")
+    table = _table("waiting", "engine", "context", "answers", "max step\nms", *gaps, *firsts)
+    for row in rows:
+        times = (row.gap_p50, row.gap_p95, row.gap_p99, row.gap_max, row.chunk, row.alone, row.behind, row.long)
+        table.add_row(
+            row.engine, str(row.context), str(row.batch), _number(row.max_step_ms, 0), *(f"{x:.1f}" for x in times)
         )
     return table
 

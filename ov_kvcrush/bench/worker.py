@@ -62,6 +62,7 @@ def _replies(lines: SimpleQueue[str]) -> Iterator[dict[str, Any]]:
     """One answer per line: first that the engine is loaded, then what each run gave."""
     from ov_kvcrush.bench.engines import make_engine
     from ov_kvcrush.bench.measure import random_prompts, run_once
+    from ov_kvcrush.bench.traffic import run_traffic
     from ov_kvcrush.utils import process_memory as memory
 
     job = json.loads(lines.get())
@@ -78,6 +79,10 @@ def _replies(lines: SimpleQueue[str]) -> Iterator[dict[str, Any]]:
     }
     prompts = random_prompts(job["batch"], job["context"], job["vocab_size"], job["seed"])
     next_id = 0
+    while job.get("traffic"):
+        lines.get()
+        yield {"run": asdict(run_traffic(engine, job, next_id))}
+        next_id += 1000
     while True:
         result = run_once(engine, prompts, json.loads(lines.get())["new_tokens"], next_id)
         next_id += len(prompts)

@@ -102,7 +102,7 @@ class Users:
     def add(self, wish: Wish, **more: Any) -> Any:
         return self.batch.add_request(self.request_id(), wish.ids, **{**wish.options, **more})
 
-    # -- one wish of each kind: the answer ------------------------------------------------------------------------------
+    # -- one wish of each kind: the answer
 
     def answer(self, wish: Wish) -> Any:
         return getattr(self, "_" + wish.kind.replace(" ", "_"))(wish)
@@ -155,7 +155,7 @@ class Users:
         assert read == handle.read_all()[0].generated_ids
         return read
 
-    # -- those that end otherwise; the answer alone is the whole one, theirs a beginning of it ----------------------------
+    # -- those that end otherwise; the answer alone is the whole one, theirs a beginning of it
 
     def _cancel(self, wish: Wish) -> Any:
         handle = self.add(wish)
@@ -209,7 +209,7 @@ class Users:
             return []
         raise AssertionError("a bad value was taken")
 
-    # -- all of them -----------------------------------------------------------------------------------------------------
+    # -- all of them
 
     def wishes(self) -> list[Wish]:
         return [Wish(kind, index, 6 + 5 * (index % 3)) for kind in KINDS for index in range(6)]
