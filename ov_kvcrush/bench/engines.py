@@ -15,7 +15,7 @@ from ov_kvcrush.bench.settings import EVICTING, OURS
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.errors import CrushError, reason_of
 from ov_kvcrush.genai.eviction import GenaiEviction, closest_genai_eviction
-from ov_kvcrush.model.plugin import kept_signal_stack, paged_precisions, plugin_precisions
+from ov_kvcrush.model.plugin import capped_properties, kept_signal_stack, paged_precisions, plugin_precisions
 from ov_kvcrush.pipelines.continuous_batching import ContinuousBatchingPipeline
 from ov_kvcrush.policies.registry import as_policy, name_of
 
@@ -123,7 +123,7 @@ class GenaiUnderTest:
         scheduler.use_cache_eviction = self._eviction is not None
         if self._eviction:
             scheduler.cache_eviction_config = self._eviction.config()
-        properties = dict(job["properties"])
+        properties = {**capped_properties(), **job["properties"]}
         try:
             if job["key_precision"] or job["value_precision"]:
                 key, value = (job[name] or _DEFAULT_PRECISION for name in ("key_precision", "value_precision"))

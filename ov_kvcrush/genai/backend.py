@@ -31,7 +31,7 @@ from ov_kvcrush.errors import (
 from ov_kvcrush.genai.eviction import scheduler_fields, translate
 from ov_kvcrush.genai.request import GenaiHandle, GenaiRequest
 from ov_kvcrush.model.load import check_device
-from ov_kvcrush.model.plugin import kept_signal_stack, open_core, paged_precisions
+from ov_kvcrush.model.plugin import capped_properties, kept_signal_stack, open_core, paged_precisions
 from ov_kvcrush.policies.base import Policy
 
 Status = ov_genai.GenerationStatus
@@ -83,7 +83,7 @@ class GenaiBackend:
         try:
             with kept_signal_stack():
                 self._pipeline = ov_genai.ContinuousBatchingPipeline(
-                    str(folder), tokenizer, scheduler, device, **properties
+                    str(folder), tokenizer, scheduler, device, **{**capped_properties(), **properties}
                 )
         except RuntimeError as error:
             raise ModelError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ import openvino.opset15 as ops
 _SS_DISABLE = 2  # of <bits/ss_flags.h>
 _QUANTISED = ("u8", "u4")
 _OWN_TYPES = {"dynamic": "f32"}  # each operation in the model's own type
+# Values of ONEDNN_MAX_CPU_ISA below bf16's instructions, and below those for dot products of int8.
+_WITHOUT_INT8_DOT = ("SSE41", "AVX", "AVX2")
+_WITHOUT_BF16 = (*_WITHOUT_INT8_DOT, "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 class PluginPrecisions(NamedTuple):
@@ -41,7 +45,24 @@ def open_core() -> ov.Core:
     with kept_signal_stack():
         core = ov.Core()
         core.get_versions("CPU")  # loads it
+    for name, value in capped_properties().items():
+        core.set_property("CPU", {name: value})
     return core
+
+
+def capped_properties() -> dict[str, str]:
+    """Defaults that keep the plugin within the instructions that ONEDNN_MAX_CPU_ISA leaves to oneDNN; mostly none.
+
+    The plugin (openvino 2026.4) asks the processor what it has, not oneDNN, and on a capped one asks for bf16 and int8
+    products that oneDNN then has no code for: "could not create a primitive descriptor".
+    """
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    found = {}
+    if cap in _WITHOUT_BF16:
+        found["INFERENCE_PRECISION_HINT"] = "f32"
+    if cap in _WITHOUT_INT8_DOT:
+        found["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
+    return found
 
 
 def one_operation() -> ov.Model:
