@@ -148,7 +148,7 @@ def test_engines_are_told_the_same() -> None:
 @pytest.fixture(scope="module")
 def policy_report(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("bench") / "out.json"
-    shape = ("--context", 300, "--batch", "2", "--new-tokens", 4, "--runs", 1)
+    shape = ("--context", 500, "--batch", "2", "--new-tokens", 4, "--runs", 1)
     policy = ("--policy", "kvcrush", "--kept-tokens", 165, "--policy-option", "share=0.5")
     done = bench(smollm2, *shape, *policy, "--against", "genai-policy", "--json", path)
     assert done.exit_code == 0, done.output
@@ -400,7 +400,7 @@ BAD_OPTIONS = {
     "unknown type": (("--kv-precision", "u99"), "--key-precision must be one of f32, bf16, f16, u8, u4, u2, got 'u99'"),
     "types twice": (("--kv-precision", "u8", "--value-precision", "u4"), "--kv-precision must be left out with"),
     "no store": (("--max-kv-mb", "0"), "--max-kv-mb must be at least 1, got 0"),
-    "store too small": (("--max-kv-mb", "1", "--context", "64"), "prompt must fit into the KV store of 1048576 bytes"),
+    "store too small": (("--max-kv-mb", "2", "--context", "256"), "prompt must fit into the KV store of 2097152 bytes"),
     "threads of a whole model": (("--threads", "1"), "--threads must be left out without --attention"),
     "tokens of attention": (("--attention", "--new-tokens", "4"), "--new-tokens must be left out with --attention"),
     "no threads": (("--attention", "--threads", "0"), "--threads must be at least 1, got 0"),

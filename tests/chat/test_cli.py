@@ -172,8 +172,8 @@ BAD_ARGUMENTS = {
         "max_kv_mb must be a multiple of 1024 with engine='genai', whose cache_size is in whole GiB, got 1500",
     ),
     "prompt above the store": (
-        ["--prompt", STORY * 8, "--max-kv-mb", "1"],
-        "prompt must fit into the KV store of 1048576 bytes",
+        ["--prompt", STORY * 16, "--max-kv-mb", "2"],
+        "prompt must fit into the KV store of 2097152 bytes",
     ),
     "unknown policy": (["--prompt", "x", "--policy", "kvcrash"], "got 'kvcrash' (did you mean 'kvcrush'?)"),
     "nothing kept": (["--prompt", "x", "--kept", "0"], "kept must be a fraction in (0, 1], got 0.0"),
