@@ -121,5 +121,10 @@ def whole_output(sequence: Sequence) -> GenerationOutput:
     """All tokens that `sequence` has generated so far; after its end those of its answer."""
     ids = sequence.final_ids if sequence.final_ids is not None else sequence.generated.tolist()
     return GenerationOutput(
-        ids, sequence.logprobs[: len(ids)], sequence.cumulative_logprob, sequence.finish_reason, sequence.final_text
+        ids,
+        sequence.logprobs[: len(ids)],
+        sequence.cumulative_logprob,
+        sequence.finish_reason,
+        sequence.final_text,
+        sequence.top_logprobs[: len(ids)] if sequence.request.params.logprobs > 1 else None,
     )

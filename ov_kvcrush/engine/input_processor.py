@@ -13,6 +13,7 @@ from ov_kvcrush.config import SchedulerConfig
 from ov_kvcrush.core.cache_params import CacheParams, KVTarget
 from ov_kvcrush.core.eviction import EvictionSpec, check_spans
 from ov_kvcrush.core.request import Request
+from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
 from ov_kvcrush.core.sampling_params import SamplingParams, refuse_unsupported
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.errors import RequestError
@@ -54,6 +55,7 @@ class InputProcessor:
         config: ov_genai.GenerationConfig,
         params: CacheParams,
         targets: Items[tuple[InputProcessor, KVTarget]],
+        options: RequestOptions = DEFAULT_REQUEST_OPTIONS,
     ) -> Request:
         """A checked request. targets: of each of `params.fan_out`. Raises RequestError."""
         if (params.context or params.return_snapshot or params.prefill_only) and self._cache.snapshots is None:
@@ -64,12 +66,14 @@ class InputProcessor:
         check_spans(params.spans[: len(params.protect)], len(ids))
         eviction = _checked(eviction, params, len(ids))
         refuse_unsupported(config)
-        sampling = SamplingParams.from_config(config, self._defaults, len(ids), self.max_tokens(eviction, num_evicted))
+        room = self.max_tokens(eviction, num_evicted)
+        vocab_size = self._model.vocab_size
+        sampling = SamplingParams.from_config(config, self._defaults, len(ids), room, vocab_size, options.logit_bias)
         # What goes on from a context is not what its own policy would have left of the prompt.
         keeps_kv = params.keep_kv or self._config.enable_prefix_caching
         keep_kv = keeps_kv and params.context is None and not params.fan_out
         fan_out = self._fan_out(params, ids, targets)
-        return Request(request_id, ids, sampling, self._decode, keep_kv, eviction, params, fan_out)
+        return Request(request_id, ids, sampling, self._decode, keep_kv, eviction, params, fan_out, options)
 
     def check_prompt(
         self, ids: np.ndarray, eviction: EvictionSpec | None = None, context: KVSnapshot | None = None

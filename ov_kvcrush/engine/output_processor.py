@@ -14,7 +14,7 @@ from ov_kvcrush.core.request import FinishReason, Request, Sequence, Status
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.core.step import SchedulerOutput
 from ov_kvcrush.engine.handle import GenerationHandle
-from ov_kvcrush.engine.sampler import sample
+from ov_kvcrush.engine.sampler import Sampled, sample_rows
 from ov_kvcrush.engine.scheduler import Scheduler
 from ov_kvcrush.kvcache.manager import KVCacheManager
 
@@ -44,10 +44,12 @@ class OutputProcessor:
         self._end_prefilled(step)
         start = time.perf_counter()
         new: dict[Request, dict[int, GenerationOutput]] = {}
-        for sequence, row_logits in self._due(step, logits):
-            for member in self._members(sequence):
-                token, logprob = sample(row_logits, member)
-                new.setdefault(member.request, {})[member.index] = _accept(member, token, logprob, start)
+        due = [(member, row) for sequence, row in self._due(step, logits) for member in self._members(sequence)]
+        for (member, _), sampled in zip(due, sample_rows(due), strict=True):
+            if sampled.token < 0:  # no token is possible: it ends alone
+                member.request.abort_reason = (Status.CANCEL, FinishReason.STOP)
+                continue
+            new.setdefault(member.request, {})[member.index] = _accept(member, sampled, start)
         sampling_s = time.perf_counter() - start
         for request, outputs in new.items():
             self._handles[request.request_id].push(outputs)
@@ -142,13 +144,17 @@ class OutputProcessor:
             self.end(request, Status.CANCEL)
 
 
-def _accept(sequence: Sequence, token: int, logprob: float, now: float) -> GenerationOutput:
+def _accept(sequence: Sequence, sampled: Sampled, now: float) -> GenerationOutput:
+    token, logprob, top = sampled
     sequence.ids.append(token)
     sequence.token_times.append(now)
     sequence.logprobs.append(logprob)
     sequence.cumulative_logprob += logprob
+    if top is not None:
+        sequence.top_logprobs.append(top)
     sequence.finish_reason = finish_reason(sequence, token)
-    return GenerationOutput([token], [logprob], sequence.cumulative_logprob, sequence.finish_reason)
+    tops = None if top is None else [top]
+    return GenerationOutput([token], [logprob], sequence.cumulative_logprob, sequence.finish_reason, None, tops)
 
 
 def finish_reason(sequence: Sequence, token: int) -> ov_genai.GenerationFinishReason:

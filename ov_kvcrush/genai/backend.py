@@ -15,10 +15,12 @@ import openvino_genai as ov_genai
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.core.cache_params import DEFAULT_CACHE_PARAMS, CacheParams
 from ov_kvcrush.core.outputs import GenerationOutput, PipelineMetrics, RequestStats, StepSeconds
-from ov_kvcrush.core.sampling_params import SamplingParams
+from ov_kvcrush.core.sampling_params import SamplingParams, checked_end_tokens
 from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
 from ov_kvcrush.errors import ContextFileError, CrushError, ModelError, RequestError, did_you_mean, reason_of
 from ov_kvcrush.genai.eviction import scheduler_fields, translate
+from ov_kvcrush.model.hf_config import pick
+from ov_kvcrush.model.info import read_json_object
 from ov_kvcrush.model.load import check_device
 from ov_kvcrush.model.plugin import kept_signal_stack, open_core, paged_precisions
 from ov_kvcrush.policies.base import Policy
@@ -164,6 +166,7 @@ class GenaiBackend:
                 f"model in {str(folder)!r} must load in openvino_genai on {device}, got: {reason_of(error)}"
             ) from None
         self._defaults = defaults
+        self._vocab_size = pick(read_json_object(folder / "config.json") or {}, "vocab_size", optional=True)
         self._handles: dict[int, GenaiHandle] = {}
         self._lock = threading.RLock()
 
@@ -187,13 +190,16 @@ class GenaiBackend:
         ids = np.asarray(ids, np.int64).reshape(1, -1)
         if not ids.size:
             raise RequestError("prompt must have at least one token, got an empty one")
-        if config.eos_token_id < 0 and not config.ignore_eos and self._defaults.eos_token_id >= 0:
-            config.set_eos_token_id(self._defaults.eos_token_id)
+        ends = checked_end_tokens(config, self._defaults, self._vocab_size)
+        if ends:  # with ignore_eos it would ignore all of them, and without an end token take the model's
+            config.ignore_eos = False
+            config.eos_token_id = config.eos_token_id if config.eos_token_id in ends else min(ends)
+        config.stop_token_ids = set(ends)
         if self._eviction:
             self._eviction.check_request(ids.size, config)
         if config.num_beams == 1:
             # For its checks: openvino_genai has fewer.
-            SamplingParams.from_config(config, self._defaults, ids.size, _NO_LIMIT)
+            SamplingParams.from_config(config, self._defaults, ids.size, _NO_LIMIT, self._vocab_size)
         with self._lock:
             if request_id in self._handles:
                 raise RequestError(f"request_id must differ from those of running requests, got {request_id} again")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import openvino_genai as ov_genai
 
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
+from ov_kvcrush.core.sampling_params import model_end_tokens, outside_vocabulary
 from ov_kvcrush.engine.engine import Engine
 from ov_kvcrush.errors import CrushError, ModelError, reason_of
 from ov_kvcrush.genai.backend import GenaiBackend, genai_cache_properties
@@ -59,6 +61,13 @@ def make_backend(
     if attention == "crush":
         settings, properties = settings.with_properties(properties)
     model = load_model(folder, device, properties, attention)
+    outside = outside_vocabulary(model_end_tokens(config), model.vocab_size)
+    if outside:
+        warnings.warn(
+            f"end tokens of the model in {str(folder)!r} must be in 0..{model.vocab_size - 1}, got {outside}: they are "
+            "left out",
+            stacklevel=2,
+        )
     return Engine(model, scheduler, config, tokenizer.decode, settings)
 
 

@@ -14,11 +14,11 @@ from ov_kvcrush.core import request as requests
 from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.core.step import SchedulerOutput
+from ov_kvcrush.engine.draw import log_softmax_at
 from ov_kvcrush.engine.engine import Engine
 from ov_kvcrush.engine.handle import GenerationHandle
 from ov_kvcrush.engine.input_processor import Decode
 from ov_kvcrush.engine.output_processor import OutputProcessor
-from ov_kvcrush.engine.sampler import log_softmax_at
 from ov_kvcrush.errors import OutOfMemory
 from ov_kvcrush.model.load import LoadedModel
 
@@ -63,7 +63,6 @@ class _ForcedOutput(OutputProcessor):
     """Where an answer is given, its next token is the only one that can be sampled."""
 
     answers: dict[int, _ForcedAnswer]  # by request id
-    one_hot: np.ndarray  # float32 (vocabulary,), all 0
     advance: Advance | None = None
 
     def process(self, step: SchedulerOutput, logits: np.ndarray) -> float:
@@ -78,9 +77,9 @@ class _ForcedOutput(OutputProcessor):
                 yield sequence, row
                 continue
             token = answer.note(row, sequence.num_generated)
-            self.one_hot[token] = 1
-            yield sequence, self.one_hot
-            self.one_hot[token] = 0
+            one_hot = np.zeros_like(row)  # one for each: all rows of a step are sampled together
+            one_hot[token] = 1
+            yield sequence, one_hot
 
 
 class ForcedEngine(Engine):
@@ -97,7 +96,6 @@ class ForcedEngine(Engine):
         super().__init__(model, config, defaults, decode, cache_config)
         self._forced = _ForcedOutput(self.scheduler, self.cache, self._handles, self._add_lock, self.snapshots.own)
         self._forced.answers = {}
-        self._forced.one_hot = np.zeros(model.vocab_size, np.float32)
         self._output = self._forced
         self._request_ids = itertools.count(1 << 61)
 
