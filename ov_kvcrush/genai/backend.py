@@ -139,7 +139,10 @@ def _joined(before: GenerationOutput | None, new: GenerationOutput) -> Generatio
 
 
 class GenaiBackend:
-    """openvino_genai's continuous batching behind the interface of our own engine."""
+    """openvino_genai's continuous batching behind the interface of our own engine.
+
+    vocab_size: logits of the model by its config.json; None if that does not tell.
+    """
 
     def __init__(
         self,
@@ -166,7 +169,7 @@ class GenaiBackend:
                 f"model in {str(folder)!r} must load in openvino_genai on {device}, got: {reason_of(error)}"
             ) from None
         self._defaults = defaults
-        self._vocab_size = pick(read_json_object(folder / "config.json") or {}, "vocab_size", optional=True)
+        self.vocab_size = pick(read_json_object(folder / "config.json") or {}, "vocab_size", optional=True)
         self._handles: dict[int, GenaiHandle] = {}
         self._lock = threading.RLock()
 
@@ -190,7 +193,7 @@ class GenaiBackend:
         ids = np.asarray(ids, np.int64).reshape(1, -1)
         if not ids.size:
             raise RequestError("prompt must have at least one token, got an empty one")
-        ends = checked_end_tokens(config, self._defaults, self._vocab_size)
+        ends = checked_end_tokens(config, self._defaults, self.vocab_size)
         if ends:  # with ignore_eos it would ignore all of them, and without an end token take the model's
             config.ignore_eos = False
             config.eos_token_id = config.eos_token_id if config.eos_token_id in ends else min(ends)
@@ -199,7 +202,7 @@ class GenaiBackend:
             self._eviction.check_request(ids.size, config)
         if config.num_beams == 1:
             # For its checks: openvino_genai has fewer.
-            SamplingParams.from_config(config, self._defaults, ids.size, _NO_LIMIT, self._vocab_size)
+            SamplingParams.from_config(config, self._defaults, ids.size, _NO_LIMIT, self.vocab_size)
         with self._lock:
             if request_id in self._handles:
                 raise RequestError(f"request_id must differ from those of running requests, got {request_id} again")

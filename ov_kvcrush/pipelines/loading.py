@@ -55,20 +55,25 @@ def make_backend(
         if cache_config is not None:
             properties = {**properties, **genai_cache_properties(settings, properties)}
         policy = settings.eviction_policy
-        return GenaiBackend(folder, tokenizer, device, scheduler_config, properties, config, policy)
+        backend = GenaiBackend(folder, tokenizer, device, scheduler_config, properties, config, policy)
+        _warn_of_ends_outside(config, backend.vocab_size, folder)
+        return backend
     scheduler = SchedulerConfig.from_options(scheduler_config)
     attention = settings.choose_attention()
     if attention == "crush":
         settings, properties = settings.with_properties(properties)
     model = load_model(folder, device, properties, attention)
-    outside = outside_vocabulary(model_end_tokens(config), model.vocab_size)
-    if outside:
+    _warn_of_ends_outside(config, model.vocab_size, folder)
+    return Engine(model, scheduler, config, tokenizer.decode, settings)
+
+
+def _warn_of_ends_outside(config: ov_genai.GenerationConfig, vocab_size: int | None, folder: Path) -> None:
+    outside = outside_vocabulary(model_end_tokens(config), vocab_size)
+    if outside and vocab_size is not None:
         warnings.warn(
-            f"end tokens of the model in {str(folder)!r} must be in 0..{model.vocab_size - 1}, got {outside}: they are "
-            "left out",
+            f"end tokens of the model in {str(folder)!r} must be in 0..{vocab_size - 1}, got {outside}: they are left out",
             stacklevel=2,
         )
-    return Engine(model, scheduler, config, tokenizer.decode, settings)
 
 
 def with_cache(backend: Backend, cache_config: Any) -> Backend:

@@ -192,6 +192,12 @@ def gguf_hf_config(header: GgufHeader) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not None}
 
 
+def gguf_end_tokens(header: GgufHeader) -> list[int]:
+    """The tokens that end an answer, the one that ends a text first."""
+    found = (header.metadata.get(f"tokenizer.ggml.{key}") for key in END_KEYS)
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
 def _key_length(meta: Mapping[str, Any], arch: str) -> Any:
     size = meta.get(f"{arch}.attention.key_length")
     hidden, heads = meta.get(f"{arch}.embedding_length"), meta.get(f"{arch}.attention.head_count")
@@ -217,8 +223,7 @@ def _write_configs(header: GgufHeader, info: ModelInfo, folder: Path) -> None:
     """Write the JSON files that tools beside openvino_genai look for; the chat template is in the tokenizer IR."""
     config = gguf_hf_config(header)
     ids: dict[str, Any] = {"bos_token_id": config["bos_token_id"]} if "bos_token_id" in config else {}
-    found = (header.metadata.get(f"tokenizer.ggml.{key}") for key in END_KEYS)
-    ends = list(dict.fromkeys(token for token in found if token is not None))
+    ends = gguf_end_tokens(header)
     if ends:
         ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     for name, content in (("config.json", config), ("generation_config.json", ids)):
