@@ -71,7 +71,7 @@ def _warn_of_ends_outside(config: ov_genai.GenerationConfig, vocab_size: int | N
     outside = outside_vocabulary(model_end_tokens(config), vocab_size)
     if outside and vocab_size is not None:
         warnings.warn(
-            f"end tokens of the model in {str(folder)!r} must be in 0..{vocab_size - 1}, got {outside}: they are left out",
+            f"end tokens of the model in {str(folder)!r} must be in 0..{vocab_size - 1}, got {outside}: left out",
             stacklevel=2,
         )
 

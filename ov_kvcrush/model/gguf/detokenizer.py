@@ -26,7 +26,7 @@ def show_user_defined_tokens(header: GgufHeader, folder: Path) -> int:
     if not (kinds == USER_DEFINED).any():
         return 0
     import openvino as ov
-    import openvino_tokenizers
+    import openvino_tokenizers  # type: ignore[import-untyped]
 
     core = ov.Core()
     core.set_property({"ENABLE_MMAP": False})  # the file that constants would be mapped from is replaced below
