@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ov_kvcrush import CrushError, RequestError
 from ov_kvcrush.core.request import Request, Sequence
 from ov_kvcrush.core.sampling_params import SamplingParams, make_generation_config
+from ov_kvcrush.engine import draw as draw_module
 from ov_kvcrush.engine.draw import exponential_noise, noise_key, nucleus, softmax
 from ov_kvcrush.engine.penalties import apply_penalties
 from ov_kvcrush.engine.sampler import sample, sample_rows
@@ -212,6 +213,18 @@ def test_rows_of_a_step_are_drawn_as_alone() -> None:
     assert together == [sample(row, line) for line, row in zip(lines, logits, strict=True)]
     np.testing.assert_array_equal(logits, before)
     assert sample_rows([]) == []
+
+
+def test_tokens_are_the_same_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
+    logits = (rng.normal(size=(20, 3000)) * 2).astype(np.float32)
+    lines = [sequence(do_sample=True, top_p=0.95, seed=i, min_p=0.001 * (i % 2), logprobs=2) for i in range(20)]
+    rows = list(zip(lines, logits, strict=True))
+    expected = sample_rows(rows)
+    monkeypatch.setattr(draw_module.native, "available", lambda: False)
+    got = sample_rows(rows)
+    assert [x.token for x in got] == [x.token for x in expected]
+    np.testing.assert_allclose([x.logprob for x in got], [x.logprob for x in expected], atol=2e-6)
 
 
 def test_sequences_that_share_logits_are_each_penalised_once() -> None:
