@@ -109,7 +109,7 @@ class GenerationOutput:
 
     text: given where the ids alone do not tell the text, because a stop string ends inside a token. top_logprobs: for
     each token {token: log probability} of the most probable ones, as many as `logprobs` asks for; None if it asks for
-    no more than the token's own.
+    no more than the token's own, or the engine does not tell.
     """
 
     generated_ids: list[int]

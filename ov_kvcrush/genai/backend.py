@@ -15,7 +15,7 @@ import openvino_genai as ov_genai
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.core.cache_params import DEFAULT_CACHE_PARAMS, CacheParams
 from ov_kvcrush.core.outputs import GenerationOutput, PipelineMetrics, RequestStats, StepSeconds
-from ov_kvcrush.core.sampling_params import SamplingParams, checked_end_tokens
+from ov_kvcrush.core.sampling_params import SamplingParams, checked_end_tokens, outside_vocabulary
 from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
 from ov_kvcrush.errors import ContextFileError, CrushError, ModelError, RequestError, did_you_mean, reason_of
 from ov_kvcrush.genai.eviction import scheduler_fields, translate
@@ -193,6 +193,10 @@ class GenaiBackend:
         ids = np.asarray(ids, np.int64).reshape(1, -1)
         if not ids.size:
             raise RequestError("prompt must have at least one token, got an empty one")
+        outside = outside_vocabulary(ids[0].tolist(), self.vocab_size)
+        if outside:
+            rule = f"in 0..{self.vocab_size - 1}" if self.vocab_size else "at least 0"
+            raise RequestError(f"token ids must be {rule}, got {outside[0]}")
         ends = checked_end_tokens(config, self._defaults, self.vocab_size)
         if ends:  # with ignore_eos it would ignore all of them, and without an end token take the model's
             config.ignore_eos = False

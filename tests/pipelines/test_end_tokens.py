@@ -105,6 +105,13 @@ def test_end_tokens_outside_the_vocabulary_are_refused(pipe: LLMPipeline, option
     assert answer(pipe)
 
 
+@pytest.mark.parametrize("token", [288, 10**6, -1])
+def test_prompts_outside_the_vocabulary_are_refused(pipe: LLMPipeline, token: int) -> None:
+    with pytest.raises(RequestError, match=rf"token ids must be in 0\.\.287, got {token}"):
+        pipe.generate(ov.Tensor(np.array([[40, token]])), max_new_tokens=2)
+    assert answer(pipe)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_end_tokens_of_a_model_outside_its_vocabulary_are_left_out(
     tiny_ir: Callable[[str], Path], tmp_path: Path, written: list[int], engine: str
