@@ -172,6 +172,9 @@ private:
             for (const double d : {3., 7., 11.}) {
                 if (d >= depth) break;
                 const auto least = static_cast<float>(static_cast<double>(max_) - d * p.temperature);
+                const auto left =
+                    std::count_if(block_max_.begin(), block_max_.end(), [&](float m) { return m >= least; });
+                if (static_cast<size_t>(left) * 2 > whole_) break;  // a flat row: knowing more would spare too little
                 if (mass_above(least, p.temperature) > p.top_p * total * (1 + 1e-5)) return least;
             }
         }
