@@ -13,7 +13,8 @@ from typing import Any
 
 from model_export.options import DEFAULT_GROUP_SIZE, WeightOptions
 from ov_kvcrush.errors import ExportError
-from ov_kvcrush.model.gguf.convert import gguf_hf_config, gguf_model_info, run_genai_converter
+from ov_kvcrush.model.gguf.convert import gguf_end_tokens, gguf_hf_config, gguf_model_info, run_genai_converter
+from ov_kvcrush.model.gguf.detokenizer import show_user_defined_tokens
 from ov_kvcrush.model.gguf.reader import read_gguf_header
 from ov_kvcrush.model.info import ModelInfo
 
@@ -45,6 +46,7 @@ def export_gguf(source: Path, out: Path, options: WeightOptions, say: Progress) 
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         (out / name).unlink(missing_ok=True)
     run_genai_converter(source, out, tokenizer_only=True)
+    show_user_defined_tokens(read_gguf_header(source), out)
     with _quiet():
         compress(out, options, say)
 
@@ -87,8 +89,8 @@ def _gguf_to_hf(source: Path, folder: Path) -> None:
     for field in ("num_layers", "num_heads", "num_kv_heads", "k_head_size", "hidden_size", "vocab_size", "rope"):
         if getattr(read, field) != getattr(told, field):
             raise ExportError(f"{field} must be {getattr(told, field)} as in the GGUF, got {getattr(read, field)}")
-    for name in ("bos_token_id", "eos_token_id"):
-        setattr(model.generation_config, name, wanted.get(name))
+    model.generation_config.bos_token_id = wanted.get("bos_token_id")
+    model.generation_config.eos_token_id = gguf_end_tokens(header) or None
     model.save_pretrained(folder)
 
 

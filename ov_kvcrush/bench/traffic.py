@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ov_kvcrush.cli.console import Report
 from ov_kvcrush.bench.measure import MeasuredEngine, MeasuredHandle
 from ov_kvcrush.bench.process import worker
 from ov_kvcrush.bench.settings import OURS, BenchSettings, Cell
+from ov_kvcrush.cli.console import Report
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.kvcache.block_pool import blocks_for
 

@@ -41,9 +41,14 @@ class GrowableArray:
         self._length += 1
 
     def extend(self, values: np.ndarray) -> None:
-        """Add elements."""
-        for value in values.tolist():
-            self.append(value)
+        """Add elements, (n,)."""
+        length = self._length + len(values)
+        if length > len(self._data):
+            larger = np.empty(max(length, 2 * len(self._data)), self._data.dtype)
+            larger[: self._length] = self.view
+            self._data = larger
+        self._data[self._length : length] = values
+        self._length = length
 
     def replace_last(self, value: int) -> None:
         """Put `value` in the place of the last element."""

@@ -107,7 +107,9 @@ class PerfMetrics:
 class GenerationOutput:
     """New tokens of one sequence: `generated_ids`, their log probabilities, and why it ended, if it did.
 
-    text: given where the ids alone do not tell the text, because a stop string ends inside a token.
+    text: given where the ids alone do not tell the text, because a stop string ends inside a token. top_logprobs: for
+    each token {token: log probability} of the most probable ones, as many as `logprobs` asks for; None if it asks for
+    no more than the token's own, or the engine does not tell.
     """
 
     generated_ids: list[int]
@@ -115,6 +117,7 @@ class GenerationOutput:
     score: float
     finish_reason: ov_genai.GenerationFinishReason
     text: str | None = None
+    top_logprobs: list[dict[int, float]] | None = None
 
 
 class StepSeconds(NamedTuple):

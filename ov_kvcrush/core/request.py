@@ -17,6 +17,7 @@ from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOpti
 from ov_kvcrush.core.sampling_params import SamplingParams
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.core.stop_strings import StopStringTracker
+from ov_kvcrush.core.token_counts import TokenCounts
 from ov_kvcrush.core.token_stream import TokenStream
 
 FinishReason = ov_genai.GenerationFinishReason
@@ -35,9 +36,10 @@ class Sequence:
     ids: int64, prompt and generated tokens. num_cached: how many of them, from the start, have KV; the others are still
     to be run. position_offset: added to a token's index for its position. replays: the sequence whose prompt this one
     reads a second time. held_logits: of the prompt's last token, while the prompt is read a second time.
-    score_reduction: how attention scores of its rows are reduced, 0 = none are computed. num_pushed: generated tokens
-    that were handed out. lacks_memory: it has waited for memory, num_passed others got some meanwhile. error: what
-    broke it.
+    score_reduction: how attention scores of its rows are reduced, 0 = none are computed. top_logprobs: {token: log
+    probability} of the most probable ones for each generated token, empty if they are not asked for. token_counts: for
+    penalties, None before the first one. num_pushed: generated tokens that were handed out. lacks_memory: it has waited
+    for memory, num_passed others got some meanwhile. error: what broke it.
     final_*: set at the end.
     """
 
@@ -52,6 +54,8 @@ class Sequence:
         self.replays: Sequence | None = None
         self.held_logits: np.ndarray | None = None
         self.logprobs: list[float] = []
+        self.top_logprobs: list[dict[int, float]] = []
+        self.token_counts: TokenCounts | None = None
         self.cumulative_logprob = 0.0
         self.num_pushed = 0
         self.lacks_memory = False
@@ -71,6 +75,7 @@ class Sequence:
         assert not self.num_generated, "fork() after the first generated token"
         twin = Sequence(self.request, index, self.ids.copy())
         twin.num_cached = self.num_cached
+        twin.token_counts = self.token_counts.copy() if self.token_counts else None
         return twin
 
     @property
@@ -121,8 +126,8 @@ class Request:
         options: RequestOptions = DEFAULT_REQUEST_OPTIONS,
     ) -> None:
         self.request_id = request_id
-        self.options = options
         self.params = params
+        self.options = options
         self.decode = decode
         self.keep_kv = keep_kv
         self.num_prompt_tokens = len(ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,9 @@ import openvino_genai as ov_genai
 from ov_kvcrush.errors import RequestError, did_you_mean
 
 UNLIMITED = 2**64 - 1  # how GenerationConfig spells "not given" for its integers
+
+MAX_LOGPROBS = 20  # for each token, as OpenAI's API has it
+MAX_BIAS = 100  # of a logit, as OpenAI's API has it
 
 _FIELDS = tuple(
     n for n in dir(ov_genai.GenerationConfig) if isinstance(vars(ov_genai.GenerationConfig).get(n), property)
@@ -68,8 +72,9 @@ def make_generation_config(
 class SamplingParams:
     """How one request is sampled and when it ends.
 
-    max_new_tokens counts the tokens of each sequence; stop_token_ids contains the end-of-sequence tokens unless
-    `ignore_eos`; top_k = 0 means no limit.
+    max_new_tokens counts the tokens of each sequence; stop_token_ids are those of `end_tokens`; top_k = 0 means no
+    limit. logprobs: log probabilities for each token, 0 = none, 1 = its own, more = of that many most probable tokens,
+    too. logit_bias: (token, what is added to its logit), -inf bans it.
     """
 
     max_new_tokens: int
@@ -86,8 +91,9 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logprobs: bool = False
+    logprobs: int = 0
     num_return_sequences: int = 1
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         rules = (
@@ -104,6 +110,7 @@ class SamplingParams:
             ("repetition_penalty", self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty), "above 0"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
+            ("logprobs", 0 <= self.logprobs <= MAX_LOGPROBS, f"in 0..{MAX_LOGPROBS}"),
             ("num_return_sequences", self.num_return_sequences >= 1, "at least 1"),
         )
         for name, holds, rule in rules:
@@ -124,13 +131,13 @@ class SamplingParams:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether a penalty, or a ban on ending, changes the model's logits before a token is chosen."""
-        return (
-            self.repetition_penalty != 1
-            or self.presence_penalty != 0
-            or self.frequency_penalty != 0
-            or self.min_new_tokens > 0
-        )
+        """Whether a bias, a penalty, or a ban on ending, changes the model's logits before a token is chosen."""
+        return self.penalises or self.min_new_tokens > 0 or bool(self.logit_bias)
+
+    @property
+    def penalises(self) -> bool:
+        """Whether logits depend on the tokens so far."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @classmethod
     def from_config(
@@ -139,12 +146,17 @@ class SamplingParams:
         defaults: ov_genai.GenerationConfig,
         num_prompt_tokens: int,
         max_tokens: int,
+        vocab_size: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
     ) -> SamplingParams:
         """Check `config` and fold in what depends on the model and the prompt.
 
-        defaults: the model's own generation config; its end-of-sequence tokens hold where `config` names none.
+        defaults: the model's own generation config; see `end_tokens`.
         max_tokens: tokens that prompt and answer together may have; an answer without a length of its own is
             limited by it.
+        vocab_size: logits of the model; None = not known. Ids outside it are refused, but for end tokens of the model's
+            own config, which the caller cannot help: those are left out.
+        logit_bias: {token: number in [-100, 100], or -inf}.
         Raises RequestError naming the field.
         """
         room = max_tokens - num_prompt_tokens
@@ -158,20 +170,11 @@ class SamplingParams:
                 )
         else:
             wanted = room
-        stop_ids = set(config.stop_token_ids)
-        if not config.ignore_eos:
-            if config.eos_token_id >= 0:
-                stop_ids.add(config.eos_token_id)
-            elif not stop_ids:
-                stop_ids |= set(defaults.stop_token_ids)
-                stop_ids |= {defaults.eos_token_id} if defaults.eos_token_id >= 0 else set()
-        else:
-            stop_ids.discard(config.eos_token_id)
         min_new = config.min_new_tokens
         return cls(
             max_new_tokens=min(wanted, room) if wanted >= 1 else wanted,
             min_new_tokens=min(min_new, room) if min_new <= max(wanted, 0) else min_new,
-            stop_token_ids=frozenset(stop_ids),
+            stop_token_ids=checked_end_tokens(config, defaults, vocab_size),
             stop_strings=tuple(sorted(config.stop_strings)),
             include_stop_str_in_output=config.include_stop_str_in_output,
             do_sample=config.do_sample,
@@ -183,9 +186,64 @@ class SamplingParams:
             repetition_penalty=config.repetition_penalty,
             presence_penalty=config.presence_penalty,
             frequency_penalty=config.frequency_penalty,
-            logprobs=config.logprobs > 0,
+            logprobs=config.logprobs,
             num_return_sequences=config.num_return_sequences,
+            logit_bias=_checked_bias(logit_bias or {}, vocab_size),
         )
+
+
+def model_end_tokens(defaults: ov_genai.GenerationConfig) -> frozenset[int]:
+    """The end tokens of a model, by its own generation config: where it lists several, one is in `eos_token_id`."""
+    first = {defaults.eos_token_id} if defaults.eos_token_id >= 0 else set()
+    return frozenset(first | set(defaults.stop_token_ids))
+
+
+def end_tokens(config: ov_genai.GenerationConfig, defaults: ov_genai.GenerationConfig) -> frozenset[int]:
+    """The tokens that end an answer.
+
+    All end tokens of the model, and `stop_token_ids` beside them. An `eos_token_id` that is none of the model's takes
+    the place of the model's. With `ignore_eos` only those `stop_token_ids` that are no end tokens: openvino_genai
+    ignores all of them then, and a config that was read from the model's folder has the model's among them.
+    """
+    own, eos = model_end_tokens(defaults), config.eos_token_id
+    stops = frozenset(config.stop_token_ids)
+    if config.ignore_eos:
+        return stops - own - {eos}
+    return stops | (own if eos < 0 or eos in own else {eos})
+
+
+def outside_vocabulary(ids: Iterable[int], vocab_size: int | None) -> list[int]:
+    """Those that are no tokens, ascending; None = a vocabulary of unknown size."""
+    return sorted(i for i in ids if i < 0 or (vocab_size is not None and i >= vocab_size))
+
+
+def checked_end_tokens(
+    config: ov_genai.GenerationConfig, defaults: ov_genai.GenerationConfig, vocab_size: int | None
+) -> frozenset[int]:
+    """`end_tokens` within the vocabulary. Raises RequestError for others, but those of the model's own are left out."""
+    ends, own = end_tokens(config, defaults), model_end_tokens(defaults)
+    outside = outside_vocabulary(ends, vocab_size)
+    for token in outside:
+        if token not in own:
+            field = "eos_token_id" if token == config.eos_token_id else "stop_token_ids"
+            raise RequestError(f"{field} must be {_token_rule(vocab_size)}, got {token}")
+    return ends - set(outside)
+
+
+def _checked_bias(biases: Mapping[int, float], vocab_size: int | None) -> tuple[tuple[int, float], ...]:
+    for token, bias in biases.items():
+        if isinstance(token, bool) or not isinstance(token, int) or outside_vocabulary([token], vocab_size):
+            raise RequestError(f"logit_bias must be of tokens {_token_rule(vocab_size)}, got {token!r}")
+        is_number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+        if not is_number or not (abs(bias) <= MAX_BIAS or bias == -math.inf):
+            raise RequestError(f"logit_bias must be in [-{MAX_BIAS}, {MAX_BIAS}] or -inf, got {bias!r} for {token}")
+    if vocab_size is not None and sum(bias == -math.inf for bias in biases.values()) >= vocab_size:
+        raise RequestError(f"logit_bias must leave a token, got a ban of all {vocab_size}")
+    return tuple((token, float(bias)) for token, bias in sorted(biases.items()))
+
+
+def _token_rule(vocab_size: int | None) -> str:
+    return f"in 0..{vocab_size - 1}" if vocab_size is not None else "at least 0"
 
 
 def refuse_unsupported(config: ov_genai.GenerationConfig) -> None:

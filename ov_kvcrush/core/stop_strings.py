@@ -6,6 +6,8 @@ import bisect
 from collections.abc import Callable, Sequence
 
 _REPLACEMENT = "\ufffd"  # what a tokenizer shows for a character whose bytes are not complete
+_MAX_OPEN_CHARACTERS = 3  # what is missing a byte has at most three, and shows as at most as many replacements
+_MAX_PENDING = 32  # tokens; more without a complete character are no character
 
 
 class StopStringTracker:
@@ -18,10 +20,11 @@ class StopStringTracker:
         self._stops = tuple(stop_strings)
         self._decode = decode
         self._ids: list[int] = []
-        # Tokens before `_window_start` are settled; those up to `_window_end` have their text in `text` already.
-        # Decoding only the window keeps the cost of a token constant; its first part is context for the spaces.
-        self._window_start = 0
-        self._window_end = 0
+        # Only the tokens of a window are decoded, which keeps the cost of a token constant. Those up to `_settled` are
+        # in `text` already, as `_shown` characters of the window's text; they are context for the spaces.
+        self._start = 0
+        self._settled = 0
+        self._shown = 0
         self.text = ""
         self.ends: list[int] = []  # length of `text` after each token
         self.match: tuple[int, int] | None = None  # begin and end of the stop string in `text`
@@ -29,16 +32,37 @@ class StopStringTracker:
     def add(self, token: int) -> bool:
         """Take one more token; return whether a stop string is complete."""
         self._ids.append(token)
-        before = self._decode(self._ids[self._window_start : self._window_end])
-        now = self._decode(self._ids[self._window_start :])
+        now = self._decode(self._ids[self._start :])
         # Part of a character shows as a replacement character or, with openvino_genai's tokenizers, not at all.
-        if not now.endswith(_REPLACEMENT) and len(now) > len(before):
-            searched = len(self.text)
-            self.text += now[len(before) :]
-            self._window_start, self._window_end = self._window_end, len(self._ids)
-            self._find(searched)
+        if not now.endswith(_REPLACEMENT) and len(now) > self._shown:
+            self._take(now, len(now))
+            self._start, self._settled = self._settled, len(self._ids)
+            self._shown = len(self._decode(self._ids[self._start :]))
+        elif len(self._ids) - self._settled > _MAX_PENDING:
+            self._take_pending(now)
         self.ends.append(len(self.text))
         return self.match is not None
+
+    def _take(self, now: str, length: int) -> None:
+        """Add the window's text, up to `length`."""
+        searched = len(self.text)
+        self.text += now[self._shown : length]
+        self._find(searched)
+
+    def _take_pending(self, now: str) -> None:
+        """Take bytes that are no characters for what they show as, and move the window on.
+
+        A decoder finds back to the borders of characters within three bytes, so the window's last characters are the
+        same wherever it begins: what is shown is counted from its end.
+        """
+        num_open = 0
+        while num_open < _MAX_OPEN_CHARACTERS and now.endswith(_REPLACEMENT * (num_open + 1)):
+            num_open += 1
+        length = max(len(now) - num_open, self._shown)
+        self._take(now, length)
+        self._start = self._settled = len(self._ids) - _MAX_PENDING // 2
+        moved = len(self._decode(self._ids[self._start :]))
+        self._shown = min(max(moved - (len(now) - length), 0), moved)
 
     def _find(self, searched: int) -> None:
         """Look for the earliest stop string that ends after `searched`."""

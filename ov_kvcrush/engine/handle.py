@@ -169,4 +169,5 @@ def whole_output(sequence: Sequence) -> GenerationOutput:
     text, score, limit = sequence.final_text, sequence.cumulative_logprob, sequence.request.max_read
     if limit is not None and sequence.index == 0 and limit < len(ids):
         ids, text, score = ids[:limit], None, sum(sequence.logprobs[:limit])
-    return GenerationOutput(ids, sequence.logprobs[: len(ids)], score, sequence.finish_reason, text)
+    tops = sequence.top_logprobs[: len(ids)] if sequence.request.params.logprobs > 1 else None
+    return GenerationOutput(ids, sequence.logprobs[: len(ids)], score, sequence.finish_reason, text, tops)

@@ -66,7 +66,9 @@ class InputProcessor:
         check_spans(params.spans[: len(params.protect)], len(ids))
         eviction = _checked(eviction, params, len(ids))
         refuse_unsupported(config)
-        sampling = SamplingParams.from_config(config, self._defaults, len(ids), self.max_tokens(eviction, num_evicted))
+        room = self.max_tokens(eviction, num_evicted)
+        vocab_size = self._model.vocab_size
+        sampling = SamplingParams.from_config(config, self._defaults, len(ids), room, vocab_size, options.logit_bias)
         # What goes on from a context is not what its own policy would have left of the prompt.
         keeps_kv = params.keep_kv or self._config.enable_prefix_caching
         keep_kv = keeps_kv and params.context is None and not params.fan_out

@@ -17,7 +17,7 @@ from ov_kvcrush.core.request import FinishReason, Request, Sequence, Status
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.core.step import SchedulerOutput
 from ov_kvcrush.core.token_stream import Outputs
-from ov_kvcrush.engine.sampler import sample
+from ov_kvcrush.engine.sampler import Sampled, sample, sample_rows
 from ov_kvcrush.engine.scheduler import Scheduler
 from ov_kvcrush.errors import OutOfMemory, RequestTimeout
 from ov_kvcrush.kvcache.manager import KVCacheManager
@@ -55,11 +55,11 @@ class OutputProcessor:
         start = time.perf_counter()
         due = [(member, row) for sequence, row in self._due(step, logits) for member in self._members(sequence)]
         chosen = []
-        for (member, _), found in zip(due, self._sample(due), strict=True):
+        for (member, _), sampled in zip(due, self._sample(due), strict=True):
             try:
-                if isinstance(found, Exception):
-                    raise found
-                _accept(member, *found, start)
+                if isinstance(sampled, Exception):
+                    raise sampled
+                _accept(member, sampled, start)
                 chosen.append(member)
             except Exception as error:
                 self.fail(member, error)
@@ -110,15 +110,12 @@ class OutputProcessor:
             sequence.held_logits = None
             yield sequence, held
 
-    def _sample(self, due: list[tuple[Sequence, np.ndarray]]) -> list[tuple[int, float] | Exception]:
-        """The next token of each, and its log probability; or what is wrong with it."""
-        found: list[tuple[int, float] | Exception] = []
-        for member, row in due:
-            try:
-                found.append(sample(row, member))
-            except Exception as error:
-                found.append(error)
-        return found
+    def _sample(self, due: list[tuple[Sequence, np.ndarray]]) -> list[Sampled | Exception]:
+        """The next token of each, or what is wrong with it."""
+        try:
+            return list(sample_rows(due))
+        except Exception:  # of one of them: which, they tell one by one
+            return [_sampled_alone(sequence, row) for sequence, row in due]
 
     def _members(self, sequence: Sequence) -> list[Sequence]:
         """The sequences that take their next token from this row: all of a request's when its prompt is complete."""
@@ -148,7 +145,8 @@ class OutputProcessor:
             return
         begin, sequence.num_pushed = sequence.num_pushed, sequence.num_pushed + len(ids)
         logprobs = sequence.logprobs[begin : sequence.num_pushed]
-        output = GenerationOutput(ids, logprobs, sequence.cumulative_logprob, sequence.finish_reason)
+        tops = sequence.top_logprobs[begin : sequence.num_pushed] if sequence.request.params.logprobs > 1 else None
+        output = GenerationOutput(ids, logprobs, sequence.cumulative_logprob, sequence.finish_reason, None, tops)
         news = self._news.get(sequence.request) or {}
         news[sequence.index] = output
         self._news[sequence.request] = news
@@ -266,11 +264,23 @@ def _own_copy(error: BaseException) -> Exception:
     return own
 
 
-def _accept(sequence: Sequence, token: int, logprob: float, now: float) -> None:
+def _sampled_alone(sequence: Sequence, logits: np.ndarray) -> Sampled | Exception:
+    try:
+        return sample(logits, sequence)
+    except Exception as error:
+        return error
+
+
+def _accept(sequence: Sequence, sampled: Sampled, now: float) -> None:
+    token, logprob, top = sampled
+    if token < 0:
+        raise FloatingPointError("logits must have a finite maximum, got none: the model or its precision broke")
     sequence.ids.append(token)
     sequence.token_times.append(now)
     sequence.logprobs.append(logprob)
     sequence.cumulative_logprob += logprob
+    if top is not None:
+        sequence.top_logprobs.append(top)
     sequence.finish_reason = finish_reason(sequence, token)
 
 

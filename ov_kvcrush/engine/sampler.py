@@ -2,115 +2,63 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence as Items
+from contextlib import ExitStack
+from typing import NamedTuple
+
 import numpy as np
 
 from ov_kvcrush.core.request import Sequence
+from ov_kvcrush.engine.draw import Drawn, DrawParams, draw_rows, noise_key
+from ov_kvcrush.engine.penalties import apply_penalties, changed
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MASK = (1 << 64) - 1
 
+class Sampled(NamedTuple):
+    """The next token of a sequence.
 
-def sample(logits: np.ndarray, sequence: Sequence) -> tuple[int, float]:
-    """Choose the next token of `sequence` from float32 (vocabulary,).
-
-    Returns the token and its log probability after penalties and before temperature; 0.0 where it is not asked for.
-    Ties go to the lowest token id.
+    logprob: after penalties and before temperature; 0.0 where it is not asked for. top_logprobs: {token: log
+    probability} of the most probable ones, where more than the token's own are asked for. token = -1 where none is
+    possible: the largest logit is not finite.
     """
+
+    token: int
+    logprob: float = 0.0
+    top_logprobs: dict[int, float] | None = None
+
+
+def sample_rows(rows: Items[tuple[Sequence, np.ndarray]]) -> list[Sampled]:
+    """Choose the next token of each sequence from its logits, float32 (vocabulary,): all of a step in one call.
+
+    Ties go to the lowest token id. The logits are as before when it returns.
+    """
+    logits = [np.ascontiguousarray(row, np.float32) for _, row in rows]
+    owners = Counter(row.ctypes.data for row in logits)
+    with ExitStack() as stack:
+        for i, (sequence, _) in enumerate(rows):
+            if not sequence.request.params.changes_logits:
+                continue
+            if logits[i].flags.writeable and owners[logits[i].ctypes.data] == 1:
+                stack.enter_context(changed(logits[i], sequence))
+            else:
+                logits[i] = apply_penalties(logits[i], sequence)
+        drawn = draw_rows(logits, [_draw_params(sequence) for sequence, _ in rows])
+    return [_sampled(d, sequence) for d, (sequence, _) in zip(drawn, rows, strict=True)]
+
+
+def sample(logits: np.ndarray, sequence: Sequence) -> Sampled:
+    """`sample_rows` of one sequence."""
+    return sample_rows([(sequence, logits)])[0]
+
+
+def _draw_params(sequence: Sequence) -> DrawParams:
     params = sequence.request.params
-    if params.changes_logits:
-        logits = apply_penalties(logits, sequence)
-    token = int(logits.argmax()) if params.is_greedy else _draw(logits, sequence)
-    return token, log_softmax_at(logits, token) if params.logprobs else 0.0
+    if params.is_greedy:
+        return DrawParams(0.0, 0, 1.0, 0.0, 0, params.logprobs)
+    key = noise_key(params.seed, sequence.index, sequence.num_generated)
+    return DrawParams(params.temperature, params.top_k, params.top_p, params.min_p, key, params.logprobs)
 
 
-def apply_penalties(logits: np.ndarray, sequence: Sequence) -> np.ndarray:
-    """Repetition penalty over prompt and answer (CTRL, arXiv 1909.05858); presence and frequency over the answer.
-
-    Presence and frequency are subtracted whatever the sign of the logit (openvino_genai adds them to negative logits),
-    and an end that comes too early is impossible rather than a logit of 0.
-    """
-    params = sequence.request.params
-    logits = logits.copy()
-    if params.repetition_penalty != 1:
-        seen = np.unique(sequence.ids[:])
-        at = logits[seen]
-        logits[seen] = np.where(at > 0, at / params.repetition_penalty, at * params.repetition_penalty)
-    if (params.presence_penalty or params.frequency_penalty) and sequence.num_generated:
-        tokens, counts = np.unique(sequence.generated, return_counts=True)
-        logits[tokens] -= (params.presence_penalty + params.frequency_penalty * counts).astype(np.float32)
-    if sequence.num_generated < params.min_new_tokens and params.stop_token_ids:
-        logits[list(params.stop_token_ids)] = -np.inf
-    return logits
-
-
-def _draw(logits: np.ndarray, sequence: Sequence) -> int:
-    """Temperature, then top-k, then top-p, then min-p, as Hugging Face orders them; then one draw."""
-    params = sequence.request.params
-    if 0 < params.top_k < len(logits):
-        tokens = np.argpartition(logits, -params.top_k)[-params.top_k :]
-        tokens.sort()  # the partition's order is not ours to rely on
-        logits = logits[tokens]
-    else:
-        tokens = np.arange(len(logits))
-    probs = softmax((logits - logits.max()).astype(np.float64) / params.temperature)
-    if params.top_p < 1:
-        kept = nucleus(probs, params.top_p)
-        tokens, probs = tokens[kept], probs[kept]
-    if params.min_p > 0:
-        likely = probs >= params.min_p * probs.max()
-        tokens, probs = tokens[likely], probs[likely]
-    # A race: each token arrives after an exponential time with its probability as the rate; the first one wins.
-    # Inverting the cumulative distribution draws the same, but there rounding in one logit moves the borders of all
-    # later tokens: 1e-5 of it changed an answer on a vocabulary of 288, here it must hit two that arrive together.
-    with np.errstate(divide="ignore"):
-        arrivals = exponential_noise(params.seed, sequence.index, sequence.num_generated, tokens) / probs
-    return int(tokens[arrivals.argmin()])
-
-
-def nucleus(probs: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices, ascending, of the smallest set of most probable tokens that reaches `top_p` (arXiv 1904.09751).
-
-    The set is nearly always among a few hundred, and sorting a vocabulary of 152k takes several milliseconds.
-    """
-    candidates = np.arange(len(probs))
-    for count in (256, 4096):
-        if count < len(probs):
-            top = np.argpartition(probs, -count)[-count:]
-            if probs[top].sum() > top_p:
-                candidates = np.sort(top)
-                break
-    order = candidates[np.argsort(-probs[candidates])]
-    # Those before which less than top_p is gathered.
-    kept = order[: int(np.searchsorted(np.cumsum(probs[order]), top_p)) + 1]
-    return np.sort(kept)
-
-
-def exponential_noise(seed: int, index: int, position: int, tokens: np.ndarray) -> np.ndarray:
-    """Exponential variates float64 (n,), a pure function of the seed, the sequence, the position and each token id.
-
-    SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014) of a key and the token.
-    """
-    key = np.zeros(1, np.uint64)
-    for part in (seed, index, position):
-        key = _mix(key + np.uint64(part & _MASK))
-    bits = _mix(key + tokens.astype(np.uint64) * _GOLDEN) >> np.uint64(11)
-    return np.asarray(-np.log((bits + 0.5) * 2.0**-53))
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = x + _GOLDEN
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    """Softmax of (n,)."""
-    e = np.exp(x - x.max())
-    return np.asarray(e / e.sum())
-
-
-def log_softmax_at(logits: np.ndarray, token: int) -> float:
-    """Log probability of one token under float32 (vocabulary,) logits."""
-    top = logits.max()
-    return float(logits[token] - top - np.log(np.exp(logits - top).sum()))
+def _sampled(drawn: Drawn, sequence: Sequence) -> Sampled:
+    top = dict(drawn.top) if sequence.request.params.logprobs > 1 else None
+    return Sampled(drawn.token, drawn.logprob, top)

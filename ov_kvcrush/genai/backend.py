@@ -18,7 +18,7 @@ from ov_kvcrush.core.cache_params import DEFAULT_CACHE_PARAMS, CacheParams
 from ov_kvcrush.core.engine_thread import EngineThread
 from ov_kvcrush.core.outputs import PipelineMetrics, StepSeconds
 from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
-from ov_kvcrush.core.sampling_params import SamplingParams
+from ov_kvcrush.core.sampling_params import SamplingParams, checked_end_tokens, outside_vocabulary
 from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
 from ov_kvcrush.errors import (
     ContextFileError,
@@ -30,6 +30,8 @@ from ov_kvcrush.errors import (
 )
 from ov_kvcrush.genai.eviction import scheduler_fields, translate
 from ov_kvcrush.genai.request import GenaiHandle, GenaiRequest
+from ov_kvcrush.model.hf_config import pick
+from ov_kvcrush.model.info import read_json_object
 from ov_kvcrush.model.load import check_device
 from ov_kvcrush.model.plugin import capped_properties, kept_signal_stack, open_core, paged_precisions
 from ov_kvcrush.policies.base import Policy
@@ -63,7 +65,10 @@ def genai_cache_properties(config: CacheConfig, properties: dict[str, Any]) -> d
 
 
 class GenaiBackend:
-    """openvino_genai's continuous batching behind the interface of our own engine."""
+    """openvino_genai's continuous batching behind the interface of our own engine.
+
+    vocab_size: logits of the model by its config.json; None if that does not tell.
+    """
 
     def __init__(
         self,
@@ -90,6 +95,7 @@ class GenaiBackend:
                 f"model in {str(folder)!r} must load in openvino_genai on {device}, got: {reason_of(error)}"
             ) from None
         self._defaults = defaults
+        self.vocab_size = pick(read_json_object(folder / "config.json") or {}, "vocab_size", optional=True)
         self._decode: Callable[[list[int]], str] = tokenizer.decode
         self._requests: dict[int, GenaiRequest] = {}
         self._lock = threading.Lock()
@@ -122,13 +128,20 @@ class GenaiBackend:
         ids = np.asarray(ids, np.int64).reshape(1, -1)
         if not ids.size:
             raise RequestError("prompt must have at least one token, got an empty one")
-        if config.eos_token_id < 0 and not config.ignore_eos and self._defaults.eos_token_id >= 0:
-            config.set_eos_token_id(self._defaults.eos_token_id)
+        outside = outside_vocabulary(ids[0].tolist(), self.vocab_size)
+        if outside:
+            rule = f"in 0..{self.vocab_size - 1}" if self.vocab_size else "at least 0"
+            raise RequestError(f"token ids must be {rule}, got {outside[0]}")
+        ends = checked_end_tokens(config, self._defaults, self.vocab_size)
+        if ends:  # with ignore_eos it would ignore all of them, and without an end token take the model's
+            config.ignore_eos = False
+            config.eos_token_id = config.eos_token_id if config.eos_token_id in ends else min(ends)
+        config.stop_token_ids = set(ends)
         if self._eviction:
             self._eviction.check_request(ids.size, config)
         if config.num_beams == 1:
             # For its checks: openvino_genai has fewer.
-            SamplingParams.from_config(config, self._defaults, ids.size, _NO_LIMIT)
+            SamplingParams.from_config(config, self._defaults, ids.size, _NO_LIMIT, self.vocab_size)
         with self._lock:
             if request_id in self._requests:
                 raise RequestError(f"request_id must differ from those of running requests, got {request_id} again")

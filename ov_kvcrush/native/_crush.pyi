@@ -4,6 +4,7 @@ Letters: H query heads, K KV heads, D channels of a head, S cached tokens of a h
 Arrays must be contiguous and of the dtype given. Wrong values raise ValueError "<field> must be <rule>, got <value>".
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -119,3 +120,8 @@ def encode_decode(
     key: str, value: str, group_size: int, k: Float32, v: Float32, isa: str = ""
 ) -> tuple[Float32, Float32]:
     """k, v (n, D), n <= 32: one tile there and back."""
+
+def draw_rows(
+    rows: Sequence[Float32], params: Sequence[tuple[float, int, float, float, int, int]], isa: str = ""
+) -> list[tuple[int, float, list[tuple[int, float]]]]:
+    """Tokens drawn from rows (V,) of logits, in parallel; see ov_kvcrush/engine/draw.py for parameters and results."""

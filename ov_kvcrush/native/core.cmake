@@ -5,6 +5,8 @@ set(CRUSH_CORE_SOURCES
   kernels/attention.cpp
   kernels/kernels.cpp
   kernels/kernels_scalar.cpp
+  kernels/sampling.cpp
+  kernels/sampling_scalar.cpp
   kernels/tile.cpp
   op/plan.cpp
   store/append.cpp
@@ -25,10 +27,15 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang" AND CMAKE_SYSTEM_PROCESSOR MATCHES 
     kernels/kernels_avx2.cpp
     kernels/kernels_avx512.cpp
     kernels/prefill_amx.cpp
+    kernels/sampling_avx2.cpp
+    kernels/sampling_avx512.cpp
     kernels/scores_amx.cpp
   )
   set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/kernels_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
   set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/kernels_avx512.cpp PROPERTIES COMPILE_OPTIONS
+    "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx2;-mfma;-mf16c")
+  set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/sampling_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
+  set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/sampling_avx512.cpp PROPERTIES COMPILE_OPTIONS
     "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx2;-mfma;-mf16c")
   # The tile instructions themselves are inline assembly.
   set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/attend_amx.cpp PROPERTIES COMPILE_OPTIONS

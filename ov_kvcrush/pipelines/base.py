@@ -54,7 +54,7 @@ class PipelineBase:
         self._folder = folder
         self._has_own_tokenizer = tokenizer is not None
         self._tokenizer = tokenizer or load_tokenizer(folder, tokenizer_properties or {})
-        self._config = load_generation_config(folder, self._tokenizer)
+        self._config = self._model_config = load_generation_config(folder, self._tokenizer)
         self._encoder = PromptEncoder(self._tokenizer)
         self._context_encoder = ContextEncoder(self._encoder, self._tokenizer)
         backend = make_backend(

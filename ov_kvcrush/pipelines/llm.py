@@ -15,6 +15,7 @@ from ov_kvcrush.contexts.context import Context, require_context
 from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.core.outputs import DecodedResults, EncodedResults, PerfMetrics
 from ov_kvcrush.core.request_options import RequestOptions
+from ov_kvcrush.core.sampling_params import end_tokens, model_end_tokens
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipelines.backend import Backend, Handle
@@ -71,11 +72,16 @@ class LLMPipeline(PipelineBase):
         return self._options(None, {})
 
     def set_generation_config(self, config: ov_genai.GenerationConfig) -> None:
-        """Set the config that holds where `generate` gets none. Its end-of-sequence token, if any, replaces the old."""
-        eos = self._config.eos_token_id
+        """Set the config that holds where `generate` gets none.
+
+        Its end-of-sequence token, if any, replaces the old; where the model has several, they stay or go together.
+        """
+        eos, own = self._config.eos_token_id, model_end_tokens(self._model_config)
         self._config = self._options(config, {})
         if self._config.eos_token_id < 0 and eos >= 0:
             self._config.set_eos_token_id(eos)
+        if self._config.eos_token_id in own:
+            self._config.stop_token_ids = self._config.stop_token_ids | own
 
     def start_chat(self, system_message: str = "", *, context: Context | None = None) -> None:
         """From now on `generate` of a text is a turn of one conversation, until `finish_chat`.
@@ -282,8 +288,7 @@ class LLMPipeline(PipelineBase):
             self._chat_context = new
 
     def _is_end(self, token: int, config: ov_genai.GenerationConfig) -> bool:
-        ends = {config.eos_token_id, self._config.eos_token_id, *config.stop_token_ids, *self._config.stop_token_ids}
-        return token in ends
+        return token in end_tokens(config, self._model_config) | model_end_tokens(self._model_config)
 
     def _decoded(
         self, handles: list[Handle], rows: list[np.ndarray], config: ov_genai.GenerationConfig, metrics: PerfMetrics

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import openvino_genai as ov_genai
 
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
+from ov_kvcrush.core.sampling_params import model_end_tokens, outside_vocabulary
 from ov_kvcrush.engine.engine import Engine
 from ov_kvcrush.errors import CrushError, ModelError, reason_of
 from ov_kvcrush.genai.backend import GenaiBackend, genai_cache_properties
@@ -53,13 +55,25 @@ def make_backend(
         if cache_config is not None:
             properties = {**properties, **genai_cache_properties(settings, properties)}
         policy = settings.eviction_policy
-        return GenaiBackend(folder, tokenizer, device, scheduler_config, properties, config, policy)
+        backend = GenaiBackend(folder, tokenizer, device, scheduler_config, properties, config, policy)
+        _warn_of_ends_outside(config, backend.vocab_size, folder)
+        return backend
     scheduler = SchedulerConfig.from_options(scheduler_config)
     attention = settings.choose_attention()
     if attention == "crush":
         settings, properties = settings.with_properties(properties)
     model = load_model(folder, device, properties, attention)
+    _warn_of_ends_outside(config, model.vocab_size, folder)
     return Engine(model, scheduler, config, tokenizer.decode, settings)
+
+
+def _warn_of_ends_outside(config: ov_genai.GenerationConfig, vocab_size: int | None, folder: Path) -> None:
+    outside = outside_vocabulary(model_end_tokens(config), vocab_size)
+    if outside and vocab_size is not None:
+        warnings.warn(
+            f"end tokens of the model in {str(folder)!r} must be in 0..{vocab_size - 1}, got {outside}: left out",
+            stacklevel=2,
+        )
 
 
 def with_cache(backend: Backend, cache_config: Any) -> Backend:

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from tiny_gguf import MERGED, ROPE_THETA, tiny_gguf
 from tiny_models import CONTEXT_LENGTH, HEAD_SIZE, HIDDEN_SIZE, NUM_HEADS, NUM_KV_HEADS, VOCAB_SIZE, tiny_model
 
+from ov_kvcrush.core.sampling_params import model_end_tokens
 from ov_kvcrush.errors import ModelError
 from ov_kvcrush.model.gguf import convert as gguf_model
 from ov_kvcrush.model.gguf.convert import check_convertible, convert_gguf, gguf_model_info
 from ov_kvcrush.model.gguf.reader import TENSOR_TYPES, read_gguf_header
 from ov_kvcrush.model.info import ModelInfo
 from ov_kvcrush.model.plugin import open_core
+from ov_kvcrush.pipelines.loading import load_generation_config, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +186,37 @@ def test_a_count_beyond_the_file_is_refused_before_memory_is_taken(where: str, t
         tracemalloc.stop()
 
 
+def array(name: bytes, item: int, count: int, data: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(name)) + name + struct.pack("<IIQ", 9, item, count) + data
+
+
+SPARSE = {
+    "numbers": header_bytes(0, 1, array(b"k", 0, 2**29)),
+    "strings": header_bytes(0, 1, array(b"k", 8, 2**26)),
+    "one string": header_bytes(0, 1, KEY + struct.pack("<IQ", 8, 2**29)),
+    "a name": header_bytes(1, 0, struct.pack("<Q", 2**29)),
+    "many tensors": header_bytes(2**24, 0, b""),
+    "many keys": header_bytes(0, 2**25, b""),
+    "numbers together": header_bytes(0, 9, b"".join(array(b"k%d" % i, 0, 2**20, bytes(2**20)) for i in range(9))),
+}
+
+
+@pytest.mark.parametrize("where", SPARSE)
+def test_a_sparse_file_is_refused_with_little_memory(where: str, tmp_path: Path) -> None:
+    """1 GiB that takes no room on the disk: every count fits into the file."""
+    path = tmp_path / "x.gguf"
+    path.write_bytes(SPARSE[where])
+    with path.open("r+b") as file:
+        file.truncate(1 << 30)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ModelError, match=r"x\.gguf"):
+            read_gguf_header(path)
+        assert tracemalloc.get_traced_memory()[1] < (1 << 27 if where == "numbers together" else 1 << 20)
+    finally:
+        tracemalloc.stop()
+
+
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="readable"):
         read_gguf_header(tmp_path / "none.gguf")
@@ -256,6 +289,35 @@ def test_converted_folder_chats_in_stock_genai(q8_gguf: Path, tmp_path: Path) ->
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 257
 
 
+@pytest.fixture(scope="module")
+def marked_folder(tiny_hf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted GGUF with a USER_DEFINED token (258) and ends of turns and messages (259, 261)."""
+    folder = tmp_path_factory.mktemp("marked")
+    kinds = [1] * 256 + [3, 3, 4, 3, 1] + [3] * (VOCAB_SIZE - 261)
+    ends = {"tokenizer__ggml__eot_token_id": 259, "tokenizer__ggml__eom_token_id": 261}
+    tiny_gguf(folder / "m.gguf", tiny_hf("llama"), "Q8_0", tokenizer__ggml__token_type=kinds, **ends)
+    convert_gguf(folder / "m.gguf", folder / "out")
+    return folder / "out"
+
+
+def test_user_defined_tokens_stay_in_decoded_answers(marked_folder: Path) -> None:
+    import openvino_genai
+
+    tokenizer = openvino_genai.Tokenizer(str(marked_folder), {})
+    ids = tokenizer.encode("a<|start|>b<|end|>").input_ids.data[0].tolist()
+    assert 258 in ids
+    assert tokenizer.decode(ids) == "a<|start|>b"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "a<|start|>b<|end|>"
+    assert "<|start|>" in tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], True)
+
+
+def test_ends_of_turns_are_end_tokens(marked_folder: Path) -> None:
+    tokenizer = load_tokenizer(marked_folder, {})
+    config = load_generation_config(marked_folder, tokenizer)
+    assert model_end_tokens(config) == {257, 259, 261}
+    assert config.eos_token_id == 257
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": ({"general__architecture": "gemma2"}, "general.architecture"),
     "experts": ({"llama__expert_count": 8}, "expert_count"),
@@ -266,6 +328,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pre-tokenizer": ({"tokenizer__ggml__pre": "unheard-of"}, "tokenizer.ggml.pre"),
     "no tokens": ({"tokenizer__ggml__tokens": None}, "tokenizer.ggml.tokens"),
     "eos outside": ({"tokenizer__ggml__eos_token_id": 5000}, "eos_token_id"),
+    "end of turn outside": ({"tokenizer__ggml__eot_token_id": 5000}, "eot_token_id"),
     "layers without tensors": ({"llama__block_count": 2**30}, "block_count must be at most"),
     "no layers": ({"llama__block_count": None}, "num_hidden_layers"),
     "no heads": ({"llama__attention__head_count": None}, "num_attention_heads"),

@@ -14,11 +14,12 @@ from ov_kvcrush.core import request as requests
 from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.core.step import SchedulerOutput
+from ov_kvcrush.engine.draw import log_softmax_at
 from ov_kvcrush.engine.engine import Engine
 from ov_kvcrush.engine.handle import GenerationHandle
 from ov_kvcrush.engine.input_processor import Decode
 from ov_kvcrush.engine.output_processor import OutputProcessor
-from ov_kvcrush.engine.sampler import log_softmax_at
+from ov_kvcrush.engine.sampler import Sampled
 from ov_kvcrush.errors import OutOfMemory
 from ov_kvcrush.model.load import LoadedModel
 
@@ -70,11 +71,11 @@ class _ForcedOutput(OutputProcessor):
             self.advance(step.num_tokens)
         return super().process(step, logits)
 
-    def _sample(self, due: list[tuple[requests.Sequence, np.ndarray]]) -> list[tuple[int, float] | Exception]:
+    def _sample(self, due: list[tuple[requests.Sequence, np.ndarray]]) -> list[Sampled | Exception]:
         answers = [self.answers.get(sequence.request.request_id) for sequence, _ in due]
         free = iter(super()._sample([one for one, answer in zip(due, answers, strict=True) if answer is None]))
         return [
-            next(free) if answer is None else (answer.note(row, sequence.num_generated), 0.0)
+            next(free) if answer is None else Sampled(answer.note(row, sequence.num_generated))
             for (sequence, row), answer in zip(due, answers, strict=True)
         ]
 

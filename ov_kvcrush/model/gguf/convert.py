@@ -17,6 +17,7 @@ from typing import Any
 
 from ov_kvcrush.errors import ModelError
 from ov_kvcrush.model.folder import check_model_folder
+from ov_kvcrush.model.gguf.detokenizer import show_user_defined_tokens
 from ov_kvcrush.model.gguf.reader import GgufHeader, read_gguf_header
 from ov_kvcrush.model.gguf.zero_points import restore_zero_points
 from ov_kvcrush.model.info import ModelInfo
@@ -26,7 +27,8 @@ from ov_kvcrush.utils.atomic import atomic_folder
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 MATRIX_TYPES = ("F16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")
 PRE_TOKENIZERS = ("qwen2", "smollm", "llama-bpe")
-TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "padding_token_id", "unknown_token_id")
+END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")  # of a text, of a turn, of a message that calls a tool
+TOKEN_ID_KEYS = ("bos_token_id", *END_KEYS, "padding_token_id", "unknown_token_id")
 
 # Runs in a process of its own: the converter trusts what it reads, and a crash there must not take the caller along.
 _CONVERT = """
@@ -70,6 +72,7 @@ def convert_gguf(
             run_genai_converter(gguf, partial)
             say("restoring exact zero points")
             restore_zero_points(header, gguf, partial)
+            show_user_defined_tokens(header, partial)
             say("writing the folder")
             _write_configs(header, info, partial)
             if finish is not None:
@@ -189,6 +192,12 @@ def gguf_hf_config(header: GgufHeader) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not None}
 
 
+def gguf_end_tokens(header: GgufHeader) -> list[int]:
+    """The tokens that end an answer, the one that ends a text first."""
+    found = (header.metadata.get(f"tokenizer.ggml.{key}") for key in END_KEYS)
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
 def _key_length(meta: Mapping[str, Any], arch: str) -> Any:
     size = meta.get(f"{arch}.attention.key_length")
     hidden, heads = meta.get(f"{arch}.embedding_length"), meta.get(f"{arch}.attention.head_count")
@@ -213,7 +222,10 @@ def _with_origin(info: ModelInfo, header: GgufHeader, name: str, sha256: str) ->
 def _write_configs(header: GgufHeader, info: ModelInfo, folder: Path) -> None:
     """Write the JSON files that tools beside openvino_genai look for; the chat template is in the tokenizer IR."""
     config = gguf_hf_config(header)
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
+    ids: dict[str, Any] = {"bos_token_id": config["bos_token_id"]} if "bos_token_id" in config else {}
+    ends = gguf_end_tokens(header)
+    if ends:
+        ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     for name, content in (("config.json", config), ("generation_config.json", ids)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

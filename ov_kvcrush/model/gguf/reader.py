@@ -20,6 +20,12 @@ VERSIONS = (2, 3)
 MAX_DIMS = 4
 DEFAULT_ALIGNMENT = 32
 
+# Sparse files are of any size at no cost, so a count that fits into the file may still take all memory. The largest
+# headers known have 1.3 million items (tokens, scores, types, merges) in 16 MB.
+MAX_HEADER_BYTES = 1 << 26
+MAX_STRING_BYTES = 1 << 24
+MAX_ITEMS = 1 << 22  # of all arrays together
+
 # Metadata value types: number -> (struct format, bytes)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -103,6 +109,7 @@ class _Cursor:
 
     def __init__(self, data: mmap.mmap, size: int, name: str) -> None:
         self.data, self.size, self.name, self.at = data, size, name, 0
+        self.num_items = 0
 
     def need(self, count: int, what: str) -> None:
         if count > self.size - self.at:
@@ -110,6 +117,16 @@ class _Cursor:
                 f"{self.name} must be complete: {what} at byte {self.at} needs {count} bytes, the file has "
                 f"{self.size - self.at} more ({self.size} in all): it is truncated or damaged, fetch it again"
             )
+        if self.at + count > MAX_HEADER_BYTES:
+            raise self.wrong(
+                f"the header must be of at most {MAX_HEADER_BYTES} bytes, got {what} up to byte {self.at + count}"
+            )
+
+    def need_items(self, count: int, item_bytes: int, what: str) -> None:
+        self.need(item_bytes * count, f"{what} with {count} items")
+        self.num_items += count
+        if self.num_items > MAX_ITEMS:
+            raise self.wrong(f"arrays must have at most {MAX_ITEMS} items together, got {self.num_items} with {what}")
 
     def take(self, count: int, what: str) -> bytes:
         self.need(count, what)
@@ -120,7 +137,11 @@ class _Cursor:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code), what))[0]
 
     def text(self, what: str, strict: bool = True) -> str:
-        raw = self.take(self.number("Q", what), what)
+        length = self.number("Q", what)
+        self.need(length, what)
+        if length > MAX_STRING_BYTES:
+            raise self.wrong(f"{what} must be of at most {MAX_STRING_BYTES} bytes, got {length}")
+        raw = self.take(length, what)
         try:
             return raw.decode("utf-8", "strict" if strict else "replace")
         except UnicodeDecodeError:
@@ -161,12 +182,12 @@ def _value(cursor: _Cursor, kind: int, key: str) -> Any:
     item = cursor.number("I", key)
     count = cursor.number("Q", key)
     if item == _STRING:
-        cursor.need(8 * count, f"{key} with {count} strings")
+        cursor.need_items(count, 8, key)
         return [cursor.text(key, strict=False) for _ in range(count)]
     if item not in _SCALARS:
         raise cursor.wrong(f"items of {key} must be numbers or strings, got type {item}")
     code = _SCALARS[item]
-    cursor.need(struct.calcsize("<" + code) * count, f"{key} with {count} items")
+    cursor.need_items(count, struct.calcsize("<" + code), key)
     return list(struct.unpack(f"<{count}{code}", cursor.take(struct.calcsize("<" + code) * count, key)))
 
 

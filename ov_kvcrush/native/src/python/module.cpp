@@ -12,6 +12,7 @@
 
 #include "kernels/kernels.hpp"
 #include "python/py_kernels.hpp"
+#include "python/py_sampling.hpp"
 #include "python/py_store.hpp"
 
 namespace nb = nanobind;
@@ -54,6 +55,8 @@ NB_MODULE(_crush, m) {
           "layers"_a, "staging"_a, "isa"_a = "");
     m.def("tile_bytes", &tile_bytes, "key"_a, "value"_a, "head_size"_a, "group_size"_a, "listed"_a = false);
     m.def("encode_decode", &encode_decode, "key"_a, "value"_a, "group_size"_a, "k"_a, "v"_a, "isa"_a = "");
+
+    m.def("draw_rows", &draw_rows, "rows"_a, "params"_a, "isa"_a = "");
 
     using S = PyStore;
     nb::class_<S>(m, "Store")

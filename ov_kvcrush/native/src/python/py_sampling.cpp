@@ -1,0 +1,33 @@
+#include "python/py_sampling.hpp"
+
+#include "kernels/sampling.hpp"
+#include "op/threads.hpp"
+#include "python/arguments.hpp"
+
+namespace crush {
+
+std::vector<DrawResult> draw_rows(const std::vector<Input>& rows, const std::vector<DrawArgument>& params,
+                                  const std::string& isa) {
+    require(rows.size() == params.size(), "params must be as many as rows", params.size());
+    const SamplingKernels& chosen = sampling_kernels(isa);
+    std::vector<const float*> logits;
+    std::vector<DrawParams> checked;
+    for (size_t i = 0; i < rows.size(); ++i) {
+        logits.push_back(data_of<float>(rows[i], "rows", {ANY}));
+        const auto& [temperature, top_k, top_p, min_p, key, num_logprobs] = params[i];
+        require(temperature >= 0, "temperature must be at least 0", temperature);
+        checked.push_back(
+            {temperature, to_size("top_k", top_k), top_p, min_p, key, to_int("num_logprobs", num_logprobs)});
+    }
+    std::vector<Drawn> drawn(rows.size());
+    {
+        const nanobind::gil_scoped_release release;
+        parallel_for()(rows.size(),
+                       [&](size_t i) { drawn[i] = draw(logits[i], rows[i].shape(0), checked[i], chosen); });
+    }
+    std::vector<DrawResult> results;
+    for (Drawn& d : drawn) results.emplace_back(d.token, d.logprob, std::move(d.top));
+    return results;
+}
+
+}  // namespace crush

@@ -1,0 +1,88 @@
+"""The compiled draw equals its numpy twin on every instruction set, whatever the distribution."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ov_kvcrush import native
+from ov_kvcrush.engine.draw import Drawn, DrawParams, draw, noise_key
+
+ISAS = native.info()["isas"] if native.available() else []
+
+
+def random_case(seed: int) -> tuple[np.ndarray, DrawParams]:
+    """Logits from flat to peaked, of sizes around whole blocks, half of them with many ties; any limits."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.choice([1, 3, 63, 64, 65, 128, 1000, 20_000]))
+    logits = rng.normal(size=size) * rng.choice([0, 0.1, 1, 3, 8, 50]) + rng.choice([0, -1000, 1000])
+    if rng.random() < 0.5:
+        logits = np.round(logits * 8) / 8  # as bf16 gives them
+    if rng.random() < 0.3:
+        logits[rng.random(size) < 0.9] = -np.inf
+        logits[rng.integers(size)] = 1000
+    params = DrawParams(
+        temperature=float(rng.choice([0, 1e-300, 0.01, 0.5, 1, 3, 100])),
+        top_k=int(rng.choice([0, 0, 1, 5, 300, 10**9])),
+        top_p=float(rng.choice([0.01, 0.5, 0.9, 0.99, 1])),
+        min_p=float(rng.choice([0, 0, 0.001, 0.1, 0.9])),
+        key=noise_key(seed, 0, 1),
+        num_logprobs=int(rng.integers(0, 6)),
+    )
+    return logits.astype(np.float32), params
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_compiled_equals_numpy(isa: str) -> None:
+    for seed in range(600):
+        logits, params = random_case(seed)
+        expected = draw(logits, params)
+        got = Drawn(*native.load().draw_rows([logits], [params], isa)[0])
+        assert got.token == expected.token, (seed, params)
+        assert [token for token, _ in got.top] == [token for token, _ in expected.top], (seed, params)
+        assert got.logprob == pytest.approx(expected.logprob, abs=2e-6), (seed, params)
+        np.testing.assert_allclose([x for _, x in got.top], [x for _, x in expected.top], atol=2e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_flat_nucleus_of_a_large_vocabulary(isa: str) -> None:
+    """More tokens in the nucleus than any sort of a few candidates would see."""
+    logits = np.random.default_rng(0).normal(size=(8, 50_001)).astype(np.float32)
+    params = [DrawParams(2.0, 0, 0.95, 0.0, noise_key(seed, 0, 0), 0) for seed in range(len(logits))]
+    got = [drawn[0] for drawn in native.load().draw_rows(list(logits), params, isa)]
+    assert got == [draw(row, p).token for row, p in zip(logits, params, strict=True)]
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled module")
+def test_rows_do_not_touch_each_other() -> None:
+    cases = [random_case(seed) for seed in range(40)]
+    rows, params = [row for row, _ in cases], [p for _, p in cases]
+    draw_rows = native.load().draw_rows
+    assert draw_rows(rows, params) == [draw_rows([row], [p])[0] for row, p in cases]
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled module")
+@pytest.mark.parametrize(
+    ("rows", "params", "words"),
+    [
+        ([np.zeros(3)], [DrawParams(1, 0, 1, 0, 0, 0)], "rows must be an array of float32"),
+        ([np.zeros((2, 3), np.float32)], [DrawParams(1, 0, 1, 0, 0, 0)], "rows must have shape"),
+        ([np.zeros(6, np.float32)[::2]], [DrawParams(1, 0, 1, 0, 0, 0)], "rows must be contiguous"),
+        ([np.zeros(3, np.float32)], [], "params must be as many as rows"),
+        ([np.zeros(3, np.float32)], [DrawParams(-1, 0, 1, 0, 0, 0)], "temperature must be at least 0"),
+        ([np.zeros(3, np.float32)], [DrawParams(1, -1, 1, 0, 0, 0)], "top_k must be at least 0"),
+    ],
+)
+def test_bad_arguments_are_refused(rows: list[np.ndarray], params: list[DrawParams], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        native.load().draw_rows(rows, params)
+
+
+@pytest.mark.parametrize("bad", [np.full(70, -np.inf), np.full(70, np.nan)], ids=["banned", "nan"])
+def test_no_token_where_none_is_possible(bad: np.ndarray) -> None:
+    for top_k, temperature in ((0, 0.0), (0, 1.0), (5, 1.0)):
+        params = DrawParams(temperature, top_k, 0.9, 0.0, 1, 3)
+        logits = bad.astype(np.float32)
+        assert draw(logits, params).token == -1
+        for isa in ISAS:
+            assert native.load().draw_rows([logits], [params], isa)[0][0] == -1
