@@ -193,7 +193,7 @@ def test_process_grows_by_what_the_store_says(smollm2: Path) -> None:
     """Prompts of 1k are held; the staging blocks they were read on are the operating system's again."""
     model = load_model(smollm2, "CPU", {}, "crush")
     engine = Engine(
-        model, SchedulerConfig(max_num_batched_tokens=512), ov_genai.GenerationConfig(), lambda ids: "",
+        model, SchedulerConfig(max_num_batched_tokens=512, max_step_ms=0), ov_genai.GenerationConfig(), lambda ids: "",
         CacheConfig(key_precision="f32", value_precision="f32"),
     )  # fmt: skip
 
