@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import openvino_genai as ov_genai
 
-from ov_kvcrush.core.cache_params import CacheParams
+from ov_kvcrush.core.cache_params import CacheParams, Span
 from ov_kvcrush.core.outputs import EncodedGenerationResult, GenerationResult, PerfMetrics
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipelines.backend import Handle
 from ov_kvcrush.pipelines.base import PipelineBase
 from ov_kvcrush.pipelines.streaming import Streamer
+from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import PolicyLike, as_policy
+from ov_kvcrush.prompts.context import content_of
 from ov_kvcrush.prompts.encoder import token_rows
-from ov_kvcrush.prompts.spans import Protect, check_protect, system_text
+from ov_kvcrush.prompts.spans import Protect, check_protect
 
 _MAX_REQUEST_ID = (1 << 62) - 1
 
@@ -120,7 +122,8 @@ class ContinuousBatchingPipeline(PipelineBase):
         rows = [self._encode(item, config, metrics) for item, config in zip(items, configs, strict=True)]
         params = CacheParams(as_policy(policy), check_protect(protect))
         caches = [
-            self._resolve(replace(params, system=system_text(item)), ids) for item, ids in zip(items, rows, strict=True)
+            self._resolve(replace(params, system=self._system_of(item, ids, params.policy, metrics)), ids)
+            for item, ids in zip(items, rows, strict=True)
         ]
         handles = self._loop.run(rows, configs, streamer, metrics, caches)
         return [self._result(i, handle, rows[i], configs[i], metrics, as_text) for i, handle in enumerate(handles)]  # type: ignore[return-value]
@@ -139,6 +142,11 @@ class ContinuousBatchingPipeline(PipelineBase):
         if isinstance(item, ov_genai.ChatHistory):
             return self._encoder.encode(self._encoder.render(item, metrics), metrics, add_special_tokens=False)
         return _one_row(item)
+
+    def _system_of(self, item: Any, ids: np.ndarray, policy: Policy | None, metrics: PerfMetrics) -> Span | None:
+        if not isinstance(item, ov_genai.ChatHistory) or not len(item):
+            return None
+        return self._system_span(content_of(item, self._encoder.render(item, metrics)), ids, policy, metrics)
 
     def _result(
         self,
