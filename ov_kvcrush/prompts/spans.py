@@ -57,7 +57,7 @@ class Decoded:
     def tokens_before(self, text: str) -> int | None:
         """How many tokens end within `text`, which the prompt begins with; None if decoding does not give it back."""
         found = self.tokens_with(text)
-        return None if found is None else self._most(found, lambda n: len(self._decode(n)) <= len(text))
+        return None if found is None else self._most(found + 1, lambda n: len(self._decode(n)) <= len(text))
 
     def tokens_with(self, text: str) -> int | None:
         """How many tokens hold all of `text`, which the prompt begins with; None if decoding does not give it back."""

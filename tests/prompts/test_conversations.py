@@ -87,10 +87,11 @@ def test_prompt_is_what_is_said_whatever_was_generated_before(
     num_tokens: int, same_object: bool, pipe: LLMPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A random model's answers are full of halves of characters and of special tokens."""
-    prompts = prompts_of(pipe, monkeypatch)
-    for question in ("Is it so?", "Are they?", "x", "1 + 1"):
+    prompts, silent = prompts_of(pipe, monkeypatch), 0
+    for question in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ":
         history = ChatHistory([user(question)])
         said = pipe.generate(history, max_new_tokens=num_tokens, ignore_eos=True).texts[0]
+        silent += not said
         for answer in ("No.", said):
             later = [user(question), assistant(answer), user("Why not?")]
             if same_object:
@@ -99,6 +100,7 @@ def test_prompt_is_what_is_said_whatever_was_generated_before(
                 history = ChatHistory(later)
             pipe.generate(history, max_new_tokens=1)
             assert prompts[-1] == pipe.get_tokenizer().apply_chat_template(later, add_generation_prompt=True)
+    assert silent or num_tokens > 1
 
 
 @pytest.fixture(scope="module")
