@@ -20,7 +20,7 @@ from ov_kvcrush.pipelines.base import PipelineBase, kept_tokens
 from ov_kvcrush.pipelines.streaming import Streamer
 from ov_kvcrush.policies.registry import PolicyLike, as_policy
 from ov_kvcrush.prompts.context import ContextText, content_of
-from ov_kvcrush.prompts.conversation import NOTHING_KNOWN, ConversationEncoder, HistoryTokens, KnownTokens
+from ov_kvcrush.prompts.conversation import NEW_CHAT, ConversationEncoder, HistoryTokens, KnownTokens
 from ov_kvcrush.prompts.encoder import check_text, token_rows
 from ov_kvcrush.prompts.spans import Protect, check_protect
 
@@ -60,7 +60,7 @@ class LLMPipeline(PipelineBase):
         super()._begin(backend, cache_config)
         self._conversations = ConversationEncoder(self._encoder, self._tokenizer)
         self._of_histories = HistoryTokens()
-        self._chat_known = NOTHING_KNOWN  # tokens of start_chat's conversation
+        self._chat_known = NEW_CHAT  # tokens of start_chat's conversation
         self._history: ov_genai.ChatHistory | None = None  # of start_chat; None outside
         self._chat_context: Context | None = None  # what the chat goes on from, if it began with one
         self._chat_start: Context | None = None  # the one it began with
@@ -96,14 +96,14 @@ class LLMPipeline(PipelineBase):
             self._chat_start, self._chat_context = begun.fork(), begun.fork()
             self._is_open = begun.content.is_open
             self._history = begun.content.history()
-            self._chat_known = NOTHING_KNOWN.joined(begun.content.rendered, begun.ids)
+            self._chat_known = NEW_CHAT.joined(begun.content.rendered, begun.ids)
         if system_message:
             self._history.append({"role": "system", "content": system_message})
 
     def finish_chat(self) -> None:
         """Forget the conversation and give its KV back."""
         self._history = None
-        self._chat_known = NOTHING_KNOWN
+        self._chat_known = NEW_CHAT
         self._of_histories.clear()
         self._chat_start = self._chat_context = None
         self._is_open = False
@@ -241,7 +241,7 @@ class LLMPipeline(PipelineBase):
             begun = self._chat_start  # the template changes what was answered: all turns are read anew
             ids = self._context_encoder.joined(begun.ids, begun.content, text, metrics)
             params = replace(params, context=begun.snapshot_for(self._compressor))
-            prompt = NOTHING_KNOWN.joined(text, ids)
+            prompt = NEW_CHAT.joined(text, ids)
         system = self._system_span(content, ids, params.policy, metrics)
         turn = replace(params, keep_kv=not begun, return_snapshot=bool(begun), system=system)
         handle = self._run_rows([ids], config, streamer, metrics, turn)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import openvino_genai as ov_genai
@@ -20,12 +20,14 @@ _NOT_TEXT = "\ufffd"  # what decoding puts in the place of half a character
 class KnownTokens:
     """What is known of one conversation: its text, tokens int64 (S,), and where in both its parts end. Never changed.
 
-    ends: characters and tokens up to the end of each prompt and answer, growing.
+    ends: characters and tokens up to the end of each prompt and answer, growing. keeps_answers: whoever asks gives each
+    answer back as it was, and no one else can: what was generated is the conversation, whatever its text shows.
     """
 
     text: str = ""
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     ends: tuple[tuple[int, int], ...] = ()
+    keeps_answers: bool = False
 
     def before(self, text: str) -> KnownTokens:
         """The longest part of it that `text` goes on from."""
@@ -36,17 +38,19 @@ class KnownTokens:
         )
         last = next(fits, None)
         if last is None:
-            return NOTHING_KNOWN
+            return replace(NOTHING_KNOWN, keeps_answers=self.keeps_answers)
         chars, tokens = self.ends[last]
-        return KnownTokens(self.text[:chars], self.ids[:tokens], self.ends[: last + 1])
+        return replace(self, text=self.text[:chars], ids=self.ids[:tokens], ends=self.ends[: last + 1])
 
     def joined(self, text: str, ids: np.ndarray) -> KnownTokens:
         """The same and a text behind it, of the tokens int64 (T,)."""
         whole = np.concatenate([self.ids, np.asarray(ids, np.int64)])
-        return KnownTokens(self.text + text, whole, (*self.ends, (len(self.text) + len(text), len(whole))))
+        text = self.text + text
+        return replace(self, text=text, ids=whole, ends=(*self.ends, (len(text), len(whole))))
 
 
 NOTHING_KNOWN = KnownTokens()
+NEW_CHAT = KnownTokens(keeps_answers=True)
 
 
 class ConversationEncoder:
@@ -72,12 +76,16 @@ class ConversationEncoder:
         """A prompt and the answer to it, whose tokens come without the one that ended it.
 
         The prompt alone where the tokens say something else than the text: half a character, special tokens that the
-        text leaves out, a space that it begins with.
+        text leaves out, a space that it begins with, a last token without text. A caller may have put the text there.
         """
-        if not said_ids or _NOT_TEXT in said:
+        if not said_ids:
             return prompt
         tail = prompt.ids[-_LOOK_BACK:].tolist()
-        if self._decode(tail + said_ids) != self._decode(tail) + said:
+        if not prompt.keeps_answers and (
+            _NOT_TEXT in said
+            or self._decode(tail + said_ids) != (exact := self._decode(tail) + said)
+            or self._decode(tail + said_ids[:-1]) == exact
+        ):
             return prompt
         return prompt.joined(said, np.array(said_ids, np.int64))
 
