@@ -16,6 +16,7 @@ from ov_kvcrush.contexts.context import Context
 from ov_kvcrush.core.outputs import DecodedResults, KeptTokens, PerfMetrics
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipelines.llm import LLMPipeline
+from ov_kvcrush.prompts.conversation import KnownTokens
 
 _Stream = Callable[[str], bool]
 
@@ -61,6 +62,7 @@ class Conversation:
         self._options = options
         self._system = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._system)
+        self._history = ChatHistory()  # one object for all turns: the pipeline knows its tokens by it
         self.is_chat = bool(pipe.get_tokenizer().chat_template)
         if system and not self.is_chat:
             raise RequestError(f"system must be empty for a model without a chat template, got {system!r}")
@@ -104,7 +106,8 @@ class Conversation:
 
     def _generate(self, question: str, stream: _Stream) -> DecodedResults:
         asked = [*self._messages, {"role": "user", "content": question}]
-        inputs = ChatHistory(asked) if self.is_chat else [question]
+        self._history.set_messages(asked)
+        inputs = self._history if self.is_chat else [question]
         results: DecodedResults = self._pipe.generate(inputs, streamer=stream, **self._options)
         return results
 
@@ -123,9 +126,10 @@ class ChatPipeline(LLMPipeline):
 
     last_turn: DecodedResults
 
-    def _generate_turn(self, *args: Any, **kwargs: Any) -> tuple[DecodedResults, GenerationStatus]:
-        self.last_turn, status = super()._generate_turn(*args, **kwargs)
-        return self.last_turn, status
+    def _generate_turn(self, *args: Any, **kwargs: Any) -> tuple[DecodedResults, GenerationStatus, KnownTokens]:
+        result = super()._generate_turn(*args, **kwargs)
+        self.last_turn = result[0]
+        return result
 
 
 class ContextConversation(Conversation):

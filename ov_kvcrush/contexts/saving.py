@@ -19,7 +19,7 @@ from ov_kvcrush.errors import ContextFileError, CrushError
 from ov_kvcrush.model.fingerprints import model_fingerprint, token_ids_fingerprint, tokenizer_fingerprint
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import as_policy, settings_of
-from ov_kvcrush.prompts.context import ContextText
+from ov_kvcrush.prompts.context import ContextText, check_messages
 
 _PROBE = "The quick brown fox, 12345: naïve 東京 \t\n"  # a tokenizer that is not the model folder's is known by this
 
@@ -56,6 +56,8 @@ def save(
         "base": snapshot.base,
         "base_kept": snapshot.base_kept,
         "seconds": seconds,
+        **({"tools": list(content.tools)} if content.tools else {}),  # older files and most conversations have none
+        **({"extra_context": content.extra_context} if content.extra_context else {}),
     }
     fingerprint = {**made_with, "policy": json.dumps(settings), "token_ids": token_ids_fingerprint(ids)}
     record = ContextRecord(
@@ -71,11 +73,13 @@ def load(path: str | os.PathLike[str], made_with: Mapping[str, str], load_snapsh
     record = load_context(path, made_with)
     extra, ids = record.extra, np.array(record.ids, np.int64)
     try:
-        messages = tuple({"role": str(x["role"]), "content": str(x["content"])} for x in extra["messages"])
-        content = ContextText(str(extra["rendered"]), messages, bool(extra["is_open"]))
+        messages = check_messages(extra["messages"]) if extra["messages"] else ()
+        tools = tuple(dict(tool) for tool in extra.get("tools", ()))
+        extra_context = dict(extra.get("extra_context", {}))
+        content = ContextText(str(extra["rendered"]), messages, bool(extra["is_open"]), tools, extra_context)
         base, base_kept, seconds = int(extra["base"]), int(extra["base_kept"]), float(extra["seconds"])
         policy = as_policy(dict(record.policy)) if record.policy else None
-    except (KeyError, TypeError, CrushError) as error:
+    except (KeyError, TypeError, ValueError, CrushError) as error:
         raise ContextFileError(f"{path} must say what its context is, got {error!r}") from None
     arrays = SnapshotArrays(
         record.heads, record.tiles, record.num_evicted, record.num_choices, record.carried, record.representatives

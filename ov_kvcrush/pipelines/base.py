@@ -13,7 +13,7 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.config import CacheConfig, check_engine
 from ov_kvcrush.contexts.context import Context, Progress
-from ov_kvcrush.core.cache_params import CacheParams
+from ov_kvcrush.core.cache_params import CacheParams, Span
 from ov_kvcrush.core.outputs import GenerationOutput, KeptTokens, PerfMetrics, PipelineMetrics, StepSeconds
 from ov_kvcrush.core.sampling_params import make_generation_config
 from ov_kvcrush.errors import RequestError
@@ -27,8 +27,9 @@ from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.keep_all import KeepAll
 from ov_kvcrush.policies.registry import PolicyLike
 from ov_kvcrush.prompts import spans
-from ov_kvcrush.prompts.context import ContextEncoder
+from ov_kvcrush.prompts.context import ContextEncoder, ContextText
 from ov_kvcrush.prompts.encoder import PromptEncoder
+from ov_kvcrush.prompts.system import SystemFinder
 
 AnyPipeline = TypeVar("AnyPipeline", bound="PipelineBase")
 
@@ -57,6 +58,7 @@ class PipelineBase:
         self._config = self._model_config = load_generation_config(folder, self._tokenizer)
         self._encoder = PromptEncoder(self._tokenizer)
         self._context_encoder = ContextEncoder(self._encoder, self._tokenizer)
+        self._system = SystemFinder(self._encoder, self._tokenizer)
         backend = make_backend(
             self._engine_name, folder, device, scheduler_config, cache_config, properties, self._tokenizer, self._config
         )
@@ -69,7 +71,13 @@ class PipelineBase:
         self._policy = CacheConfig.from_options(cache_config).eviction_policy
         self._loop = RequestLoop(backend, self._tokenizer)
         self._compressor = ContextCompressor(
-            backend, self._loop, self._context_encoder, self._tokenizer, self._folder, self._has_own_tokenizer
+            backend,
+            self._loop,
+            self._context_encoder,
+            self._system,
+            self._tokenizer,
+            self._folder,
+            self._has_own_tokenizer,
         )
 
     def with_cache(self: AnyPipeline, cache_config: Any = None) -> AnyPipeline:
@@ -189,6 +197,13 @@ class PipelineBase:
 
     def _resolve(self, params: CacheParams, ids: np.ndarray) -> CacheParams:
         return spans.resolve(params, ids, self._tokenizer, self._policy)
+
+    def _system_span(
+        self, content: ContextText, ids: np.ndarray, policy: Policy | None, metrics: PerfMetrics
+    ) -> Span | None:
+        """The system prompt's tokens, looked for only where something can be evicted."""
+        chosen = policy or self._policy
+        return self._system.span(content, ids, metrics) if chosen is not None and chosen.evicts else None
 
     def _text(self, output: GenerationOutput, metrics: PerfMetrics) -> str:
         if output.text is not None:

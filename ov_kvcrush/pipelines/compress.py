@@ -24,6 +24,7 @@ from ov_kvcrush.policies.keep_all import KeepAll
 from ov_kvcrush.policies.registry import PolicyLike
 from ov_kvcrush.prompts import spans
 from ov_kvcrush.prompts.context import ContextEncoder, ContextText
+from ov_kvcrush.prompts.system import SystemFinder
 
 
 class ContextCompressor:
@@ -37,6 +38,7 @@ class ContextCompressor:
         backend: Backend,
         loop: RequestLoop,
         encoder: ContextEncoder,
+        system: SystemFinder,
         tokenizer: ov_genai.Tokenizer,
         folder: Path,
         own_tokenizer: bool,
@@ -45,6 +47,7 @@ class ContextCompressor:
         self._loop = loop
         self._encoder = encoder
         self._tokenizer = tokenizer
+        self._system = system
         self._folder = folder
         self._own_tokenizer = own_tokenizer
         self._replay_prompt: ReplayPrompt | None = None
@@ -57,8 +60,9 @@ class ContextCompressor:
         metrics = PerfMetrics()
         chosen = context_policy(policy, kept)
         content, ids, head = self._encoder.open(text, metrics)
-        first = content.messages[0] if content.messages and not content.is_open else {}
-        system = (0, head) if head else first["content"] if first.get("role") == "system" else None
+        system = (0, head) if head else None
+        if content.messages and not content.is_open and chosen.evicts:
+            system = self._system.span(content, ids, metrics, answers=False)
         asked = CacheParams(
             chosen,
             spans.check_protect(protect),
@@ -69,7 +73,7 @@ class ContextCompressor:
         params = spans.resolve(asked, ids, self._tokenizer)
         key = (ids.tobytes(), chosen, params.protect, params.system)
         known = self._compressed.get(key)
-        if known is not None and known.is_open:
+        if known is not None and known.is_open and known.content == content:
             return known.fork()
         start = time.perf_counter()
         handle = self._loop.prefill(ids, params, progress)

@@ -11,16 +11,18 @@ import numpy as np
 import openvino_genai as ov_genai
 
 from ov_kvcrush.contexts.context import Context, require_context
-from ov_kvcrush.core.cache_params import CacheParams
+from ov_kvcrush.core.cache_params import CacheParams, Span
 from ov_kvcrush.core.outputs import EncodedGenerationResult, GenerationResult, PerfMetrics
 from ov_kvcrush.core.request_options import RequestOptions
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipelines.backend import Handle
 from ov_kvcrush.pipelines.base import PipelineBase
 from ov_kvcrush.pipelines.streaming import Streamer
+from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import PolicyLike, as_policy
+from ov_kvcrush.prompts.context import content_of
 from ov_kvcrush.prompts.encoder import token_rows
-from ov_kvcrush.prompts.spans import Protect, check_protect, system_text
+from ov_kvcrush.prompts.spans import Protect, check_protect
 
 _MAX_REQUEST_ID = (1 << 62) - 1
 
@@ -96,16 +98,16 @@ class ContinuousBatchingPipeline(PipelineBase):
         params = CacheParams(
             as_policy(policy),
             check_protect(protect),
-            system_text(prompt),
             context=begun.snapshot_for(self._compressor) if begun else None,
         )
         asked = RequestOptions(priority, timeout_s, logit_bias or {})
         with self._backend.thread.visit():
-            ids = self._encode_request(prompt, begun)
+            metrics = self._new_metrics()
+            ids = self._encode_request(prompt, begun, metrics)
+            params = replace(params, system=self._system_of(prompt, ids, params.policy, metrics))
             return self._backend.add(request_id, ids, config, self._resolve(params, ids), asked)
 
-    def _encode_request(self, prompt: Any, context: Context | None) -> np.ndarray:
-        metrics = self._new_metrics()
+    def _encode_request(self, prompt: Any, context: Context | None, metrics: PerfMetrics) -> np.ndarray:
         if isinstance(prompt, str):
             if context is not None:
                 return self._context_encoder.question(context.ids, context.content, prompt, metrics)
@@ -154,7 +156,8 @@ class ContinuousBatchingPipeline(PipelineBase):
         rows = [self._encode(item, config, metrics) for item, config in zip(items, configs, strict=True)]
         params = CacheParams(as_policy(policy), check_protect(protect))
         caches = [
-            self._resolve(replace(params, system=system_text(item)), ids) for item, ids in zip(items, rows, strict=True)
+            self._resolve(replace(params, system=self._system_of(item, ids, params.policy, metrics)), ids)
+            for item, ids in zip(items, rows, strict=True)
         ]
         asked = RequestOptions(priority, timeout_s, logit_bias or {})
         handles = self._loop.run(rows, configs, streamer, metrics, caches, asked)
@@ -174,6 +177,11 @@ class ContinuousBatchingPipeline(PipelineBase):
         if isinstance(item, ov_genai.ChatHistory):
             return self._encoder.encode(self._encoder.render(item, metrics), metrics, add_special_tokens=False)
         return _one_row(item)
+
+    def _system_of(self, item: Any, ids: np.ndarray, policy: Policy | None, metrics: PerfMetrics) -> Span | None:
+        if not isinstance(item, ov_genai.ChatHistory) or not len(item):
+            return None
+        return self._system_span(content_of(item, self._encoder.render(item, metrics)), ids, policy, metrics)
 
     def _result(
         self,

@@ -22,10 +22,10 @@ from ov_kvcrush.pipelines.backend import Backend, Handle
 from ov_kvcrush.pipelines.base import PipelineBase, kept_tokens
 from ov_kvcrush.pipelines.streaming import Streamer
 from ov_kvcrush.policies.registry import PolicyLike, as_policy
-from ov_kvcrush.prompts.context import ContextText
-from ov_kvcrush.prompts.conversation import ConversationTokens
+from ov_kvcrush.prompts.context import ContextText, content_of
+from ov_kvcrush.prompts.conversation import NEW_CHAT, ConversationEncoder, HistoryTokens, KnownTokens
 from ov_kvcrush.prompts.encoder import check_text, token_rows
-from ov_kvcrush.prompts.spans import Protect, check_protect, system_text
+from ov_kvcrush.prompts.spans import Protect, check_protect
 
 CANCEL = ov_genai.GenerationStatus.CANCEL
 
@@ -61,7 +61,9 @@ class LLMPipeline(PipelineBase):
 
     def _begin(self, backend: Backend, cache_config: Any) -> None:
         super()._begin(backend, cache_config)
-        self._tokens = ConversationTokens(self._encoder)
+        self._conversations = ConversationEncoder(self._encoder, self._tokenizer)
+        self._of_histories = HistoryTokens()
+        self._chat_known = NEW_CHAT  # tokens of start_chat's conversation
         self._history: ov_genai.ChatHistory | None = None  # of start_chat; None outside
         self._chat_context: Context | None = None  # what the chat goes on from, if it began with one
         self._chat_start: Context | None = None  # the one it began with
@@ -101,15 +103,16 @@ class LLMPipeline(PipelineBase):
         if begun is not None:
             self._chat_start, self._chat_context = begun.fork(), begun.fork()
             self._is_open = begun.content.is_open
-            self._history = ov_genai.ChatHistory(list(begun.content.messages))
-            self._tokens.remember(begun.content.rendered, begun.ids, "", [])
+            self._history = begun.content.history()
+            self._chat_known = NEW_CHAT.joined(begun.content.rendered, begun.ids)
         if system_message:
             self._history.append({"role": "system", "content": system_message})
 
     def finish_chat(self) -> None:
         """Forget the conversation and give its KV back."""
         self._history = None
-        self._tokens.clear()
+        self._chat_known = NEW_CHAT
+        self._of_histories.clear()
         self._chat_start = self._chat_context = None
         self._is_open = False
         self._backend.clear_prefixes()
@@ -179,7 +182,11 @@ class LLMPipeline(PipelineBase):
         if begun is not None and (isinstance(inputs, ov_genai.ChatHistory) or self._history is not None):
             raise RequestError("context must be given to start_chat() for a conversation, got one in a turn")
         if isinstance(inputs, ov_genai.ChatHistory):
-            return self._generate_turn(inputs, config, streamer, metrics, params, asked)[0]
+            results, _, known = self._generate_turn(
+                inputs, self._of_histories.of(inputs), config, streamer, metrics, params, asked
+            )
+            self._of_histories.set(inputs, known)
+            return results
         if isinstance(inputs, str) and self._history is not None:
             return self._generate_in_chat(inputs, config, streamer, metrics, params, asked)
         texts = [inputs] if isinstance(inputs, str) else inputs
@@ -234,12 +241,15 @@ class LLMPipeline(PipelineBase):
         """One turn of start_chat's conversation. A turn that fails or is cancelled leaves the history as it was."""
         assert self._history is not None
         check_text(text)
-        before = ContextText("", tuple(self._history.get_messages()), self._is_open)
-        history = ov_genai.ChatHistory(list(before.asked(text)))
+        before = content_of(self._history, is_open=self._is_open)
+        history = before.history(before.asked(text))
         if self._chat_context:
             params = replace(params, context=self._chat_context.snapshot_for(self._compressor))
-        results, status = self._generate_turn(history, config, streamer, metrics, params, asked)
+        results, status, known = self._generate_turn(
+            history, self._chat_known, config, streamer, metrics, params, asked
+        )
         if status != CANCEL:
+            self._chat_known = known
             history.append({"role": "assistant", "content": results.texts[0]})
             self._history, self._is_open = history, False
         return results.texts[0] if len(results.texts) == 1 else results
@@ -247,22 +257,28 @@ class LLMPipeline(PipelineBase):
     def _generate_turn(
         self,
         history: ov_genai.ChatHistory,
+        known: KnownTokens,
         config: ov_genai.GenerationConfig,
         streamer: Streamer | None,
         metrics: PerfMetrics,
         params: CacheParams,
         asked: RequestOptions,
-    ) -> tuple[DecodedResults, ov_genai.GenerationStatus]:
+    ) -> tuple[DecodedResults, ov_genai.GenerationStatus, KnownTokens]:
+        """A turn of a conversation of which the caller knows `known`, and what is known of it then."""
         if not len(history):
             raise RequestError("history must have at least one message, got an empty one")
         text = self._encoder.render(history, metrics)
-        ids = self._tokens.encode(text, metrics)
+        content = content_of(history, text)
+        prompt = self._conversations.encode(known, text, metrics)
+        ids = prompt.ids
         begun = self._chat_context if params.context else None
         if begun and self._chat_start and not np.array_equal(ids[: begun.num_tokens], begun.ids):
             begun = self._chat_start  # the template changes what was answered: all turns are read anew
             ids = self._context_encoder.joined(begun.ids, begun.content, text, metrics)
             params = replace(params, context=begun.snapshot_for(self._compressor))
-        turn = replace(params, keep_kv=not begun, return_snapshot=bool(begun), system=system_text(history))
+            prompt = NEW_CHAT.joined(text, ids)
+        system = self._system_span(content, ids, params.policy, metrics)
+        turn = replace(params, keep_kv=not begun, return_snapshot=bool(begun), system=system)
         handle = self._run_rows([ids], config, streamer, metrics, turn, asked)[0]
         results = self._decoded([handle], [ids], config, metrics)
         if handle.get_status() != CANCEL:
@@ -272,13 +288,12 @@ class LLMPipeline(PipelineBase):
                 answer_ids = answer_ids[:-1]
             # After a stop string the tokens may hold more or less than the text: only the prompt is sure then.
             said = "" if answer.text is not None else self._text(answer, metrics)
-            said_ids = answer_ids if answer.text is None else []
-            self._tokens.remember(text, ids, said, said_ids)
+            known = self._conversations.answered(prompt, said, answer_ids if answer.text is None else [])
             if begun and handle.snapshot:
-                messages = (*history.get_messages(), {"role": "assistant", "content": said})
-                state = ContextText(text + said, messages)
-                self._go_on(begun, handle.snapshot, state, np.concatenate([ids, said_ids]).astype(np.int64))
-        return results, handle.get_status()
+                answered = {"role": "assistant", "content": results.texts[0]}
+                state = replace(content, rendered=known.text, messages=(*content.messages, answered))
+                self._go_on(begun, handle.snapshot, state, known.ids)
+        return results, handle.get_status(), known
 
     def _go_on(self, begun: Context, snapshot: KVSnapshot, state: ContextText, ids: np.ndarray) -> None:
         """The chat's context from now on. Where the cached tokens are not the conversation's, it is what it was."""

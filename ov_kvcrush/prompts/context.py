@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,21 @@ _MARK = "0"  # a text that no template takes for its own
 class ContextText:
     """The text of a context as its tokens have it, and the conversation that it is the beginning of.
 
-    messages: {"role", "content"} each; none where the model has no chat template. is_open: the last one, the user's,
-    goes on with the question.
+    messages: as ChatHistory has them; none where the model has no chat template. is_open: the last one, the user's,
+    goes on with the question. tools, extra_context: as of a ChatHistory.
     """
 
     rendered: str
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
     is_open: bool = False
+    tools: tuple[dict[str, Any], ...] = ()
+    extra_context: dict[str, Any] = field(default_factory=dict)
 
-    def asked(self, question: str) -> tuple[dict[str, str], ...]:
+    def history(self, messages: Sequence[dict[str, Any]] | None = None) -> ov_genai.ChatHistory:
+        """The conversation, or another with the same tools and extra context."""
+        return make_history(self.messages if messages is None else messages, self.tools, self.extra_context)
+
+    def asked(self, question: str) -> tuple[dict[str, Any], ...]:
         """The conversation with a question at its end."""
         if not self.is_open:
             return (*self.messages, {"role": "user", "content": question})
@@ -53,11 +59,11 @@ class ContextEncoder:
         """
         if isinstance(text, str):
             return self._open_text(text, metrics)
-        messages = _messages(text)
+        content = _conversation(text)
         if not self._has_template:
             raise RequestError("context must be a text where the tokenizer has no chat template, got messages")
-        rendered = self._encoder.render(list(messages), metrics, answers=False)
-        return ContextText(rendered, messages), self._ids(rendered, metrics), 0
+        content = replace(content, rendered=self._encoder.render(content.history(), metrics, answers=False))
+        return content, self._ids(content.rendered, metrics), 0
 
     def _open_text(self, text: str, metrics: PerfMetrics) -> tuple[ContextText, np.ndarray, int]:
         check_text(text)
@@ -72,7 +78,7 @@ class ContextEncoder:
         if begin < 0 or rendered[begin:] != text + after:
             raise RequestError("context must be a text that the chat template leaves as it is, got one that it changes")
         head = self._ids(rendered[:begin], metrics) if begin else np.zeros(0, np.int64)
-        ids = np.concatenate([head, self._ids(text, metrics)])
+        ids = np.concatenate([head, self._after(rendered[:begin], text, metrics)])
         return ContextText(rendered[: begin + len(text)], messages, is_open=True), ids, len(head)
 
     def more(self, context: ContextText, text: str, metrics: PerfMetrics) -> tuple[ContextText, np.ndarray]:
@@ -84,29 +90,30 @@ class ContextEncoder:
         if context.is_open:
             *before, last = messages
             messages = (*before, {**last, "content": last["content"] + text})
-        ids = self._ids(text, metrics)
-        return ContextText(context.rendered + text, messages, context.is_open), ids
+        ids = self._after(context.rendered, text, metrics)
+        return replace(context, rendered=context.rendered + text, messages=messages), ids
 
     def question(self, ids: np.ndarray, context: ContextText, question: str, metrics: PerfMetrics) -> np.ndarray:
         """Tokens int64 (T,) of a context, `ids` (S,), that is asked something. Raises RequestError."""
         check_text(question)
         if not context.messages:
-            return np.concatenate([ids, self._ids(question, metrics)])
-        return self.joined(ids, context, self._encoder.render(list(context.asked(question)), metrics), metrics)
+            return np.concatenate([ids, self._after(context.rendered, question, metrics)])
+        history = context.history(context.asked(question))
+        return self.joined(ids, context, self._encoder.render(history, metrics), metrics)
 
     def joined(self, ids: np.ndarray, context: ContextText, rendered: str, metrics: PerfMetrics) -> np.ndarray:
         """Tokens int64 (T,) of a rendered conversation that begins with a context, `ids` (S,). Raises RequestError."""
         if not rendered.startswith(context.rendered):
             raise RequestError("context must stay as it is when it is asked, got a chat template that changes it")
-        return np.concatenate([ids, self._ids(rendered[len(context.rendered) :], metrics)])
+        return np.concatenate([ids, self._after(context.rendered, rendered[len(context.rendered) :], metrics)])
 
     def replay_prompt(self, metrics: PerfMetrics) -> ReplayPrompt:
         """What stands between a text and its repetition, as KVzip asks for it."""
         answer = self._after_message(metrics) if self._has_template else ""
         return ReplayPrompt(
-            first=self._ids("\n\nRepeat the previous context exactly.", metrics),
-            again=self._ids("\n\nRepeat the part of the previous context exactly, starting with", metrics),
-            answer=self._ids(answer or "\n", metrics),
+            first=self._after("", "\n\nRepeat the previous context exactly.", metrics),
+            again=self._after("", "\n\nRepeat the part of the previous context exactly, starting with", metrics),
+            answer=self._after("", answer or "\n", metrics),
         )
 
     def _after_message(self, metrics: PerfMetrics) -> str:
@@ -117,15 +124,53 @@ class ContextEncoder:
     def _ids(self, text: str, metrics: PerfMetrics) -> np.ndarray:
         return self._encoder.encode(text, metrics, add_special_tokens=False)
 
+    def _after(self, before: str, text: str, metrics: PerfMetrics) -> np.ndarray:
+        return self._encoder.encode_after(before, text, metrics)
 
-def _messages(value: Any) -> tuple[dict[str, str], ...]:
-    if isinstance(value, ov_genai.ChatHistory):
-        value = value.get_messages()
+
+def make_history(
+    messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], extra_context: dict[str, Any]
+) -> ov_genai.ChatHistory:
+    """A ChatHistory with all that one can have."""
+    history = ov_genai.ChatHistory([dict(message) for message in messages])
+    if tools:
+        history.set_tools([dict(tool) for tool in tools])
+    if extra_context:
+        history.set_extra_context(dict(extra_context))
+    return history
+
+
+def content_of(history: ov_genai.ChatHistory, rendered: str = "", is_open: bool = False) -> ContextText:
+    """What a ChatHistory holds."""
+    tools, extra_context = tuple(history.get_tools()), dict(history.get_extra_context())
+    return ContextText(rendered, tuple(history.get_messages()), is_open, tools, extra_context)
+
+
+def check_messages(value: Any) -> tuple[dict[str, Any], ...]:
+    """Messages as they are. Raises RequestError for what is none."""
     is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) > 0
     if not is_list or not all(_is_message(x) for x in value):
         raise RequestError(f"context must be a text or messages with role and content, got {value!r}")
     return tuple(dict(x) for x in value)
 
 
+def _conversation(value: Any) -> ContextText:
+    if isinstance(value, ov_genai.ChatHistory):
+        content = content_of(value)
+        check_messages(content.messages)
+        return content
+    messages = check_messages(value)
+    try:
+        return content_of(ov_genai.ChatHistory(list(messages)))  # copied, and all of it is JSON from here on
+    except (RuntimeError, TypeError, ValueError):
+        raise RequestError(f"context must be messages that JSON can hold, got {value!r}") from None
+
+
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+    """A role, and a text, parts or calls of tools."""
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    content = value.get("content")
+    if content is None:
+        return bool(value.get("tool_calls"))
+    return isinstance(content, str) or (isinstance(content, list) and all(isinstance(x, dict) for x in content))

@@ -14,6 +14,8 @@ from ov_kvcrush.errors import RequestError, reason_of
 
 _SHORTEST_LIMIT = 128  # tokens; no tokenizer of an LLM cuts below
 _MORE_TEXT = " and so on"
+_TAIL = 64  # characters before a text that decide how it is encoded
+_MARKS = ("\n", "0")  # stand before a text where what stands there merges with it
 _PIECE = 4000  # characters; to count the tokens of a text that is cut as a whole
 
 
@@ -35,6 +37,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: ov_genai.Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._longest = 0  # tokens of the longest prompt so far that was not cut
+        self._changes_begin: bool | None = None  # whether a text alone is not encoded as behind another
 
     def encode(self, text: str, metrics: PerfMetrics, add_special_tokens: bool = True) -> np.ndarray:
         """Tokens int64 (S,) of a text as it is. Raises RequestError if there are none."""
@@ -52,6 +55,24 @@ class PromptEncoder:
             self._longest = len(ids)
         metrics.tokenization_s.append(time.perf_counter() - start)
         return ids
+
+    def encode_after(self, before: str, text: str, metrics: PerfMetrics) -> np.ndarray:
+        """Tokens int64 (T,) of a text that stands behind `before`: as in the whole, wherever they do not merge.
+
+        SentencePiece puts a space before each text that it encodes. So the text is encoded behind something, whose
+        tokens are cut off. Raises RequestError for an empty text.
+        """
+        check_text(text)
+        if self._changes_begin is None:
+            mark, behind, alone = (self._encode(text, False) for text in (_MARKS[0], f"{_MARKS[0]}a", "a"))
+            self._changes_begin = not np.array_equal(behind[len(mark) :], alone)
+        if self._changes_begin:
+            for head in filter(None, (before[-_TAIL:], *_MARKS)):
+                ids = self._encode(head, False)
+                whole = self.encode(head + text, metrics, add_special_tokens=False)
+                if 0 < len(ids) < len(whole) and np.array_equal(whole[: len(ids)], ids):
+                    return whole[len(ids) :]
+        return self.encode(text, metrics, add_special_tokens=False)
 
     def _is_cut(self, text: str, num_tokens: int, add_special_tokens: bool) -> bool:
         """A tokenizer may cut long texts without a word; then more text gives no more tokens."""

@@ -32,10 +32,10 @@ def resolve(
     A system prompt is looked for only where something can be evicted; one that is not there protects nothing.
     Raises RequestError for a protected passage that is not in the prompt.
     """
-    text = _Text(ids, tokenizer)
+    text = Decoded(ids, tokenizer)
     protect: list[Span] = []
     for item in params.protect:
-        span = text.find(item) if isinstance(item, str) else item
+        span = (text.find(item) or text.find(item.strip())) if isinstance(item, str) else item
         if span is None:
             raise RequestError(f"protect must name passages of the prompt, got {item!r}, which is not in it")
         protect.append(span)
@@ -47,21 +47,26 @@ def resolve(
     return replace(params, protect=tuple(protect), system=system)
 
 
-def system_text(history: Any) -> str:
-    """The system prompt that a history begins with; "" if there is none or it is no history."""
-    if not isinstance(history, ov_genai.ChatHistory) or not len(history):
-        return ""
-    first = history.get_messages()[0]
-    content = first.get("content") if first.get("role") == "system" else ""
-    return content if isinstance(content, str) else ""
-
-
-class _Text:
+class Decoded:
     """A prompt's text, of which no more is decoded than must be."""
 
     def __init__(self, ids: np.ndarray, tokenizer: ov_genai.Tokenizer) -> None:
         self._ids = ids.tolist()
         self._tokenizer = tokenizer
+
+    def tokens_before(self, text: str) -> int | None:
+        """How many tokens end within `text`, which the prompt begins with; None if decoding does not give it back."""
+        found = self.tokens_with(text)
+        return None if found is None else self._most(found + 1, lambda n: len(self._decode(n)) <= len(text))
+
+    def tokens_with(self, text: str) -> int | None:
+        """How many tokens hold all of `text`, which the prompt begins with; None if decoding does not give it back."""
+        num_tokens = min(_FIRST_LOOK, len(self._ids))
+        while len(self._decode(num_tokens)) < len(text) and num_tokens < len(self._ids):
+            num_tokens = min(2 * num_tokens, len(self._ids))
+        if not self._decode(num_tokens).startswith(text):
+            return None
+        return self._most(num_tokens, lambda n: not self._decode(n).startswith(text)) + 1
 
     def find(self, passage: str) -> tuple[int, int] | None:
         """The tokens that hold the passage where it first occurs."""

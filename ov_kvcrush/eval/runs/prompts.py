@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import openvino_genai as ov_genai
@@ -107,14 +108,15 @@ class ItemEncoder:
         none = np.zeros(0, np.int64)
         if not state.messages:
             said = "".join(f"{q.text}{_answer_of(q)}" for q in earlier)
-            return self._ids(said + question.text + question.answer_prefix)
+            rest = said + question.text + question.answer_prefix
+            return self._encoder.encode_after(state.rendered, rest, self._metrics)
         if not earlier:
             ids = self._contexts.question(none, state, question.text, self._metrics)
         else:
             rendered = self._encoder.render(_conversation(state, earlier, question), self._metrics)
             ids = self._contexts.joined(none, state, rendered, self._metrics)
         prefix = question.answer_prefix
-        return np.concatenate([ids, self._ids(prefix)]) if prefix else ids
+        return np.concatenate([ids, self._encoder.encode_after("", prefix, self._metrics)]) if prefix else ids
 
     def _ids(self, text: str) -> np.ndarray:
         return self._encoder.encode(text, self._metrics, add_special_tokens=False)
@@ -124,7 +126,7 @@ def _answer_of(question: Question) -> str:
     return question.answer_prefix + gold_text(question)
 
 
-def _conversation(state: ContextText, earlier: Sequence[Question], question: Question) -> list[dict[str, str]]:
+def _conversation(state: ContextText, earlier: Sequence[Question], question: Question) -> list[dict[str, Any]]:
     """Messages up to a question; the model's own are the references."""
     messages = list(state.asked(earlier[0].text))
     for before, after in zip(earlier, (*earlier[1:], question), strict=True):
