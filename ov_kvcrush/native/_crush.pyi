@@ -58,9 +58,9 @@ class Store:
     def fork(self, seq: int, num_tokens: int | None = None) -> int:
         """A new sequence that shares all tiles. With num_tokens: only positions below it, and no head may have dropped
         any. Raises StoreFull."""
-    def reserve(self, seq: int, num_tokens: int, keep_free: int = 0) -> bool:
+    def reserve(self, seq: int, num_tokens: int, promised: int = 0) -> bool:
         """Slots for num_tokens more in every head, all or nothing; False if nbytes would exceed
-        max_bytes - keep_free."""
+        max_bytes - promised."""
     def free_slots(self, seq: int) -> int:
         """Tokens that every head can take at the next position without another reserve."""
     def quantize_aged(self, seq: int) -> None:
@@ -71,7 +71,7 @@ class Store:
     def attach_prefill(self, seq: int, blocks: Int32, num_tokens: int) -> None:
         """The prompt of an empty sequence lies in these staging blocks (n,)."""
     def commit_prefill(
-        self, seq: int, offsets: Array | None = None, indices: Int32 | None = None, keep_free: int = 0
+        self, seq: int, offsets: Array | None = None, indices: Int32 | None = None, promised: int = 0
     ) -> None:
         """Encode the staged tokens into tiles: all, or indices[offsets[h]:offsets[h + 1]] for head h, counted through
         all layers. offsets: int64 (heads + 1,). Raises StoreFull."""
@@ -83,7 +83,7 @@ class Store:
     def dump(self, seq: int) -> tuple[Array, Array]:
         """What a sequence holds, for files: heads int64 (KV heads of all layers, 4), tiles uint8 (bytes,). Without
         reserved slots and captured queries. Same content, same bytes. Little endian."""
-    def load(self, heads: Array, tiles: Array, capture_rows: int = 0, keep_free: int = 0) -> int:
+    def load(self, heads: Array, tiles: Array, capture_rows: int = 0, promised: int = 0) -> int:
         """A new sequence from the dump of a store with the same layers and precisions. All of it is checked; the
         arrays may be read-only and mapped. Raises StoreFull."""
     def attend(self, layer: int, spans: list[tuple[int, int, int, int]], q: Float32) -> Float32:
@@ -107,10 +107,17 @@ class Store:
         """Keys and values (S, D) as the kernels see them."""
     def nbytes_of(self, seq: int) -> int:
         """Bytes of the tiles that a sequence can reach, shared ones in full."""
+    def nbytes_of_all(self, ids: list[int]) -> int:
+        """Bytes of these sequences together: what several of them share counts once."""
+    def nbytes_freed_by(self, ids: list[int]) -> int:
+        """Bytes that `nbytes` shrinks by if all of these are released: what nobody else holds."""
     def bytes_for(self, num_tokens: int) -> int:
         """Bytes of a sequence that commits a prompt of num_tokens whole."""
 
-def info() -> dict[str, Any]: ...
+def info() -> dict[str, Any]:
+    """`isa` (kernels in use), `isas` (all that may be used, slowest first), `isa_cap` (OV_KVCRUSH_ISA, "" = none),
+    `openvino` (version). Raises ValueError if OV_KVCRUSH_ISA is not scalar, avx2, avx512 or amx."""
+
 def can_prefill(layers: list[tuple[int, int, int, int, float]], staging: str, isa: str = "") -> bool:
     """Whether `Store.prefill` reads prompts of all these layers, so that they can do without PagedAttention: they are
     staged as bf16, and there is a kernel (AMX; head sizes that are multiples of 32)."""

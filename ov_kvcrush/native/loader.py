@@ -79,6 +79,10 @@ def why_unavailable() -> str | None:
 
 
 def info() -> dict[str, Any]:
-    """What runs: `isa` (kernels in use), `isas` (all this CPU can run, slowest first), `openvino` (version), `path`."""
+    """What runs: `isa` (kernels in use), `isas` (all that may be used, slowest first), `openvino` (version), `path`.
+
+    `isa_cap` is the environment variable OV_KVCRUSH_ISA, "" without one: no kernels above it are used. It is read once;
+    raises ValueError unless it is scalar, avx2, avx512 or amx.
+    """
     module = load()
     return {**module.info(), "path": module.__file__}

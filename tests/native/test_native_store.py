@@ -105,11 +105,11 @@ class Stores(RuleBasedStateMachine):
         self.twins.remove(twin)
 
     @precondition(lambda self: self.twins)
-    @rule(which=st.integers(0, 99), n=st.integers(0, 80), keep_free=st.sampled_from([0, 0, 10_000, 10**9]))
-    def reserve(self, which: int, n: int, keep_free: int) -> None:
+    @rule(which=st.integers(0, 99), n=st.integers(0, 80), promised=st.sampled_from([0, 0, 10_000, 10**9]))
+    def reserve(self, which: int, n: int, promised: int) -> None:
         twin = self.pick(which)
-        done = self.mine.reserve(twin.mine, n, keep_free)
-        assert done == self.theirs.reserve(twin.theirs, n, keep_free)
+        done = self.mine.reserve(twin.mine, n, promised)
+        assert done == self.theirs.reserve(twin.theirs, n, promised)
         if done and n:
             assert self.mine.free_slots(twin.mine) >= n
 
@@ -165,10 +165,10 @@ class Stores(RuleBasedStateMachine):
         n=st.integers(1, 150),
         staged_as=st.sampled_from(FLOATS),
         density=st.none() | st.floats(0, 1),
-        keep_free=st.sampled_from([0, 0, 10_000]),
+        promised=st.sampled_from([0, 0, 10_000]),
         reserved=st.booleans(),
     )
-    def commit_prefill(self, n: int, staged_as: str, density: float | None, keep_free: int, reserved: bool) -> None:
+    def commit_prefill(self, n: int, staged_as: str, density: float | None, promised: int, reserved: bool) -> None:
         twin = Twin(self.mine.create(), self.theirs.create())
         self.twins.append(twin)
         prompt = [keys_values(self.rng, n, s.num_kv_heads * s.head_size) for s in self.theirs.layers]
@@ -179,8 +179,8 @@ class Stores(RuleBasedStateMachine):
         self.theirs.attach_prefill(twin.theirs, rounded)  # type: ignore[arg-type]
         kept = None if density is None else [self.some(n, density) for _ in self.num_tokens(twin)]
         offsets, indices = (None, None) if kept is None else flat(kept)
-        mine = outcome(lambda: self.mine.commit_prefill(twin.mine, offsets, indices, keep_free=keep_free))
-        assert mine == outcome(lambda: self.theirs.commit_prefill(twin.theirs, kept, keep_free))
+        mine = outcome(lambda: self.mine.commit_prefill(twin.mine, offsets, indices, promised=promised))
+        assert mine == outcome(lambda: self.theirs.commit_prefill(twin.theirs, kept, promised))
         if mine == "full":  # still staged: it can only be left
             self.release(len(self.twins) - 1)
 
@@ -235,6 +235,30 @@ def test_bytes_for_a_number_of_tokens_are_what_it_takes(recent_tokens: int) -> N
         before = cache.store.nbytes
         cache.new(np.random.default_rng(0), n)
         assert cache.store.nbytes - before == cache.store.bytes_for(n) == theirs.bytes_for(n)
+
+
+def test_bytes_of_sequences_together_count_what_they_share_once() -> None:
+    """Random forks that grow: the union is that of the tiles, and what a release frees is what was said."""
+    rng = np.random.default_rng(3)
+    cache = Cache(layer(), layer(2, 1, 48))
+    store = cache.store
+    seqs = [cache.new(rng, 200), cache.new(rng, 77)]
+    seqs += [store.fork(seqs[0]), store.fork(seqs[0], 130), store.fork(seqs[1])]
+    for seq in seqs[1::2]:
+        assert store.reserve(seq, 40)
+    assert store.nbytes_of_all(seqs) == store.nbytes_freed_by(seqs) == store.nbytes
+    assert store.nbytes_of_all([]) == store.nbytes_freed_by([]) == 0
+    assert all(store.nbytes_of_all([seq, seq]) == store.nbytes_of(seq) for seq in seqs)
+    assert sum(map(store.nbytes_of, seqs)) > store.nbytes
+    while seqs:
+        gone = [seqs.pop(int(rng.integers(len(seqs)))) for _ in range(min(2, len(seqs)))]
+        before, freed = store.nbytes, store.nbytes_freed_by(gone)
+        rest = store.nbytes_of_all(seqs)
+        for seq in gone:
+            store.release(seq)
+        assert store.nbytes == before - freed == rest
+    with pytest.raises(ValueError, match="sequence must be"):
+        store.nbytes_of_all([gone[0]])
 
 
 def adopt_all(cache: Cache) -> Callable[[], object]:
@@ -298,7 +322,7 @@ def test_a_store_that_is_full_says_both_numbers_and_changes_nothing() -> None:
     free = 30_000 - store.nbytes
     before = [*cache.tokens(seq, 0, 0), store.nbytes, store.free_slots(seq)]
     assert not store.reserve(seq, 500)
-    assert not store.reserve(seq, 1, keep_free=free)
+    assert not store.reserve(seq, 1, promised=free)
     late = store.create()
     cache.attach_prefill(late, [keys_values(rng, 500, 64)])
     with pytest.raises(native.StoreFull, match="30000") as error:

@@ -190,15 +190,15 @@ private:
         const std::vector<int64_t> offsets = offsets_of(kept);
         const std::vector<int32_t> indices = joined(kept);
         const Selection selection{offsets.data(), offsets.size(), indices.data(), indices.size()};
-        const size_t keep_free = pick(4) ? 0 : static_cast<size_t>(pick(60000));
+        const size_t promised = pick(4) ? 0 : static_cast<size_t>(pick(60000));
         try {
-            store_.commit_prefill(id, all && pick(2) ? nullptr : &selection, keep_free);
+            store_.commit_prefill(id, all && pick(2) ? nullptr : &selection, promised);
         } catch (const StoreFull&) {
             CHECK(setting_.max_bytes > 0);
             store_.attach_prefill(id, {}, 0);
             return;
         }
-        CHECK(!setting_.max_bytes || store_.nbytes() + keep_free <= setting_.max_bytes);
+        CHECK(!setting_.max_bytes || store_.nbytes() + promised <= setting_.max_bytes);
         Model& model = models_[id];
         model.next_position = n;
         for (size_t h = 0; h < kept.size(); ++h) {
@@ -215,14 +215,13 @@ private:
         Model& model = models_[id];
         const int n = pick(3) ? 1 + pick(3) : 1 + pick(80);
         if (store_.free_slots(id) < n) {
-            const size_t before = store_.nbytes(), keep_free = pick(4) ? 0 : static_cast<size_t>(pick(60000));
-            if (!store_.reserve(id, n, keep_free)) {
+            const size_t before = store_.nbytes(), promised = pick(4) ? 0 : static_cast<size_t>(pick(60000));
+            if (!store_.reserve(id, n, promised)) {
                 CHECK(setting_.max_bytes > 0);
                 CHECK(store_.nbytes() == before);
                 return;
             }
-            CHECK(!setting_.max_bytes || store_.nbytes() == before ||
-                  store_.nbytes() + keep_free <= setting_.max_bytes);
+            CHECK(!setting_.max_bytes || store_.nbytes() == before || store_.nbytes() + promised <= setting_.max_bytes);
         }
         CHECK(store_.free_slots(id) >= n);
         const size_t before = store_.nbytes();

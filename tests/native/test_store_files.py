@@ -217,12 +217,12 @@ def test_the_limit_holds_and_failures_leave_nothing() -> None:
         tight.store.load(*dump)
     tight.store.release(held.pop())
     with pytest.raises(native.StoreFull, match="101 to be kept free"):
-        tight.store.load(*dump, keep_free=101)
+        tight.store.load(*dump, promised=101)
     with pytest.raises(ValueError, match="scales"):
         tight.store.load(dump[0], changed(dump[1], slice(8 + 32 * 32, 8 + 32 * 32 + 2), 0))
     assert tight.store.nbytes == size
     assert tight.store.num_sequences == 1
-    held.append(tight.store.load(*dump, keep_free=100))
+    held.append(tight.store.load(*dump, promised=100))
     for sequence in held:
         tight.store.release(sequence)
     assert tight.store.nbytes == 0

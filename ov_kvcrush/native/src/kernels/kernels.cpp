@@ -1,5 +1,8 @@
 #include "kernels/kernels.hpp"
 
+#include <algorithm>
+#include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -44,23 +47,56 @@ std::vector<const Kernels*> available() {
     return all;
 }
 
+constexpr const char* CAP = "OV_KVCRUSH_ISA";
+constexpr const char* ISA_NAMES[] = {"scalar", "avx2", "avx512", "amx"};  // slowest first
+
+size_t rank_of(const std::string& isa) {
+    return static_cast<size_t>(std::find(std::begin(ISA_NAMES), std::end(ISA_NAMES), isa) - ISA_NAMES);
+}
+
+// Read once: all stores of a process agree.
+struct Choice {
+    std::string cap;  // "" = none
+    std::vector<const Kernels*> all = available();
+
+    Choice() {
+        const char* value = std::getenv(CAP);
+        if (!value || !*value) return;
+        cap = value;
+        const size_t most = rank_of(cap);
+        if (most == std::size(ISA_NAMES))
+            throw std::invalid_argument(std::string(CAP) + " must be one of scalar, avx2, avx512, amx, got " + cap);
+        const auto above = [&](const Kernels* k) { return rank_of(k->isa) > most; };
+        all.erase(std::remove_if(all.begin(), all.end(), above), all.end());
+    }
+};
+
+const Choice& choice() {
+    static const Choice made;  // an exception leaves it unmade: the next call throws again
+    return made;
+}
+
 }  // namespace
 
 const Kernels& kernels(const std::string& isa) {
-    const std::vector<const Kernels*> all = available();
+    const std::vector<const Kernels*>& all = choice().all;
     if (isa.empty()) return *all.back();
     std::string names;
     for (const Kernels* k : all) {
         if (isa == k->isa) return *k;
         names += (names.empty() ? "" : ", ") + std::string(k->isa);
     }
-    throw std::invalid_argument("isa must be one of " + names + " on this CPU, got " + isa);
+    throw std::invalid_argument("isa must be one of " + names + " on this CPU" +
+                                (isa_cap().empty() ? "" : std::string(" within ") + CAP + "=" + isa_cap()) + ", got " +
+                                isa);
 }
 
 std::vector<std::string> available_isas() {
     std::vector<std::string> names;
-    for (const Kernels* k : available()) names.emplace_back(k->isa);
+    for (const Kernels* k : choice().all) names.emplace_back(k->isa);
     return names;
 }
+
+std::string isa_cap() { return choice().cap; }
 
 }  // namespace crush

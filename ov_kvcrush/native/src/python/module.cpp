@@ -36,6 +36,7 @@ nb::dict info() {
     nb::dict d;
     d["isa"] = kernels().isa;
     d["isas"] = available_isas();
+    d["isa_cap"] = isa_cap();
     d["openvino"] = ov::get_openvino_version().buildNumber;
     return d;
 }
@@ -74,17 +75,17 @@ NB_MODULE(_crush, m) {
         .def("create", &S::create, "capture_rows"_a = 0)
         .def("release", &S::release, "seq"_a)
         .def("fork", &S::fork, "seq"_a, "num_tokens"_a = nb::none())
-        .def("reserve", &S::reserve, "seq"_a, "num_tokens"_a, "keep_free"_a = 0)
+        .def("reserve", &S::reserve, "seq"_a, "num_tokens"_a, "promised"_a = 0)
         .def("free_slots", &S::free_slots, "seq"_a)
         .def("quantize_aged", &S::quantize_aged, "seq"_a)
         .def("set_staging", &S::set_staging, "layer"_a, "keys"_a, "values"_a, "num_blocks"_a, "precision"_a)
         .def("attach_prefill", &S::attach_prefill, "seq"_a, "blocks"_a, "num_tokens"_a)
         .def("commit_prefill", &S::commit_prefill, "seq"_a, "offsets"_a = nb::none(), "indices"_a = nb::none(),
-             "keep_free"_a = 0)
+             "promised"_a = 0)
         .def("compact", &S::compact, "seq"_a, "offsets"_a, "indices"_a)
         .def("append", &S::append, "seq"_a, "layer"_a, "k"_a, "v"_a, "first_position"_a)
         .def("dump", &S::dump, "seq"_a)
-        .def("load", &S::load, "heads"_a, "tiles"_a, "capture_rows"_a = 0, "keep_free"_a = 0)
+        .def("load", &S::load, "heads"_a, "tiles"_a, "capture_rows"_a = 0, "promised"_a = 0)
         .def("attend", &S::attend, "layer"_a, "spans"_a, "q"_a)
         .def("prefill", &S::prefill, "layer"_a, "spans"_a, "q"_a, "k"_a, "v"_a)
         .def("scores", &S::scores, "seq"_a, "layer"_a, "q"_a, "positions"_a, "reduce"_a)
@@ -94,5 +95,7 @@ NB_MODULE(_crush, m) {
         .def("positions", &S::positions, "seq"_a, "layer"_a, "head"_a)
         .def("read", &S::read, "seq"_a, "layer"_a, "head"_a)
         .def("nbytes_of", &S::nbytes_of, "seq"_a)
+        .def("nbytes_of_all", &S::nbytes_of_all, "ids"_a)
+        .def("nbytes_freed_by", &S::nbytes_freed_by, "ids"_a)
         .def("bytes_for", &S::bytes_for, "num_tokens"_a);
 }

@@ -111,11 +111,11 @@ int32_t PyStore::fork(int64_t seq, std::optional<int64_t> num_tokens) {
     return s->fork(to_id(seq), num_tokens);
 }
 
-bool PyStore::reserve(int64_t seq, int64_t num_tokens, int64_t keep_free) {
+bool PyStore::reserve(int64_t seq, int64_t num_tokens, int64_t promised) {
     const auto s = store();
-    const size_t free = to_size("keep_free", keep_free);
+    const size_t kept = to_size("promised", promised);
     const ReleaseGil release;
-    return s->reserve(to_id(seq), num_tokens, free);
+    return s->reserve(to_id(seq), num_tokens, kept);
 }
 
 int64_t PyStore::free_slots(int64_t seq) const {
@@ -155,20 +155,20 @@ void PyStore::attach_prefill(int64_t seq, const Input& blocks, int64_t num_token
 }
 
 void PyStore::commit_prefill(int64_t seq, const std::optional<Input>& offsets, const std::optional<Input>& indices,
-                             int64_t keep_free) {
+                             int64_t promised) {
     const auto s = store();
-    const size_t free = to_size("keep_free", keep_free);
+    const size_t kept = to_size("promised", promised);
     if (offsets.has_value() != indices.has_value()) {
         throw std::invalid_argument("offsets must be given together with indices, got one of them");
     }
     if (!offsets) {
         const ReleaseGil release;
-        s->commit_prefill(to_id(seq), nullptr, free);
+        s->commit_prefill(to_id(seq), nullptr, kept);
         return;
     }
     const Selection selection = selection_of(*offsets, *indices);
     const ReleaseGil release;
-    s->commit_prefill(to_id(seq), &selection, free);
+    s->commit_prefill(to_id(seq), &selection, kept);
 }
 
 Output<int32_t> PyStore::compact(int64_t seq, const Input& offsets, const Input& indices) {
@@ -209,9 +209,9 @@ std::pair<Output<int64_t>, Output<uint8_t>> PyStore::dump(int64_t seq) const {
     return {to_numpy(std::move(heads), {num_heads, 4}), to_numpy(std::move(dump.tiles), {num_bytes})};
 }
 
-int32_t PyStore::load(const Input& heads, const Input& tiles, int64_t capture_rows, int64_t keep_free) {
+int32_t PyStore::load(const Input& heads, const Input& tiles, int64_t capture_rows, int64_t promised) {
     const auto s = store();
-    const size_t free = to_size("keep_free", keep_free);
+    const size_t kept = to_size("promised", promised);
     const auto* numbers = data_of<int64_t>(heads, "heads", {ANY, 4});
     const auto* bytes = data_of<uint8_t>(tiles, "tiles", {ANY});
     const size_t num_bytes = tiles.shape(0);
@@ -220,7 +220,7 @@ int32_t PyStore::load(const Input& heads, const Input& tiles, int64_t capture_ro
         rows.push_back({numbers[0], numbers[1], numbers[2], numbers[3]});
     }
     const ReleaseGil release;
-    return s->load(rows, bytes, num_bytes, capture_rows, free);
+    return s->load(rows, bytes, num_bytes, capture_rows, kept);
 }
 
 // -- contents ----------------------------------------------------------------------------------------------------
@@ -261,6 +261,28 @@ size_t PyStore::nbytes_of(int64_t seq) const {
     const auto s = store();
     const ReleaseGil release;
     return s->nbytes_of(to_id(seq));
+}
+
+namespace {
+
+std::vector<int32_t> to_ids(const std::vector<int64_t>& sequences) {
+    std::vector<int32_t> ids;
+    for (const int64_t seq : sequences) ids.push_back(to_id(seq));
+    return ids;
+}
+
+}  // namespace
+
+size_t PyStore::nbytes_of_all(const std::vector<int64_t>& ids) const {
+    const auto s = store();
+    const ReleaseGil release;
+    return s->nbytes_of_all(to_ids(ids)).held;
+}
+
+size_t PyStore::nbytes_freed_by(const std::vector<int64_t>& ids) const {
+    const auto s = store();
+    const ReleaseGil release;
+    return s->nbytes_of_all(to_ids(ids)).freed;
 }
 
 size_t PyStore::bytes_for(int64_t num_tokens) const { return store()->bytes_for(num_tokens); }

@@ -37,18 +37,18 @@ public:
     int32_t create(int64_t capture_rows);
     void release(int64_t seq);
     int32_t fork(int64_t seq, std::optional<int64_t> num_tokens);
-    bool reserve(int64_t seq, int64_t num_tokens, int64_t keep_free);
+    bool reserve(int64_t seq, int64_t num_tokens, int64_t promised);
     int64_t free_slots(int64_t seq) const;
     void quantize_aged(int64_t seq);
     void set_staging(int64_t layer, const Writable& keys, const Writable& values, int64_t num_blocks,
                      const std::string& precision);
     void attach_prefill(int64_t seq, const Input& blocks, int64_t num_tokens);
     void commit_prefill(int64_t seq, const std::optional<Input>& offsets, const std::optional<Input>& indices,
-                        int64_t keep_free);
+                        int64_t promised);
     Output<int32_t> compact(int64_t seq, const Input& offsets, const Input& indices);
     void append(int64_t seq, int64_t layer, const Input& k, const Input& v, int64_t first_position);
     std::pair<Output<int64_t>, Output<uint8_t>> dump(int64_t seq) const;
-    int32_t load(const Input& heads, const Input& tiles, int64_t capture_rows, int64_t keep_free);
+    int32_t load(const Input& heads, const Input& tiles, int64_t capture_rows, int64_t promised);
     Output<float> attend(int64_t layer, const std::vector<Span>& spans, const Input& q) const;
     Output<float> prefill(int64_t layer, const std::vector<Span>& spans, const Input& q, const Input& k,
                           const Input& v);
@@ -60,6 +60,8 @@ public:
     Output<int32_t> positions(int64_t seq, int64_t layer, int64_t head) const;
     std::pair<Output<float>, Output<float>> read(int64_t seq, int64_t layer, int64_t head) const;
     size_t nbytes_of(int64_t seq) const;
+    size_t nbytes_of_all(const std::vector<int64_t>& ids) const;
+    size_t nbytes_freed_by(const std::vector<int64_t>& ids) const;
     size_t bytes_for(int64_t num_tokens) const;
 
 private:

@@ -44,15 +44,15 @@ int64_t Store::free_slots(int32_t id) const {
     return slots;
 }
 
-bool Store::reserve(int32_t id, int64_t num_tokens, size_t keep_free) {
+bool Store::reserve(int32_t id, int64_t num_tokens, size_t promised) {
     require(num_tokens >= 0 && num_tokens <= MAX_ROWS_AT_ONCE, "num_tokens must be in 0..16777216", num_tokens);
     const std::lock_guard<std::mutex> lock(mutex_);
     Sequence& sequence = sequence_locked(id);
-    return reserve_heads(sequence, 0, sequence.heads.size(), num_tokens, sequence.next_position, keep_free);
+    return reserve_heads(sequence, 0, sequence.heads.size(), num_tokens, sequence.next_position, promised);
 }
 
 bool Store::reserve_heads(Sequence& sequence, size_t begin, size_t end, int64_t num_tokens, int64_t position,
-                          size_t keep_free) {
+                          size_t promised) {
     if (num_tokens == 0) return true;
     size_t add = 0, remove = 0;
     std::vector<NewTile> new_tiles;
@@ -72,7 +72,7 @@ bool Store::reserve_heads(Sequence& sequence, size_t begin, size_t end, int64_t 
         const auto needed = static_cast<size_t>(tiles_for(head.num_tokens + num_tokens));
         if (needed > head.tiles.size()) add += (needed - head.tiles.size()) * new_layout(h, false, false).bytes;
     }
-    if (!arena_.claim(add, remove, keep_free)) return false;
+    if (!arena_.claim(add, remove, promised)) return false;
     try {
         for (size_t h = begin; h < end; ++h) {
             Head& head = sequence.heads[h];

@@ -45,10 +45,10 @@ void unmap_slab(uint8_t* slab) noexcept { ::operator delete(slab, std::align_val
 
 }  // namespace
 
-bool Arena::claim(size_t add, size_t remove, size_t keep_free) {
+bool Arena::claim(size_t add, size_t remove, size_t promised) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (max_bytes_ && add > remove) {
-        const size_t limit = keep_free < max_bytes_ ? max_bytes_ - keep_free : 0;
+        const size_t limit = promised < max_bytes_ ? max_bytes_ - promised : 0;
         const size_t more = add - remove;
         if (used_ > limit || more > limit - used_) return false;
     }

@@ -18,8 +18,8 @@ public:
     Arena& operator=(const Arena&) = delete;
 
     // Adds `add` bytes and removes `remove` bytes of those in use; false, without a change, if that would exceed
-    // max_bytes - keep_free.
-    bool claim(size_t add, size_t remove = 0, size_t keep_free = 0);
+    // max_bytes - promised.
+    bool claim(size_t add, size_t remove = 0, size_t promised = 0);
     // Undoes a claim, or unclaims the bytes of tiles that were freed.
     void unclaim(size_t add, size_t remove = 0);
 

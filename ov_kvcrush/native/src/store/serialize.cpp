@@ -262,7 +262,7 @@ void Store::make_tiles(const std::vector<Record>& records, std::vector<uint8_t*>
 }
 
 int32_t Store::load(const std::vector<DumpedHead>& rows, const uint8_t* tiles, size_t num_bytes, int64_t capture_rows,
-                    size_t keep_free) {
+                    size_t promised) {
     auto sequence = new_sequence(capture_rows);
     const size_t num_heads = rows.size();
     require(num_heads == layer_of_.size(),
@@ -283,10 +283,10 @@ int32_t Store::load(const std::vector<DumpedHead>& rows, const uint8_t* tiles, s
     for (const std::vector<Record>& head : records) {
         for (const Record& record : head) bytes += record.layout->bytes;
     }
-    if (!arena_.claim(bytes, 0, keep_free)) {
+    if (!arena_.claim(bytes, 0, promised)) {
         throw StoreFull("max_bytes must leave room for " + std::to_string(bytes) + " bytes, got " +
                         std::to_string(config_.max_bytes) + " with " + std::to_string(arena_.used()) + " in use and " +
-                        std::to_string(keep_free) + " to be kept free");
+                        std::to_string(promised) + " to be kept free");
     }
     sequence->next_position = rows[0].next_position;
     try {

@@ -231,7 +231,7 @@ void Store::commit_head(const Sequence& sequence, size_t h, const Selection* sel
     }
 }
 
-void Store::commit_prefill(int32_t id, const Selection* selection, size_t keep_free) {
+void Store::commit_prefill(int32_t id, const Selection* selection, size_t promised) {
     const std::lock_guard<std::mutex> lock(mutex_);
     Sequence& sequence = sequence_locked(id);
     require(sequence.staged_tokens > 0, "sequence must be staged to be committed", id);
@@ -248,10 +248,10 @@ void Store::commit_prefill(int32_t id, const Selection* selection, size_t keep_f
         for (int64_t c = 0; c < chunks.size(); ++c) bytes += new_layout(h, c < num_target, chunks.must_list(c)).bytes;
         for (const uint8_t* tile : sequence.heads[h].tiles) spare += layout(tile).bytes;
     }
-    if (!arena_.claim(bytes, spare, keep_free)) {
+    if (!arena_.claim(bytes, spare, promised)) {
         throw StoreFull("max_bytes must leave room for " + std::to_string(bytes) + " bytes, got " +
                         std::to_string(config_.max_bytes) + " with " + std::to_string(arena_.used()) + " in use and " +
-                        std::to_string(keep_free) + " to be kept free");
+                        std::to_string(promised) + " to be kept free");
     }
     std::vector<std::vector<uint8_t*>> tiles(sequence.heads.size());
     try {

@@ -131,6 +131,27 @@ size_t Store::nbytes_of(int32_t id) const {
     return bytes;
 }
 
+Store::Bytes Store::nbytes_of_all(std::vector<int32_t> ids) const {
+    std::sort(ids.begin(), ids.end());
+    ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+    std::vector<const uint8_t*> tiles;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const int32_t id : ids) {
+        for (const Head& head : sequence_locked(id).heads)
+            tiles.insert(tiles.end(), head.tiles.begin(), head.tiles.end());
+    }
+    std::sort(tiles.begin(), tiles.end());
+    Bytes bytes{0, 0};
+    for (auto i = tiles.begin(); i != tiles.end();) {
+        const auto next = std::upper_bound(i, tiles.end(), *i);
+        const size_t of_tile = layout(*i).bytes;
+        bytes.held += of_tile;
+        if (header(*i).refs.load() == static_cast<uint32_t>(next - i)) bytes.freed += of_tile;
+        i = next;
+    }
+    return bytes;
+}
+
 size_t Store::reserved_bytes() const { return arena_.reserved(); }
 
 size_t Store::num_sequences() const {

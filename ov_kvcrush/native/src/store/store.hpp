@@ -126,8 +126,8 @@ public:
 
     // Allocates slots for num_tokens more tokens in every head: new tiles, and a copy of the last one where it is
     // partly filled and shared, or must list its positions to take the next one. All or nothing: false, without a
-    // change, if nbytes would exceed max_bytes - keep_free.
-    bool reserve(int32_t id, int64_t num_tokens, size_t keep_free = 0);
+    // change, if nbytes would exceed max_bytes - promised.
+    bool reserve(int32_t id, int64_t num_tokens, size_t promised = 0);
     // Tokens that every head can take at the next position without another reserve.
     int64_t free_slots(int32_t id) const;
     // append_locked, with the lock.
@@ -141,7 +141,7 @@ public:
     void attach_prefill(int32_t id, std::vector<int32_t> blocks, int64_t num_tokens);
     // Encodes the staged tokens (all, or a selection by token index) into tiles of the sequence, and detaches the
     // staging blocks. Throws StoreFull, with nothing changed.
-    void commit_prefill(int32_t id, const Selection* selection = nullptr, size_t keep_free = 0);
+    void commit_prefill(int32_t id, const Selection* selection = nullptr, size_t promised = 0);
     // Keeps only the selected cached tokens. New order of a head that loses some: first its target tiles that keep all
     // 32 tokens, untouched; then the other tokens in their order, the oldest in new target tiles, the newest in recent
     // tiles. Empty tiles are freed. Returns the old cached index of each new one, head by head as in the selection.
@@ -155,14 +155,20 @@ public:
     // A new sequence from the dump of a store with the same layers, codecs and group size. Throws
     // std::invalid_argument for anything that this store would not have written, StoreFull where it does not fit.
     int32_t load(const std::vector<DumpedHead>& heads, const uint8_t* tiles, size_t num_bytes, int64_t capture_rows = 0,
-                 size_t keep_free = 0);
+                 size_t promised = 0);
 
     HeadTokens read(int32_t id, size_t layer, size_t head) const;
     std::vector<int32_t> positions(int32_t id, size_t layer, size_t head) const;
     int64_t num_tokens(int32_t id, size_t layer, size_t head) const;
 
     size_t nbytes() const;  // bytes of all tiles in use, each counted once: the sum of their layouts' bytes
-    size_t nbytes_of(int32_t id) const;          // bytes of the tiles that a sequence can reach, shared ones in full
+    size_t nbytes_of(int32_t id) const;  // bytes of the tiles that a sequence can reach, shared ones in full
+    // Of some sequences together: bytes of all that they can reach, each counted once, and those of what nobody else
+    // holds, by which nbytes shrinks if all of them are released.
+    struct Bytes {
+        size_t held, freed;
+    };
+    Bytes nbytes_of_all(std::vector<int32_t> ids) const;
     size_t reserved_bytes() const;               // what the arena holds of the operating system's memory
     size_t bytes_for(int64_t num_tokens) const;  // of a sequence that commits a prompt of num_tokens whole
     size_t num_sequences() const;
@@ -218,7 +224,7 @@ private:
     int64_t num_target_tiles(int64_t num_tokens) const;
     const TileLayout& new_layout(size_t head, bool target, bool listed) const;
     size_t drop_owner(uint8_t* tile) noexcept;  // returns the bytes this frees; they stay claimed
-    bool reserve_heads(Sequence&, size_t begin, size_t end, int64_t num_tokens, int64_t position, size_t keep_free);
+    bool reserve_heads(Sequence&, size_t begin, size_t end, int64_t num_tokens, int64_t position, size_t promised);
     void append_head(Head&, const float* k, const float* v, size_t stride, int64_t n, int32_t first_position) const;
     void quantize_aged_head(size_t head, Head&, int64_t num_tiles);
     void check_staged(const Sequence&, size_t layer) const;
