@@ -31,7 +31,7 @@ class PrefixCache(Generic[KV]):
     """Prefixes from the least to the most recently used. Sharing is by token: a common prefix may end anywhere.
 
     They lie in the order of their tokens, too. There, those that share most with a prompt are the neighbours of its own
-    place, and the further away one is, the less it shares: a search takes the length of the prompt, and what it refuses.
+    place, and the further away one is, the less it shares: a search costs the prompt's length and what it refuses.
 
     release: gives back the KV of a prefix that is dropped. replaces: whether the second serves whatever the first does,
     which holds the tokens that the second begins with.
@@ -200,6 +200,7 @@ def serves_all_of(old: KVSnapshot, new: KVSnapshot) -> bool:
 
 
 def _same_choice(old: EvictionState, new: EvictionState) -> bool:
-    mine, others = old.positions or [], new.positions or []
-    pairs = zip((x for layer in mine for x in layer), (x for layer in others for x in layer), strict=False)
-    return old.num_evicted == new.num_evicted and len(mine) == len(others) and all(np.array_equal(a, b) for a, b in pairs)
+    if old.num_evicted != new.num_evicted or old.positions is None or new.positions is None:
+        return False
+    pairs = zip(old.positions, new.positions, strict=True)
+    return all(np.array_equal(a, b) for mine, others in pairs for a, b in zip(mine, others, strict=True))

@@ -23,9 +23,7 @@ class SnapshotStore:
     num_kv_heads: of each layer. fill: commits what was chosen (None = all) of a staged prompt to a store id.
     """
 
-    def __init__(
-        self, room: Room, num_kv_heads: Items[int], fill: Callable[[int, Choice | None], None]
-    ) -> None:
+    def __init__(self, room: Room, num_kv_heads: Items[int], fill: Callable[[int, Choice | None], None]) -> None:
         self._room = room
         self._store = room.store
         self._num_kv_heads = list(num_kv_heads)
