@@ -184,6 +184,8 @@ def _precision_name(value: Any) -> str | None:
 
 def check_engine(engine: str | None, device: str) -> str:
     """Return the engine to use: the one asked for, else "crush" on CPU and "genai" on every other device."""
+    if not isinstance(device, str):
+        raise CrushError(f"device must be a name such as 'CPU', got {device!r}")
     if engine is None:
         return "crush" if device.upper().split(".")[0] == "CPU" else "genai"
     check_choice("engine", engine, ENGINES)

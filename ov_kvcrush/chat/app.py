@@ -145,7 +145,7 @@ def parse(
     top_p: Annotated[
         float, typer.Option(help="With a temperature: draw from the likeliest tokens that have this share, in (0, 1].")
     ] = ChatOptions.top_p,
-    seed: Annotated[int, typer.Option(help="With a temperature: same seed, same answer.")] = ChatOptions.seed,
+    seed: Annotated[int, typer.Option(help="With a temperature: same seed, same draws.")] = ChatOptions.seed,
     engine: Annotated[
         str | None,
         typer.Option(metavar="crush|genai", help="Engine that runs the model: crush on CPU, genai on other devices."),

@@ -15,13 +15,21 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.contexts.file import LAYOUT_VERSION, ContextRecord, load_context, save_context
 from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
-from ov_kvcrush.errors import ContextFileError, CrushError
+from ov_kvcrush.errors import ContextFileError
 from ov_kvcrush.model.fingerprints import model_fingerprint, token_ids_fingerprint, tokenizer_fingerprint
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import as_policy, settings_of
 from ov_kvcrush.prompts.context import ContextText, check_messages
 
 _PROBE = "The quick brown fox, 12345: naïve 東京 \t\n"  # a tokenizer that is not the model folder's is known by this
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "rendered": (str,),
+    "messages": (list,),
+    "is_open": (bool,),
+    "base": (int,),
+    "base_kept": (int,),
+    "seconds": (float, int),
+}
 
 LoadSnapshot = Callable[[SnapshotArrays, Policy | None, int, int], KVSnapshot]
 
@@ -72,6 +80,7 @@ def load(path: str | os.PathLike[str], made_with: Mapping[str, str], load_snapsh
     """Read a context. Raises ContextFileError for a file that is none, is damaged or does not fit."""
     record = load_context(path, made_with)
     extra, ids = record.extra, np.array(record.ids, np.int64)
+    _check_fields(extra, path)
     try:
         messages = check_messages(extra["messages"]) if extra["messages"] else ()
         tools = tuple(dict(tool) for tool in extra.get("tools", ()))
@@ -79,7 +88,7 @@ def load(path: str | os.PathLike[str], made_with: Mapping[str, str], load_snapsh
         content = ContextText(str(extra["rendered"]), messages, bool(extra["is_open"]), tools, extra_context)
         base, base_kept, seconds = int(extra["base"]), int(extra["base_kept"]), float(extra["seconds"])
         policy = as_policy(dict(record.policy)) if record.policy else None
-    except (KeyError, TypeError, ValueError, CrushError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise ContextFileError(f"{path} must say what its context is, got {error!r}") from None
     arrays = SnapshotArrays(
         record.heads, record.tiles, record.num_evicted, record.num_choices, record.carried, record.representatives
@@ -89,6 +98,14 @@ def load(path: str | os.PathLike[str], made_with: Mapping[str, str], load_snapsh
         snapshot.release()
         raise ContextFileError(f"{path} must hold KV of its {len(ids)} tokens, got that of {snapshot.num_tokens}")
     return LoadedContext(ids, content, snapshot, policy, seconds)
+
+
+def _check_fields(extra: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Raise ContextFileError for a field that is missing or of another type than `save` writes."""
+    for name, kinds in _FIELDS.items():
+        if type(extra.get(name)) not in kinds:
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ContextFileError(f"{name} must be of type {expected} in {path}, got {extra.get(name)!r}")
 
 
 def _settings(policy: Policy | None) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class GenaiBackend:
         defaults: ov_genai.GenerationConfig,
         policy: Policy | None = None,
     ) -> None:
-        check_device(open_core(), device)
+        device = check_device(open_core(), device)
         self._eviction = translate(policy, device)
         scheduler = to_genai_scheduler_config(scheduler_config)
         if self._eviction:

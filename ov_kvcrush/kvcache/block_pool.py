@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 BLOCK_SIZE = 32  # tokens of one block; PagedAttention on CPU knows no other size
@@ -52,7 +54,18 @@ class BlockPool:
 
     def is_shared(self, block: int) -> bool:
         """Whether `block` has more than one owner, and must be copied before it is written."""
-        return bool(self._ref_counts[block] > 1)
+        return self.num_owners(block) > 1
+
+    def num_owners(self, block: int) -> int:
+        """Owners of `block`."""
+        return int(self._ref_counts[block])
+
+    def freed_by(self, owners: Sequence[np.ndarray]) -> int:
+        """Blocks that would be free if each of these owners gave its own back."""
+        if not owners:
+            return 0
+        blocks, counts = np.unique(np.concatenate(owners), return_counts=True)
+        return int((self._ref_counts[blocks] == counts).sum())
 
     def release(self, blocks: np.ndarray) -> None:
         """Take one owner from each of `blocks`; those without one are free again."""

@@ -23,8 +23,9 @@ from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, blocks_for
 from ov_kvcrush.kvcache.eviction import CacheView, split_heads
 from ov_kvcrush.kvcache.manager import KVCacheUsage
 from ov_kvcrush.kvcache.model_inputs import PrefillInputs, row_inputs, sampled_rows
-from ov_kvcrush.kvcache.prefix_cache import PrefixCache, serves
+from ov_kvcrush.kvcache.prefix_cache import PrefixCache, least_common, serves, serves_all_of
 from ov_kvcrush.kvcache.replay import ROWS, Reader, ReplayState
+from ov_kvcrush.kvcache.room import Room
 from ov_kvcrush.kvcache.sequence_kv import SequenceKV
 from ov_kvcrush.kvcache.snapshots import SnapshotStore
 from ov_kvcrush.kvcache.staging import Staging, commit_for_each, commit_prefill
@@ -63,9 +64,12 @@ class CrushKVCache:
         self.policy_seconds = 0.0
         # What is made of these has no reference to this object: the store goes with it, not with the garbage collector.
         self._admission = Admission(store, staging.pool.num_blocks, staging.tensors.bytes_per_block, chunk)
-        self.prefixes: PrefixCache[KVSnapshot] = PrefixCache(lambda kept: store.release(kept.store_id), max_prefixes)
-        self._fill = partial(commit_prefill, store, self._admission, self.prefixes)
-        self.snapshots = SnapshotStore(store, [num_kv_heads for _, num_kv_heads in heads], self._fill)
+        self.prefixes: PrefixCache[KVSnapshot] = PrefixCache(
+            lambda kept: store.release(kept.store_id), max_prefixes, serves_all_of
+        )
+        self._room = Room(store, self._admission, self.prefixes)
+        self._fill = partial(commit_prefill, self._room)
+        self.snapshots = SnapshotStore(self._room, [num_kv_heads for _, num_kv_heads in heads], self._fill)
         self._prefix_bytes = prefix_bytes
         self._heads = heads
         self._chunk = chunk
@@ -110,12 +114,11 @@ class CrushKVCache:
         if not kv:
             kv = SequenceKV(store_id=self.store.create(sequence.request.captured_rows))
         self._kv[sequence] = kv
-        while not self._admission.fits(sequence, kv):
-            if not self.prefixes.drop_oldest():
-                self.free(sequence)
-                sequence.num_cached = 0
-                return False
         self._admission.prefilling[sequence] = kv
+        if not self._room.make():
+            self.free(sequence)
+            sequence.num_cached = 0
+            return False
         if staged:
             kv.blocks.extend(self.staging.allocate(num_blocks))
             self.store.attach_prefill(kv.store_id, kv.blocks.view, len(sequence.ids))
@@ -129,7 +132,9 @@ class CrushKVCache:
         context = sequence.request.context
         if context is not None:
             return self._start_from(sequence, context, context.num_tokens)
-        found = self.prefixes.match(sequence.ids[:], lambda snapshot, length: serves(snapshot, sequence, length))
+        found = self.prefixes.match(
+            sequence.ids[:], lambda snapshot, length: serves(snapshot, sequence, length), least_common(sequence)
+        )
         return self._start_from(sequence, *found) if found else None
 
     def _start_from(self, sequence: Sequence, snapshot: KVSnapshot, length: int) -> SequenceKV | None:
@@ -148,9 +153,8 @@ class CrushKVCache:
         if kv.is_staged or kv.free_slots >= num_tokens:
             return True
         promised = self._admission.promised(without=sequence)
-        while not self.store.reserve(kv.store_id, num_tokens, promised):
-            if not self.prefixes.drop_oldest():
-                return False
+        if not self._room.make_for(lambda: self.store.reserve(kv.store_id, num_tokens, promised), promised):
+            return False
         kv.free_slots = self.store.free_slots(kv.store_id)
         return True
 
@@ -179,7 +183,7 @@ class CrushKVCache:
         if snapshot is not None:
             self.prefixes.put(sequence.ids[: sequence.num_cached], snapshot)
             if self._prefix_bytes:
-                self.prefixes.shrink(self._prefix_bytes, self.snapshots.snapshot_nbytes)
+                self._room.shrink(self._prefix_bytes)
 
     def clear_prefixes(self) -> None:
         """Give back the KV of ended sequences."""

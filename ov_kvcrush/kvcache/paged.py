@@ -68,16 +68,10 @@ class PagedKVCache:
         cached, length = self.prefixes.match(sequence.ids[:]) or (np.zeros(0, np.int32), 0)
         shared = cached[: blocks_for(length)]
         self.pool.share(shared)
-
-        def missing() -> int:
-            # One more when the prefix ends inside a block that stays shared: it is copied before it is written.
-            copy = length % BLOCK_SIZE != 0 and self.pool.is_shared(int(shared[-1]))
-            return blocks_for(len(sequence.ids)) - len(shared) + copy
-
-        while self.pool.num_free < missing():
-            if not self.prefixes.drop_oldest():
-                self.pool.release(shared)
-                return False
+        written = int(shared[-1]) if length % BLOCK_SIZE else None
+        if not self._make_room(blocks_for(len(sequence.ids)) - len(shared), written):
+            self.pool.release(shared)
+            return False
         kv = self._kv[sequence] = SequenceKV()
         kv.blocks.extend(shared)
         sequence.num_cached = length
@@ -93,14 +87,27 @@ class PagedKVCache:
         needs_copy = not needs_block and self.pool.is_shared(int(kv.blocks.view[-1]))
         if not (needs_block or needs_copy):
             return True
-        while not self.pool.num_free:
-            if not self.prefixes.drop_oldest():
-                return False
+        written = None if needs_block else int(kv.blocks.view[-1])
+        if not self._make_room(int(needs_block), written):
+            return False
         if needs_block:
             kv.blocks.append(self.pool.allocate())
         else:
             self._own_last_block(sequence, kv)
         return True
+
+    def _make_room(self, num_new: int, written: int | None) -> bool:
+        """Drop as few prefixes as leave `num_new` blocks free, and one more for a copy of `written` if it is shared.
+
+        False, and none is dropped, where all of them would not do.
+        """
+
+        def enough(dropped: list[np.ndarray]) -> bool:
+            num_others = sum(written in blocks for blocks in dropped)
+            copies = written is not None and self.pool.num_owners(written) - num_others > 1
+            return num_new + copies <= self.pool.num_free + self.pool.freed_by(dropped)
+
+        return self.prefixes.drop_until(enough)
 
     def _own_last_block(self, sequence: Sequence, kv: SequenceKV) -> None:
         """Copy the last block if it is partly filled and has another owner (copy on write)."""

@@ -13,6 +13,7 @@ from ov_kvcrush import native
 from ov_kvcrush.core.eviction import Choice, EvictionState, PerHead
 from ov_kvcrush.core.snapshot import FrozenPerHead, KVSnapshot, SnapshotArrays
 from ov_kvcrush.errors import ContextFileError, OutOfMemory
+from ov_kvcrush.kvcache.room import Room
 from ov_kvcrush.policies.base import Policy
 
 
@@ -22,10 +23,9 @@ class SnapshotStore:
     num_kv_heads: of each layer. fill: commits what was chosen (None = all) of a staged prompt to a store id.
     """
 
-    def __init__(
-        self, store: native.Store, num_kv_heads: Items[int], fill: Callable[[int, Choice | None], None]
-    ) -> None:
-        self._store = store
+    def __init__(self, room: Room, num_kv_heads: Items[int], fill: Callable[[int, Choice | None], None]) -> None:
+        self._room = room
+        self._store = room.store
         self._num_kv_heads = list(num_kv_heads)
         self._fill = fill
 
@@ -74,16 +74,11 @@ class SnapshotStore:
         return SnapshotArrays(heads, tiles, state.num_evicted, state.num_choices, policy_state, representatives)
 
     def load(self, arrays: SnapshotArrays, policy: Policy | None, base: int, base_kept: int) -> KVSnapshot:
-        """A snapshot from arrays, which are checked.
+        """A snapshot from arrays, which are checked. Cached prefixes make room; what is promised to prompts stays.
 
         Raises ContextFileError for what this store could not have made, OutOfMemory where there is no room.
         """
-        try:
-            store_id = self._store.load(np.ascontiguousarray(arrays.heads), arrays.tiles)
-        except native.StoreFull as error:
-            raise OutOfMemory(str(error)) from None
-        except ValueError as error:
-            raise ContextFileError(f"context must fit the model's cache, got: {error}") from None
+        store_id = self._load(arrays)
         try:
             positions = [
                 [np.sort(self._store.positions(store_id, layer, head)) for head in range(count)]
@@ -97,6 +92,26 @@ class SnapshotStore:
         except BaseException:
             self._store.release(store_id)
             raise
+
+    def _load(self, arrays: SnapshotArrays) -> int:
+        heads, promised = np.ascontiguousarray(arrays.heads), self._room.admission.promised()
+        loaded: list[int] = []
+        reasons: list[native.StoreFull] = []
+
+        def attempt() -> bool:
+            try:
+                loaded.append(self._store.load(heads, arrays.tiles, promised=promised))
+            except native.StoreFull as error:
+                reasons.append(error)
+                return False
+            return True
+
+        try:
+            if self._room.make_for(attempt, promised, arrays.tiles.nbytes):
+                return loaded[0]
+        except ValueError as error:
+            raise ContextFileError(f"context must fit the model's cache, got: {error}") from None
+        raise OutOfMemory(str(reasons[-1]))
 
 
 def _length(arrays: SnapshotArrays, positions: PerHead) -> int:

@@ -9,11 +9,9 @@ import numpy as np
 from ov_kvcrush import native
 from ov_kvcrush.core.eviction import Choice, EvictionSpec
 from ov_kvcrush.core.request import Sequence
-from ov_kvcrush.core.snapshot import KVSnapshot
-from ov_kvcrush.kvcache.admission import Admission
 from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, BlockPool
 from ov_kvcrush.kvcache.block_tensors import BlockTensors
-from ov_kvcrush.kvcache.prefix_cache import PrefixCache
+from ov_kvcrush.kvcache.room import Room
 from ov_kvcrush.kvcache.sequence_kv import SequenceKV
 
 _RESIDENT_BYTES = 16 << 20  # stays in memory: giving a page back and touching it again takes 5 us
@@ -80,22 +78,22 @@ def commit_for_each(
         request.fan_out_snapshots.append(made)
 
 
-def commit_prefill(
-    store: native.Store,
-    admission: Admission,
-    prefixes: PrefixCache[KVSnapshot],
-    store_id: int,
-    choice: Choice | None,
-) -> None:
+def commit_prefill(room: Room, store_id: int, choice: Choice | None) -> None:
     """Move what was chosen (None = all) of a staged prompt to the store.
 
     Cached prefixes make room; what is promised to others stays. Raises StoreFull.
     """
     offsets, indices = (choice.offsets, choice.indices) if choice else (None, None)
-    while True:
+    promised = room.admission.promised()
+    reasons: list[native.StoreFull] = []
+
+    def attempt() -> bool:
         try:
-            store.commit_prefill(store_id, offsets, indices, admission.promised())
-            return
-        except native.StoreFull:
-            if not prefixes.drop_oldest():
-                raise
+            room.store.commit_prefill(store_id, offsets, indices, promised)
+        except native.StoreFull as error:
+            reasons.append(error)
+            return False
+        return True
+
+    if not room.make_for(attempt, promised):
+        raise reasons[-1]

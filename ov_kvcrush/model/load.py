@@ -45,12 +45,14 @@ class LoadedModel:
         return self.attention == "crush"
 
 
-def check_device(core: ov.Core, device: str) -> None:
-    """Raise CrushError listing the devices of this machine if `device` is not one of them."""
+def check_device(core: ov.Core, device: str) -> str:
+    """The device as OpenVINO spells it: in capitals. Raises CrushError listing this machine's if it is none of them."""
     available = core.available_devices
     names = {name.split(".")[0] for name in available} | set(available)
-    if device.split(":")[0].upper() not in names | {"AUTO", "HETERO", "MULTI"}:
+    spelled = device.upper() if isinstance(device, str) else None
+    if spelled is None or spelled.split(":")[0] not in names | {"AUTO", "HETERO", "MULTI"}:
         raise CrushError(f"device must be one of {', '.join(sorted(names))}, got {device!r}")
+    return spelled
 
 
 def check_properties(core: ov.Core, device: str, properties: dict[str, Any]) -> None:
@@ -79,7 +81,7 @@ def load_model(
     folder = Path(models_path)
     check_model_folder(folder, tokenizer=False)
     core = open_core()
-    check_device(core, device)
+    device = check_device(core, device)
     check_properties(core, device, properties)
     info = read_model_info(folder)
     reason = attention_reason(read_json_object(folder / "config.json") or {}, "the model")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from context_files import signed
 from native_stores import Cache, layer
 from safetensors.numpy import load_file
 
@@ -213,14 +213,6 @@ def test_every_byte_counts(path: Path) -> None:
         path.write_bytes(good[:at])
         with pytest.raises(ContextFileError):
             load_context(path, {})
-
-
-def signed(header: bytes, rest: bytes) -> bytes:
-    """A file with a right digest, whatever it says."""
-    blank = re.sub(rb'"sha256":"[^"]*"', b'"sha256":"' + b"0" * 64 + b'"', header, count=1)
-    blank = len(blank).to_bytes(8, "little") + blank
-    digest = hashlib.sha256(blank + rest).hexdigest().encode()
-    return blank.replace(b"0" * 64, digest, 1) + rest
 
 
 def test_a_right_digest_is_not_believed(path: Path) -> None:

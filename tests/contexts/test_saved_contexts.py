@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from context_files import signed
 from eviction_runs import EXACT, F32, SMALL, as_lists
 
 from ov_kvcrush import Context, ContextFileError, LLMPipeline, OutOfMemory, RequestError
@@ -169,6 +170,44 @@ def test_bad_files_and_moments(pipe: LLMPipeline, folder: Path, tmp_path: Path) 
     genai = LLMPipeline(folder, engine="genai")
     with pytest.raises(ContextFileError, match="engine='crush', got 'genai'"):
         Context.load(path, genai)
+    assert_nothing_left(pipe)
+
+
+WRONG = (None, True, -1, 1 << 70, 1.5, float("inf"), "x", "", [], ["x"], [[]], {}, {"x": 1})
+
+
+def fields_of(values: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Ways to all values of a header, those inside others too."""
+    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    return [*([way] if way else []), *(x for key, value in inner for x in fields_of(value, (*way, key)))]
+
+
+def test_a_field_of_another_type_is_refused_or_harmless(pipe: LLMPipeline, tmp_path: Path) -> None:
+    """Every field of the header with every kind of value, rightly signed: the file's own error, or a whole context."""
+    path = tmp_path / "text.kvc"
+    with pipe.compress(TEXT, policy=ZIP) as context:
+        context.save(path)
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    texts = header["__metadata__"]
+    names = [name for name in texts if name not in ("format", "layout_version", "sha256")]
+    refused = set()
+    for name in names:
+        for way in fields_of(json.loads(texts[name])):
+            for wrong in WRONG:
+                values = json.loads(texts[name])
+                place = values
+                for key in way[:-1]:
+                    place = place[key]
+                place[way[-1]] = wrong
+                changed = {**header, "__metadata__": {**texts, name: json.dumps(values)}}
+                path.write_bytes(signed(json.dumps(changed, separators=(",", ":")).encode(), data[end:]))
+                try:
+                    Context.load(path, pipe).close()
+                except ContextFileError:
+                    refused.add((name, *way))
+    assert {("extra", name) for name in ("rendered", "messages", "is_open", "base", "base_kept", "seconds")} <= refused
     assert_nothing_left(pipe)
 
 

@@ -12,6 +12,8 @@ from covering import rarely
 
 from ov_kvcrush import ContinuousBatchingPipeline, GenerationConfig, GenerationStatus, SchedulerConfig
 
+pytestmark = pytest.mark.numerics
+
 # Without the last one the plugin quantises the activations of compressed layers to int8 in groups of 32: a difference
 # of 1e-5 between two orders of summation then becomes 0.5 in a logit wherever a value crosses a rounding border.
 F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}

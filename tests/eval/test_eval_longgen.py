@@ -259,7 +259,7 @@ class TestRuns:
         plan = make_plan(PlanOptions(policies=("snapkv",), kept_tokens=(kept,), engines=("genai",)))
         # Where the tiny model would end its answer depends on how a processor rounds.
         task = replace(TASKS["list"], min_new_tokens=one.asked[0].question.max_new_tokens)
-        full, evicting = (next(iter(long_runs(folder, [p], {}).answer(one, task, [p]))) for p in plan)
+        full, evicting = (next(iter(long_runs(folder, [p], EXACT).answer(one, task, [p]))) for p in plan)
         assert len(whole(one)) < kept < evicting.prompt_tokens
         assert full.kept_tokens == full.prompt_tokens
         assert evicting.kept_tokens == kept

@@ -21,6 +21,8 @@ from ov_kvcrush.engine.engine import Engine
 from ov_kvcrush.model.default import default_gguf
 from ov_kvcrush.model.load import load_model
 
+pytestmark = pytest.mark.numerics
+
 F32 = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 EXACT = CacheConfig(key_precision="f32", value_precision="f32")
 REDUCE = {

@@ -102,7 +102,7 @@ def test_chat_goes_on_from_its_crushed_history(pipe_of: Callable[[bool], LLMPipe
         assert metrics.num_reused_tokens == known
         known = metrics.num_input_tokens + metrics.num_generated_tokens - 1
         history.append({"role": "assistant", "content": results.texts[0]})
-        kept = memory.prefixes._prefixes[0].kv
+        kept = memory.prefixes.kept()[0]
         assert 32 <= kept.num_tokens - kept.state.num_evicted <= 32 + 16
         assert set(range(3, 10)) <= set(memory.store.positions(kept.store_id, 0, 0)), "the system prompt's words"
     assert known > 3 * 32

@@ -390,7 +390,7 @@ def test_sums_of_h2o_survive_turns(keeping: Engine) -> None:
     policy = small({"name": "h2o", "window": 16})
     ids = next_turn(keeping, policy)
     memory: Any = keeping.cache
-    before = memory.prefixes._prefixes[0].kv.state
+    before = memory.prefixes.kept()[0].state
     line = read_prompt(keeping, add(keeping, 0, ids, policy))
     compared = 0
     for layer, head in np.ndindex(2, 2):

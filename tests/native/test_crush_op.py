@@ -16,6 +16,8 @@ from ov_kvcrush.kvcache.attention_plan import STORED, PlanEntry, write_plan
 from ov_kvcrush.model.plugin import open_core
 from ov_kvcrush.native import Store
 
+pytestmark = pytest.mark.numerics
+
 MEAN_OF_ROWS = 1  # a reduction, native/src/kernels/kernels.hpp
 HEADS, KV_HEADS, SIZE = 4, 2, 32
 SHAPE = (HEADS, KV_HEADS, SIZE, 0, SIZE**-0.5)

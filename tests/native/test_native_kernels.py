@@ -27,6 +27,8 @@ from native_stores import (
 from ov_kvcrush import native
 from reference import codec as reference
 
+pytestmark = pytest.mark.numerics
+
 QUANTISED = ["u8", "u4", "u2"]
 LENGTHS = [0, 1, 31, 32, 33, 65, 96, 127]
 

@@ -1,0 +1,54 @@
+"""Room in the store: cached prefixes are dropped for it, where that helps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ov_kvcrush import native
+from ov_kvcrush.core.snapshot import KVSnapshot
+from ov_kvcrush.kvcache.admission import Admission
+from ov_kvcrush.kvcache.prefix_cache import PrefixCache
+
+
+@dataclass(frozen=True, eq=False)
+class Room:
+    """The store's bytes, what of them is promised, and the prefixes that give way."""
+
+    store: native.Store
+    admission: Admission
+    prefixes: PrefixCache[KVSnapshot]
+
+    def make(self) -> bool:
+        """Drop as few prefixes as leave room for all that is promised. False, and none is dropped, if all do not."""
+        missing = self.store.nbytes + self.admission.promised() - self.store.max_bytes
+        if missing <= 0:
+            return True
+        return self.prefixes.drop_until(lambda kept: self.freed_by(kept) >= missing)
+
+    def make_for(self, attempt: Callable[[], bool], promised: int, needed: int = 1) -> bool:
+        """Drop prefixes until `attempt` finds room beside what is promised. False if it does not.
+
+        needed: bytes that it takes at least. Where not even these are there without all prefixes, none is dropped.
+        """
+        if attempt():
+            return True
+        least = self.store.nbytes - self.freed_by(self.prefixes.kept())
+        if least + promised + needed > self.store.max_bytes:
+            return False
+        while self.prefixes.drop_oldest():
+            if attempt():
+                return True
+        return False
+
+    def shrink(self, limit: int) -> None:
+        """Drop the least recently used prefixes until the others hold `limit` bytes at most, shared ones once."""
+        kept = self.prefixes.kept()
+        held = len(kept)
+        self.prefixes.drop_until(
+            lambda dropped: self.store.nbytes_of_all([x.store_id for x in kept[len(dropped) : held]]) <= limit
+        )
+
+    def freed_by(self, kept: list[KVSnapshot]) -> int:
+        """Bytes that would be free without these."""
+        return self.store.nbytes_freed_by([x.store_id for x in kept])

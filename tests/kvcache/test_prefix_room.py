@@ -1,0 +1,114 @@
+"""Cached prefixes give way where that makes room, and only there; what is promised stays promised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from eviction_runs import F32
+
+from ov_kvcrush import Context, LLMPipeline, OutOfMemory, SchedulerConfig
+from ov_kvcrush.core.eviction import EvictionState
+from ov_kvcrush.core.snapshot import KVSnapshot
+from ov_kvcrush.kvcache.block_pool import BlockPool
+from ov_kvcrush.kvcache.prefix_cache import PrefixCache
+from ov_kvcrush.kvcache.room import Room
+
+TEXT = "In the harbour of Anstruther lie nine boats. " * 6
+
+
+class Store:
+    """Sequences as sets of tiles of one byte."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.tiles: dict[int, set[int]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return self.nbytes_of_all(list(self.tiles))
+
+    def nbytes_of_all(self, ids: list[int]) -> int:
+        return len(set().union(*(self.tiles[i] for i in ids)))
+
+    def nbytes_freed_by(self, ids: list[int]) -> int:
+        return self.nbytes - self.nbytes_of_all([i for i in self.tiles if i not in ids])
+
+
+class Promises:
+    num_bytes = 0
+
+    def promised(self) -> int:
+        return self.num_bytes
+
+
+def room_of(max_bytes: int, tiles: list[set[int]]) -> tuple[Any, Any, Room]:
+    store, promises = Store(max_bytes), Promises()
+    prefixes: PrefixCache[KVSnapshot] = PrefixCache(lambda kept: store.tiles.pop(kept.store_id) and None)
+    for store_id, held in enumerate(tiles):
+        store.tiles[store_id] = held
+        owner: Any = None
+        prefixes.put(np.array([store_id + 1]), KVSnapshot(owner, store_id, EvictionState(), None, 1))
+    return store, promises, Room(store, promises, prefixes)  # type: ignore[arg-type]
+
+
+def test_no_prefix_goes_for_a_promise_that_cannot_be_kept() -> None:
+    store, promises, room = room_of(10, [{1, 2, 3}, {4, 5}, {6}])
+    store.tiles[100] = {7, 8}
+    promises.num_bytes = 9
+    assert not room.make()
+    assert len(room.prefixes) == 3
+    promises.num_bytes = 7
+    assert room.make()
+    assert len(room.prefixes) == 1, "6 of 10 bytes are left when the first is gone, 8 when the second is"
+
+
+def test_no_prefix_goes_for_an_attempt_that_cannot_succeed() -> None:
+    _, _, room = room_of(10, [{1, 2, 3}, {4, 5}])
+    assert not room.make_for(lambda: False, promised=4, needed=7)
+    assert len(room.prefixes) == 2
+    attempts = iter([False, True])
+    assert room.make_for(lambda: next(attempts), promised=4, needed=6)
+    assert len(room.prefixes) == 1
+
+
+def test_shared_bytes_count_once() -> None:
+    _, _, room = room_of(100, [{*range(10), 10 + i} for i in range(8)])
+    room.shrink(18)
+    assert len(room.prefixes) == 8
+    room.shrink(12)
+    assert len(room.prefixes) == 2
+
+
+def test_blocks_are_freed_by_their_last_owners() -> None:
+    pool = BlockPool(4)
+    blocks = np.array([pool.allocate() for _ in range(3)])
+    pool.share(blocks[:2])
+    assert pool.freed_by([]) == 0
+    assert pool.freed_by([blocks[:2]]) == 0
+    assert pool.freed_by([blocks]) == 1
+    assert pool.freed_by([blocks[:2], blocks]) == 3
+
+
+@pytest.fixture
+def pipe(tiny_ir: Callable[[str], Path]) -> LLMPipeline:
+    settings = SchedulerConfig(enable_prefix_caching=True)
+    return LLMPipeline(tiny_ir("llama"), "CPU", F32, scheduler_config=settings, cache_config={"max_bytes": 250_000})
+
+
+def test_a_context_is_loaded_where_prefixes_fill_the_store(pipe: LLMPipeline, tmp_path: Path) -> None:
+    path = tmp_path / "text.kvc"
+    with pipe.compress(TEXT, policy="none") as context:
+        context.save(path)
+        size = context.nbytes
+    for i in range(6):
+        pipe.generate(f"{i} " + TEXT, max_new_tokens=1)
+    assert 250_000 - pipe.get_metrics().kv_cache_size_in_bytes < size
+    with Context.load(path, pipe) as loaded:
+        assert loaded.nbytes == size
+        held = [loaded.fork()]
+        with pytest.raises(OutOfMemory):
+            held.extend(Context.load(path, pipe) for _ in range(10))
