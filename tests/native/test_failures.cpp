@@ -232,6 +232,7 @@ void test_failing_allocations(const ParallelFor& parallel, const char* pool) {
             CHECK(scene.store.nbytes() == 0);
             const int32_t next = scene.store.create();
             CHECK(scene.store.reserve(next, 1000));
+            scene.store.release(next);
             if (!reached) break;
         }
         CHECK(operation.may_fail == (failures > 0));
@@ -313,7 +314,10 @@ void test_memory_stays_within_the_limit() {
         CHECK(store.reserved_bytes() <= LIMIT + LIMIT / 20 + 2 * MAX_SIZES * SLAB);
     }
     CHECK(refused > 0);
-    for (const auto& [id, value] : held) check(id, value);
+    for (const auto& [id, value] : held) {
+        check(id, value);
+        store.release(id);
+    }
     std::printf("memory stays within the limit: ok\n");
 }
 
