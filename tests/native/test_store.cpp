@@ -501,9 +501,9 @@ private:
             CHECK(header(tile).refs.load() == count);
             bytes += layout(tile).bytes;
         }
+        CHECK(store_.reserved_bytes() >= bytes);
         for (const auto& [id, model] : models_) bytes += capture_bytes(store_.sequence_locked(id));
         CHECK(bytes == nbytes);
-        CHECK(store_.reserved_bytes() >= bytes);
     }
 
     // Of the rings that check_structure has not seen in another sequence.
