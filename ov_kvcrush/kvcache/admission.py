@@ -6,7 +6,7 @@ from ov_kvcrush import native
 from ov_kvcrush.core.eviction import EvictionSpec
 from ov_kvcrush.core.request import Sequence
 from ov_kvcrush.kvcache.block_pool import blocks_for
-from ov_kvcrush.kvcache.replay import replay_blocks
+from ov_kvcrush.kvcache.replay import ROWS, replay_blocks
 from ov_kvcrush.kvcache.sequence_kv import SequenceKV
 from ov_kvcrush.policies.registry import name_of
 
@@ -32,13 +32,13 @@ class Admission:
         low, high = 0, _MAX_TOKENS
         while low < high:
             middle = (low + high + 1) // 2
-            fits = self._bytes_for(middle, eviction, num_evicted) <= self._store.max_bytes
+            fits = self._all_bytes_for(middle, eviction, num_evicted) <= self._store.max_bytes
             low, high = (middle, high) if fits else (low, middle - 1)
         return low
 
     def refusal(self, num_tokens: int, eviction: EvictionSpec | None, num_evicted: int = 0) -> str | None:
         """Why a prompt can never run; None if it can."""
-        needed = self._bytes_for(num_tokens + 1, eviction, num_evicted)
+        needed = self._all_bytes_for(num_tokens + 1, eviction, num_evicted)
         num_replay_blocks = self._replay_blocks(eviction, num_tokens)
         num_blocks = blocks_for(num_tokens) + num_replay_blocks
         if eviction and num_replay_blocks and num_blocks > self._num_blocks:
@@ -69,6 +69,11 @@ class Admission:
         most = eviction.peak_tokens(length, self._chunk, num_evicted) if eviction else length - num_evicted
         return self._store.bytes_for(max(most, 0))
 
+    def _all_bytes_for(self, length: int, eviction: EvictionSpec | None, num_evicted: int) -> int:
+        """`_bytes_for`, and the queries that are captured for the eviction."""
+        rows = min(eviction.window, length) if eviction else 0
+        return self._bytes_for(length, eviction, num_evicted) + self._store.capture_bytes(rows)
+
     def fits(self, sequence: Sequence, kv: SequenceKV) -> bool:
         """Whether the store has the bytes of all its tokens, beside what is there and what is promised."""
         needed = self._store.nbytes + self.promised() + self._missing(sequence, kv)
@@ -82,4 +87,8 @@ class Admission:
         gone = kv.state.num_evicted
         held = 0 if kv.is_staged else sequence.num_cached - gone
         most = self._bytes_for(len(sequence.ids), sequence.request.eviction, gone)
-        return max(most - self._store.bytes_for(held), 0)
+        rows = min(sequence.request.captured_rows, len(sequence.ids))
+        captured = self._store.capture_bytes(rows, kv.store_id)
+        if self.replay_blocks_of(sequence):  # its reader captures queries of its own
+            captured += self._store.capture_bytes(min(ROWS, self._chunk))
+        return max(most - self._store.bytes_for(held), 0) + captured

@@ -43,10 +43,11 @@ class Store:
     def isa(self) -> str: ...
     @property
     def nbytes(self) -> int:
-        """Bytes of all tiles in use, each counted once."""
+        """Bytes of all tiles in use and of captured queries, each counted once."""
     @property
     def reserved_bytes(self) -> int:
-        """Bytes of address space that the tiles' slabs take."""
+        """Bytes that the slabs of the tiles take: at most 1.05 * max_bytes and 2 MiB for each size of tile, and while
+        compact or quantize_aged run, what they replace beside it. Tiles move where twice their bytes are reserved."""
     @property
     def max_bytes(self) -> int: ...
     @property
@@ -56,11 +57,11 @@ class Store:
         """A new sequence, which captures its last `capture_rows` query rows for scores."""
     def release(self, seq: int) -> None: ...
     def fork(self, seq: int, num_tokens: int | None = None) -> int:
-        """A new sequence that shares all tiles. With num_tokens: only positions below it, and no head may have dropped
-        any. Raises StoreFull."""
+        """A new sequence that shares all tiles and captured queries. With num_tokens: only positions below it, without
+        captured queries, and no head may have dropped any. Raises StoreFull."""
     def reserve(self, seq: int, num_tokens: int, promised: int = 0) -> bool:
-        """Slots for num_tokens more in every head, all or nothing; False if nbytes would exceed
-        max_bytes - promised."""
+        """Slots for num_tokens more in every head, and room for their captured queries, all or nothing; False if nbytes
+        would exceed max_bytes - promised."""
     def free_slots(self, seq: int) -> int:
         """Tokens that every head can take at the next position without another reserve."""
     def quantize_aged(self, seq: int) -> None:
@@ -106,7 +107,10 @@ class Store:
     def read(self, seq: int, layer: int, head: int) -> tuple[Float32, Float32]:
         """Keys and values (S, D) as the kernels see them."""
     def nbytes_of(self, seq: int) -> int:
-        """Bytes of the tiles that a sequence can reach, shared ones in full."""
+        """Bytes of the tiles and captured queries that a sequence can reach, shared ones in full."""
+    def capture_bytes(self, rows: int, seq: int | None = None) -> int:
+        """Bytes of `rows` captured query rows, 65536 at most; with a sequence, those that it does not have for itself
+        yet."""
     def nbytes_of_all(self, ids: list[int]) -> int:
         """Bytes of these sequences together: what several of them share counts once."""
     def nbytes_freed_by(self, ids: list[int]) -> int:

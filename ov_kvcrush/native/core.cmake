@@ -11,6 +11,8 @@ set(CRUSH_CORE_SOURCES
   op/plan.cpp
   store/append.cpp
   store/arena.cpp
+  store/capture.cpp
+  store/claim.cpp
   store/compact.cpp
   store/prefill.cpp
   store/registry.cpp

@@ -302,7 +302,7 @@ def test_request_that_loses_its_memory_while_it_is_read_again_begins_anew(
     tiny_ir: Callable[[str], Path], engine: Engine, eager: Eager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe: Any = engine.cache
-    limit = probe.store.bytes_for(32) + probe.store.bytes_for(24 + 32)
+    limit = probe.store.bytes_for(32) + probe.store.bytes_for(24 + 32) + 2 * probe.store.capture_bytes(32)
     tight = make_engine(tiny_ir("llama"), {**EXACT, "max_bytes": limit}, max_num_batched_tokens=32)
     was_replaying = []
 
@@ -466,7 +466,8 @@ def test_limits_of_a_request_that_goes_on_count_what_its_context_holds(tiny_ir: 
     """The store has room for 128 tokens a head, of which the context of 300 takes 24 or more."""
     probe: Any = make_engine(tiny_ir("llama")).cache
     for growth in (None, small({"name": "snapkv"}), small(KVZIP)):
-        cache = {**EXACT, "max_bytes": probe.store.bytes_for(128)}
+        captured = probe.store.capture_bytes(growth.inputs.window) if growth else 0
+        cache = {**EXACT, "max_bytes": probe.store.bytes_for(128) + captured}
         engine = make_engine(tiny_ir("llama"), cache, max_num_batched_tokens=16)
         kv = read(engine, prompt(300), small({"name": "snapkv"}))
         row = np.concatenate([prompt(300), prompt(20, seed=1)])

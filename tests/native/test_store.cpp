@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -480,6 +481,7 @@ private:
         const size_t nbytes = store_.nbytes();
         CHECK(!setting_.max_bytes || nbytes <= setting_.max_bytes);
         std::map<const uint8_t*, uint32_t> owners;
+        rings_seen_.clear();
         const std::lock_guard<std::mutex> lock(store_.mutex());
         for (const auto& [id, model] : models_) {
             const Sequence& sequence = store_.sequence_locked(id);
@@ -499,8 +501,21 @@ private:
             CHECK(header(tile).refs.load() == count);
             bytes += layout(tile).bytes;
         }
-        CHECK(bytes == nbytes);
         CHECK(store_.reserved_bytes() >= bytes);
+        for (const auto& [id, model] : models_) bytes += capture_bytes(store_.sequence_locked(id));
+        CHECK(bytes == nbytes);
+    }
+
+    // Of the rings that check_structure has not seen in another sequence.
+    size_t capture_bytes(const Sequence& sequence) {
+        size_t bytes = 0;
+        for (size_t layer = 0; layer < sequence.captures.size(); ++layer) {
+            const std::shared_ptr<Capture>& ring = sequence.captures[layer];
+            if (!ring || !rings_seen_.insert(ring.get()).second) continue;
+            const LayerShape& shape = store_.config().layers[layer];
+            bytes += ring->position.size() * static_cast<size_t>(shape.num_heads * shape.head_size + 1) * 4;
+        }
+        return bytes;
     }
 
     void check_tile(const Head& head, int64_t i) const {
@@ -533,6 +548,7 @@ private:
     std::vector<std::vector<float>> staging_;
     std::map<int32_t, Model> models_;
     uint32_t next_token_ = 0;
+    std::set<const Capture*> rings_seen_;  // by check_structure
 };
 
 void test_traffic(int steps) {

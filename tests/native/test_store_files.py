@@ -216,7 +216,7 @@ def test_the_limit_holds_and_failures_leave_nothing() -> None:
     with pytest.raises(native.StoreFull, match=f"max_bytes must leave room for {size} bytes"):
         tight.store.load(*dump)
     tight.store.release(held.pop())
-    with pytest.raises(native.StoreFull, match="101 to be kept free"):
+    with pytest.raises(native.StoreFull, match="101 promised"):
         tight.store.load(*dump, promised=101)
     with pytest.raises(ValueError, match="scales"):
         tight.store.load(dump[0], changed(dump[1], slice(8 + 32 * 32, 8 + 32 * 32 + 2), 0))

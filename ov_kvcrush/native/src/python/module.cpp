@@ -95,6 +95,7 @@ NB_MODULE(_crush, m) {
         .def("positions", &S::positions, "seq"_a, "layer"_a, "head"_a)
         .def("read", &S::read, "seq"_a, "layer"_a, "head"_a)
         .def("nbytes_of", &S::nbytes_of, "seq"_a)
+        .def("capture_bytes", &S::capture_bytes, "rows"_a, "seq"_a = nb::none())
         .def("nbytes_of_all", &S::nbytes_of_all, "ids"_a)
         .def("nbytes_freed_by", &S::nbytes_freed_by, "ids"_a)
         .def("bytes_for", &S::bytes_for, "num_tokens"_a);

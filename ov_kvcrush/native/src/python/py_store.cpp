@@ -263,6 +263,12 @@ size_t PyStore::nbytes_of(int64_t seq) const {
     return s->nbytes_of(to_id(seq));
 }
 
+size_t PyStore::capture_bytes(int64_t rows, std::optional<int64_t> seq) const {
+    const auto s = store();
+    const ReleaseGil release;
+    return s->capture_bytes(rows, seq ? std::optional<int32_t>(to_id(*seq)) : std::nullopt);
+}
+
 namespace {
 
 std::vector<int32_t> to_ids(const std::vector<int64_t>& sequences) {

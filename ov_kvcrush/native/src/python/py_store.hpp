@@ -60,6 +60,7 @@ public:
     Output<int32_t> positions(int64_t seq, int64_t layer, int64_t head) const;
     std::pair<Output<float>, Output<float>> read(int64_t seq, int64_t layer, int64_t head) const;
     size_t nbytes_of(int64_t seq) const;
+    size_t capture_bytes(int64_t rows, std::optional<int64_t> seq) const;
     size_t nbytes_of_all(const std::vector<int64_t>& ids) const;
     size_t nbytes_freed_by(const std::vector<int64_t>& ids) const;
     size_t bytes_for(int64_t num_tokens) const;

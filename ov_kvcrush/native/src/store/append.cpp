@@ -34,6 +34,11 @@ int64_t Store::free_slots(int32_t id) const {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Sequence& sequence = sequence_locked(id);
     int64_t slots = INT64_MAX;
+    for (const std::shared_ptr<Capture>& ring : sequence.captures) {
+        const int64_t rows = ring ? static_cast<int64_t>(ring->position.size()) : 0;
+        if (ring.use_count() > 1) return 0;
+        if (rows < sequence.capture_rows) slots = std::min(slots, rows - (ring ? ring->seen : 0));
+    }
     for (const Head& head : sequence.heads) {
         slots = std::min(slots, static_cast<int64_t>(head.tiles.size()) * TILE - head.num_tokens);
         if (slots == 0) return 0;
@@ -48,14 +53,24 @@ bool Store::reserve(int32_t id, int64_t num_tokens, size_t promised) {
     require(num_tokens >= 0 && num_tokens <= MAX_ROWS_AT_ONCE, "num_tokens must be in 0..16777216", num_tokens);
     const std::lock_guard<std::mutex> lock(mutex_);
     Sequence& sequence = sequence_locked(id);
-    return reserve_heads(sequence, 0, sequence.heads.size(), num_tokens, sequence.next_position, promised);
+    Rings rings = num_tokens ? larger_rings(sequence, 0, layouts_.size(), num_tokens) : Rings{};
+    Claim claim(arena_);
+    claim.add_bytes(rings.add);
+    claim.remove_bytes(rings.remove);
+    if (!reserve_heads(sequence, 0, sequence.heads.size(), num_tokens, sequence.next_position, claim, promised)) {
+        return false;
+    }
+    take_rings(sequence, 0, rings);
+    return true;
 }
 
 bool Store::reserve_heads(Sequence& sequence, size_t begin, size_t end, int64_t num_tokens, int64_t position,
-                          size_t promised) {
+                          Claim& claim, size_t promised) {
     if (num_tokens == 0) return true;
-    size_t add = 0, remove = 0;
-    std::vector<NewTile> new_tiles;
+    struct Place {  // of a new tile; it may replace one that is there
+        size_t head, index;
+    };
+    std::vector<Place> places;
     for (size_t h = begin; h < end; ++h) {
         Head& head = sequence.heads[h];
         const auto last = static_cast<size_t>(head.num_tokens / TILE);
@@ -63,44 +78,35 @@ bool Store::reserve_heads(Sequence& sequence, size_t begin, size_t end, int64_t 
             const uint8_t* tile = head.tiles[last];
             const bool list = needs_list(head, position);
             if (list || shared(tile)) {
-                const TileLayout& to = new_layout(h, false, list || layout(tile).listed);
-                new_tiles.push_back({&head, last, &to, nullptr});
-                add += to.bytes;
-                if (!shared(tile)) remove += layout(tile).bytes;
+                places.push_back({h, last});
+                claim.add(new_layout(h, false, list || layout(tile).listed));
+                if (!shared(tile)) claim.remove_bytes(layout(tile).bytes);
             }
         }
         const auto needed = static_cast<size_t>(tiles_for(head.num_tokens + num_tokens));
-        if (needed > head.tiles.size()) add += (needed - head.tiles.size()) * new_layout(h, false, false).bytes;
-    }
-    if (!arena_.claim(add, remove, promised)) return false;
-    try {
-        for (size_t h = begin; h < end; ++h) {
-            Head& head = sequence.heads[h];
-            const auto needed = static_cast<size_t>(tiles_for(head.num_tokens + num_tokens));
-            reserve_capacity(head.tiles, needed);
-            for (size_t i = head.tiles.size(); i < needed; ++i) {
-                new_tiles.push_back({&head, i, &new_layout(h, false, false), nullptr});
-            }
+        for (size_t i = head.tiles.size(); i < needed; ++i) {
+            places.push_back({h, i});
+            claim.add(new_layout(h, false, false));
         }
-        for (NewTile& added : new_tiles) added.tile = arena_.allocate(added.layout->bytes);
-    } catch (...) {
-        for (const NewTile& added : new_tiles) {
-            if (added.tile) arena_.free(added.tile, added.layout->bytes);
-        }
-        arena_.unclaim(add, remove);
-        throw;
     }
-    for (const NewTile& added : new_tiles) {
-        std::vector<uint8_t*>& tiles = added.head->tiles;
-        if (added.index == tiles.size()) {
-            make_empty(added.tile, *added.layout);
-            tiles.push_back(added.tile);
+    if (!try_grant(claim, promised)) return false;
+    for (size_t h = begin; h < end; ++h) {
+        reserve_capacity(sequence.heads[h].tiles,
+                         static_cast<size_t>(tiles_for(sequence.heads[h].num_tokens + num_tokens)));
+    }
+    for (size_t i = 0; i < places.size(); ++i) {
+        std::vector<uint8_t*>& tiles = sequence.heads[places[i].head].tiles;
+        const size_t index = places[i].index;
+        if (index == tiles.size()) {
+            make_empty(claim.tile(i), claim.layout(i));
+            tiles.push_back(claim.tile(i));
         } else {
-            copy_tile(added.tile, *added.layout, tiles[added.index]);
-            drop_owner(tiles[added.index]);
-            tiles[added.index] = added.tile;
+            copy_tile(claim.tile(i), claim.layout(i), tiles[index]);
+            drop_owner(tiles[index]);
+            tiles[index] = claim.tile(i);
         }
     }
+    claim.commit();
     return true;
 }
 
@@ -128,7 +134,8 @@ void Store::append_locked(Sequence& sequence, size_t layer, const float* k, cons
         }
         list = list || (filled(head) && needs_list(head, first_position));
     }
-    if (list && !reserve_heads(sequence, begin, end, n, first_position, 0)) {
+    Claim claim(arena_);
+    if (list && !reserve_heads(sequence, begin, end, n, first_position, claim, 0)) {
         throw StoreFull("max_bytes must leave room for tiles that list their positions, got " +
                         std::to_string(config_.max_bytes) + " with " + std::to_string(arena_.used()) + " in use");
     }
@@ -140,7 +147,18 @@ void Store::append_locked(Sequence& sequence, size_t layer, const float* k, cons
     if (n <= FEW_TOKENS) {
         for (size_t i = 0; i < end - begin; ++i) task(i);
     } else {
-        run_parallel(end - begin, task);
+        std::vector<uint8_t> done(end - begin);
+        try {
+            run_parallel(end - begin, [&](size_t i) {
+                task(i);
+                done[i] = 1;
+            });
+        } catch (const std::bad_alloc&) {
+            // Sharing out the tasks takes memory, they take none: a layer has its rows in all heads or in none.
+            for (size_t i = 0; i < done.size(); ++i) {
+                if (!done[i]) task(i);
+            }
+        }
     }
     sequence.next_position = std::max<int64_t>(sequence.next_position, first_position + n);
 }
@@ -170,45 +188,50 @@ void Store::append_head(Head& head, const float* k, const float* v, size_t strid
 void Store::quantize_aged(int32_t id) {
     const std::lock_guard<std::mutex> lock(mutex_);
     Sequence& sequence = sequence_locked(id);
-    std::vector<size_t> due;  // heads with tiles to quantize
+    try {
+        quantize_aged_locked(sequence);
+    } catch (const std::exception&) {
+        // Nothing has changed: those tiles wait for the next call.
+    }
+    tidy();
+}
+
+void Store::quantize_aged_locked(Sequence& sequence) {
+    struct Due {
+        size_t head, index;
+    };
+    std::vector<Due> due;
+    Claim claim(arena_);
     for (size_t h = 0; h < sequence.heads.size(); ++h) {
         Head& head = sequence.heads[h];
         const int64_t num_tiles = num_target_tiles(head.num_tokens);
-        if (num_tiles <= head.num_target) continue;
-        if (same_codecs_) {
-            head.num_target = num_tiles;
-        } else {
-            due.push_back(h);
+        if (same_codecs_) head.num_target = std::max(head.num_target, num_tiles);
+        for (int64_t i = head.num_target; i < num_tiles; ++i) {
+            const uint8_t* tile = head.tiles[static_cast<size_t>(i)];
+            int32_t positions[TILE];
+            read_positions(tile, positions);
+            const TileLayout& to = new_layout(h, true, must_list(positions, TILE));
+            const size_t freed = shared(tile) ? 0 : layout(tile).bytes;
+            if (!arena_.fits(claim.added() + to.bytes, claim.removed() + freed)) break;
+            due.push_back({h, static_cast<size_t>(i)});
+            claim.add(to);
+            claim.remove_bytes(freed);
         }
     }
-    const auto task = [&](size_t i) {
-        Head& head = sequence.heads[due[i]];
-        quantize_aged_head(due[i], head, num_target_tiles(head.num_tokens));
-    };
-    if (!due.empty()) run_parallel(due.size(), task);
-}
-
-void Store::quantize_aged_head(size_t h, Head& head, int64_t num_tiles) {
-    const auto reader = std::make_unique<TokenReader>(*kernels_, head.tiles);
-    const auto buffer = std::make_unique<TokenBuffer>();
-    while (head.num_target < num_tiles) {
-        uint8_t*& tile = head.tiles[static_cast<size_t>(head.num_target)];
-        buffer->count = 0;
-        for (int t = 0; t < TILE; ++t) reader->read(head.num_target * TILE + t, *buffer);
-        const TileLayout& to = new_layout(h, true, must_list(buffer->positions, TILE));
-        const size_t remove = shared(tile) ? 0 : layout(tile).bytes;
-        if (!arena_.claim(to.bytes, remove)) return;
-        try {
-            uint8_t* quantized = arena_.allocate(to.bytes);
-            write_tile(*kernels_, quantized, to, *buffer);
-            drop_owner(tile);
-            tile = quantized;
-        } catch (const std::bad_alloc&) {
-            arena_.unclaim(to.bytes, remove);
-            return;
-        }
+    if (due.empty() || !try_grant(claim)) return;
+    run_parallel(due.size(), [&](size_t i) {
+        const auto reader = std::make_unique<TokenReader>(*kernels_, sequence.heads[due[i].head].tiles);
+        const auto buffer = std::make_unique<TokenBuffer>();
+        for (size_t t = 0; t < TILE; ++t) reader->read(static_cast<int64_t>(due[i].index * TILE + t), *buffer);
+        write_tile(*kernels_, claim.tile(i), claim.layout(i), *buffer);
+    });
+    for (size_t i = 0; i < due.size(); ++i) {
+        Head& head = sequence.heads[due[i].head];
+        drop_owner(head.tiles[due[i].index]);
+        head.tiles[due[i].index] = claim.tile(i);
         ++head.num_target;
     }
+    claim.commit();
 }
 
 }  // namespace crush

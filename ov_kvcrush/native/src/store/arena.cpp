@@ -17,7 +17,7 @@ namespace {
 
 #elif defined(__unix__)
 
-constexpr size_t SLAB = size_t{2} << 20;  // also the size of a huge page
+constexpr size_t SLAB = Arena::SLAB;
 
 uint8_t* map_slab() {
     // Twice the size holds an aligned slab; the rest around it is unmapped.
@@ -37,7 +37,7 @@ void unmap_slab(uint8_t* slab) noexcept { munmap(slab, SLAB); }
 
 #else
 
-constexpr size_t SLAB = size_t{2} << 20;
+constexpr size_t SLAB = Arena::SLAB;
 uint8_t* map_slab() { return static_cast<uint8_t*>(::operator new(SLAB, std::align_val_t{SLAB})); }
 void unmap_slab(uint8_t* slab) noexcept { ::operator delete(slab, std::align_val_t{SLAB}); }
 
@@ -47,13 +47,20 @@ void unmap_slab(uint8_t* slab) noexcept { ::operator delete(slab, std::align_val
 
 bool Arena::claim(size_t add, size_t remove, size_t promised) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (max_bytes_ && add > remove) {
-        const size_t limit = promised < max_bytes_ ? max_bytes_ - promised : 0;
-        const size_t more = add - remove;
-        if (used_ > limit || more > limit - used_) return false;
-    }
+    if (!fits_locked(add, remove, promised)) return false;
     used_ = used_ + add - remove;
     return true;
+}
+
+bool Arena::fits(size_t add, size_t remove, size_t promised) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return fits_locked(add, remove, promised);
+}
+
+bool Arena::fits_locked(size_t add, size_t remove, size_t promised) const {
+    if (!max_bytes_ || add <= remove) return true;
+    const size_t limit = promised < max_bytes_ ? max_bytes_ - promised : 0;
+    return used_ <= limit && add - remove <= limit - used_;
 }
 
 void Arena::unclaim(size_t add, size_t remove) {
@@ -71,14 +78,21 @@ size_t Arena::reserved() const {
     return reserved_;
 }
 
+bool Arena::is_loose() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return reserved_ > 2 * in_slots_ + classes_.size() * SLAB;
+}
+
 #if defined(CRUSH_ARENA_MALLOC)
 
 Arena::~Arena() = default;
 
-uint8_t* Arena::allocate(size_t bytes) {
-    auto* slot = static_cast<uint8_t*>(::operator new(bytes, std::align_val_t{ALIGNMENT}));
+uint8_t* Arena::allocate(size_t bytes, size_t max_reserved) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (reserved_ + bytes > max_reserved) return nullptr;
+    auto* slot = static_cast<uint8_t*>(::operator new(bytes, std::align_val_t{ALIGNMENT}));
     reserved_ += bytes;
+    in_slots_ += bytes;
     return slot;
 }
 
@@ -86,68 +100,84 @@ void Arena::free(uint8_t* slot, size_t bytes) noexcept {
     ::operator delete(slot, std::align_val_t{ALIGNMENT});
     const std::lock_guard<std::mutex> lock(mutex_);
     reserved_ -= bytes;
+    in_slots_ -= bytes;
 }
+
+void Arena::begin_move() noexcept {}
+bool Arena::is_leaving(const uint8_t*) noexcept { return false; }
+void Arena::end_move() noexcept {}
 
 #else
 
 // At the start of its own memory, which is aligned to its size: a tile finds its slab by its address.
 struct alignas(ALIGNMENT) Arena::Slab {
-    uint32_t used = 0;                          // slots that hold a tile
-    uint32_t fresh = 0;                         // slots from here on were never used
-    uint8_t* freed = nullptr;                   // list of slots that were given back; the link is in their first bytes
-    Slab *next = nullptr, *previous = nullptr;  // in SizeClass::all
-    Slab *next_with_room = nullptr, *previous_with_room = nullptr;  // in SizeClass::with_room
+    uint32_t capacity = 0;
+    uint32_t used = 0;         // slots that hold a tile
+    uint32_t fresh = 0;        // slots from here on were never used
+    uint32_t level = 0;        // which list of SizeClass it is on
+    uint8_t* freed = nullptr;  // list of slots that were given back; the link is in their first bytes
+    Slab *next = nullptr, *previous = nullptr;
 
-    static uint32_t capacity(size_t bytes) { return static_cast<uint32_t>((SLAB - sizeof(Slab)) / bytes); }
-    static Slab* of(uint8_t* slot) {
+    static Slab* of(const uint8_t* slot) {
         return reinterpret_cast<Slab*>(reinterpret_cast<uintptr_t>(slot) & ~uintptr_t{SLAB - 1});
     }
+    size_t filling() const { return used == capacity ? LEVELS : size_t{used} * LEVELS / capacity; }
 };
-
-Arena::~Arena() {
-    for (auto& [bytes, sizes] : classes_) {
-        while (sizes.all) free_slab(sizes, sizes.all);
-    }
-}
 
 namespace {
 
 template <class Node>
-void link(Node*& list, Node* node, Node* Node::* next, Node* Node::* previous) {
-    node->*previous = nullptr;
-    node->*next = list;
-    if (list) list->*previous = node;
+void link(Node*& list, Node* node) {
+    node->previous = nullptr;
+    node->next = list;
+    if (list) list->previous = node;
     list = node;
 }
 
 template <class Node>
-void unlink(Node*& list, Node* node, Node* Node::* next, Node* Node::* previous) {
-    (node->*previous ? node->*previous->*next : list) = node->*next;
-    if (node->*next) node->*next->*previous = node->*previous;
+void unlink(Node*& list, Node* node) {
+    (node->previous ? node->previous->next : list) = node->next;
+    if (node->next) node->next->previous = node->previous;
 }
 
 }  // namespace
 
-Arena::Slab* Arena::new_slab(SizeClass& sizes, size_t bytes) {
-    if (Slab::capacity(bytes) == 0) throw std::bad_alloc();
-    Slab* slab = new (map_slab()) Slab;
-    reserved_ += SLAB;
-    link(sizes.all, slab, &Slab::next, &Slab::previous);
-    link(sizes.with_room, slab, &Slab::next_with_room, &Slab::previous_with_room);
-    ++sizes.num_empty;
-    return slab;
+Arena::~Arena() {
+    for (auto& [bytes, sizes] : classes_) {
+        for (Slab*& list : sizes.by_level) {
+            while (list) free_slab(sizes, list);
+        }
+    }
+}
+
+void Arena::place(SizeClass& sizes, Slab* slab, size_t level) noexcept {
+    if (slab->level == level) return;
+    unlink(sizes.by_level[slab->level], slab);
+    slab->level = static_cast<uint32_t>(level);
+    link(sizes.by_level[level], slab);
 }
 
 void Arena::free_slab(SizeClass& sizes, Slab* slab) noexcept {
-    unlink(sizes.all, slab, &Slab::next, &Slab::previous);
+    unlink(sizes.by_level[slab->level], slab);
     unmap_slab(reinterpret_cast<uint8_t*>(slab));
     reserved_ -= SLAB;
 }
 
-uint8_t* Arena::allocate(size_t bytes) {
+uint8_t* Arena::allocate(size_t bytes, size_t max_reserved) {
     const std::lock_guard<std::mutex> lock(mutex_);
     SizeClass& sizes = classes_[bytes];
-    Slab* slab = sizes.with_room ? sizes.with_room : new_slab(sizes, bytes);
+    Slab* slab = nullptr;
+    for (size_t level = LEVELS; level-- > 0 && !slab;) slab = sizes.by_level[level];
+    if (!slab) {
+        const auto capacity = static_cast<uint32_t>((SLAB - sizeof(Slab)) / bytes);
+        if (capacity == 0) throw std::bad_alloc();
+        if (reserved_ + SLAB > max_reserved) return nullptr;
+        slab = new (map_slab()) Slab;
+        slab->capacity = capacity;
+        reserved_ += SLAB;
+        link(sizes.by_level[0], slab);
+        ++sizes.num_empty;
+    }
     uint8_t* slot = slab->freed;
     if (slot) {
         slab->freed = *reinterpret_cast<uint8_t**>(slot);
@@ -155,9 +185,9 @@ uint8_t* Arena::allocate(size_t bytes) {
         slot = reinterpret_cast<uint8_t*>(slab) + sizeof(Slab) + bytes * slab->fresh++;
     }
     if (slab->used++ == 0) --sizes.num_empty;
-    if (slab->used == Slab::capacity(bytes)) {
-        unlink(sizes.with_room, slab, &Slab::next_with_room, &Slab::previous_with_room);
-    }
+    ++sizes.num_tiles;
+    in_slots_ += bytes;
+    place(sizes, slab, slab->filling());
     return slot;
 }
 
@@ -167,13 +197,50 @@ void Arena::free(uint8_t* slot, size_t bytes) noexcept {
     Slab* slab = Slab::of(slot);
     *reinterpret_cast<uint8_t**>(slot) = slab->freed;
     slab->freed = slot;
-    if (slab->used-- == Slab::capacity(bytes)) {
-        link(sizes.with_room, slab, &Slab::next_with_room, &Slab::previous_with_room);
+    --slab->used;
+    --sizes.num_tiles;
+    in_slots_ -= bytes;
+    if (slab->level == LEAVING) {
+        if (slab->used == 0) free_slab(sizes, slab);
+        return;
     }
-    if (slab->used == 0 && ++sizes.num_empty > 1) {
-        --sizes.num_empty;
-        unlink(sizes.with_room, slab, &Slab::next_with_room, &Slab::previous_with_room);
+    place(sizes, slab, slab->filling());
+    if (slab->used > 0) return;
+    if (sizes.num_empty == 1) {
         free_slab(sizes, slab);
+    } else {
+        ++sizes.num_empty;
+    }
+}
+
+void Arena::begin_move() noexcept {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& [bytes, sizes] : classes_) {
+        size_t room = 0;
+        for (size_t level = LEVELS + 1; level-- > 0;) {
+            for (Slab *slab = sizes.by_level[level], *next; slab; slab = next) {
+                next = slab->next;
+                if (room < sizes.num_tiles) {
+                    room += slab->capacity;
+                    continue;
+                }
+                if (slab->used) {
+                    place(sizes, slab, LEAVING);
+                } else {
+                    --sizes.num_empty;
+                    free_slab(sizes, slab);
+                }
+            }
+        }
+    }
+}
+
+bool Arena::is_leaving(const uint8_t* slot) noexcept { return Slab::of(slot)->level == LEAVING; }
+
+void Arena::end_move() noexcept {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& [bytes, sizes] : classes_) {
+        while (Slab* slab = sizes.by_level[LEAVING]) place(sizes, slab, slab->filling());
     }
 }
 

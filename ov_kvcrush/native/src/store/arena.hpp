@@ -12,6 +12,8 @@ namespace crush {
 // before anything has changed. Every function is safe to call from any thread.
 class Arena {
 public:
+    static constexpr size_t SLAB = size_t{2} << 20;  // also the size of a huge page
+
     explicit Arena(size_t max_bytes) : max_bytes_(max_bytes) {}  // 0 = no limit
     ~Arena();
     Arena(const Arena&) = delete;
@@ -23,28 +25,44 @@ public:
     // Undoes a claim, or unclaims the bytes of tiles that were freed.
     void unclaim(size_t add, size_t remove = 0);
 
-    // A slot for a tile whose bytes are claimed: 64-byte aligned, contents undefined. Throws std::bad_alloc.
-    uint8_t* allocate(size_t bytes);
+    // Whether a claim would succeed.
+    bool fits(size_t add, size_t remove = 0, size_t promised = 0) const;
+
+    // A slot for a tile whose bytes are claimed, in the fullest slab that has room: 64-byte aligned, contents
+    // undefined. Null if reserved() would exceed max_reserved. Throws std::bad_alloc.
+    uint8_t* allocate(size_t bytes, size_t max_reserved = SIZE_MAX);
     // Frees a slot; its claim stays. A slab without tiles returns to the operating system, but for one of each size.
     void free(uint8_t* slot, size_t bytes) noexcept;
 
+    // To move tiles out of nearly empty slabs. Between the two calls no other thread uses the arena: as few slabs as
+    // can hold all tiles take new ones, the others give none away, and return to the system with their last tile.
+    void begin_move() noexcept;
+    static bool is_leaving(const uint8_t* slot) noexcept;
+    void end_move() noexcept;
+
     size_t used() const;      // claimed bytes
     size_t reserved() const;  // of the operating system's memory
+    // Whether so much is reserved for so few tiles that moving them pays: more than twice their bytes and a slab each
+    // size.
+    bool is_loose() const;
     size_t max_bytes() const { return max_bytes_; }
 
 private:
     struct Slab;
+    // Lists of slabs: LEVELS by how much of them is filled, then the full ones, then those that are to be left.
+    static constexpr size_t LEVELS = 16, LEAVING = LEVELS + 1;
     struct SizeClass {
-        Slab* with_room = nullptr;  // slabs that have a free slot
-        Slab* all = nullptr;
-        size_t num_empty = 0;
+        Slab* by_level[LEVELS + 2] = {};
+        size_t num_empty = 0;  // slabs, leaving ones left out
+        size_t num_tiles = 0;
     };
-    Slab* new_slab(SizeClass& sizes, size_t bytes);
+    bool fits_locked(size_t add, size_t remove, size_t promised) const;
     void free_slab(SizeClass& sizes, Slab* slab) noexcept;
+    static void place(SizeClass& sizes, Slab* slab, size_t level) noexcept;
 
     const size_t max_bytes_;
     mutable std::mutex mutex_;
-    size_t used_ = 0, reserved_ = 0;
+    size_t used_ = 0, reserved_ = 0, in_slots_ = 0;
     std::map<size_t, SizeClass> classes_;  // by bytes of a tile
 };
 

@@ -46,8 +46,10 @@ struct Store::CompactPlan {
     std::vector<int32_t> moved;  // old cached indices of the tokens of new tiles, 32 each
     std::vector<int32_t> order;  // old cached index of each new one
     std::vector<const TileLayout*> new_layouts;
+    std::vector<uint8_t*> result;  // what `tiles` names
+    size_t first_new = 0;          // number of its first new tile in the claim
     int64_t num_tokens = 0, num_target = 0;
-    size_t add = 0, remove = 0;  // bytes of new tiles, and of old ones that lose their last owner
+    size_t remove = 0;  // bytes of tiles that lose their last owner
 };
 
 Store::CompactPlan Store::plan_compact(size_t h, const Head& head, const int32_t* kept, int64_t num_kept) const {
@@ -90,7 +92,6 @@ Store::CompactPlan Store::plan_compact(size_t h, const Head& head, const int32_t
             for (int64_t t = 0; t < count; ++t) positions[t] = reader.read(i[t]);
             plan.tiles.push_back(-1);
             plan.new_layouts.push_back(&new_layout(h, target, must_list(positions, static_cast<int>(count))));
-            plan.add += plan.new_layouts.back()->bytes;
             plan.moved.insert(plan.moved.end(), i, i + count);
         }
         i += count;
@@ -105,35 +106,21 @@ Store::CompactPlan Store::plan_compact(size_t h, const Head& head, const int32_t
     return plan;
 }
 
-void Store::compact_head(Head& head, CompactPlan& plan) {
+void Store::write_compact(const Head& head, CompactPlan& plan, const Claim& claim) const {
     if (plan.unchanged) return;
     const auto reader = std::make_unique<TokenReader>(*kernels_, head.tiles);
     const auto buffer = std::make_unique<TokenBuffer>();
-    std::vector<uint8_t*> tiles, written;
-    tiles.reserve(plan.tiles.size());
-    written.reserve(plan.new_layouts.size());
-    try {
-        for (size_t i = 0; i < plan.moved.size(); i += TILE) {
-            buffer->count = 0;
-            const size_t end = std::min(plan.moved.size(), i + TILE);
-            for (size_t t = i; t < end; ++t) reader->read(plan.moved[t], *buffer);
-            written.push_back(write_new(*plan.new_layouts[i / TILE], *buffer));
-        }
-    } catch (...) {
-        for (uint8_t* tile : written) drop_owner(tile);
-        arena_.unclaim(plan.add, plan.remove);
-        throw;
+    for (size_t i = 0; i < plan.moved.size(); i += TILE) {
+        buffer->count = 0;
+        const size_t end = std::min(plan.moved.size(), i + TILE), tile = plan.first_new + i / TILE;
+        for (size_t t = i; t < end; ++t) reader->read(plan.moved[t], *buffer);
+        write_tile(*kernels_, claim.tile(tile), claim.layout(tile), *buffer);
     }
-    size_t next = 0;
+    plan.result.reserve(plan.tiles.size());
+    size_t next = plan.first_new;
     for (const int64_t tile : plan.tiles) {
-        tiles.push_back(tile < 0 ? written[next++] : head.tiles[static_cast<size_t>(tile)]);
-        // A kept tile has two owners until the old list drops it.
-        if (tile >= 0) header(tiles.back()).refs.fetch_add(1);
+        plan.result.push_back(tile < 0 ? claim.tile(next++) : head.tiles[static_cast<size_t>(tile)]);
     }
-    for (uint8_t* tile : head.tiles) drop_owner(tile);
-    head.tiles = std::move(tiles);
-    head.num_tokens = plan.num_tokens;
-    head.num_target = plan.num_target;
 }
 
 std::vector<int32_t> Store::compact(int32_t id, const Selection& selection) {
@@ -145,19 +132,32 @@ std::vector<int32_t> Store::compact(int32_t id, const Selection& selection) {
         plans[h] = plan_compact(h, sequence.heads[h], selection.indices + selection.offsets[h],
                                 selection.offsets[h + 1] - selection.offsets[h]);
     });
-    size_t add = 0, remove = 0;
+    Claim claim(arena_);
     std::vector<int32_t> order;
     order.reserve(selection.num_indices);
-    for (const CompactPlan& plan : plans) {
-        add += plan.add;
-        remove += plan.remove;
+    for (CompactPlan& plan : plans) {
+        plan.first_new = claim.num_tiles();
+        for (const TileLayout* layout : plan.new_layouts) claim.add(*layout);
+        claim.remove_bytes(plan.remove);
         order.insert(order.end(), plan.order.begin(), plan.order.end());
     }
-    if (!arena_.claim(add, remove)) {
-        throw StoreFull("max_bytes must leave room for " + std::to_string(add - remove) + " bytes, got " +
-                        std::to_string(config_.max_bytes) + " with " + std::to_string(arena_.used()) + " in use");
+    grant(claim);
+    run_parallel(plans.size(), [&](size_t h) { write_compact(sequence.heads[h], plans[h], claim); });
+    for (size_t h = 0; h < plans.size(); ++h) {
+        CompactPlan& plan = plans[h];
+        if (plan.unchanged) continue;
+        Head& head = sequence.heads[h];
+        // A kept tile has two owners until the old list drops it.
+        for (const int64_t tile : plan.tiles) {
+            if (tile >= 0) header(head.tiles[static_cast<size_t>(tile)]).refs.fetch_add(1);
+        }
+        for (uint8_t* tile : head.tiles) drop_owner(tile);
+        head.tiles.swap(plan.result);
+        head.num_tokens = plan.num_tokens;
+        head.num_target = plan.num_target;
     }
-    run_parallel(plans.size(), [&](size_t h) { compact_head(sequence.heads[h], plans[h]); });
+    claim.commit();
+    tidy();
     return order;
 }
 
@@ -179,83 +179,62 @@ void Store::check_prefix(const Sequence& sequence, int64_t num_tokens) const {
 }
 
 // Gives `forked` the positions below num_tokens: full tiles are shared, a truncated one is written anew.
-void Store::truncate(Sequence& forked, const Sequence& sequence, int64_t num_tokens) {
+void Store::truncate(Sequence& forked, const Sequence& sequence, int64_t num_tokens, Claim& claim) {
     const auto num_full = static_cast<size_t>(num_tokens / TILE);
     const int rest = static_cast<int>(num_tokens % TILE);
     std::vector<size_t> cuts;  // heads with a tile to truncate
-    size_t add = 0;
+    for (size_t h = 0; h < forked.heads.size(); ++h) {
+        if (rest == 0 || sequence.heads[h].num_tokens == num_tokens) continue;
+        cuts.push_back(h);
+        claim.add(new_layout(h, false, false));
+    }
+    grant(claim);
+    run_parallel(cuts.size(), [&](size_t i) {
+        const auto reader = std::make_unique<TokenReader>(*kernels_, sequence.heads[cuts[i]].tiles);
+        const auto buffer = std::make_unique<TokenBuffer>();
+        for (int64_t t = num_tokens - rest; t < num_tokens; ++t) reader->read(t, *buffer);
+        write_tile(*kernels_, claim.tile(i), claim.layout(i), *buffer);
+    });
+    size_t next = 0;
     for (size_t h = 0; h < forked.heads.size(); ++h) {
         const Head& from = sequence.heads[h];
         Head& to = forked.heads[h];
         to.num_tokens = num_tokens;
         to.num_target = std::min(from.num_target, static_cast<int64_t>(num_full));
+        to.tiles.reserve(num_full + 1);
         to.tiles.assign(from.tiles.begin(), from.tiles.begin() + static_cast<std::ptrdiff_t>(num_full));
         if (rest == 0) continue;
-        if (from.num_tokens == num_tokens) {
-            to.tiles.push_back(from.tiles[num_full]);
-        } else {
-            cuts.push_back(h);
-            add += new_layout(h, false, false).bytes;
-        }
+        const bool is_cut = next < cuts.size() && cuts[next] == h;
+        to.tiles.push_back(is_cut ? claim.tile(next++) : from.tiles[num_full]);
     }
-    if (!arena_.claim(add)) {
-        throw StoreFull("max_bytes must leave room for " + std::to_string(add) + " bytes, got " +
-                        std::to_string(config_.max_bytes) + " with " + std::to_string(arena_.used()) + " in use");
-    }
-    std::vector<uint8_t*> written(cuts.size(), nullptr);
-    try {
-        for (const size_t h : cuts) forked.heads[h].tiles.reserve(num_full + 1);
-        run_parallel(cuts.size(), [&](size_t i) {
-            const auto reader = std::make_unique<TokenReader>(*kernels_, sequence.heads[cuts[i]].tiles);
-            const auto buffer = std::make_unique<TokenBuffer>();
-            for (int64_t t = num_tokens - rest; t < num_tokens; ++t) reader->read(t, *buffer);
-            written[i] = write_new(new_layout(cuts[i], false, false), *buffer);
-        });
-    } catch (...) {
-        for (uint8_t* tile : written) {
-            if (tile) drop_owner(tile);
-        }
-        arena_.unclaim(add);
-        throw;
-    }
-    for (Head& head : forked.heads) {
-        for (uint8_t* tile : head.tiles) header(tile).refs.fetch_add(1);
-    }
-    for (size_t i = 0; i < cuts.size(); ++i) forked.heads[cuts[i]].tiles.push_back(written[i]);
 }
 
 int32_t Store::fork(int32_t id, std::optional<int64_t> num_tokens) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Sequence& sequence = sequence_locked(id);
     require(sequence.staged_tokens == 0, "sequence must be committed before it is forked", id);
-    auto forked = std::make_unique<Sequence>();
-    forked->capture_rows = sequence.capture_rows;
-    forked->next_position = num_tokens.value_or(sequence.next_position);
-    const bool is_truncated = num_tokens.has_value();
-    if (is_truncated) {
+    auto made = std::make_unique<Sequence>();
+    Sequence& forked = *made;
+    Claim claim(arena_);
+    forked.capture_rows = sequence.capture_rows;
+    forked.next_position = num_tokens.value_or(sequence.next_position);
+    if (num_tokens) {
         check_prefix(sequence, *num_tokens);
-        forked->captures.resize(sequence.captures.size());
-        forked->heads.resize(sequence.heads.size());
+        forked.captures.resize(sequence.captures.size());
+        forked.heads.resize(sequence.heads.size());
+        truncate(forked, sequence, *num_tokens, claim);
     } else {
-        forked->captures = sequence.captures;
-        forked->heads = sequence.heads;
-        for (Head& head : forked->heads) head.tiles.resize(static_cast<size_t>((head.num_tokens + TILE - 1) / TILE));
+        forked.captures = sequence.captures;
+        forked.heads = sequence.heads;
+        for (Head& head : forked.heads) head.tiles.resize(static_cast<size_t>((head.num_tokens + TILE - 1) / TILE));
     }
-    Sequence& stored = *sequences_.emplace(last_id_ + 1, std::move(forked)).first->second;
-    ++last_id_;
-    if (is_truncated) {
-        try {
-            truncate(stored, sequence, *num_tokens);
-        } catch (...) {
-            sequences_.erase(last_id_);
-            throw;
-        }
-    } else {
-        for (Head& head : stored.heads) {
-            for (uint8_t* tile : head.tiles) header(tile).refs.fetch_add(1);
-        }
+    sequences_.emplace(last_id_ + 1, std::move(made));
+    for (Head& head : forked.heads) {
+        for (uint8_t* tile : head.tiles) header(tile).refs.fetch_add(1);
     }
-    return last_id_;
+    for (size_t i = 0; i < claim.num_tiles(); ++i) header(claim.tile(i)).refs.fetch_sub(1);  // they had one owner
+    claim.commit();
+    return ++last_id_;
 }
 
 }  // namespace crush

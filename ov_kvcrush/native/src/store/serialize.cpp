@@ -244,21 +244,16 @@ void Store::read_records(size_t h, const DumpedHead& row, const uint8_t* tiles, 
     require(from.left == 0, "tiles must hold nothing beyond the records of a head", from.left);
 }
 
-void Store::make_tiles(const std::vector<Record>& records, std::vector<uint8_t*>& tiles) {
-    tiles.reserve(records.size());
-    for (const Record& record : records) {
-        uint8_t* tile = arena_.allocate(record.layout->bytes);
-        make_empty(tile, *record.layout);
-        tiles.push_back(tile);
-        header(tile).count = record.count;
-        for (int i = 0; i < record.count; ++i) set_position(tile, i, record.positions[i]);
-        const uint8_t* from = record.payload;
-        for_each_part(*record.layout, record.count, [&](size_t begin, size_t bytes) {
-            std::memcpy(tile + begin, from, bytes);
-            from += bytes;
-        });
-        check_scales(tile);
-    }
+void Store::fill_tile(const Record& record, uint8_t* tile) {
+    make_empty(tile, *record.layout);
+    header(tile).count = record.count;
+    for (int i = 0; i < record.count; ++i) set_position(tile, i, record.positions[i]);
+    const uint8_t* from = record.payload;
+    for_each_part(*record.layout, record.count, [&](size_t begin, size_t bytes) {
+        std::memcpy(tile + begin, from, bytes);
+        from += bytes;
+    });
+    check_scales(tile);
 }
 
 int32_t Store::load(const std::vector<DumpedHead>& rows, const uint8_t* tiles, size_t num_bytes, int64_t capture_rows,
@@ -279,32 +274,29 @@ int32_t Store::load(const std::vector<DumpedHead>& rows, const uint8_t* tiles, s
 
     std::vector<std::vector<Record>> records(num_heads);
     run_parallel(num_heads, [&](size_t h) { read_records(h, rows[h], tiles + begins[h], records[h]); });
-    size_t bytes = 0;
-    for (const std::vector<Record>& head : records) {
-        for (const Record& record : head) bytes += record.layout->bytes;
-    }
-    if (!arena_.claim(bytes, 0, promised)) {
-        throw StoreFull("max_bytes must leave room for " + std::to_string(bytes) + " bytes, got " +
-                        std::to_string(config_.max_bytes) + " with " + std::to_string(arena_.used()) + " in use and " +
-                        std::to_string(promised) + " to be kept free");
-    }
     sequence->next_position = rows[0].next_position;
-    try {
-        run_parallel(num_heads, [&](size_t h) {
-            make_tiles(records[h], sequence->heads[h].tiles);
-            sequence->heads[h].num_tokens = rows[h].num_tokens;
-            sequence->heads[h].num_target = rows[h].num_target;
-        });
-        const std::lock_guard<std::mutex> lock(mutex_);
-        sequences_.emplace(last_id_ + 1, nullptr).first->second = std::move(sequence);
-        return ++last_id_;
-    } catch (...) {
-        for (const Head& head : sequence->heads) {
-            for (uint8_t* tile : head.tiles) drop_owner(tile);
-        }
-        arena_.unclaim(bytes);
-        throw;
+
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Claim claim(arena_);
+    std::vector<size_t> first;  // number of the first tile of each head in the claim
+    for (size_t h = 0; h < num_heads; ++h) {
+        first.push_back(claim.num_tiles());
+        for (const Record& record : records[h]) claim.add(*record.layout);
     }
+    grant(claim, promised);
+    run_parallel(num_heads, [&](size_t h) {
+        Head& head = sequence->heads[h];
+        head.num_tokens = rows[h].num_tokens;
+        head.num_target = rows[h].num_target;
+        head.tiles.reserve(records[h].size());
+        for (size_t i = 0; i < records[h].size(); ++i) {
+            head.tiles.push_back(claim.tile(first[h] + i));
+            fill_tile(records[h][i], head.tiles.back());
+        }
+    });
+    sequences_.emplace(last_id_ + 1, std::move(sequence));
+    claim.commit();
+    return ++last_id_;
 }
 
 }  // namespace crush

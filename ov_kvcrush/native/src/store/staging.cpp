@@ -211,23 +211,17 @@ Chunks chunks_of(const Selection* selection, size_t head, int64_t num_staged) {
 
 }  // namespace
 
-uint8_t* Store::write_new(const TileLayout& layout, const TokenBuffer& tokens) {
-    uint8_t* tile = arena_.allocate(layout.bytes);
-    write_tile(*kernels_, tile, layout, tokens);
-    return tile;
-}
-
-void Store::commit_head(const Sequence& sequence, size_t h, const Selection* selection, std::vector<uint8_t*>& tiles) {
+void Store::commit_head(const Sequence& sequence, size_t h, const Selection* selection, const Claim& claim,
+                        size_t first) const {
     const Chunks chunks = chunks_of(selection, h, sequence.staged_tokens);
     const size_t layer = layer_of_[h];
     const auto buffer = std::make_unique<TokenBuffer>();
     int32_t tokens[TILE];
-    tiles.reserve(static_cast<size_t>(chunks.size()));
     for (int64_t c = 0; c < chunks.size(); ++c) {
+        const size_t tile = first + static_cast<size_t>(c);
         chunks.copy(c, tokens);
         read_staged(sequence, layer, h - first_head_[layer], tokens, chunks.count(c), *buffer);
-        const bool target = c < num_target_tiles(chunks.num_tokens);
-        tiles.push_back(write_new(new_layout(h, target, chunks.must_list(c)), *buffer));
+        write_tile(*kernels_, claim.tile(tile), claim.layout(tile), *buffer);
     }
 }
 
@@ -241,35 +235,33 @@ void Store::commit_prefill(int32_t id, const Selection* selection, size_t promis
     for (size_t layer = 0; layer < layouts_.size(); ++layer) check_staged(sequence, layer);
     if (selection) check_selection(*selection, [&](size_t) { return sequence.staged_tokens; });
 
-    size_t bytes = 0, spare = 0;  // spare: of empty tiles that were reserved before
-    for (size_t h = 0; h < sequence.heads.size(); ++h) {
+    const size_t num_heads = sequence.heads.size();
+    Claim claim(arena_);
+    std::vector<size_t> first;  // [heads + 1]: number of the first tile of each in the claim
+    for (size_t h = 0; h < num_heads; ++h) {
+        first.push_back(claim.num_tiles());
         const Chunks chunks = chunks_of(selection, h, sequence.staged_tokens);
         const int64_t num_target = num_target_tiles(chunks.num_tokens);
-        for (int64_t c = 0; c < chunks.size(); ++c) bytes += new_layout(h, c < num_target, chunks.must_list(c)).bytes;
-        for (const uint8_t* tile : sequence.heads[h].tiles) spare += layout(tile).bytes;
+        for (int64_t c = 0; c < chunks.size(); ++c) claim.add(new_layout(h, c < num_target, chunks.must_list(c)));
+        // Empty tiles that were reserved before.
+        for (const uint8_t* tile : sequence.heads[h].tiles) claim.remove_bytes(layout(tile).bytes);
     }
-    if (!arena_.claim(bytes, spare, promised)) {
-        throw StoreFull("max_bytes must leave room for " + std::to_string(bytes) + " bytes, got " +
-                        std::to_string(config_.max_bytes) + " with " + std::to_string(arena_.used()) + " in use and " +
-                        std::to_string(promised) + " to be kept free");
+    first.push_back(claim.num_tiles());
+    grant(claim, promised);
+    run_parallel(num_heads, [&](size_t h) { commit_head(sequence, h, selection, claim, first[h]); });
+    std::vector<std::vector<uint8_t*>> tiles(num_heads);
+    for (size_t h = 0; h < num_heads; ++h) {
+        tiles[h].reserve(first[h + 1] - first[h]);
+        for (size_t i = first[h]; i < first[h + 1]; ++i) tiles[h].push_back(claim.tile(i));
     }
-    std::vector<std::vector<uint8_t*>> tiles(sequence.heads.size());
-    try {
-        run_parallel(tiles.size(), [&](size_t h) { commit_head(sequence, h, selection, tiles[h]); });
-    } catch (...) {
-        for (const std::vector<uint8_t*>& head : tiles) {
-            for (uint8_t* tile : head) drop_owner(tile);
-        }
-        arena_.unclaim(bytes, spare);
-        throw;
-    }
-    for (size_t h = 0; h < tiles.size(); ++h) {
+    for (size_t h = 0; h < num_heads; ++h) {
         Head& head = sequence.heads[h];
         for (uint8_t* tile : head.tiles) drop_owner(tile);
         head.num_tokens = chunks_of(selection, h, sequence.staged_tokens).num_tokens;
         head.num_target = num_target_tiles(head.num_tokens);
-        head.tiles = std::move(tiles[h]);
+        head.tiles.swap(tiles[h]);
     }
+    claim.commit();
     sequence.next_position = std::max(sequence.next_position, sequence.staged_tokens);
     sequence.staged_blocks.clear();
     sequence.staged_tokens = 0;

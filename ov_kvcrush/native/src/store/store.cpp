@@ -5,14 +5,13 @@
 #include <cstring>
 #include <exception>
 #include <numeric>
+#include <set>
 
 #include "store/require.hpp"
 #include "store/tokens.hpp"
 
 namespace crush {
 namespace {
-
-constexpr int64_t MAX_CAPTURE_ROWS = 65536;
 
 void check_layer(const LayerShape& l) {
     require(l.num_kv_heads >= 1, "num_kv_heads must be at least 1", l.num_kv_heads);
@@ -39,6 +38,7 @@ Store::Store(StoreConfig config, ParallelFor parallel)
     require(c.recent_tokens >= 0, "recent_tokens must be at least 0", c.recent_tokens);
     require(c.group_size >= 16 && c.group_size % 16 == 0, "group_size must be a multiple of 16", c.group_size);
     first_head_.push_back(0);
+    std::set<size_t> sizes;
     for (const LayerShape& shape : c.layers) {
         check_layer(shape);
         const int group = std::gcd(c.group_size, shape.head_size);
@@ -46,11 +46,13 @@ Store::Store(StoreConfig config, ParallelFor parallel)
         for (const bool listed : {false, true}) {
             l.target[listed] = make_layout(c.key, c.value, shape.head_size, group, listed);
             l.recent[listed] = make_layout(c.recent, c.recent, shape.head_size, group, listed);
+            sizes.insert({l.target[listed].bytes, l.recent[listed].bytes});
         }
         layer_of_.insert(layer_of_.end(), static_cast<size_t>(shape.num_kv_heads), layouts_.size());
         first_head_.push_back(layer_of_.size());
         layouts_.push_back(l);
     }
+    num_sizes_ = sizes.size();
     same_codecs_ = same_codes(layouts_[0].target[0], layouts_[0].recent[0]);
 }
 
@@ -83,7 +85,7 @@ const Sequence& Store::sequence_locked(int32_t id) const {
 }
 
 std::unique_ptr<Sequence> Store::new_sequence(int64_t capture_rows) const {
-    require(capture_rows >= 0 && capture_rows <= MAX_CAPTURE_ROWS, "capture_rows must be in 0..65536", capture_rows);
+    check_capture_rows(capture_rows);
     auto sequence = std::make_unique<Sequence>();
     sequence->heads.resize(layer_of_.size());
     sequence->capture_rows = capture_rows;
@@ -100,12 +102,14 @@ int32_t Store::create(int64_t capture_rows) {
 
 void Store::release(int32_t id) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    size_t freed = 0;
-    for (const Head& head : sequence_locked(id).heads) {
+    Sequence& sequence = sequence_locked(id);
+    size_t freed = drop_rings(sequence);
+    for (const Head& head : sequence.heads) {
         for (uint8_t* tile : head.tiles) freed += drop_owner(tile);
     }
     arena_.unclaim(freed);
     sequences_.erase(id);
+    tidy();
 }
 
 size_t Store::drop_owner(uint8_t* tile) noexcept {
@@ -124,9 +128,13 @@ size_t Store::nbytes() const {
 
 size_t Store::nbytes_of(int32_t id) const {
     const std::lock_guard<std::mutex> lock(mutex_);
+    const Sequence& sequence = sequence_locked(id);
     size_t bytes = 0;
-    for (const Head& head : sequence_locked(id).heads) {
+    for (const Head& head : sequence.heads) {
         for (const uint8_t* tile : head.tiles) bytes += layout(tile).bytes;
+    }
+    for (size_t layer = 0; layer < sequence.captures.size(); ++layer) {
+        bytes += ring_bytes(sequence.captures[layer].get(), layer);
     }
     return bytes;
 }
@@ -134,19 +142,31 @@ size_t Store::nbytes_of(int32_t id) const {
 Store::Bytes Store::nbytes_of_all(std::vector<int32_t> ids) const {
     std::sort(ids.begin(), ids.end());
     ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
-    std::vector<const uint8_t*> tiles;
+    struct Part {  // a tile or a ring of a sequence
+        const void* what;
+        size_t bytes, owners;
+    };
+    std::vector<Part> parts;
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const int32_t id : ids) {
-        for (const Head& head : sequence_locked(id).heads)
-            tiles.insert(tiles.end(), head.tiles.begin(), head.tiles.end());
+        const Sequence& sequence = sequence_locked(id);
+        for (const Head& head : sequence.heads) {
+            for (const uint8_t* tile : head.tiles)
+                parts.push_back({tile, layout(tile).bytes, header(tile).refs.load()});
+        }
+        for (size_t layer = 0; layer < sequence.captures.size(); ++layer) {
+            const std::shared_ptr<Capture>& ring = sequence.captures[layer];
+            if (ring)
+                parts.push_back({ring.get(), ring_bytes(ring.get(), layer), static_cast<size_t>(ring.use_count())});
+        }
     }
-    std::sort(tiles.begin(), tiles.end());
+    const auto before = [](const Part& a, const Part& b) { return std::less<const void*>()(a.what, b.what); };
+    std::sort(parts.begin(), parts.end(), before);
     Bytes bytes{0, 0};
-    for (auto i = tiles.begin(); i != tiles.end();) {
-        const auto next = std::upper_bound(i, tiles.end(), *i);
-        const size_t of_tile = layout(*i).bytes;
-        bytes.held += of_tile;
-        if (header(*i).refs.load() == static_cast<uint32_t>(next - i)) bytes.freed += of_tile;
+    for (auto i = parts.begin(); i != parts.end();) {
+        const auto next = std::upper_bound(i, parts.end(), *i, before);
+        bytes.held += i->bytes;
+        if (i->owners == static_cast<size_t>(next - i)) bytes.freed += i->bytes;
         i = next;
     }
     return bytes;
@@ -227,51 +247,6 @@ std::vector<HeadView> Store::views_locked(const Sequence& sequence, size_t layer
         views.push_back({head.tiles.data(), static_cast<size_t>((head.num_tokens + TILE - 1) / TILE)});
     }
     return views;
-}
-
-// -- captured queries -------------------------------------------------------------------------------------------------
-
-void Store::set_capture(int32_t id, int64_t rows) {
-    require(rows >= 0 && rows <= MAX_CAPTURE_ROWS, "capture_rows must be in 0..65536", rows);
-    const std::lock_guard<std::mutex> lock(mutex_);
-    Sequence& sequence = sequence_locked(id);
-    if (rows == sequence.capture_rows) return;
-    sequence.capture_rows = rows;
-    sequence.captures.assign(rows ? layouts_.size() : 0, Capture{});
-}
-
-void Store::capture_locked(Sequence& sequence, size_t layer, const float* q, int64_t n, int32_t first_position) {
-    const int64_t capacity = sequence.capture_rows;
-    if (capacity == 0) return;
-    const LayerShape& shape = config_.layers[layer];
-    const size_t width = static_cast<size_t>(shape.num_heads) * static_cast<size_t>(shape.head_size);
-    Capture& ring = sequence.captures[layer];
-    const auto held = static_cast<size_t>(std::min(capacity, ring.seen + n));  // a long window of a short text is short
-    if (ring.position.size() < held) {
-        ring.q.resize(held * width);
-        ring.position.resize(held);
-    }
-    for (int64_t i = std::max<int64_t>(0, n - capacity); i < n; ++i) {
-        const auto slot = static_cast<size_t>((ring.seen + i) % capacity);
-        std::memcpy(&ring.q[slot * width], q + static_cast<size_t>(i) * width, width * sizeof(float));
-        ring.position[slot] = first_position + static_cast<int32_t>(i);
-    }
-    ring.seen += n;
-}
-
-void Store::captured_locked(const Sequence& sequence, size_t layer, std::vector<float>& rows,
-                            std::vector<int32_t>& positions) const {
-    const int64_t capacity = sequence.capture_rows;
-    if (capacity == 0) return;
-    const Capture& ring = sequence.captures[layer];
-    const LayerShape& shape = config_.layers[layer];
-    const size_t width = static_cast<size_t>(shape.num_heads) * static_cast<size_t>(shape.head_size);
-    for (int64_t i = std::max<int64_t>(0, ring.seen - capacity); i < ring.seen; ++i) {
-        const auto slot = static_cast<size_t>(i % capacity);
-        const auto row = ring.q.begin() + static_cast<std::ptrdiff_t>(slot * width);
-        rows.insert(rows.end(), row, row + static_cast<std::ptrdiff_t>(width));
-        positions.push_back(ring.position[slot]);
-    }
 }
 
 }  // namespace crush

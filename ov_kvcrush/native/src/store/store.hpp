@@ -17,6 +17,7 @@
 #include "kernels/kernels.hpp"
 #include "kernels/tile.hpp"
 #include "store/arena.hpp"
+#include "store/claim.hpp"
 
 namespace crush {
 
@@ -60,19 +61,20 @@ struct Head {
     int64_t num_target = 0;  // tiles of the target codec, at the front
 };
 
-// Queries of the last rows of a sequence in one layer: a ring buffer [capacity, H * D].
+// Queries of the last rows of a sequence in one layer: a ring buffer [capture_rows, H * D], of which the first rows are
+// there while fewer were seen. Forks share it; who captures copies it first.
 struct Capture {
     std::vector<float> q;
     std::vector<int32_t> position;
-    int64_t seen = 0;  // rows so far; row i is in slot i % capacity
+    int64_t seen = 0;  // rows so far; row i is in slot i % capture_rows
 };
 
 struct Sequence {
     std::vector<Head> heads;    // of all layers, layer by layer
     int64_t next_position = 0;  // 1 + the largest position of a token so far, dropped ones included
     int64_t capture_rows = 0;
-    std::vector<Capture> captures;       // [layers] if capture_rows > 0
-    std::vector<int32_t> staged_blocks;  // block table of a fresh prompt
+    std::vector<std::shared_ptr<Capture>> captures;  // [layers] if capture_rows > 0; null: nothing was captured
+    std::vector<int32_t> staged_blocks;              // block table of a fresh prompt
     int64_t staged_tokens = 0;
 };
 
@@ -102,6 +104,8 @@ struct PrefillSpan {
 
 struct TokenBuffer;
 
+void check_capture_rows(int64_t rows);  // throws std::invalid_argument
+
 // Whether Store::prefill_locked works with these kernels for such a layer, with staging blocks of this codec.
 bool can_prefill(const Kernels& kernels, const LayerShape& shape, Codec staging);
 
@@ -120,20 +124,20 @@ public:
     void release(int32_t id);
     // A new sequence that shares all tiles with this one. With num_tokens it has only the positions below num_tokens:
     // every head must hold exactly the positions 0..n-1, n >= num_tokens, and the tile that is truncated is decoded
-    // into a new tile of the recent codec. Throws StoreFull where that tile does not fit. Captured queries are copied,
-    // unless num_tokens is given.
+    // into a new tile of the recent codec. Throws StoreFull where that tile does not fit. Captured queries are shared,
+    // unless num_tokens is given: then there are none.
     int32_t fork(int32_t id, std::optional<int64_t> num_tokens = std::nullopt);
 
-    // Allocates slots for num_tokens more tokens in every head: new tiles, and a copy of the last one where it is
-    // partly filled and shared, or must list its positions to take the next one. All or nothing: false, without a
-    // change, if nbytes would exceed max_bytes - promised.
+    // Allocates slots for num_tokens more tokens in every head, and room for their captured queries: new tiles, and a
+    // copy of the last one where it is partly filled and shared, or must list its positions to take the next one. All
+    // or nothing: false, without a change, if nbytes would exceed max_bytes - promised.
     bool reserve(int32_t id, int64_t num_tokens, size_t promised = 0);
     // Tokens that every head can take at the next position without another reserve.
     int64_t free_slots(int32_t id) const;
     // append_locked, with the lock.
     void append(int32_t id, size_t layer, const float* k, const float* v, int64_t n, int64_t first_position);
     // Encodes tokens that have left the recent window of each head into tiles of the target codec. Never fails: a tile
-    // that cannot be replaced within the limit stays as it is until the next call.
+    // that cannot be replaced within the limit, or for want of memory, stays as it is until the next call.
     void quantize_aged(int32_t id);
 
     void set_staging(size_t layer, Staging staging);
@@ -161,8 +165,8 @@ public:
     std::vector<int32_t> positions(int32_t id, size_t layer, size_t head) const;
     int64_t num_tokens(int32_t id, size_t layer, size_t head) const;
 
-    size_t nbytes() const;  // bytes of all tiles in use, each counted once: the sum of their layouts' bytes
-    size_t nbytes_of(int32_t id) const;  // bytes of the tiles that a sequence can reach, shared ones in full
+    size_t nbytes() const;               // bytes of all tiles in use and of captured queries, each counted once
+    size_t nbytes_of(int32_t id) const;  // bytes of what a sequence can reach, shared or not
     // Of some sequences together: bytes of all that they can reach, each counted once, and those of what nobody else
     // holds, by which nbytes shrinks if all of them are released.
     struct Bytes {
@@ -171,6 +175,9 @@ public:
     Bytes nbytes_of_all(std::vector<int32_t> ids) const;
     size_t reserved_bytes() const;               // what the arena holds of the operating system's memory
     size_t bytes_for(int64_t num_tokens) const;  // of a sequence that commits a prompt of num_tokens whole
+    // Bytes of `rows` captured query rows in all layers, which are 65536 at most; with a sequence, those it does not
+    // have for itself yet.
+    size_t capture_bytes(int64_t rows, std::optional<int32_t> id = std::nullopt) const;
     size_t num_sequences() const;
 
     // For callers that hold the lock.
@@ -181,6 +188,8 @@ public:
     // them are not reserved. Rows that do not continue at the sequence's next position may need tiles that list their
     // positions: throws StoreFull where those do not fit.
     void append_locked(Sequence&, size_t layer, const float* k, const float* v, int64_t n, int32_t first_position);
+    // The queries of rows that follow those captured. Throws StoreFull where no room was made for them and none is
+    // left.
     void capture_locked(Sequence&, size_t layer, const float* q, int64_t n, int32_t first_position);
     // Sets how many query rows are captured. A new number drops those captured so far.
     void set_capture(int32_t id, int64_t rows);
@@ -206,11 +215,10 @@ private:
         TileLayout staged;                // keys only, as staged
         Staging staging;
     };
-    struct NewTile {  // for place `index` of a head's tiles; replaces a tile that is there
-        Head* head;
-        size_t index;
-        const TileLayout* layout;
-        uint8_t* tile;
+    // Rings to take the place of those of a sequence; null: that one stays.
+    struct Rings {
+        std::vector<std::shared_ptr<Capture>> made;  // [layers], or empty
+        size_t add = 0, remove = 0;                  // bytes
     };
     struct CompactPlan;
     struct Record;
@@ -223,22 +231,33 @@ private:
     void check_selection(const Selection&, const std::function<int64_t(size_t)>& num_tokens) const;
     int64_t num_target_tiles(int64_t num_tokens) const;
     const TileLayout& new_layout(size_t head, bool target, bool listed) const;
+    // The bytes and slots of what a claim lists. False, or StoreFull, where they do not fit: then the claim must end.
+    bool try_grant(Claim&, size_t promised = 0);
+    void grant(Claim&, size_t promised = 0);
+    size_t max_reserved(size_t removed) const;
+    void tidy() noexcept;  // after tiles were freed
+    void move_tiles() noexcept;
+    size_t row_bytes(size_t layer) const;  // of a captured row
+    size_t ring_bytes(const Capture*, size_t layer) const;
+    Rings larger_rings(const Sequence&, size_t begin, size_t end, int64_t num_rows) const;
+    void take_rings(Sequence&, size_t begin, Rings&) noexcept;
+    size_t drop_rings(Sequence&) noexcept;      // as drop_owner
     size_t drop_owner(uint8_t* tile) noexcept;  // returns the bytes this frees; they stay claimed
-    bool reserve_heads(Sequence&, size_t begin, size_t end, int64_t num_tokens, int64_t position, size_t promised);
+    bool reserve_heads(Sequence&, size_t begin, size_t end, int64_t num_tokens, int64_t position, Claim&,
+                       size_t promised);
     void append_head(Head&, const float* k, const float* v, size_t stride, int64_t n, int32_t first_position) const;
-    void quantize_aged_head(size_t head, Head&, int64_t num_tiles);
+    void quantize_aged_locked(Sequence&);
     void check_staged(const Sequence&, size_t layer) const;
     void read_staged(const Sequence&, size_t layer, size_t head, const int32_t* tokens, int count, TokenBuffer&) const;
     // Appends the scores of a staged prompt straight from its blocks. False if the kernels cannot.
     bool score_blocks(const Sequence&, size_t layer, StagedScores, std::vector<float>& out) const;
-    uint8_t* write_new(const TileLayout&, const TokenBuffer&);
-    void commit_head(const Sequence&, size_t head, const Selection*, std::vector<uint8_t*>& tiles);
+    void commit_head(const Sequence&, size_t head, const Selection*, const Claim&, size_t first) const;
     CompactPlan plan_compact(size_t head, const Head&, const int32_t* kept, int64_t num_kept) const;
-    void compact_head(Head&, CompactPlan&);
+    void write_compact(const Head&, CompactPlan&, const Claim&) const;
     void read_records(size_t head, const DumpedHead&, const uint8_t* tiles, std::vector<Record>&) const;
-    void make_tiles(const std::vector<Record>&, std::vector<uint8_t*>& tiles);
+    static void fill_tile(const Record&, uint8_t* tile);
     void check_prefix(const Sequence&, int64_t num_tokens) const;
-    void truncate(Sequence& forked, const Sequence&, int64_t num_tokens);
+    void truncate(Sequence& forked, const Sequence&, int64_t num_tokens, Claim&);
 
     StoreConfig config_;
     const Kernels* kernels_;
@@ -248,6 +267,8 @@ private:
     std::vector<size_t> first_head_;  // [layers + 1]
     std::vector<size_t> layer_of_;    // [heads]
     bool same_codecs_;                // of target and recent tiles
+    size_t num_sizes_ = 0;            // that a tile can have
+    size_t captured_bytes_ = 0;       // part of what the arena counts
     Arena arena_;
     std::unordered_map<int32_t, std::unique_ptr<Sequence>> sequences_;
     int32_t last_id_ = 0;
