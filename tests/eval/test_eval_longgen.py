@@ -252,7 +252,9 @@ class TestRuns:
         runs = LongRuns(folder, caches_of(plan), EXACT)
         for task in ("list", CONTINUE):
             full, snapkv = runs.answer(prompts[task], TASKS[task], plan)
-            assert (full.text, full.kept_tokens, full.num_bytes) == (snapkv.text, snapkv.kept_tokens, snapkv.num_bytes)
+            assert (full.text, full.kept_tokens) == (snapkv.text, snapkv.kept_tokens)
+            # Beside the tokens the queries of its window are held.
+            assert 0 < snapkv.num_bytes - full.num_bytes < full.num_bytes / 20
 
     def test_openvino_genai_evicts_while_it_writes(self, prompts: dict[str, ItemPrompts], folder: Path) -> None:
         one, kept = prompts["list"], len(whole(prompts["list"])) // 32 * 32 + 64

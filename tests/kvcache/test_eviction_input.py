@@ -140,7 +140,9 @@ def test_window_longer_than_the_text_is_the_text(window: int, tiny_ir: Callable[
 def test_prompt_that_is_too_short_to_be_evicted_from_must_fit_whole(tiny_ir: Callable[[str], Path]) -> None:
     folder = tiny_ir("llama")
     probe: Any = make_engine(folder).cache
-    engine = make_engine(folder, {**EXACT, "max_bytes": probe.store.bytes_for(96)}, max_num_batched_tokens=16)
+    captured = probe.store.capture_bytes(small({"name": "snapkv"}).inputs.window)
+    room = probe.store.bytes_for(96) + captured
+    engine = make_engine(folder, {**EXACT, "max_bytes": room}, max_num_batched_tokens=16)
     with pytest.raises(CrushError, match=r"must fit into the KV store of .* got 150 tokens"):
         add(engine, 0, prompt(150), small({"name": "snapkv"}, kept_tokens=16, min_tokens=200))
     handle = add(engine, 0, prompt(150), small({"name": "snapkv"}, kept_tokens=16))

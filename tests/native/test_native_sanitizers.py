@@ -21,6 +21,8 @@ SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DCRUSH_ARENA_MALLOC"],
     "thread": ["-fsanitize=thread"],
 }
+# Failing allocations are counted, so they fail in one thread.
+CASES = [(n, p) for n in SANITIZERS for p in PROGRAMS if (n, p.stem) != ("thread", "test_failures")]
 
 
 def core() -> dict[Path, list[str]]:
@@ -64,11 +66,10 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], F
         run(COMPILER, *SANITIZERS[name], "-pthread", *objects, "-o", target)
         return run(target)
 
-    return {(n, p.stem): threads.submit(linked_and_run, n, p) for n in SANITIZERS for p in PROGRAMS}
+    return {(n, p.stem): threads.submit(linked_and_run, n, p) for n, p in CASES}
 
 
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
-@pytest.mark.parametrize("program", [p.stem for p in PROGRAMS])
+@pytest.mark.parametrize(("sanitizer", "program"), [(name, program.stem) for name, program in CASES])
 def test_runs_clean(outputs: dict[tuple[str, str], Future[str]], program: str, sanitizer: str) -> None:
     output = outputs[sanitizer, program].result()
     assert "Sanitizer" not in output, output
