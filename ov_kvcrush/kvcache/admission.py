@@ -74,11 +74,6 @@ class Admission:
         rows = min(eviction.window, length) if eviction else 0
         return self._bytes_for(length, eviction, num_evicted) + self._store.capture_bytes(rows)
 
-    def fits(self, sequence: Sequence, kv: SequenceKV) -> bool:
-        """Whether the store has the bytes of all its tokens, beside what is there and what is promised."""
-        needed = self._store.nbytes + self.promised() + self._missing(sequence, kv)
-        return needed <= self._store.max_bytes
-
     def promised(self, without: Sequence | None = None) -> int:
         """Bytes that prompts being prefilled will still take."""
         return sum(self._missing(s, kv) for s, kv in self.prefilling.items() if s is not without)

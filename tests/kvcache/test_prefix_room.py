@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino as ov
 import pytest
 from eviction_runs import F32
 
-from ov_kvcrush import Context, LLMPipeline, OutOfMemory, SchedulerConfig
+from ov_kvcrush import Context, ContinuousBatchingPipeline, LLMPipeline, OutOfMemory, SchedulerConfig
 from ov_kvcrush.core.eviction import EvictionState
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.kvcache.block_pool import BlockPool
@@ -112,3 +113,55 @@ def test_a_context_is_loaded_where_prefixes_fill_the_store(pipe: LLMPipeline, tm
         held = [loaded.fork()]
         with pytest.raises(OutOfMemory):
             held.extend(Context.load(path, pipe) for _ in range(10))
+
+
+@pytest.fixture(scope="module")
+def batches(tiny_ir: Callable[[str], Path]) -> ContinuousBatchingPipeline:
+    scheduler = {"max_num_batched_tokens": 32, "enable_prefix_caching": True}
+    return ContinuousBatchingPipeline(tiny_ir("llama"), scheduler, properties=F32, cache_config={"max_bytes": 350_000})
+
+
+def ids(length: int, begin: int = 0) -> Any:
+    return ov.Tensor(np.random.default_rng(begin).integers(0, 256, (1, length)))
+
+
+def test_a_context_takes_nothing_of_what_a_prompt_was_promised(
+    batches: ContinuousBatchingPipeline, tmp_path: Path
+) -> None:
+    """Loaded while that is read, it would have it end without an answer."""
+    path = tmp_path / "text.kvc"
+    with batches.compress(TEXT, policy="none") as context:
+        context.save(path)
+        size, length = context.nbytes, context.num_tokens
+    store: Any = batches._backend.cache.store  # type: ignore[attr-defined]
+    num_tokens = next(n for n in range(0, 4096, 32) if store.bytes_for(n) + size > store.max_bytes)
+    assert num_tokens > length / 2
+    handle = batches.add_request(1, ids(num_tokens), max_new_tokens=8, ignore_eos=True)
+    batches.step()
+    assert not handle.can_read()
+    assert store.nbytes + size <= store.max_bytes
+    with pytest.raises(OutOfMemory):
+        Context.load(path, batches)
+    assert handle.wait(60)
+    assert (handle.error, len(handle.read_all()[0].generated_ids)) == (None, 8)
+    batches._backend.clear_prefixes()
+    Context.load(path, batches).close()
+
+
+def test_a_prompt_that_waits_for_others_drops_no_prefix(batches: ContinuousBatchingPipeline) -> None:
+    cache: Any = batches._backend.cache  # type: ignore[attr-defined]
+    room = cache.capacity_tokens(None)
+    batches.generate([ids(40, 1)], max_new_tokens=1)
+    holder = batches.add_request(1, ids(room // 2, 2), max_new_tokens=room // 4, ignore_eos=True)
+    while not holder.can_read():
+        batches.step()
+    assert len(cache.prefixes) == 1
+    waiting = batches.add_request(2, ids(room * 3 // 4, 3), max_new_tokens=1)
+    for _ in range(4):
+        batches.step()
+    assert len(cache.prefixes) == 1
+    holder.cancel()
+    assert waiting.wait(60)
+    assert waiting.error is None
+    batches._backend.clear_prefixes()
+    assert batches.get_metrics().kv_cache_size_in_bytes == 0
