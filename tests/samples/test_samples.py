@@ -38,3 +38,10 @@ def test_continuous_batching(smollm2: Path) -> None:
     assert len(arrivals) == len(ends) == 4
     assert arrivals[1] < ends[0]  # one arrived while another ran
     assert out.rstrip().endswith("blocks in use: 0")
+
+
+def test_many_users(smollm2: Path) -> None:
+    out = run_sample("many_users.py", str(smollm2), "--users", "5")
+    assert len(re.findall(r"user \d: first token", out)) == 5
+    assert len(re.findall(r"user \d: .* '.+' \((stop|length)\)", out)) == 5
+    assert "Paris" in out
