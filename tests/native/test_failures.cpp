@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "check.hpp"
 #include "store/store.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -50,14 +51,6 @@ void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept { s
 using namespace crush;
 
 namespace {
-
-#define CHECK(condition)                                                              \
-    do {                                                                              \
-        if (!(condition)) {                                                           \
-            std::printf("%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition); \
-            std::exit(1);                                                             \
-        }                                                                             \
-    } while (false)
 
 void serial(size_t n, const std::function<void(size_t)>& task) {
     for (size_t i = 0; i < n; ++i) task(i);

@@ -16,19 +16,12 @@
 #include <thread>
 #include <vector>
 
+#include "check.hpp"
 #include "store/store.hpp"
 
 using namespace crush;
 
 namespace {
-
-#define CHECK(condition)                                                              \
-    do {                                                                              \
-        if (!(condition)) {                                                           \
-            std::printf("%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition); \
-            std::exit(1);                                                             \
-        }                                                                             \
-    } while (false)
 
 template <class Error, class Function>
 void check_throws(Function function) {
