@@ -405,13 +405,19 @@ def test_commands_are_run_one_at_a_time_whoever_sends_them() -> None:
     assert seen == [1] * 250
 
 
-def test_an_engine_without_work_takes_no_time(folder: Path) -> None:
-    """Of the processor: it waits for a command."""
-    pipe = make(folder)
+def test_an_engine_without_work_waits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks for work when it is told, and not meanwhile."""
+    pipe, looked = make(folder), []
+    step_all = EngineThread._step_all
+    monkeypatch.setattr(EngineThread, "_step_all", lambda self: (looked.append(1), step_all(self))[1])
     pipe.generate([ids(30)], greedy())
-    begin = time.process_time()
-    time.sleep(1.0)
-    assert time.process_time() - begin < 0.01
+    assert looked
+    time.sleep(0.2)  # for what follows the last token
+    looked.clear()
+    time.sleep(0.5)
+    assert not looked
+    assert len(pipe.add_request(1, ids(30), greedy(1)).read(WAIT)) == 1
+    assert looked
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(folder: Path) -> None:
