@@ -34,6 +34,7 @@ from ov_kvcrush.eval.runs.plan import Planned, PlanOptions, caches_of, make_plan
 from ov_kvcrush.eval.runs.prompts import ItemEncoder, ItemPrompts, encode_items
 from ov_kvcrush.eval.runs.run_folder import read_run
 from ov_kvcrush.model.load import load_model
+from ov_kvcrush.model.plugin import open_core
 from ov_kvcrush.pipelines.loading import load_tokenizer
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
@@ -57,7 +58,7 @@ def words_of(text: str) -> int:
 
 def stock_logprobs(folder: Path, ids: np.ndarray) -> np.ndarray:
     """float64 (S, vocabulary): the distribution after each of the ids by OpenVINO's own attention, in one inference."""
-    model = ov.Core().compile_model(folder / "openvino_model.xml", "CPU", EXACT)
+    model = open_core().compile_model(folder / "openvino_model.xml", "CPU", EXACT)
     inputs = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
     inputs |= {"position_ids": np.arange(len(ids))[None], "beam_idx": np.zeros(1, np.int32)}
     logits = model.create_infer_request().infer(inputs)["logits"][0].astype(np.float64)

@@ -17,6 +17,7 @@ from ov_kvcrush.model.default import GGUF_NAME, IMPORT_NAME, default_model_folde
 from ov_kvcrush.model.folder import check_model_folder
 from ov_kvcrush.model.gguf import convert as gguf_model
 from ov_kvcrush.model.info import ModelInfo
+from ov_kvcrush.model.plugin import capped_properties
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -49,7 +50,7 @@ def test_default_model_is_what_it_says(smollm2: Path) -> None:
 def test_default_model_knows_paris(smollm2: Path) -> None:
     import openvino_genai
 
-    llm = openvino_genai.LLMPipeline(smollm2, "CPU")
+    llm = openvino_genai.LLMPipeline(smollm2, "CPU", **capped_properties())
     assert "Paris" in llm.generate("What is the capital of France? Answer in one sentence.", max_new_tokens=30)
 
 

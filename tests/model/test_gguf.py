@@ -23,7 +23,7 @@ from ov_kvcrush.model.gguf import convert as gguf_model
 from ov_kvcrush.model.gguf.convert import check_convertible, convert_gguf, gguf_model_info
 from ov_kvcrush.model.gguf.reader import TENSOR_TYPES, read_gguf_header
 from ov_kvcrush.model.info import ModelInfo
-from ov_kvcrush.model.plugin import open_core
+from ov_kvcrush.model.plugin import capped_properties, open_core
 from ov_kvcrush.pipelines.loading import load_generation_config, load_tokenizer
 
 
@@ -279,7 +279,7 @@ def test_converted_folder_chats_in_stock_genai(q8_gguf: Path, tmp_path: Path) ->
 
     out = tmp_path / "out"
     convert_gguf(q8_gguf, out)
-    pipeline = openvino_genai.LLMPipeline(out, "CPU")
+    pipeline = openvino_genai.LLMPipeline(out, "CPU", **capped_properties())
     tokenizer = pipeline.get_tokenizer()
     assert tokenizer.get_eos_token_id() == 257
     assert tokenizer.encode(MERGED).input_ids.data.tolist() == [[260]]

@@ -22,6 +22,7 @@ from model_export.options import WEIGHT_FORMATS, WeightOptions
 from ov_kvcrush.errors import ExportError
 from ov_kvcrush.model.folder import check_model_folder
 from ov_kvcrush.model.info import ModelInfo
+from ov_kvcrush.model.plugin import capped_properties
 from ov_kvcrush.utils.atomic import atomic_folder
 
 Build = Callable[[str], Path]
@@ -62,7 +63,7 @@ def test_exported_folder_generates_in_stock_genai(tiny_ir: Build, kind: str) -> 
     assert {"config.json", "generation_config.json", "chat_template.jinja", "ov_kvcrush.json"} <= {
         file.name for file in folder.iterdir()
     }
-    llm = openvino_genai.LLMPipeline(folder, "CPU")
+    llm = openvino_genai.LLMPipeline(folder, "CPU", **capped_properties())
     result = llm.generate(["hello"], max_new_tokens=5, ignore_eos=True)
     assert result.perf_metrics.get_num_generated_tokens() == 5
     assert llm.get_tokenizer().get_eos_token_id() == 257
@@ -96,7 +97,9 @@ def test_weight_formats_shrink_and_are_recorded(tiny_ir: Build, compressed: Buil
 def test_compressed_model_generates_in_stock_genai(compressed: Build, weight_format: str) -> None:
     import openvino_genai
 
-    result = openvino_genai.LLMPipeline(compressed(weight_format), "CPU").generate(["hello"], max_new_tokens=3)
+    result = openvino_genai.LLMPipeline(compressed(weight_format), "CPU", **capped_properties()).generate(
+        ["hello"], max_new_tokens=3
+    )
     assert result.texts
 
 
@@ -275,7 +278,9 @@ def test_gguf_in_another_weight_format(tiny_hf: Build, tmp_path: Path, weight_fo
 
     texts = []
     for folder in (out, tmp_path / "own"):
-        llm = openvino_genai.LLMPipeline(folder, "CPU", INFERENCE_PRECISION_HINT="f32", KV_CACHE_PRECISION="f32")
+        llm = openvino_genai.LLMPipeline(
+            folder, "CPU", **{**capped_properties(), "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+        )
         texts.append(llm.generate(["hello there"], max_new_tokens=8, ignore_eos=True).texts[0])
     if weight_format == "fp32":  # the same weights, with and without their quantisation
         assert texts[0] == texts[1]

@@ -27,7 +27,7 @@ from ov_kvcrush.errors import CrushError, ExportError, ModelError
 from ov_kvcrush.model.folder import check_model_folder
 from ov_kvcrush.model.graph.score_outputs import add_score_outputs, read_scores_model
 from ov_kvcrush.model.info import ModelInfo
-from ov_kvcrush.model.plugin import open_core
+from ov_kvcrush.model.plugin import capped_properties, open_core
 
 Build = Callable[[str], Path]
 Outputs = dict[str, np.ndarray]
@@ -158,7 +158,7 @@ def test_folder_loads_everywhere_as_before(exported: Path, tiny_ir: Build) -> No
     cache = CacheConfig("f32", "f32")
     texts = []
     for folder in (exported, tiny_ir("llama")):
-        stock = openvino_genai.LLMPipeline(folder, "CPU", **F32)
+        stock = openvino_genai.LLMPipeline(folder, "CPU", **{**capped_properties(), **F32})
         ours = LLMPipeline(folder, "CPU", cache_config=cache, INFERENCE_PRECISION_HINT="f32")
         texts.append((stock.generate("hello", config), ours.generate("hello", config)))
     assert texts[0] == texts[1]

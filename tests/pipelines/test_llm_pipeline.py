@@ -29,6 +29,7 @@ from ov_kvcrush import (
     StreamingStatus,
     TextStreamer,
 )
+from ov_kvcrush.model.plugin import capped_properties
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
@@ -155,7 +156,7 @@ def test_stop_string_cuts_text_and_stream_alike(pipe: LLMPipeline, include: bool
 
 
 def test_logprobs_are_openvino_genais(smollm2: Path) -> None:
-    stock = ov_genai.LLMPipeline(str(smollm2), "CPU", **F32)
+    stock = ov_genai.LLMPipeline(str(smollm2), "CPU", **{**capped_properties(), **F32})
     ids = stock.get_tokenizer().encode(QUESTION).input_ids
     config = GenerationConfig(max_new_tokens=8, ignore_eos=True, logprobs=1)
     expected = stock.generate(ids, config)
