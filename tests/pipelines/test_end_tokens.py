@@ -22,6 +22,8 @@ from ov_kvcrush import (
 
 PROMPT = ov.Tensor(np.arange(40, 60)[None])
 ENGINES = ["crush", "genai"]
+# Both write the same where neither rounds.
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 
 
 def with_end_tokens(source: Path, out: Path, ends: int | list[int]) -> Path:
@@ -36,7 +38,9 @@ def with_end_tokens(source: Path, out: Path, ends: int | list[int]) -> Path:
 @pytest.fixture(scope="module")
 def written(tiny_ir: Callable[[str], Path]) -> list[int]:
     """What the tiny model writes when nothing ends it."""
-    tokens: list[int] = LLMPipeline(tiny_ir("llama")).generate(PROMPT, max_new_tokens=12, ignore_eos=True).tokens[0]
+    tokens: list[int] = (
+        LLMPipeline(tiny_ir("llama"), "CPU", EXACT).generate(PROMPT, max_new_tokens=12, ignore_eos=True).tokens[0]
+    )
     return tokens
 
 
@@ -50,7 +54,7 @@ def pipe(
     """A model with two end tokens: one that it never writes, listed first, and the fifth that it writes."""
     never = next(token for token in range(288) if token not in written)
     folder = with_end_tokens(tiny_ir("llama"), tmp_path_factory.mktemp("ends") / request.param, [never, written[4]])
-    return LLMPipeline(folder, engine=request.param)
+    return LLMPipeline(folder, "CPU", EXACT, engine=request.param)
 
 
 def answer(pipe: LLMPipeline, config: GenerationConfig | None = None, **options: object) -> list[int]:
@@ -118,12 +122,12 @@ def test_end_tokens_of_a_model_outside_its_vocabulary_are_left_out(
 ) -> None:
     folder = with_end_tokens(tiny_ir("llama"), tmp_path / "m", [written[4], 5000])
     with pytest.warns(UserWarning, match=r"got \[5000\]"):
-        pipe = LLMPipeline(folder, engine=engine)
+        pipe = LLMPipeline(folder, "CPU", EXACT, engine=engine)
     assert answer(pipe, min_new_tokens=1) == until(written, written[4])
 
 
 def test_a_bad_request_harms_no_other(tiny_ir: Callable[[str], Path], written: list[int]) -> None:
-    pipe = ContinuousBatchingPipeline(tiny_ir("llama"))
+    pipe = ContinuousBatchingPipeline(tiny_ir("llama"), properties=EXACT)
     good = GenerationConfig(max_new_tokens=12, ignore_eos=True, logprobs=3)
     handle = pipe.add_request(1, PROMPT, good)
     with pytest.raises(RequestError, match="stop_token_ids"):
