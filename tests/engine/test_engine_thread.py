@@ -408,8 +408,9 @@ def test_commands_are_run_one_at_a_time_whoever_sends_them() -> None:
 def test_an_engine_without_work_waits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It looks for work when it is told, and not meanwhile."""
     pipe, looked = make(folder), []
-    step_all = EngineThread._step_all
-    monkeypatch.setattr(EngineThread, "_step_all", lambda self: (looked.append(1), step_all(self))[1])
+    thread = pipe._backend.thread
+    step_all = thread._step_all
+    monkeypatch.setattr(thread, "_step_all", lambda: (looked.append(1), step_all())[1])
     pipe.generate([ids(30)], greedy())
     assert looked
     time.sleep(0.2)  # for what follows the last token
