@@ -13,11 +13,12 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.eval.benchmarks.items import Task
-from ov_kvcrush.eval.runs.answers import Answer, generation_config
+from ov_kvcrush.eval.runs.answers import Answer, greedy
 from ov_kvcrush.eval.runs.plan import Planned
 from ov_kvcrush.eval.runs.prompts import ItemPrompts, QuestionPrompt
 from ov_kvcrush.genai.eviction import GenaiEviction, block_size, closest_genai_eviction
-from ov_kvcrush.pipelines.llm import LLMPipeline
+from ov_kvcrush.pipelines.backend import Handle
+from ov_kvcrush.pipelines.continuous_batching import ContinuousBatchingPipeline
 
 
 class GenaiRuns:
@@ -31,7 +32,7 @@ class GenaiRuns:
         self._model = model
         self._cache = CacheConfig(key_precision=key_precision, value_precision=value_precision)
         self._properties = dict(properties)
-        self._loaded: tuple[GenaiEviction | None, LLMPipeline] | None = None
+        self._loaded: tuple[GenaiEviction | None, ContinuousBatchingPipeline] | None = None
 
     def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Answer]:
         """Answers to all questions of an item, with as many kept tokens as our policy's budget.
@@ -45,12 +46,14 @@ class GenaiRuns:
     def _answer_one(self, task: Task, planned: Planned, asked: QuestionPrompt, ids: np.ndarray) -> Answer:
         eviction = self._eviction(planned, len(ids))
         pipeline = self._pipeline_for(eviction)
-        usage = _BytesAtFirstToken(pipeline)
-        config = generation_config(pipeline, task, asked.question.max_new_tokens)
+        config = greedy(pipeline.get_config(), task, asked.question.max_new_tokens)
         start = time.perf_counter()
-        result = pipeline.generate(ov.Tensor(ids[None]), config, usage)
+        handle = pipeline.add_request(0, ov.Tensor(ids[None]), config)
+        num_bytes = _bytes_at_first_token(pipeline, handle)
+        handle.wait()
+        handle.raise_error()
         seconds = time.perf_counter() - start
-        tokens = result.tokens[0]
+        tokens = handle.read_all()[0].generated_ids
         text = pipeline.get_tokenizer().decode(tokens) if tokens else ""
         for stop in task.stop:  # it may be at the end of the ids
             text = text.split(stop)[0]
@@ -61,7 +64,7 @@ class GenaiRuns:
             text=text,
             kept_tokens=float(min(num_tokens, eviction.kept_tokens) if eviction else num_tokens),
             prompt_tokens=num_tokens,
-            num_bytes=int(usage.num_bytes * _blocks(num_tokens, eviction) / _blocks(len(ids), None)),
+            num_bytes=int(num_bytes * _blocks(num_tokens, eviction) / _blocks(len(ids), None)),
             seconds=seconds,
         )
 
@@ -76,7 +79,7 @@ class GenaiRuns:
         tokens = policy.budget.tokens(num_tokens)
         return None if tokens >= num_tokens else closest_genai_eviction(policy, tokens)
 
-    def _pipeline_for(self, eviction: GenaiEviction | None) -> LLMPipeline:
+    def _pipeline_for(self, eviction: GenaiEviction | None) -> ContinuousBatchingPipeline:
         """The pipeline, loaded again if the eviction differs from the last one."""
         if self._loaded is not None and self._loaded[0] == eviction:
             return self._loaded[1]
@@ -86,8 +89,8 @@ class GenaiRuns:
         scheduler.enable_prefix_caching = False
         if eviction is not None:
             scheduler = eviction.added_to(scheduler, is_default=True)
-        made = LLMPipeline(
-            self._model, "CPU", self._properties, engine="genai", scheduler_config=scheduler, cache_config=self._cache
+        made = ContinuousBatchingPipeline(
+            self._model, scheduler, "CPU", self._properties, engine="genai", cache_config=self._cache
         )
         self._loaded = eviction, made
         return made
@@ -100,22 +103,13 @@ def _blocks(num_tokens: int, eviction: GenaiEviction | None) -> int:
     return blocks if eviction is None else min(blocks, eviction.kept_tokens // block + 1)
 
 
-class _BytesAtFirstToken(ov_genai.StreamerBase):  # type: ignore[misc]  # it has no types
+def _bytes_at_first_token(pipeline: ContinuousBatchingPipeline, handle: Handle) -> float:
     """Bytes of a prompt's blocks at its first token; eviction follows a step or two later.
 
-    Measured this early since an answer may end before the eviction. The size of the pool says nothing: it only grows.
+    Measured this early since an answer may end before the eviction: step by step, or the engine would be further by
+    then. The size of the pool says nothing: it only grows.
     """
-
-    def __init__(self, pipeline: LLMPipeline) -> None:
-        super().__init__()
-        self._pipeline = pipeline
-        self.num_bytes = 0.0
-
-    def write(self, token: Any) -> ov_genai.StreamingStatus:
-        if not self.num_bytes:
-            metrics = self._pipeline.get_metrics()
-            self.num_bytes = metrics.cache_size_in_bytes * metrics.cache_usage / 100
-        return ov_genai.StreamingStatus.RUNNING
-
-    def end(self) -> None:
-        """Nothing is held back."""
+    while not handle.can_read() and handle.get_status() == ov_genai.GenerationStatus.RUNNING:
+        pipeline.step()
+    metrics = pipeline.get_metrics()
+    return metrics.cache_size_in_bytes * metrics.cache_usage / 100
