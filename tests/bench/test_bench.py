@@ -403,6 +403,12 @@ BAD_OPTIONS = {
     "store too small": (("--max-kv-mb", "2", "--context", "256"), "prompt must fit into the KV store of 2097152 bytes"),
     "threads of a whole model": (("--threads", "1"), "--threads must be left out without --attention"),
     "tokens of attention": (("--attention", "--new-tokens", "4"), "--new-tokens must be left out with --attention"),
+    "pace of nothing": (("--max-step-ms", "50"), "--max-step-ms must be left out without --traffic"),
+    "tokens of traffic": (("--traffic", "--new-tokens", "4"), "--new-tokens must be left out with --traffic"),
+    "long traffic": (
+        ("--traffic", "--context", "8190"),
+        "--context plus --new-tokens must be at most the model's context",
+    ),
     "no threads": (("--attention", "--threads", "0"), "--threads must be at least 1, got 0"),
     "too many threads": (("--attention", "--threads", "99999"), "--threads must be at most the"),
     "too many layers": (("--attention", "--layers", "31"), "--layers must be at most the model's 30, got 31"),
@@ -597,3 +603,21 @@ def test_no_worker_outlives_the_bench(
         time.sleep(0.1)
     assert not any(is_running(int(pid)) for pid in children)
     assert os.listdir(tmp_path) == []
+
+
+def test_traffic_tells_what_others_wait(smollm2: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    shape = ("--traffic", "--context", 200, "--batch", "2", "--runs", 1, "--max-step-ms", 50)
+    done = bench(smollm2, *shape, "--against", "genai", "--json", path)
+    assert done.exit_code == 0, done.output
+    ours, theirs = json.loads(path.read_text())["traffic"]
+    assert [(row["engine"], row["context"], row["batch"]) for row in (ours, theirs)] == [
+        ("crush", 200, 2),
+        ("genai", 200, 2),
+    ]
+    assert (ours["max_step_ms"], theirs["max_step_ms"]) == (50, None)
+    for row in (ours, theirs):
+        assert 0 < row["gap_p50"] <= row["gap_p95"] <= row["gap_p99"] <= row["gap_max"]
+        assert min(row["alone"], row["behind"], row["long"]) > 0
+        (run,) = row["runs"]
+        assert len(run["gaps"]) >= 2
