@@ -11,10 +11,12 @@ import logging
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Generic, Protocol, TypeVar
 
+from ov_kvcrush.core.end_reason import EndReason
+from ov_kvcrush.core.streamed_request import Status, StreamedRequest
 from ov_kvcrush.errors import CrushError
 
 _log = logging.getLogger(__name__)
@@ -73,8 +75,10 @@ class EngineThread:
     """
 
     def __init__(self) -> None:
-        # Its put() may be interrupted by itself: finalizers call it in any thread at any moment.
+        # Their put() may be interrupted by itself: finalizers call it in any thread at any moment.
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        # Whoever's turn it is runs the commands; what wakes the thread is the thread's alone, and never lost to others.
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._engines: weakref.WeakSet[Stepper] = weakref.WeakSet()
         self._start_lock = threading.Lock()
         self._turn = threading.Lock()  # held by the thread from its first step to its last, or by one who found it idle
@@ -84,9 +88,10 @@ class EngineThread:
         self._num_visitors = 0
         self._visitors = threading.Condition()
 
-    def join(self, engine: Stepper) -> None:
-        """Add an engine."""
+    def join(self, engine: Stepper, requests: Mapping[int, StreamedRequest]) -> None:
+        """Add an engine, and its requests that have not ended: who waits for them is told when it goes."""
         self._engines.add(engine)
+        weakref.finalize(engine, _end_orphans, requests, self).atexit = False
 
     def engines(self) -> list[Stepper]:
         """All that are there."""
@@ -114,6 +119,7 @@ class EngineThread:
         task = _Task(function)
         self.start()
         self._commands.put(task)
+        self.wake()
         return task.result()
 
     def post(self, function: Callable[[], None]) -> None:
@@ -121,6 +127,7 @@ class EngineThread:
         self._commands.put(function)
         if not self.is_own:
             self._run_left_over()
+        self.wake()
 
     def _inline(self, function: Callable[[], T]) -> T:
         self._holder = threading.get_ident()
@@ -164,27 +171,36 @@ class EngineThread:
                 atexit.register(self.shutdown)
 
     def wake(self) -> None:
-        """Have the thread look for something to do."""
-        self._commands.put(_nothing)
+        """Have the thread look for something to do, if there is one; it does so when it starts."""
+        if self._thread is not None:
+            self._wakes.put(None)
 
     def _run(self) -> None:
         while len(self._engines) and not self._is_closed:
-            command = self._commands.get()
             with self._turn:
                 self._holder = threading.get_ident()
-                self._run_command(command)
-                del command
                 while not self._is_closed:
                     self._run_commands()
                     if not self._step_all() and self._commands.empty():
                         break
-                if self._is_closed:
-                    for engine in self.engines():
-                        engine.end_all(CrushError(_ENDED))
-                    self._run_commands()
                 self._holder = None
+            if len(self._engines) and not self._is_closed:
+                self._wait()
+        with self._turn:
+            self._holder = threading.get_ident()
+            for engine in self.engines():
+                engine.end_all(CrushError(_ENDED))
+            self._run_commands()
+            self._holder = None
         if not self._is_closed:
             atexit.unregister(self.shutdown)
+
+    def _wait(self, timeout: float | None = None) -> None:
+        """Until somebody has woken the thread since it last waited."""
+        with suppress(queue.Empty):
+            self._wakes.get(timeout=timeout)
+            while True:
+                self._wakes.get_nowait()
 
     def _step_all(self) -> bool:
         """One step of each engine that has requests to be moved on; whether there was one."""
@@ -200,8 +216,7 @@ class EngineThread:
                     engine.end_all(error)
                 has_moved = True
         if driven and not has_moved:
-            with suppress(queue.Empty):
-                self._run_command(self._commands.get(timeout=_NO_PROGRESS_S))
+            self._wait(_NO_PROGRESS_S)
         return bool(driven)
 
     # -- the end -------------------------------------------------------------------------------------------------------
@@ -231,5 +246,10 @@ class EngineThread:
             self._visitors.wait_for(lambda: not self._num_visitors, _LONGEST_VISIT_S)
 
 
-def _nothing() -> None:
-    pass
+def _end_orphans(requests: Mapping[int, StreamedRequest], thread: EngineThread) -> None:
+    """When an engine goes: its callers are told, and its thread looks whether any engine is left."""
+    for request in list(requests.values()):
+        request.end_reason, request.status = EndReason.ERROR, Status.CANCEL
+        request.error = CrushError("pipeline must be held while its requests run, got one that is gone")
+        request.stream.end()
+    thread.wake()

@@ -119,6 +119,16 @@ class GenerationOutput:
     text: str | None = None
     top_logprobs: list[dict[int, float]] | None = None
 
+    def up_to(self, num_tokens: int | None) -> GenerationOutput:
+        """The first tokens of it; itself where it has no more, and for None."""
+        if num_tokens is None or num_tokens >= len(self.generated_ids):
+            return self
+        logprobs = self.generated_log_probs[:num_tokens]
+        tops = None if self.top_logprobs is None else self.top_logprobs[:num_tokens]
+        return GenerationOutput(
+            self.generated_ids[:num_tokens], logprobs, sum(logprobs), self.finish_reason, None, tops
+        )
+
 
 class StepSeconds(NamedTuple):
     """What one step took: the inference, sampling, and everything but the inference (planning, inputs, sampling).

@@ -6,9 +6,13 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator
 
+import openvino_genai as ov_genai
+
+from ov_kvcrush.core.end_reason import EndReason
 from ov_kvcrush.core.engine_thread import EngineThread
 from ov_kvcrush.core.stop_strings import StopStringTracker
-from ov_kvcrush.core.token_stream import Outputs, TokenStream
+from ov_kvcrush.core.streamed_request import Status, StreamedRequest
+from ov_kvcrush.core.token_stream import Outputs
 
 
 class Readable(ABC):
@@ -17,23 +21,58 @@ class Readable(ABC):
     Whoever waits for it has the engine move it on by itself from then on; else its caller may do so by `step`.
     """
 
-    def __init__(self, stream: TokenStream, thread: EngineThread, decode: Callable[[list[int]], str]) -> None:
-        self._stream = stream
+    def __init__(self, request: StreamedRequest, thread: EngineThread, decode: Callable[[list[int]], str]) -> None:
+        self.request = request
+        self._stream = request.stream
         self._thread = thread
         self._text = StopStringTracker((), decode)
 
-    @property
-    @abstractmethod
-    def error(self) -> Exception | None:
-        """Why there is no whole answer: OutOfMemory, RequestTimeout, or whatever broke it; None if nothing did."""
+    def __del__(self) -> None:
+        request = getattr(self, "request", None)
+        if request is not None and not request.is_finished:
+            self.cancel()
 
     @abstractmethod
-    def _be_driven(self) -> bool:
-        """Note that the engine moves it on by itself; False if it did so before, or need not."""
+    def stop(self) -> None:
+        """End the request after the running step; what was generated counts as the answer."""
 
     @abstractmethod
+    def cancel(self) -> None:
+        """End the request after the running step; what was generated does not count."""
+
     def _final_text(self) -> str | None:
         """The text of an ended answer that a stop string cut inside a token."""
+        return None
+
+    @property
+    def request_id(self) -> int:
+        """The id given to `add_request`."""
+        return self.request.request_id
+
+    def get_status(self) -> ov_genai.GenerationStatus:
+        """RUNNING, FINISHED, STOP, CANCEL, or IGNORED for one that the cache had no room for."""
+        return self.request.status
+
+    @property
+    def end_reason(self) -> EndReason | None:
+        """Why it has ended; None while it runs."""
+        return self.request.end_reason
+
+    @property
+    def error(self) -> Exception | None:
+        """Why there is no whole answer: OutOfMemory, RequestTimeout, or whatever broke it; None if nothing did."""
+        return self.request.error
+
+    def end_at(self, num_tokens: int, *, is_cancelled: bool) -> None:
+        """Stop or cancel it with the first `num_tokens` of the first sequence as its answer, also one that has ended.
+
+        For a reader who has had enough while the engine went on.
+        """
+        self.request.max_read = num_tokens
+        (self.cancel if is_cancelled else self.stop)()
+        self.wait()
+        if is_cancelled:
+            self.request.status, self.request.end_reason = Status.CANCEL, EndReason.CANCELLED
 
     def raise_error(self) -> None:
         """Raise `error`, if there is one."""
@@ -43,7 +82,9 @@ class Readable(ABC):
 
     def drive(self) -> None:
         """Have the engine move the request on by itself, without `step`."""
-        if not self._thread.is_own and self._be_driven():
+        request = self.request
+        if not (self._thread.is_own or request.is_driven or request.is_finished):
+            request.is_driven = True
             self._thread.start()
             self._thread.wake()
 

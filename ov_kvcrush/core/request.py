@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import numpy as np
 import openvino_genai as ov_genai
 
 from ov_kvcrush.core.cache_params import DEFAULT_CACHE_PARAMS, CacheParams, KVTarget
-from ov_kvcrush.core.end_reason import EndReason
 from ov_kvcrush.core.eviction import EvictionSpec, EvictionState
 from ov_kvcrush.core.growable import GrowableArray
-from ov_kvcrush.core.outputs import StepSeconds
 from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
 from ov_kvcrush.core.sampling_params import SamplingParams
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.core.stop_strings import StopStringTracker
+from ov_kvcrush.core.streamed_request import StreamedRequest
 from ov_kvcrush.core.token_counts import TokenCounts
-from ov_kvcrush.core.token_stream import TokenStream
 
 FinishReason = ov_genai.GenerationFinishReason
-Status = ov_genai.GenerationStatus
 
 _MAX_CAPTURED_ROWS = 65536  # of the store
 
@@ -104,13 +100,12 @@ class Sequence:
         return self.finish_reason != FinishReason.NONE
 
 
-class Request:
+class Request(StreamedRequest):
     """A prompt, how to sample it, and the sequences that grow from it.
 
     ids: int64 (S,), checked by the engine before. decode: tokens -> text, for stop strings only. keep_kv: leave the KV
     in the prefix cache at the end. eviction: None = all tokens stay. fan_out: caches to be made from its prefill, each
-    with its eviction and its target; nothing is left of the request itself then. is_driven: whether the engine moves it
-    on by itself; else its caller does, step by step. error: why there is no whole answer. steps: that it took part in.
+    with its eviction and its target; nothing is left of the request itself then.
     """
 
     def __init__(
@@ -125,9 +120,8 @@ class Request:
         fan_out: tuple[tuple[EvictionSpec | None, KVTarget], ...] = (),
         options: RequestOptions = DEFAULT_REQUEST_OPTIONS,
     ) -> None:
-        self.request_id = request_id
+        super().__init__(request_id, options)
         self.params = params
-        self.options = options
         self.decode = decode
         self.keep_kv = keep_kv
         self.num_prompt_tokens = len(ids)
@@ -140,25 +134,11 @@ class Request:
         self.snapshot: KVSnapshot | None = None
         self.fan_out = fan_out
         self.fan_out_snapshots: list[KVSnapshot] = []
-        self.stream = TokenStream()
-        self.status = Status.RUNNING
-        self.end_reason: EndReason | None = None
-        self.error: Exception | None = None
-        self.is_driven = False
-        self.steps: list[tuple[int, StepSeconds]] = []
         self.readings: list[tuple[int, int]] = []  # of prefill_only: tokens that were read after each step, and all
-        self.arrival = time.perf_counter()
         capacity = len(ids) + min(params.max_new_tokens, 4096)
         self.sequences = [Sequence(self, 0, GrowableArray(np.int64, ids, capacity))]
         # Written by any thread, acted on by the engine between two steps.
         self.abort_reason: tuple[ov_genai.GenerationStatus, ov_genai.GenerationFinishReason] | None = None
-        self.max_read: int | None = None  # tokens of the first sequence that its caller still wanted
-
-    @property
-    def deadline(self) -> float:
-        """The moment of time.perf_counter at which its time is over."""
-        limit = self.options.timeout_s
-        return float("inf") if limit is None else self.arrival + limit
 
     @property
     def num_to_fork(self) -> int:
@@ -184,8 +164,3 @@ class Request:
     def prompt_ids(self) -> np.ndarray:
         """int64 (num_prompt_tokens,), a view."""
         return self.sequences[0].ids[: self.num_prompt_tokens]
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether every sequence has ended."""
-        return self.status != Status.RUNNING

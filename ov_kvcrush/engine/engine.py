@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import weakref
 from collections import deque
 
 import numpy as np
@@ -13,11 +12,10 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.core.cache_params import DEFAULT_CACHE_PARAMS, CacheParams
-from ov_kvcrush.core.end_reason import EndReason
 from ov_kvcrush.core.engine_thread import EngineThread
 from ov_kvcrush.core.eviction import Choice
 from ov_kvcrush.core.outputs import PipelineMetrics, StepSeconds
-from ov_kvcrush.core.request import Request, Sequence, Status
+from ov_kvcrush.core.request import Request, Sequence
 from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
 from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
 from ov_kvcrush.core.step import SchedulerOutput
@@ -76,8 +74,7 @@ class Engine:
         self._max_usage = 0.0
         self._policy_s = 0.0  # of all steps
         self._last_step = StepSeconds(0.0, 0.0, 0.0)
-        self.thread.join(self)
-        weakref.finalize(self, _end_orphans, self.requests, self.thread).atexit = False
+        self.thread.join(self, self.requests)
 
     def with_cache(self, cache_config: CacheConfig) -> Engine:
         """Another engine on the same model and staging blocks, with a store of its own.
@@ -289,12 +286,3 @@ class Engine:
     def kv_heads(self) -> list[int]:
         """KV heads of each layer."""
         return [layer.num_kv_heads for layer in self._model.layers]
-
-
-def _end_orphans(requests: dict[int, Request], thread: EngineThread) -> None:
-    """When an engine goes: whoever waits for its requests is told, and its thread looks whether any engine is left."""
-    for request in list(requests.values()):
-        request.end_reason, request.status = EndReason.ERROR, Status.CANCEL
-        request.error = CrushError("pipeline must be held while its requests run, got one that is gone")
-        request.stream.end()
-    thread.wake()

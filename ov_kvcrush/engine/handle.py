@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import openvino_genai as ov_genai
 
-from ov_kvcrush.core.end_reason import EndReason
 from ov_kvcrush.core.engine_thread import EngineThread
 from ov_kvcrush.core.eviction import EvictionState, PerHead
 from ov_kvcrush.core.outputs import GenerationOutput, RequestStats
 from ov_kvcrush.core.reading import Readable
-from ov_kvcrush.core.request import FinishReason, Request, Sequence, Status
+from ov_kvcrush.core.request import FinishReason, Request, Sequence
 from ov_kvcrush.core.snapshot import KVSnapshot
+from ov_kvcrush.core.streamed_request import Status
 from ov_kvcrush.kvcache.manager import KVCacheManager
 
 
@@ -24,47 +24,15 @@ class GenerationHandle(Readable):
     with `step`; whoever waits for one, by `read`, `wait` or iterating, has the engine do so by itself from then on.
     """
 
+    request: Request
+
     def __init__(self, request: Request, cache: KVCacheManager, thread: EngineThread) -> None:
-        super().__init__(request.stream, thread, request.decode)
-        self.request = request
+        super().__init__(request, thread, request.decode)
         self._cache = weakref.ref(cache)  # a handle that is kept keeps no cache alive
-
-    def __del__(self) -> None:
-        request = getattr(self, "request", None)
-        if request is not None and not request.is_finished:
-            self.cancel()
-
-    @property
-    def request_id(self) -> int:
-        """The id given to `add_request`."""
-        return self.request.request_id
-
-    # -- how it goes ---------------------------------------------------------------------------------------------------
-
-    def get_status(self) -> ov_genai.GenerationStatus:
-        """RUNNING, FINISHED, STOP, CANCEL, or IGNORED for one that the cache had no room for."""
-        return self.request.status
-
-    @property
-    def end_reason(self) -> EndReason | None:
-        """Why it has ended; None while it runs."""
-        return self.request.end_reason
-
-    @property
-    def error(self) -> Exception | None:
-        """Why there is no whole answer: OutOfMemory, RequestTimeout, or whatever broke it; None if nothing did."""
-        return self.request.error
 
     def read_all(self) -> list[GenerationOutput]:
         """Everything generated so far: one output for each sequence, in their order. Waits for nothing."""
         return [whole_output(s) for s in self.request.sequences]
-
-    def _be_driven(self) -> bool:
-        request = self.request
-        if request.is_driven or request.is_finished:
-            return False
-        request.is_driven = True
-        return True
 
     def _final_text(self) -> str | None:
         return self.request.sequences[0].final_text
@@ -80,18 +48,11 @@ class GenerationHandle(Readable):
         self._end(Status.CANCEL, FinishReason.STOP)
 
     def end_at(self, num_tokens: int, *, is_cancelled: bool) -> None:
-        """Stop or cancel it with the first `num_tokens` of the first sequence as its answer, also one that has ended.
-
-        For a reader who has had enough while the engine went on.
-        """
-        self.request.max_read = num_tokens
-        (self.cancel if is_cancelled else self.stop)()
-        self.wait()
-        if is_cancelled and self.request.status != Status.CANCEL:
-            self.request.status, self.request.end_reason = Status.CANCEL, EndReason.CANCELLED
-            if self.request.snapshot is not None:
-                self.request.snapshot.release()
-                self.request.snapshot = None
+        """As of Readable; of a request that had ended, nothing is handed out."""
+        super().end_at(num_tokens, is_cancelled=is_cancelled)
+        if is_cancelled and self.request.snapshot is not None:
+            self.request.snapshot.release()
+            self.request.snapshot = None
 
     @property
     def was_told_to_end(self) -> bool:
@@ -166,8 +127,7 @@ class GenerationHandle(Readable):
 def whole_output(sequence: Sequence) -> GenerationOutput:
     """All tokens that `sequence` has generated so far; after its end those of its answer."""
     ids = sequence.final_ids if sequence.final_ids is not None else sequence.generated.tolist()
-    text, score, limit = sequence.final_text, sequence.cumulative_logprob, sequence.request.max_read
-    if limit is not None and sequence.index == 0 and limit < len(ids):
-        ids, text, score = ids[:limit], None, sum(sequence.logprobs[:limit])
     tops = sequence.top_logprobs[: len(ids)] if sequence.request.params.logprobs > 1 else None
-    return GenerationOutput(ids, sequence.logprobs[: len(ids)], score, sequence.finish_reason, text, tops)
+    score, reason, text = sequence.cumulative_logprob, sequence.finish_reason, sequence.final_text
+    whole = GenerationOutput(ids, sequence.logprobs[: len(ids)], score, reason, text, tops)
+    return whole.up_to(sequence.request.max_read) if sequence.index == 0 else whole

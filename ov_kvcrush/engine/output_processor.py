@@ -13,13 +13,14 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.core.end_reason import EndReason
 from ov_kvcrush.core.outputs import GenerationOutput
-from ov_kvcrush.core.request import FinishReason, Request, Sequence, Status
+from ov_kvcrush.core.request import FinishReason, Request, Sequence
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.core.step import SchedulerOutput
+from ov_kvcrush.core.streamed_request import Status
 from ov_kvcrush.core.token_stream import Outputs
 from ov_kvcrush.engine.sampler import Sampled, sample, sample_rows
 from ov_kvcrush.engine.scheduler import Scheduler
-from ov_kvcrush.errors import OutOfMemory, RequestTimeout
+from ov_kvcrush.errors import OutOfMemory
 from ov_kvcrush.kvcache.manager import KVCacheManager
 
 _log = logging.getLogger(__name__)
@@ -230,8 +231,7 @@ class OutputProcessor:
                 self._end(request, status, EndReason.CANCELLED if is_cancelled else EndReason.STOP)
             elif now > request.deadline:
                 self._finish_all(request, FinishReason.STOP, keep=False)
-                limit, count = request.options.timeout_s, request.sequences[0].num_generated
-                error = RequestTimeout(f"request must end within timeout_s={limit}, got {count} tokens until then")
+                error = request.timeout(request.sequences[0].num_generated)
                 self._end(request, Status.CANCEL, EndReason.TIMEOUT, error)
 
     def _finish_all(self, request: Request, reason: ov_genai.GenerationFinishReason, keep: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,8 +100,7 @@ class GenaiBackend:
         self._lock = threading.Lock()
         self._num_steps = 0
         self.thread = EngineThread()
-        self.thread.join(self)
-        weakref.finalize(self, self.thread.wake).atexit = False
+        self.thread.join(self, self._requests)
 
     def add(
         self,
@@ -149,7 +147,7 @@ class GenaiBackend:
                 handle = self._pipeline.add_request(request_id, ov.Tensor(ids), config)
             except (RuntimeError, ValueError) as error:
                 raise RequestError(f"request must be one that openvino_genai runs, got: {reason_of(error)}") from None
-            request = self._requests[request_id] = GenaiRequest(request_id, handle, ids.size, options.timeout_s)
+            request = self._requests[request_id] = GenaiRequest(request_id, handle, ids.size, options)
         return GenaiHandle(request, self.thread, self._decode)
 
     def step(self) -> bool:

@@ -287,8 +287,9 @@ def test_time_limits_hold_wherever_a_request_is(folder: Path) -> None:
             pipe.add_request(3, ids(3), timeout_s=bad)
 
 
-def test_who_waits_for_a_pipeline_that_is_gone_is_told(folder: Path) -> None:
-    pipe = make(folder)
+@pytest.mark.parametrize("engine", ["crush", "genai"])
+def test_who_waits_for_a_pipeline_that_is_gone_is_told(engine: str, folder: Path) -> None:
+    pipe = ContinuousBatchingPipeline(folder, properties=F32, engine=engine)
     handles = [pipe.add_request(i, ids(30), greedy(3900)) for i in range(2)]
     handles[0].read(WAIT)
     del pipe
@@ -394,7 +395,7 @@ def test_commands_are_run_one_at_a_time_whoever_sends_them() -> None:
             pass
 
     engine = Idle()
-    thread.join(engine)
+    thread.join(engine, {})
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(lambda i: thread.call(lambda: command(i)), range(200))) == list(range(200))
         for _ in range(50):
@@ -403,6 +404,35 @@ def test_commands_are_run_one_at_a_time_whoever_sends_them() -> None:
             thread.call(lambda: 1 // 0)
     thread.call(lambda: None)
     assert seen == [1] * 250
+
+
+def test_what_wakes_the_thread_is_not_taken_by_another() -> None:
+    """Who finds it idle runs the commands that are there, but does not step: the thread must still look."""
+    thread, stepped = EngineThread(), threading.Event()
+
+    class Busy:
+        has_driven = has_running = False
+
+        def step(self) -> bool:
+            self.has_driven = False
+            stepped.set()
+            return True
+
+        def end_all(self, error: Exception) -> None:
+            pass
+
+    engine = Busy()
+    thread.join(engine, {})
+    thread.start()
+
+    def drive() -> None:
+        engine.has_driven = True
+        thread.wake()
+
+    for _ in range(500):
+        thread.call(drive)
+        assert stepped.wait(WAIT)
+        stepped.clear()
 
 
 def test_an_engine_without_work_waits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

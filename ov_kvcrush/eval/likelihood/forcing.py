@@ -14,6 +14,7 @@ from ov_kvcrush.core import request as requests
 from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.core.step import SchedulerOutput
+from ov_kvcrush.core.streamed_request import Status
 from ov_kvcrush.engine.draw import log_softmax_at
 from ov_kvcrush.engine.engine import Engine
 from ov_kvcrush.engine.handle import GenerationHandle
@@ -157,7 +158,7 @@ class ForcedEngine(Engine):
                 if forced:
                     self._forced.answers[request_id] = forced[index]
                 handles.append(self.add(request_id, ids, config, params))
-            while any(handle.get_status() == requests.Status.RUNNING for handle in handles):
+            while any(handle.get_status() == Status.RUNNING for handle in handles):
                 self.step()
         except BaseException:
             for handle in handles:
