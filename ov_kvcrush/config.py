@@ -9,7 +9,7 @@ from typing import Any
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import PolicyLike, as_policy, name_of
-from ov_kvcrush.utils.checks import check_choice, check_integer, known_options
+from ov_kvcrush.utils.checks import check_choice, check_integer, check_number, known_options
 
 ENGINES = ("crush", "genai")
 PRECISIONS = ("f32", "bf16", "f16", "u8", "u4", "u2")
@@ -48,9 +48,7 @@ class SchedulerConfig:
         minima = {"max_num_batched_tokens": 1, "num_kv_blocks": 0, "max_num_seqs": 1, "max_waiting": 0}
         for name, minimum in minima.items():
             check_integer(name, getattr(self, name), minimum)
-        is_number = isinstance(self.max_step_ms, (int, float)) and not isinstance(self.max_step_ms, bool)
-        if not is_number or not 0 <= self.max_step_ms < float("inf"):
-            raise CrushError(f"max_step_ms must be a number of milliseconds of at least 0, got {self.max_step_ms!r}")
+        check_number("max_step_ms", self.max_step_ms, 0)
         if isinstance(self.cache_size, bool) or not isinstance(self.cache_size, (int, float)) or self.cache_size < 0:
             raise CrushError(f"cache_size must be a number of GiB of at least 0, got {self.cache_size!r}")
 

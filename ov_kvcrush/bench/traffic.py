@@ -14,7 +14,6 @@ from ov_kvcrush.bench.measure import MeasuredEngine, MeasuredHandle
 from ov_kvcrush.bench.process import worker
 from ov_kvcrush.bench.settings import OURS, BenchSettings, Cell
 from ov_kvcrush.cli.console import Report
-from ov_kvcrush.errors import CrushError
 from ov_kvcrush.kvcache.block_pool import blocks_for
 
 SHORT = 16  # tokens of the prompt that comes behind the long one
@@ -127,8 +126,6 @@ def measure_traffic(settings: BenchSettings, max_step_ms: float, report: Report)
 
 
 def _measure_cell(settings: BenchSettings, cell: Cell, max_step_ms: float, report: Report) -> list[TrafficRow]:
-    if settings.context_length is not None and cell.context + SHORT >= settings.context_length:
-        raise CrushError(f"--context must be below the model's {settings.context_length} tokens, got {cell.context}")
     runs: dict[str, list[TrafficRun]] = {name: [] for name in settings.engines}
     with ExitStack() as stack:
         workers = {name: stack.enter_context(worker(name)) for name in settings.engines}

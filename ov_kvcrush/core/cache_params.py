@@ -39,7 +39,7 @@ class CacheParams:
 
     policy: which tokens stay, None = as the engine was told.
     protect: what must stay: passages of the prompt and spans [begin, end) of its tokens.
-    system: the text or span of the system prompt, which stays too; it need not fit the policy's budget.
+    system: the span of the system prompt, which stays too; it need not fit the policy's budget.
     keep_kv: leave the KV in the prefix cache for a prompt that continues this one.
     replay_prompt: for policies that read the prompt twice.
     context: KV that the first tokens of the prompt have already; the policy chooses from what follows.
@@ -52,7 +52,7 @@ class CacheParams:
 
     policy: Policy | None = None
     protect: tuple[str | Span, ...] = ()
-    system: str | Span | None = None
+    system: Span | None = None
     keep_kv: bool = False
     replay_prompt: ReplayPrompt = NO_REPLAY_PROMPT
     context: KVSnapshot | None = None

@@ -45,7 +45,7 @@ class StepPace:
             # A step that was faster than decodes alone says that these are fewer now.
             row_s = max(seconds - beside, seconds / 2) / num_prompt_rows
             # Slower ones count at once, or the next step is too long.
-            self._row_s = max(row_s, _mixed(self._row_s, row_s)) if row_s > self._row_s else _mixed(self._row_s, row_s)
+            self._row_s = row_s if row_s > self._row_s else _mixed(self._row_s, row_s)
             self._last_rows = num_prompt_rows
 
 

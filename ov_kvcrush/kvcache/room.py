@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ov_kvcrush import native
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.kvcache.admission import Admission
 from ov_kvcrush.kvcache.prefix_cache import PrefixCache
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +43,22 @@ class Room:
             if attempt():
                 return True
         return False
+
+    def call(self, function: Callable[[], T], promised: int, needed: int = 1) -> T:
+        """What `function` returns when prefixes have made room for it, as by `make_for`. Raises its last StoreFull."""
+        found: list[T] = []
+        reasons: list[native.StoreFull] = []
+
+        def attempt() -> bool:
+            try:
+                found.append(function())
+            except native.StoreFull as error:
+                reasons.append(error)
+            return bool(found)
+
+        if not self.make_for(attempt, promised, needed):
+            raise reasons[-1]
+        return found[0]
 
     def shrink(self, limit: int) -> None:
         """Drop the least recently used prefixes until the others hold `limit` bytes at most, shared ones once."""

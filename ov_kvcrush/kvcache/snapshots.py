@@ -95,23 +95,14 @@ class SnapshotStore:
 
     def _load(self, arrays: SnapshotArrays) -> int:
         heads, promised = np.ascontiguousarray(arrays.heads), self._room.admission.promised()
-        loaded: list[int] = []
-        reasons: list[native.StoreFull] = []
-
-        def attempt() -> bool:
-            try:
-                loaded.append(self._store.load(heads, arrays.tiles, promised=promised))
-            except native.StoreFull as error:
-                reasons.append(error)
-                return False
-            return True
-
         try:
-            if self._room.make_for(attempt, promised, arrays.tiles.nbytes):
-                return loaded[0]
+            return self._room.call(
+                lambda: self._store.load(heads, arrays.tiles, promised=promised), promised, arrays.tiles.nbytes
+            )
+        except native.StoreFull as error:
+            raise OutOfMemory(str(error)) from None
         except ValueError as error:
             raise ContextFileError(f"context must fit the model's cache, got: {error}") from None
-        raise OutOfMemory(str(reasons[-1]))
 
 
 def _length(arrays: SnapshotArrays, positions: PerHead) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from ov_kvcrush import native
 from ov_kvcrush.core.eviction import Choice, EvictionSpec
 from ov_kvcrush.core.request import Sequence
 from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, BlockPool
@@ -85,15 +84,4 @@ def commit_prefill(room: Room, store_id: int, choice: Choice | None) -> None:
     """
     offsets, indices = (choice.offsets, choice.indices) if choice else (None, None)
     promised = room.admission.promised()
-    reasons: list[native.StoreFull] = []
-
-    def attempt() -> bool:
-        try:
-            room.store.commit_prefill(store_id, offsets, indices, promised)
-        except native.StoreFull as error:
-            reasons.append(error)
-            return False
-        return True
-
-    if not room.make_for(attempt, promised):
-        raise reasons[-1]
+    room.call(lambda: room.store.commit_prefill(store_id, offsets, indices, promised), promised)

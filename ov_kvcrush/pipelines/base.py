@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import openvino_genai as ov_genai
@@ -32,6 +33,18 @@ from ov_kvcrush.prompts.encoder import PromptEncoder
 from ov_kvcrush.prompts.system import SystemFinder
 
 AnyPipeline = TypeVar("AnyPipeline", bound="PipelineBase")
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def visiting(method: Method) -> Method:
+    """A method whose caller is in native code at times: the end of the process waits for it (`EngineThread.visit`)."""
+
+    @functools.wraps(method)
+    def visit(self: PipelineBase, *args: Any, **kwargs: Any) -> Any:
+        with self._backend.thread.visit():
+            return method(self, *args, **kwargs)
+
+    return cast(Method, visit)
 
 
 class PipelineBase:
@@ -120,6 +133,7 @@ class PipelineBase:
         """What the last step took; zeros with engine="genai", which does not tell."""
         return self._backend.last_step()
 
+    @visiting
     def compress(
         self,
         text: Any,
@@ -141,6 +155,7 @@ class PipelineBase:
         """
         return self._compressor.compress(text, policy, kept, protect, progress)
 
+    @visiting
     def compress_ids(
         self,
         ids: np.ndarray,
@@ -171,6 +186,7 @@ class PipelineBase:
         targets = [pipeline._compressor for pipeline in chosen]
         return self._compressor.compress_ids(ids, policies, targets, head, progress)
 
+    @visiting
     def answer_each(
         self, asked: Sequence[tuple[Context, np.ndarray]], config: ov_genai.GenerationConfig | None = None
     ) -> list[str]:
@@ -196,7 +212,7 @@ class PipelineBase:
         return make_generation_config(config or self._config, options)
 
     def _resolve(self, params: CacheParams, ids: np.ndarray) -> CacheParams:
-        return spans.resolve(params, ids, self._tokenizer, self._policy)
+        return spans.resolve(params, ids, self._tokenizer)
 
     def _system_span(
         self, content: ContextText, ids: np.ndarray, policy: Policy | None, metrics: PerfMetrics

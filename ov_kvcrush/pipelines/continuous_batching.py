@@ -11,14 +11,13 @@ import numpy as np
 import openvino_genai as ov_genai
 
 from ov_kvcrush.contexts.context import Context, require_context
-from ov_kvcrush.core.cache_params import CacheParams, Span
+from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.core.outputs import EncodedGenerationResult, GenerationResult, PerfMetrics
 from ov_kvcrush.core.request_options import RequestOptions
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipelines.backend import Handle
-from ov_kvcrush.pipelines.base import PipelineBase
+from ov_kvcrush.pipelines.base import PipelineBase, visiting
 from ov_kvcrush.pipelines.streaming import Streamer
-from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import PolicyLike, as_policy
 from ov_kvcrush.prompts.context import content_of
 from ov_kvcrush.prompts.encoder import token_rows
@@ -65,6 +64,7 @@ class ContinuousBatchingPipeline(PipelineBase):
         """The model's own generation config, a copy."""
         return self._options(None, {})
 
+    @visiting
     def add_request(
         self,
         request_id: int,
@@ -101,21 +101,15 @@ class ContinuousBatchingPipeline(PipelineBase):
             context=begun.snapshot_for(self._compressor) if begun else None,
         )
         asked = RequestOptions(priority, timeout_s, logit_bias or {})
-        with self._backend.thread.visit():
-            metrics = self._new_metrics()
-            ids = self._encode_request(prompt, begun, metrics)
-            params = replace(params, system=self._system_of(prompt, ids, params.policy, metrics))
-            return self._backend.add(request_id, ids, config, self._resolve(params, ids), asked)
-
-    def _encode_request(self, prompt: Any, context: Context | None, metrics: PerfMetrics) -> np.ndarray:
-        if isinstance(prompt, str):
-            if context is not None:
-                return self._context_encoder.question(context.ids, context.content, prompt, metrics)
-            return self._encoder.encode(prompt, metrics)
-        if isinstance(prompt, ov_genai.ChatHistory):
-            return self._encoder.encode(self._encoder.render(prompt, metrics), metrics, add_special_tokens=False)
-        ids = _one_row(prompt)
-        return ids if context is None else np.concatenate([context.ids, ids])
+        metrics = self._new_metrics()
+        if not isinstance(prompt, str):
+            ids, params = self._encode_other(prompt, params, metrics)
+            ids = ids if begun is None else np.concatenate([begun.ids, ids])
+        elif begun is not None:
+            ids = self._context_encoder.question(begun.ids, begun.content, prompt, metrics)
+        else:
+            ids = self._encoder.encode(prompt, metrics)
+        return self._backend.add(request_id, ids, config, self._resolve(params, ids), asked)
 
     def step(self) -> None:
         """Run one inference for the requests that are due."""
@@ -125,6 +119,7 @@ class ContinuousBatchingPipeline(PipelineBase):
         """Whether `step` has something to do."""
         return self._backend.has_unfinished()
 
+    @visiting
     def generate(
         self,
         prompts: Any,
@@ -153,12 +148,10 @@ class ContinuousBatchingPipeline(PipelineBase):
             raise RequestError(f"streamer must be None for more than one sequence, got one for {len(items)} prompts")
         metrics = self._new_metrics()
         as_text = isinstance(items[0], (str, ov_genai.ChatHistory))
-        rows = [self._encode(item, config, metrics) for item, config in zip(items, configs, strict=True)]
         params = CacheParams(as_policy(policy), check_protect(protect))
-        caches = [
-            self._resolve(replace(params, system=self._system_of(item, ids, params.policy, metrics)), ids)
-            for item, ids in zip(items, rows, strict=True)
-        ]
+        prompts_of = [self._encode(item, config, params, metrics) for item, config in zip(items, configs, strict=True)]
+        rows = [ids for ids, _ in prompts_of]
+        caches = [self._resolve(own, ids) for ids, own in prompts_of]
         asked = RequestOptions(priority, timeout_s, logit_bias or {})
         handles = self._loop.run(rows, configs, streamer, metrics, caches, asked)
         return [self._result(i, handle, rows[i], configs[i], metrics, as_text) for i, handle in enumerate(handles)]  # type: ignore[return-value]
@@ -171,17 +164,20 @@ class ContinuousBatchingPipeline(PipelineBase):
             )
         return [self._options(config, options) for config in configs]
 
-    def _encode(self, item: Any, config: ov_genai.GenerationConfig, metrics: PerfMetrics) -> np.ndarray:
+    def _encode(
+        self, item: Any, config: ov_genai.GenerationConfig, params: CacheParams, metrics: PerfMetrics
+    ) -> tuple[np.ndarray, CacheParams]:
         if isinstance(item, str):
-            return self._encoder.encode_user_text(item, config, metrics)
-        if isinstance(item, ov_genai.ChatHistory):
-            return self._encoder.encode(self._encoder.render(item, metrics), metrics, add_special_tokens=False)
-        return _one_row(item)
+            return self._encoder.encode_user_text(item, config, metrics), params
+        return self._encode_other(item, params, metrics)
 
-    def _system_of(self, item: Any, ids: np.ndarray, policy: Policy | None, metrics: PerfMetrics) -> Span | None:
-        if not isinstance(item, ov_genai.ChatHistory) or not len(item):
-            return None
-        return self._system_span(content_of(item, self._encoder.render(item, metrics)), ids, policy, metrics)
+    def _encode_other(self, item: Any, params: CacheParams, metrics: PerfMetrics) -> tuple[np.ndarray, CacheParams]:
+        """The tokens of a history or of token ids, and `params` with the span of its system prompt."""
+        if not isinstance(item, ov_genai.ChatHistory):
+            return _one_row(item), params
+        text = self._encoder.render(item, metrics)
+        ids = self._encoder.encode(text, metrics, add_special_tokens=False)
+        return ids, replace(params, system=self._system_span(content_of(item, text), ids, params.policy, metrics))
 
     def _result(
         self,

@@ -19,7 +19,7 @@ from ov_kvcrush.core.sampling_params import end_tokens, model_end_tokens
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipelines.backend import Backend, Handle
-from ov_kvcrush.pipelines.base import PipelineBase, kept_tokens
+from ov_kvcrush.pipelines.base import PipelineBase, kept_tokens, visiting
 from ov_kvcrush.pipelines.streaming import Streamer
 from ov_kvcrush.policies.registry import PolicyLike, as_policy
 from ov_kvcrush.prompts.context import ContextText, content_of
@@ -112,7 +112,6 @@ class LLMPipeline(PipelineBase):
         """Forget the conversation and give its KV back."""
         self._history = None
         self._chat_known = NEW_CHAT
-        self._of_histories.clear()
         self._chat_start = self._chat_context = None
         self._is_open = False
         self._backend.clear_prefixes()
@@ -130,6 +129,7 @@ class LLMPipeline(PipelineBase):
         """Same as `generate`."""
         return self.generate(*args, **kwargs)
 
+    @visiting
     def generate(
         self,
         inputs: Any,
@@ -156,21 +156,7 @@ class LLMPipeline(PipelineBase):
         Raises RequestError naming the field for anything that cannot be run; OutOfMemory, RequestTimeout, or what broke
         where there is no whole answer.
         """
-        with self._backend.thread.visit():
-            asked = RequestOptions(priority, timeout_s, logit_bias or {})
-            return self._generate(inputs, generation_config, streamer, policy, protect, context, asked, options)
-
-    def _generate(
-        self,
-        inputs: Any,
-        generation_config: ov_genai.GenerationConfig | None,
-        streamer: Streamer | None,
-        policy: PolicyLike,
-        protect: Protect,
-        context: Context | None,
-        asked: RequestOptions,
-        options: dict[str, Any],
-    ) -> Any:
+        asked = RequestOptions(priority, timeout_s, logit_bias or {})
         config = self._options(generation_config, options)
         metrics = self._new_metrics()
         begun = require_context(context)

@@ -34,7 +34,12 @@ class ContextText:
 
     def history(self, messages: Sequence[dict[str, Any]] | None = None) -> ov_genai.ChatHistory:
         """The conversation, or another with the same tools and extra context."""
-        return make_history(self.messages if messages is None else messages, self.tools, self.extra_context)
+        made = ov_genai.ChatHistory([dict(x) for x in (self.messages if messages is None else messages)])
+        if self.tools:
+            made.set_tools([dict(tool) for tool in self.tools])
+        if self.extra_context:
+            made.set_extra_context(dict(self.extra_context))
+        return made
 
     def asked(self, question: str) -> tuple[dict[str, Any], ...]:
         """The conversation with a question at its end."""
@@ -126,18 +131,6 @@ class ContextEncoder:
 
     def _after(self, before: str, text: str, metrics: PerfMetrics) -> np.ndarray:
         return self._encoder.encode_after(before, text, metrics)
-
-
-def make_history(
-    messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], extra_context: dict[str, Any]
-) -> ov_genai.ChatHistory:
-    """A ChatHistory with all that one can have."""
-    history = ov_genai.ChatHistory([dict(message) for message in messages])
-    if tools:
-        history.set_tools([dict(tool) for tool in tools])
-    if extra_context:
-        history.set_extra_context(dict(extra_context))
-    return history
 
 
 def content_of(history: ov_genai.ChatHistory, rendered: str = "", is_open: bool = False) -> ContextText:

@@ -114,8 +114,3 @@ class HistoryTokens:
         """Replace what is known of a history."""
         with self._lock:
             self._known[history] = known
-
-    def clear(self) -> None:
-        """Forget all."""
-        with self._lock:
-            self._known.clear()

@@ -11,7 +11,6 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.core.cache_params import CacheParams, Span
 from ov_kvcrush.errors import RequestError
-from ov_kvcrush.policies.base import Policy
 
 _FIRST_LOOK = 256  # tokens that are decoded to look for a passage; then twice as many
 Protect = Sequence[Any]  # of passages (str) and spans (begin, end) of tokens
@@ -24,12 +23,9 @@ def check_protect(protect: Protect) -> tuple[str | Span, ...]:
     return tuple(item if isinstance(item, str) else _span(item) for item in protect)
 
 
-def resolve(
-    params: CacheParams, ids: np.ndarray, tokenizer: ov_genai.Tokenizer, default: Policy | None = None
-) -> CacheParams:
-    """The same with spans of the prompt int64 (S,) instead of texts. default: the policy where `params` has none.
+def resolve(params: CacheParams, ids: np.ndarray, tokenizer: ov_genai.Tokenizer) -> CacheParams:
+    """The same with spans of the prompt int64 (S,) instead of passages.
 
-    A system prompt is looked for only where something can be evicted; one that is not there protects nothing.
     Raises RequestError for a protected passage that is not in the prompt.
     """
     text = Decoded(ids, tokenizer)
@@ -39,12 +35,7 @@ def resolve(
         if span is None:
             raise RequestError(f"protect must name passages of the prompt, got {item!r}, which is not in it")
         protect.append(span)
-    system = params.system
-    if isinstance(system, str):
-        policy = params.policy or default
-        found = text.find(system) if policy and policy.evicts else None
-        system = (0, found[1]) if found else None  # with what the chat template puts before it
-    return replace(params, protect=tuple(protect), system=system)
+    return replace(params, protect=tuple(protect))
 
 
 class Decoded:

@@ -30,6 +30,7 @@ from ov_kvcrush import (
     RequestTimeout,
     StreamingStatus,
 )
+from ov_kvcrush.utils.process_memory import rss_bytes
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 CACHE = {"key_precision": "f32", "value_precision": "f32"}
@@ -268,8 +269,7 @@ class Users:
 
 def resident_bytes() -> int:
     gc.collect()
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
+    return rss_bytes() or 0
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import openvino as ov
 import openvino_genai as ov_genai
 import pytest
 from covering import rarely
+from many_users import resident_bytes
 
 from ov_kvcrush import (
     ChatHistory,
@@ -367,12 +368,6 @@ def test_memory_goes_with_the_pipeline(smollm2: Path) -> None:
         gc.enable()
     assert len(handle.read_all()[0].generated_ids) == 4
     assert handle.kept_positions is None
-
-
-def resident_bytes() -> int:
-    gc.collect()
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
 
 
 @pytest.mark.parametrize("num_requests", [80, *rarely(200)])
