@@ -38,7 +38,7 @@ BEGINNING = b'{"__metadata__":{"format":"%b",' % _FORMAT.encode()  # behind 8 by
 _MAGIC = re.compile(re.escape(BEGINNING) + rb'"layout_version":"(\d{1,9})","sha256":"([0-9a-f]{64})"[,}]')
 _NO_DIGEST = "0" * 64
 _MAX_HEADER = 16 << 20  # bytes
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),

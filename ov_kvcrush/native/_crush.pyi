@@ -13,12 +13,18 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
+UInt8 = npt.NDArray[np.uint8]
 
 class StoreFull(MemoryError):
     """`nbytes` would exceed `max_bytes`; nothing has changed. The text has the numbers."""
 
 class Store:
-    """Tokens of all KV heads of many sequences, in tiles of 32 tokens. Safe to call from any thread."""
+    """Tokens of all KV heads of many sequences, in tiles of 32 tokens. Safe to call from any thread.
+
+    `precisions`, wherever it is an argument: uint8 (KV heads of all layers, 2), the codecs of keys and values that
+    tokens of each head are written in once they have left the recent window; codecs are the indices of
+    `config.PRECISIONS`. None: those of the sequence, and of a new one those of the store.
+    """
 
     def __init__(
         self,
@@ -53,8 +59,12 @@ class Store:
     @property
     def num_sequences(self) -> int: ...
     def close(self) -> None: ...
-    def create(self, capture_rows: int = 0) -> int:
+    def create(self, capture_rows: int = 0, precisions: UInt8 | None = None) -> int:
         """A new sequence, which captures its last `capture_rows` query rows for scores."""
+    def set_precisions(self, seq: int, precisions: UInt8) -> None:
+        """Of all that is written from now on. Tiles that are there stay as they are; `compact` may change them."""
+    def precisions(self, seq: int) -> UInt8:
+        """(KV heads of all layers, 2)"""
     def release(self, seq: int) -> None: ...
     def fork(self, seq: int, num_tokens: int | None = None) -> int:
         """A new sequence that shares all tiles and captured queries. With num_tokens: only positions below it, without
@@ -72,21 +82,29 @@ class Store:
     def attach_prefill(self, seq: int, blocks: Int32, num_tokens: int) -> None:
         """The prompt of an empty sequence lies in these staging blocks (n,)."""
     def commit_prefill(
-        self, seq: int, offsets: Array | None = None, indices: Int32 | None = None, promised: int = 0
+        self,
+        seq: int,
+        offsets: Array | None = None,
+        indices: Int32 | None = None,
+        promised: int = 0,
+        precisions: UInt8 | None = None,
     ) -> None:
         """Encode the staged tokens into tiles: all, or indices[offsets[h]:offsets[h + 1]] for head h, counted through
-        all layers. offsets: int64 (heads + 1,). Raises StoreFull."""
-    def compact(self, seq: int, offsets: Array, indices: Int32) -> Int32:
+        all layers. offsets: int64 (heads + 1,). Raises StoreFull, and the sequence has its old precisions."""
+    def compact(self, seq: int, offsets: Array, indices: Int32, precisions: UInt8 | None = None) -> Int32:
         """Keep these cached tokens, selected as for commit_prefill. Returns (len(indices),): the old cached index
-        of each new one, head by head, since tiles that keep all tokens move to the front. Raises StoreFull."""
+        of each new one, head by head, since tiles that keep all tokens move to the front. Those of them that
+        have more bits than the precisions, in keys or in values, are encoded anew; none gets more bits. Raises
+        StoreFull, with nothing changed."""
     def append(self, seq: int, layer: int, k: Float32, v: Float32, first_position: int) -> None:
         """k, v (T, K * D) at positions first_position, ...; RuntimeError without a reserve before."""
     def dump(self, seq: int) -> tuple[Array, Array]:
-        """What a sequence holds, for files: heads int64 (KV heads of all layers, 4), tiles uint8 (bytes,). Without
-        reserved slots and captured queries. Same content, same bytes. Little endian."""
+        """What a sequence holds, for files: heads int64 (KV heads of all layers, 6), tiles uint8 (bytes,). Without
+        reserved slots and captured queries. Same content, same bytes. Little endian. Columns of heads: tokens, target
+        tiles, bytes, next position (the same for all), codecs of keys and values."""
     def load(self, heads: Array, tiles: Array, capture_rows: int = 0, promised: int = 0) -> int:
-        """A new sequence from the dump of a store with the same layers and precisions. All of it is checked; the
-        arrays may be read-only and mapped. Raises StoreFull."""
+        """A new sequence from the dump of a store with the same layers, recent precision and group size, with the
+        precisions of the dump. All of it is checked; the arrays may be read-only and mapped. Raises StoreFull."""
     def attend(self, layer: int, spans: list[tuple[int, int, int, int]], q: Float32) -> Float32:
         """q (T, H * D) to (T, H * D). Spans: (seq, first row, rows, position of the first row); other rows are 0."""
     def prefill(
@@ -115,8 +133,9 @@ class Store:
         """Bytes of these sequences together: what several of them share counts once."""
     def nbytes_freed_by(self, ids: list[int]) -> int:
         """Bytes that `nbytes` shrinks by if all of these are released: what nobody else holds."""
-    def bytes_for(self, num_tokens: int) -> int:
-        """Bytes of a sequence that commits a prompt of num_tokens whole."""
+    def bytes_for(self, num_tokens: int | Array, precisions: UInt8 | None = None) -> int:
+        """Bytes of a sequence that commits num_tokens tokens of a prompt in every head, or int64 (KV heads of all
+        layers,) in each, where no tile must list its positions."""
 
 def info() -> dict[str, Any]:
     """`isa` (kernels in use), `isas` (all that may be used, slowest first), `isa_cap` (OV_KVCRUSH_ISA, "" = none),

@@ -129,13 +129,13 @@ def test_same_record_gives_same_bytes_and_anyone_can_read_them(path: Path) -> No
         np.testing.assert_array_equal(arrays[name], getattr(record(), name))
 
 
-def test_names_in_the_file_are_those_of_the_first_release(path: Path) -> None:
+def test_names_in_the_file_are_those_of_this_layout_version(path: Path) -> None:
     """Files that were written before are read, whatever the code calls things now."""
     save_context(path, record())
     data = path.read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     texts = header.pop("__metadata__")
-    assert (texts["format"], texts["layout_version"], texts["spans"]) == ("ov_kvcrush.context", "1", "[]")
+    assert (texts["format"], texts["layout_version"], texts["spans"]) == ("ov_kvcrush.context", "2", "[]")
     assert set(texts) == {
         "format", "layout_version", "sha256", "fingerprint", "policy", "spans", "kept", "heads_per_layer", "extra",
     }  # fmt: skip
@@ -263,12 +263,12 @@ def test_wrong_headers_are_named(path: Path, change: Callable[[Any], Any], messa
         load_context(path, {})
 
 
-@pytest.mark.parametrize(("version", "age"), [(7, "a newer"), (0, "an older")])
+@pytest.mark.parametrize(("version", "age"), [(7, "a newer"), (1, "an older")])
 def test_another_layout_version_is_refused(path: Path, version: int, age: str) -> None:
     save_context(path, record())
     good = path.read_bytes()
-    path.write_bytes(good.replace(b'"layout_version":"1"', b'"layout_version":"%d"' % version, 1))
-    message = f"layout_version must be 1, got {version}: written by {age} ov_kvcrush"
+    path.write_bytes(good.replace(b'"layout_version":"2"', b'"layout_version":"%d"' % version, 1))
+    message = f"layout_version must be 2, got {version}: written by {age} ov_kvcrush"
     with pytest.raises(ContextFileError, match=message):
         load_context(path, {})
 
@@ -321,7 +321,7 @@ def test_paths_that_are_no_files_are_refused(path: Path, tmp_path: Path) -> None
         ({"representatives": ((np.zeros(1, np.int32),) * 3,)}, "representatives must have the layers that carried has"),
         ({"fingerprint": {"model": "x"}}, "fingerprint must have the fields layout_version, model"),
         ({"fingerprint": fingerprint(np.zeros(3))}, "token_ids must be"),
-        ({"fingerprint": fingerprint(np.zeros(3), layout_version="2")}, "layout_version must be 1, got 2"),
+        ({"fingerprint": fingerprint(np.zeros(3), layout_version="1")}, "layout_version must be 2, got 1"),
     ],
 )
 def test_what_no_file_can_hold_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -44,6 +44,16 @@ def flat(kept: list[Array]) -> tuple[Array, Array]:
     return np.cumsum([0, *map(len, kept)]).astype(np.int64), np.concatenate(kept).astype(np.int32)
 
 
+def some_precisions(rng: np.random.Generator, num_heads: int) -> Array:
+    """A pair of codecs for each head: uint8 (num_heads, 2)."""
+    return rng.integers(0, len(PRECISIONS), (num_heads, 2), dtype=np.uint8)
+
+
+def names_of(precisions: Array) -> list[tuple[str, str]]:
+    """Precisions uint8 (heads, 2) as the reference store takes them."""
+    return [(PRECISIONS[key], PRECISIONS[value]) for key, value in precisions]
+
+
 def as_bytes(x: Array, precision: str) -> Array:
     """Float32 `x` as the bytes of a staging tensor: uint8 (num_bytes,)."""
     x = np.ascontiguousarray(reference.to_float(x, precision))
@@ -61,6 +71,7 @@ class Cache:
         self.key, self.value = options["key"], options["value"]
         self.store = native.Store(layers=list(layers), **options)
         self.layers = [reference.Layer(*shape) for shape in layers]
+        self.num_heads = sum(shape.num_kv_heads for shape in self.layers)
 
     def new(self, rng: np.random.Generator, num_tokens: int, settle: bool = True) -> int:
         """A sequence of random tokens at positions 0.., the old ones in the target precision if `settle`."""

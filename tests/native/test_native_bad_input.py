@@ -70,6 +70,8 @@ RELEASED: dict[str, Call] = {
     "reserve": lambda s: s.store.reserve(s.gone, 1),
     "free_slots": lambda s: s.store.free_slots(s.gone),
     "settle": lambda s: s.store.quantize_aged(s.gone),
+    "set_precisions": lambda s: s.store.set_precisions(s.gone, np.zeros((2, 2), np.uint8)),
+    "precisions": lambda s: s.store.precisions(s.gone),
     "stage": lambda s: s.store.attach_prefill(s.gone, i32(0), 1),
     "adopt": lambda s: s.store.commit_prefill(s.gone),
     "compact": lambda s: s.store.compact(s.gone, i64(0, 0, 0), i32()),
@@ -93,6 +95,9 @@ BAD: list[tuple[str, str, Call]] = [
     ("cut behind the end", "num_tokens", lambda s: s.store.fork(s.full, 41)),
     ("fork of a staged one", "seq", lambda s: s.store.fork(s.staged)),
     ("negative bytes_for", "num_tokens", lambda s: s.store.bytes_for(-1)),
+    ("negative bytes_for of a head", "num_tokens", lambda s: s.store.bytes_for(i64(3, -1))),
+    ("bytes_for of too many heads", "num_tokens", lambda s: s.store.bytes_for(i64(3, 3, 3))),
+    ("bytes_for of int32", "num_tokens", lambda s: s.store.bytes_for(i32(3, 3))),
     (
         "layer of staging",
         "layer",
@@ -202,6 +207,17 @@ BAD_SELECTIONS: list[tuple[str, str, Array, Array]] = [
 ]
 
 
+BAD_PRECISIONS = {
+    "a head too few": np.zeros((1, 2), np.uint8),
+    "a head too many": np.zeros((3, 2), np.uint8),
+    "keys only": np.zeros(2, np.uint8),
+    "int64": np.zeros((2, 2), np.int64),
+    "unknown codec of a key": np.array([[0, 1], [6, 1]], np.uint8),
+    "unknown codec of a value": np.array([[0, 255], [2, 1]], np.uint8),
+    "strides": np.zeros((2, 4), np.uint8)[:, ::2],
+}
+
+
 def refused(scene: Scene, field: str, call: Call) -> None:
     """A ValueError that begins with the field, and everything is as before."""
     before = scene.state()
@@ -227,6 +243,23 @@ def test_bad_input_names_the_field_and_changes_nothing(scene: Scene, field: str,
 def test_bad_selections_are_refused(scene: Scene, field: str, offsets: Array, indices: Array) -> None:
     refused(scene, field, lambda s: s.store.compact(s.full, offsets, indices))
     refused(scene, field, lambda s: s.store.commit_prefill(s.staged, offsets, indices))
+
+
+@pytest.mark.parametrize("precisions", BAD_PRECISIONS.values(), ids=BAD_PRECISIONS)
+def test_bad_precisions_are_refused(scene: Scene, precisions: Array) -> None:
+    selection = (i64(0, 1, 2), i32(0, 0))
+    calls: list[Call] = [
+        lambda s: s.store.create(0, precisions),
+        lambda s: s.store.set_precisions(s.full, precisions),
+        lambda s: s.store.commit_prefill(s.staged, *selection, precisions=precisions),
+        lambda s: s.store.compact(s.full, *selection, precisions=precisions),
+        lambda s: s.store.bytes_for(3, precisions),
+    ]
+    before = [scene.store.precisions(seq).copy() for seq in (scene.full, scene.staged)]
+    for call in calls:
+        refused(scene, "precisions", call)
+    for was, seq in zip(before, (scene.full, scene.staged), strict=True):
+        np.testing.assert_array_equal(scene.store.precisions(seq), was)
 
 
 def test_append_without_room_is_refused(scene: Scene) -> None:

@@ -15,7 +15,19 @@ from covering import covering, examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from native_stores import DEFAULTS, PRECISIONS, Array, Cache, flat, gaussian, keys_values, layer, require_native
+from native_stores import (
+    DEFAULTS,
+    PRECISIONS,
+    Array,
+    Cache,
+    flat,
+    gaussian,
+    keys_values,
+    layer,
+    names_of,
+    require_native,
+    some_precisions,
+)
 
 from ov_kvcrush import native
 from reference import codec as reference
@@ -89,12 +101,27 @@ class Stores(RuleBasedStateMachine):
         runs = np.repeat(self.rng.random(num_tokens // 32 + 1) < density, 32)[:num_tokens]
         return np.flatnonzero(runs ^ (self.rng.random(num_tokens) < 0.01))
 
+    def some_precisions(self, given: bool) -> tuple[Array, Any] | tuple[None, None]:
+        """Precisions for both stores, or none."""
+        if not given:
+            return None, None
+        precisions = some_precisions(self.rng, self.cache.num_heads)
+        return precisions, names_of(precisions)
+
     @precondition(lambda self: len(self.twins) < MAX_SEQUENCES)
-    @rule(n=st.integers(0, 120), settle=st.booleans())
-    def create(self, n: int, settle: bool) -> None:
-        self.twins.append(Twin(self.mine.create(), self.theirs.create()))
+    @rule(n=st.integers(0, 120), settle=st.booleans(), own=st.booleans())
+    def create(self, n: int, settle: bool, own: bool = False) -> None:
+        mine, theirs = self.some_precisions(own)
+        self.twins.append(Twin(self.mine.create(precisions=mine), self.theirs.create(theirs)))
         if n:
             self.append(len(self.twins) - 1, n, gap=0, settle=settle)
+
+    @precondition(lambda self: self.twins)
+    @rule(which=st.integers(0, 99))
+    def set_precisions(self, which: int) -> None:
+        mine, theirs = self.some_precisions(True)
+        self.mine.set_precisions(self.pick(which).mine, mine)
+        self.theirs.set_precisions(self.pick(which).theirs, theirs)  # type: ignore[arg-type]
 
     @precondition(lambda self: self.twins)
     @rule(which=st.integers(0, 99))
@@ -167,8 +194,11 @@ class Stores(RuleBasedStateMachine):
         density=st.none() | st.floats(0, 1),
         promised=st.sampled_from([0, 0, 10_000]),
         reserved=st.booleans(),
+        own=st.booleans(),
     )
-    def commit_prefill(self, n: int, staged_as: str, density: float | None, promised: int, reserved: bool) -> None:
+    def commit_prefill(
+        self, n: int, staged_as: str, density: float | None, promised: int, reserved: bool, own: bool
+    ) -> None:
         twin = Twin(self.mine.create(), self.theirs.create())
         self.twins.append(twin)
         prompt = [keys_values(self.rng, n, s.num_kv_heads * s.head_size) for s in self.theirs.layers]
@@ -179,18 +209,20 @@ class Stores(RuleBasedStateMachine):
         self.theirs.attach_prefill(twin.theirs, rounded)  # type: ignore[arg-type]
         kept = None if density is None else [self.some(n, density) for _ in self.num_tokens(twin)]
         offsets, indices = (None, None) if kept is None else flat(kept)
-        mine = outcome(lambda: self.mine.commit_prefill(twin.mine, offsets, indices, promised=promised))
-        assert mine == outcome(lambda: self.theirs.commit_prefill(twin.theirs, kept, promised))
+        pairs, names = self.some_precisions(own)
+        mine = outcome(lambda: self.mine.commit_prefill(twin.mine, offsets, indices, promised, pairs))
+        assert mine == outcome(lambda: self.theirs.commit_prefill(twin.theirs, kept, promised, names))
         if mine == "full":  # still staged: it can only be left
             self.release(len(self.twins) - 1)
 
     @precondition(lambda self: self.twins)
-    @rule(which=st.integers(0, 99), density=st.sampled_from([0.0, 0.3, 0.6, 0.9, 1.0]))
-    def compact(self, which: int, density: float) -> None:
+    @rule(which=st.integers(0, 99), density=st.sampled_from([0.0, 0.3, 0.6, 0.9, 1.0, 1.0]), own=st.booleans())
+    def compact(self, which: int, density: float, own: bool) -> None:
         twin = self.pick(which)
         kept = [self.some(n, density) if density < 1 else np.arange(n) for n in self.num_tokens(twin)]
-        mine = outcome(lambda: self.mine.compact(twin.mine, *flat(kept)))
-        np.testing.assert_array_equal(mine, outcome(lambda: self.theirs.compact(twin.theirs, kept)))
+        pairs, names = self.some_precisions(own)
+        mine = outcome(lambda: self.mine.compact(twin.mine, *flat(kept), pairs))
+        np.testing.assert_array_equal(mine, outcome(lambda: self.theirs.compact(twin.theirs, kept, names)))
 
     @invariant()
     def both_hold_the_same(self) -> None:
@@ -202,6 +234,7 @@ class Stores(RuleBasedStateMachine):
         for twin in self.twins:
             assert self.mine.nbytes_of(twin.mine) == self.theirs.nbytes_of(twin.theirs)
             assert self.mine.free_slots(twin.mine) == self.theirs.free_slots(twin.theirs)
+            assert names_of(self.mine.precisions(twin.mine)) == self.theirs.precisions(twin.theirs)
             for index, shape in enumerate(self.theirs.layers):
                 for head in range(shape.num_kv_heads):
                     k, v, positions = self.theirs.tokens(twin.theirs, index, head)

@@ -10,7 +10,7 @@ import pytest
 from covering import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_stores import PRECISIONS, Array, Cache, flat, gaussian, keys_values, layer, require_native
+from native_stores import PRECISIONS, Array, Cache, flat, gaussian, keys_values, layer, require_native, some_precisions
 
 from ov_kvcrush import native
 from reference import codec as reference
@@ -57,6 +57,8 @@ def random_sequence(cache: Cache, rng: np.random.Generator, steps: list[str], n:
             cache.store.quantize_aged(seq)
         elif step == "fork":
             seq = cache.store.fork(seq)
+        elif step == "precisions":
+            cache.store.set_precisions(seq, some_precisions(rng, cache.num_heads))
         else:
             keep_some(cache, seq, rng, density=0.7, by_tile=step == "tiles")
     return seq
@@ -73,6 +75,7 @@ def assert_same(cache: Cache, seq: int, other: Cache, twin: int, rng: np.random.
         places = np.arange(at, at + 3, dtype=np.int32)
         scores = cache.store.scores(seq, index, q, places, "mean")
         np.testing.assert_array_equal(other.store.scores(twin, index, q, places, "mean"), scores)
+    np.testing.assert_array_equal(other.store.precisions(twin), cache.store.precisions(seq))
     for index, head in heads_of(cache):
         assert other.store.num_tokens(twin, index, head) == cache.store.num_tokens(seq, index, head)
         for got, expected in zip(other.tokens(twin, index, head), cache.tokens(seq, index, head), strict=True):
@@ -94,7 +97,7 @@ def go_on(pairs: list[tuple[Cache, int]], seed: int) -> list[tuple[Cache, int]]:
     return forks
 
 
-steps_of = st.lists(st.sampled_from(["append", "jump", "settle", "fork", "tiles", "tokens"]), max_size=6)
+steps_of = st.lists(st.sampled_from(["append", "jump", "settle", "fork", "precisions", "tiles", "tokens"]), max_size=6)
 
 
 @settings(max_examples=examples(60), deadline=None)
@@ -246,11 +249,14 @@ def changed(array: Array, where: Any, value: Any) -> Array:
         (0, 89, "tiles must hold nothing beyond"),
         (1, -1, "target tiles of a head must be in"),
         (1, 99, "target tiles of a head must be in"),
-        (1, 0, "codec of a tile must be this store's"),
+        (1, 0, "codec of a recent tile must be this store's"),
         (2, -1, "bytes of a head must be in"),
         (2, 2**62, "bytes of a head must be in"),
         (3, 5, "next_position must be"),
         (3, 2**31, "next_position must be"),
+        (4, 6, r"precisions of a head must be codecs in 0\.\.5, got 6"),
+        (4, -1, r"precisions of a head must be codecs in 0\.\.5, got -1"),
+        (5, 2**40, r"precisions of a head must be codecs in 0\.\.5"),
     ],
 )
 def test_wrong_numbers_of_a_head_are_named(column: int, value: int, message: str) -> None:
@@ -264,8 +270,9 @@ def test_wrong_numbers_of_a_head_are_named(column: int, value: int, message: str
 @pytest.mark.parametrize(
     ("at", "value", "message"),
     [
-        (0, 4, "key codec of a tile must be this store's 3, got 4"),
-        (1, 0, "value codec of a tile must be this store's 3, got 0"),
+        (0, 6, r"key codec of a tile must be in 0\.\.5, got 6"),
+        (1, 255, r"value codec of a tile must be in 0\.\.5, got 255"),
+        (0, 0, "must"),  # one of another size: what follows is no tile
         (2, 200, "kind of a tile must be"),
         (3, 3, "bytes of a position must be 0, 1, 2 or 4, got 3"),
         (7, 0x80, "positions must be at least 0 and below 90"),
@@ -290,7 +297,7 @@ def test_arrays_of_another_kind_are_refused() -> None:
     heads, tiles = cache.store.dump(cache.new(np.random.default_rng(10), 90))
     before = cache.store.nbytes
     wrong = [
-        (heads[:, :3].copy(), tiles, "heads must have shape"),
+        (heads[:, :4].copy(), tiles, "heads must have shape"),
         (heads.astype(np.int32), tiles, "heads must be an array of int64"),
         (heads[:-1], tiles, "heads must have a row for each of the 3 KV heads"),
         (heads[:0], tiles[:0], "heads must have a row for each of the 3 KV heads"),
@@ -307,15 +314,25 @@ def test_arrays_of_another_kind_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"key": "u4"}, {"value": "bf16"}, {"recent": "f16"}, {"group_size": 16}, {"key": "u4", "value": "u2"}],
+    [{"recent": "f16"}, {"recent": "f32", "key": "u4"}, {"group_size": 16}],
     ids=str,
 )
-def test_a_store_of_other_precisions_refuses(options: dict[str, Any]) -> None:
+def test_a_store_of_another_recent_precision_or_group_size_refuses(options: dict[str, Any]) -> None:
     cache, other = Cache(*SHAPES), Cache(*SHAPES, **options)
     dump = cache.store.dump(cache.new(np.random.default_rng(11), 120))
     with pytest.raises(ValueError, match="must"):
         other.store.load(*dump)
     assert other.store.nbytes == other.store.num_sequences == 0
+
+
+@pytest.mark.parametrize("options", [{"key": "u4"}, {"value": "bf16"}, {"key": "u4", "value": "u2"}], ids=str)
+def test_a_store_of_other_target_precisions_goes_on_in_those_of_the_dump(options: dict[str, Any]) -> None:
+    cache, other = Cache(*SHAPES), Cache(*SHAPES, **options)
+    rng = np.random.default_rng(13)
+    seq = cache.new(rng, 120)
+    twin = other.store.load(*cache.store.dump(seq))
+    assert_same(cache, seq, other, twin, rng)
+    assert_same(*go_on([(cache, seq), (other, twin)], 5)[0], other, twin, rng)
 
 
 def test_a_store_of_other_shapes_refuses() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from reference.codec import (
+    BITS,
     TILE,
     Array,
     Layer,
@@ -23,6 +24,8 @@ from reference.codec import (
     to_float,
 )
 
+Precisions = list[tuple[str, str]]  # of the keys and values of each head
+
 
 @dataclass(eq=False)
 class Tile:
@@ -32,6 +35,7 @@ class Tile:
     k: Array  # float32 (n, D)
     v: Array
     positions: Array  # int32 (n,)
+    precision: tuple[str, str]  # of keys, of values
     listed: bool  # positions are stored one by one; else the first one and the gaps, in the header
 
     @property
@@ -73,7 +77,14 @@ class Cached:
 
     heads: list[Head]
     next_position: int = 0
+    precisions: list[tuple[str, str]] = field(default_factory=list)  # of target tiles to come, of each head
     staged: list[tuple[Array, Array]] = field(default_factory=list)  # of each layer, float32 (n, K, D)
+
+
+def lower(own: tuple[str, str], wanted: tuple[str, str]) -> tuple[str, str]:
+    """For keys and values the one with fewer bits; the own one if they have as many."""
+    key, value = (w if BITS[o] > BITS[w] else o for o, w in zip(own, wanted, strict=True))
+    return key, value
 
 
 class StoreFull(MemoryError):
@@ -114,12 +125,20 @@ class ReferenceStore:
     def nbytes_of(self, seq: int) -> int:
         return self._bytes_of(self._sequences[seq].heads)
 
-    def bytes_for(self, num_tokens: int) -> int:
-        """Bytes of a sequence that adopts `num_tokens` tokens whole."""
-        num_target = num_target_tiles(num_tokens, self.recent_tokens)
-        num_recent = -(-(num_tokens - TILE * num_target) // TILE)
-        heads = [layer for layer in self.layers for _ in range(layer.num_kv_heads)]
-        return sum(num_target * self._bytes(h, self.target) + num_recent * self._bytes(h, self.recent) for h in heads)
+    @property
+    def heads(self) -> list[Layer]:
+        """The layer of each head."""
+        return [layer for layer in self.layers for _ in range(layer.num_kv_heads)]
+
+    def bytes_for(self, num_tokens: int | Sequence[int], precisions: Precisions | None = None) -> int:
+        """Bytes of a sequence that adopts so many tokens in every head, or in each, without tiles that list."""
+        numbers = [num_tokens] * len(self.heads) if isinstance(num_tokens, int) else num_tokens
+        num_bytes = 0
+        for layer, n, pair in zip(self.heads, numbers, precisions or self._defaults(), strict=True):
+            num_target = num_target_tiles(n, self.recent_tokens)
+            num_recent = -(-(n - TILE * num_target) // TILE)
+            num_bytes += num_target * self._bytes(layer, pair) + num_recent * self._bytes(layer, self.recent)
+        return num_bytes
 
     def tokens(self, seq: int, layer: int, head: int) -> tuple[Array, Array, Array]:
         """Keys and values (S, D) and positions (S,) of a KV head."""
@@ -135,8 +154,14 @@ class ReferenceStore:
 
     # Life of a sequence.
 
-    def create(self) -> int:
-        return self._add(Cached([Head(layer) for layer in self.layers for _ in range(layer.num_kv_heads)]))
+    def create(self, precisions: Precisions | None = None) -> int:
+        return self._add(Cached([Head(layer) for layer in self.heads], precisions=precisions or self._defaults()))
+
+    def set_precisions(self, seq: int, precisions: Precisions) -> None:
+        self._sequences[seq].precisions = list(precisions)
+
+    def precisions(self, seq: int) -> Precisions:
+        return self._sequences[seq].precisions
 
     def release(self, seq: int) -> None:
         del self._sequences[seq]
@@ -146,7 +171,8 @@ class ReferenceStore:
         source = self._sequences[seq]
         if source.staged:
             raise ValueError("seq must not be staged")
-        twin = Cached([Head(h.layer, list(h.tiles), h.num_target) for h in source.heads], source.next_position)
+        heads = [Head(h.layer, list(h.tiles), h.num_target) for h in source.heads]
+        twin = Cached(heads, source.next_position, source.precisions)
         if num_tokens is not None:
             for head in twin.heads:
                 if head.num_tokens < num_tokens or (head.tokens()[2] != np.arange(head.num_tokens)).any():
@@ -181,11 +207,11 @@ class ReferenceStore:
         """
         growth = 0
         free = self.max_bytes - self.nbytes if self.max_bytes else 2**63
-        for head in self._sequences[seq].heads:
+        for head, target in zip(self._sequences[seq].heads, self._sequences[seq].precisions, strict=True):
             while head.num_target < num_target_tiles(head.num_tokens, self.recent_tokens):
                 old = head.tiles[head.num_target]
-                if self.target != self.recent:
-                    new = self._tile(head.layer, self.target, old.k, old.v, old.positions)
+                if target != self.recent:
+                    new = self._tile(head.layer, target, old.k, old.v, old.positions)
                     change = new.num_bytes - (0 if self._is_shared(old) else old.num_bytes)
                     growth += max(0, change)
                     if not self._fits(change):
@@ -201,34 +227,49 @@ class ReferenceStore:
             for layer, (k, v) in zip(self.layers, tokens, strict=True)
         ]
 
-    def commit_prefill(self, seq: int, kept: Sequence[Array] | None = None, keep_free: int = 0) -> None:
+    def commit_prefill(
+        self,
+        seq: int,
+        kept: Sequence[Array] | None = None,
+        keep_free: int = 0,
+        precisions: Precisions | None = None,
+    ) -> None:
         """Take the staged tokens into an empty sequence, of each head all or the ones of these indices."""
         cached = self._sequences[seq]
+        precisions = precisions or cached.precisions
         heads: list[Head] = []
         for layer, (k, v) in zip(self.layers, cached.staged, strict=True):
             for i in range(layer.num_kv_heads):
                 index = np.arange(len(k)) if kept is None else kept[len(heads)]
                 num_target = num_target_tiles(len(index), self.recent_tokens)
                 head = Head(layer, [], num_target)
-                head.tiles = self._tiles(layer, num_target, k[index, i], v[index, i], index.astype(np.int32))
+                target = precisions[len(heads)]
+                head.tiles = self._tiles(layer, target, num_target, k[index, i], v[index, i], index.astype(np.int32))
                 heads.append(head)
         self._check_room(self._bytes_of(heads) - self._bytes_of(cached.heads), keep_free)
-        self._sequences[seq] = Cached(heads, max(cached.next_position, len(cached.staged[0][0])))
+        next_position = max(cached.next_position, len(cached.staged[0][0]))
+        self._sequences[seq] = Cached(heads, next_position, list(precisions))
 
-    def compact(self, seq: int, kept: Sequence[Array]) -> Array:
+    def compact(self, seq: int, kept: Sequence[Array], precisions: Precisions | None = None) -> Array:
         """Keep the cached tokens of these indices of each head; return for each new index the old one, flat.
 
-        Full target tiles of which all 32 stay come first and are not written again. The other kept tokens follow in
-        their order: as many full target tiles as the rule asks for, the rest in recent tiles.
+        Full target tiles of which all 32 stay come first, written again only if they have more bits than the
+        precisions. The other kept tokens follow in their order: as many full target tiles as the rule asks for, the
+        rest in recent tiles.
         """
-        pairs = [self._compacted(head, index) for head, index in zip(self._sequences[seq].heads, kept, strict=True)]
+        cached = self._sequences[seq]
+        precisions = list(precisions or cached.precisions)
+        pairs = [self._compacted(*head) for head in zip(cached.heads, kept, precisions, strict=True)]
         others = [s.heads for i, s in self._sequences.items() if i != seq]
         after = self._bytes_of([*(head for head, _ in pairs), *(head for heads in others for head in heads)])
         self._check_room(after - self.nbytes)
-        self._sequences[seq].heads = [head for head, _ in pairs]
+        cached.heads, cached.precisions = [head for head, _ in pairs], precisions
         return np.concatenate([order for _, order in pairs]).astype(np.int32)
 
     # Inside.
+
+    def _defaults(self) -> Precisions:
+        return [self.target] * len(self.heads)
 
     def _add(self, cached: Cached) -> int:
         self._last_id += 1
@@ -262,13 +303,15 @@ class ReferenceStore:
         """A new tile, listed if its positions must be."""
         listed = must_list(positions)
         back = encode_decode(*precision, math.gcd(self.group_size, layer.head_size), k, v)
-        return Tile(self._bytes(layer, precision, listed), *back, positions, listed)
+        return Tile(self._bytes(layer, precision, listed), *back, positions, precision, listed)
 
-    def _tiles(self, layer: Layer, num_target: int, k: Array, v: Array, positions: Array) -> list[Tile]:
-        """New tiles: `num_target` of the target precision, the rest of the recent one."""
+    def _tiles(
+        self, layer: Layer, target: tuple[str, str], num_target: int, k: Array, v: Array, positions: Array
+    ) -> list[Tile]:
+        """New tiles: `num_target` of precision `target`, the rest of the recent one."""
         parts = [slice(begin, begin + TILE) for begin in range(0, len(positions), TILE)]
         return [
-            self._tile(layer, self.target if i < num_target else self.recent, k[part], v[part], positions[part])
+            self._tile(layer, target if i < num_target else self.recent, k[part], v[part], positions[part])
             for i, part in enumerate(parts)
         ]
 
@@ -325,7 +368,7 @@ class ReferenceStore:
             part = slice(i, i + TILE)
             head.num_empty -= 1
             num_bytes = self._bytes(head.layer, self.recent)
-            head.tiles.append(Tile(num_bytes, k[part].copy(), v[part].copy(), positions[part], False))
+            head.tiles.append(Tile(num_bytes, k[part].copy(), v[part].copy(), positions[part], self.recent, False))
 
     def _cut(self, head: Head, num_tokens: int) -> None:
         """Keep the first tokens; a tile that is cut becomes one of the recent precision."""
@@ -338,21 +381,28 @@ class ReferenceStore:
         if len(positions):
             head.tiles.append(self._tile(head.layer, self.recent, k, v, positions))
 
-    def _compacted(self, head: Head, kept: Array) -> tuple[Head, Array]:
+    def _compacted(self, head: Head, kept: Array, target: tuple[str, str]) -> tuple[Head, Array]:
         """The head with the kept tokens only, and their old indices."""
-        if len(kept) == head.num_tokens:
+        if len(kept) == head.num_tokens and all(
+            lower(t.precision, target) == t.precision for t in head.tiles[: head.num_target]
+        ):
             return head, kept
         whole = [i for i in range(head.num_target) if np.isin(np.arange(TILE * i, TILE * i + TILE), kept).all()]
         rest = kept[~np.isin(kept // TILE, whole)]
         num_target = max(len(whole), num_target_tiles(len(kept), self.recent_tokens))
-        tiles = [head.tiles[i] for i in whole]
+        tiles = [self._lowered(head.layer, head.tiles[i], target) for i in whole]
         k, v, positions = (x[rest] for x in head.tokens())
-        for i, new in enumerate(self._tiles(head.layer, num_target - len(whole), k, v, positions)):
-            may_stay = len(tiles) >= num_target or self.target == self.recent
+        for i, new in enumerate(self._tiles(head.layer, target, num_target - len(whole), k, v, positions)):
+            may_stay = len(tiles) >= num_target or target == self.recent
             own = self._recent_tile(head, rest[TILE * i : TILE * (i + 1)]) if may_stay else None
             tiles.append(own or new)
         order = np.concatenate([*(np.arange(TILE * i, TILE * i + TILE) for i in whole), rest])
         return Head(head.layer, tiles, num_target), order
+
+    def _lowered(self, layer: Layer, tile: Tile, target: tuple[str, str]) -> Tile:
+        """The tile itself, or, if it has more bits than `target`, its tokens with as many."""
+        precision = lower(tile.precision, target)
+        return tile if precision == tile.precision else self._tile(layer, precision, tile.k, tile.v, tile.positions)
 
     def _recent_tile(self, head: Head, index: Array) -> Tile | None:
         """The recent tile that holds exactly these cached tokens, if there is one."""

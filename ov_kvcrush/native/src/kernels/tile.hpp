@@ -12,6 +12,7 @@ constexpr int MAX_GAP = 1023;  // positions from a token of a tile to the next; 
 constexpr size_t ALIGNMENT = 64;
 
 enum class Codec : uint8_t { f32 = 0, bf16 = 1, f16 = 2, u8 = 3, u4 = 4, u2 = 5 };
+constexpr int NUM_CODECS = 6;
 
 static constexpr int code_bits(Codec codec) {
     return codec == Codec::f32 ? 32 : codec == Codec::u8 ? 8 : codec == Codec::u4 ? 4 : codec == Codec::u2 ? 2 : 16;

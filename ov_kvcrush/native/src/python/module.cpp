@@ -72,7 +72,9 @@ NB_MODULE(_crush, m) {
         .def_prop_ro("max_bytes", &S::max_bytes)
         .def_prop_ro("num_sequences", &S::num_sequences)
         .def("close", &S::close)
-        .def("create", &S::create, "capture_rows"_a = 0)
+        .def("create", &S::create, "capture_rows"_a = 0, "precisions"_a = nb::none())
+        .def("set_precisions", &S::set_precisions, "seq"_a, "precisions"_a)
+        .def("precisions", &S::precisions, "seq"_a)
         .def("release", &S::release, "seq"_a)
         .def("fork", &S::fork, "seq"_a, "num_tokens"_a = nb::none())
         .def("reserve", &S::reserve, "seq"_a, "num_tokens"_a, "promised"_a = 0)
@@ -81,8 +83,8 @@ NB_MODULE(_crush, m) {
         .def("set_staging", &S::set_staging, "layer"_a, "keys"_a, "values"_a, "num_blocks"_a, "precision"_a)
         .def("attach_prefill", &S::attach_prefill, "seq"_a, "blocks"_a, "num_tokens"_a)
         .def("commit_prefill", &S::commit_prefill, "seq"_a, "offsets"_a = nb::none(), "indices"_a = nb::none(),
-             "promised"_a = 0)
-        .def("compact", &S::compact, "seq"_a, "offsets"_a, "indices"_a)
+             "promised"_a = 0, "precisions"_a = nb::none())
+        .def("compact", &S::compact, "seq"_a, "offsets"_a, "indices"_a, "precisions"_a = nb::none())
         .def("append", &S::append, "seq"_a, "layer"_a, "k"_a, "v"_a, "first_position"_a)
         .def("dump", &S::dump, "seq"_a)
         .def("load", &S::load, "heads"_a, "tiles"_a, "capture_rows"_a = 0, "promised"_a = 0)
@@ -98,5 +100,5 @@ NB_MODULE(_crush, m) {
         .def("capture_bytes", &S::capture_bytes, "rows"_a, "seq"_a = nb::none())
         .def("nbytes_of_all", &S::nbytes_of_all, "ids"_a)
         .def("nbytes_freed_by", &S::nbytes_freed_by, "ids"_a)
-        .def("bytes_for", &S::bytes_for, "num_tokens"_a);
+        .def("bytes_for", &S::bytes_for, "num_tokens"_a, "precisions"_a = nb::none());
 }

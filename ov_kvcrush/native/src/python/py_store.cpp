@@ -35,6 +35,22 @@ Selection selection_of(const Input& offsets, const Input& indices) {
     return s;
 }
 
+Precisions precisions_of(const Store& store, const Input& array) {
+    const auto num_heads = static_cast<int64_t>(store.num_heads());
+    const auto* codecs = data_of<uint8_t>(array, "precisions", {num_heads, 2});
+    Precisions pairs;
+    for (int64_t h = 0; h < num_heads; ++h, codecs += 2) {
+        pairs.push_back({static_cast<Codec>(codecs[0]), static_cast<Codec>(codecs[1])});
+    }
+    return pairs;
+}
+
+std::optional<Precisions> precisions_of(const Store& store, const std::optional<Input>& array) {
+    return array ? std::optional<Precisions>(precisions_of(store, *array)) : std::nullopt;
+}
+
+const Precisions* pointer(const std::optional<Precisions>& precisions) { return precisions ? &*precisions : nullptr; }
+
 }  // namespace
 
 // -- lifetime ---------------------------------------------------------------------------------------------------------
@@ -93,10 +109,32 @@ size_t PyStore::num_sequences() const {
 
 // -- sequences --------------------------------------------------------------------------------------------------------
 
-int32_t PyStore::create(int64_t capture_rows) {
+int32_t PyStore::create(int64_t capture_rows, const std::optional<Input>& precisions) {
     const auto s = store();
+    const auto pairs = precisions_of(*s, precisions);
     const ReleaseGil release;
-    return s->create(capture_rows);
+    return s->create(capture_rows, pointer(pairs));
+}
+
+void PyStore::set_precisions(int64_t seq, const Input& precisions) {
+    const auto s = store();
+    const Precisions pairs = precisions_of(*s, precisions);
+    const ReleaseGil release;
+    s->set_precisions(to_id(seq), pairs);
+}
+
+Output<uint8_t> PyStore::precisions(int64_t seq) const {
+    const auto s = store();
+    Precisions pairs;
+    {
+        const ReleaseGil release;
+        pairs = s->precisions(to_id(seq));
+    }
+    std::vector<uint8_t> codecs;
+    for (const CodecPair& pair : pairs) {
+        codecs.insert(codecs.end(), {static_cast<uint8_t>(pair.key), static_cast<uint8_t>(pair.value)});
+    }
+    return to_numpy(std::move(codecs), {s->num_heads(), 2});
 }
 
 void PyStore::release(int64_t seq) {
@@ -155,29 +193,32 @@ void PyStore::attach_prefill(int64_t seq, const Input& blocks, int64_t num_token
 }
 
 void PyStore::commit_prefill(int64_t seq, const std::optional<Input>& offsets, const std::optional<Input>& indices,
-                             int64_t promised) {
+                             int64_t promised, const std::optional<Input>& precisions) {
     const auto s = store();
     const size_t kept = to_size("promised", promised);
+    const auto pairs = precisions_of(*s, precisions);
     if (offsets.has_value() != indices.has_value()) {
         throw std::invalid_argument("offsets must be given together with indices, got one of them");
     }
     if (!offsets) {
         const ReleaseGil release;
-        s->commit_prefill(to_id(seq), nullptr, kept);
+        s->commit_prefill(to_id(seq), nullptr, kept, pointer(pairs));
         return;
     }
     const Selection selection = selection_of(*offsets, *indices);
     const ReleaseGil release;
-    s->commit_prefill(to_id(seq), &selection, kept);
+    s->commit_prefill(to_id(seq), &selection, kept, pointer(pairs));
 }
 
-Output<int32_t> PyStore::compact(int64_t seq, const Input& offsets, const Input& indices) {
+Output<int32_t> PyStore::compact(int64_t seq, const Input& offsets, const Input& indices,
+                                 const std::optional<Input>& precisions) {
     const auto s = store();
+    const auto pairs = precisions_of(*s, precisions);
     const Selection selection = selection_of(offsets, indices);
     std::vector<int32_t> order;
     {
         const ReleaseGil release;
-        order = s->compact(to_id(seq), selection);
+        order = s->compact(to_id(seq), selection, pointer(pairs));
     }
     const size_t size = order.size();
     return to_numpy(std::move(order), {size});
@@ -202,22 +243,22 @@ std::pair<Output<int64_t>, Output<uint8_t>> PyStore::dump(int64_t seq) const {
         const ReleaseGil release;
         dump = s->dump(to_id(seq));
         for (const DumpedHead& h : dump.heads) {
-            heads.insert(heads.end(), {h.num_tokens, h.num_target, h.bytes, h.next_position});
+            heads.insert(heads.end(), {h.num_tokens, h.num_target, h.bytes, h.next_position, h.key, h.value});
         }
     }
     const size_t num_heads = dump.heads.size(), num_bytes = dump.tiles.size();
-    return {to_numpy(std::move(heads), {num_heads, 4}), to_numpy(std::move(dump.tiles), {num_bytes})};
+    return {to_numpy(std::move(heads), {num_heads, 6}), to_numpy(std::move(dump.tiles), {num_bytes})};
 }
 
 int32_t PyStore::load(const Input& heads, const Input& tiles, int64_t capture_rows, int64_t promised) {
     const auto s = store();
     const size_t kept = to_size("promised", promised);
-    const auto* numbers = data_of<int64_t>(heads, "heads", {ANY, 4});
+    const auto* numbers = data_of<int64_t>(heads, "heads", {ANY, 6});
     const auto* bytes = data_of<uint8_t>(tiles, "tiles", {ANY});
     const size_t num_bytes = tiles.shape(0);
     std::vector<DumpedHead> rows;
-    for (size_t h = 0; h < heads.shape(0); ++h, numbers += 4) {
-        rows.push_back({numbers[0], numbers[1], numbers[2], numbers[3]});
+    for (size_t h = 0; h < heads.shape(0); ++h, numbers += 6) {
+        rows.push_back({numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]});
     }
     const ReleaseGil release;
     return s->load(rows, bytes, num_bytes, capture_rows, kept);
@@ -291,6 +332,21 @@ size_t PyStore::nbytes_freed_by(const std::vector<int64_t>& ids) const {
     return s->nbytes_of_all(to_ids(ids)).freed;
 }
 
-size_t PyStore::bytes_for(int64_t num_tokens) const { return store()->bytes_for(num_tokens); }
+size_t PyStore::bytes_for(const nanobind::object& num_tokens, const std::optional<Input>& precisions) const {
+    const auto s = store();
+    const auto pairs = precisions_of(*s, precisions);
+    int64_t number;
+    // An array with one number would be taken for it.
+    if (!nanobind::hasattr(num_tokens, "ndim") || nanobind::cast<int>(num_tokens.attr("ndim")) == 0) {
+        if (!nanobind::try_cast(num_tokens, number)) {
+            throw nanobind::type_error("num_tokens must be an int or an array of int64 (KV heads of all layers,)");
+        }
+        return s->bytes_for(number, pointer(pairs));
+    }
+    const auto array = nanobind::cast<Input>(num_tokens);
+    const auto num_heads = static_cast<int64_t>(s->num_heads());
+    const auto* numbers = data_of<int64_t>(array, "num_tokens", {num_heads});
+    return s->bytes_for(std::vector<int64_t>(numbers, numbers + num_heads), pointer(pairs));
+}
 
 }  // namespace crush

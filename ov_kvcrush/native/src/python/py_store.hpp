@@ -34,7 +34,9 @@ public:
     size_t num_sequences() const;
     void close();
 
-    int32_t create(int64_t capture_rows);
+    int32_t create(int64_t capture_rows, const std::optional<Input>& precisions);
+    void set_precisions(int64_t seq, const Input& precisions);
+    Output<uint8_t> precisions(int64_t seq) const;
     void release(int64_t seq);
     int32_t fork(int64_t seq, std::optional<int64_t> num_tokens);
     bool reserve(int64_t seq, int64_t num_tokens, int64_t promised);
@@ -44,8 +46,9 @@ public:
                      const std::string& precision);
     void attach_prefill(int64_t seq, const Input& blocks, int64_t num_tokens);
     void commit_prefill(int64_t seq, const std::optional<Input>& offsets, const std::optional<Input>& indices,
-                        int64_t promised);
-    Output<int32_t> compact(int64_t seq, const Input& offsets, const Input& indices);
+                        int64_t promised, const std::optional<Input>& precisions);
+    Output<int32_t> compact(int64_t seq, const Input& offsets, const Input& indices,
+                            const std::optional<Input>& precisions);
     void append(int64_t seq, int64_t layer, const Input& k, const Input& v, int64_t first_position);
     std::pair<Output<int64_t>, Output<uint8_t>> dump(int64_t seq) const;
     int32_t load(const Input& heads, const Input& tiles, int64_t capture_rows, int64_t promised);
@@ -63,7 +66,7 @@ public:
     size_t capture_bytes(int64_t rows, std::optional<int64_t> seq) const;
     size_t nbytes_of_all(const std::vector<int64_t>& ids) const;
     size_t nbytes_freed_by(const std::vector<int64_t>& ids) const;
-    size_t bytes_for(int64_t num_tokens) const;
+    size_t bytes_for(const nanobind::object& num_tokens, const std::optional<Input>& precisions) const;
 
 private:
     std::shared_ptr<Store> store() const;  // throws std::invalid_argument once closed

@@ -79,14 +79,14 @@ bool Store::reserve_heads(Sequence& sequence, size_t begin, size_t end, int64_t 
             const bool list = needs_list(head, position);
             if (list || shared(tile)) {
                 places.push_back({h, last});
-                claim.add(new_layout(h, false, list || layout(tile).listed));
+                claim.add(layout_for(h, recent_, list || layout(tile).listed));
                 if (!shared(tile)) claim.remove_bytes(layout(tile).bytes);
             }
         }
         const auto needed = static_cast<size_t>(tiles_for(head.num_tokens + num_tokens));
         for (size_t i = head.tiles.size(); i < needed; ++i) {
             places.push_back({h, i});
-            claim.add(new_layout(h, false, false));
+            claim.add(layout_for(h, recent_, false));
         }
     }
     if (!try_grant(claim, promised)) return false;
@@ -205,12 +205,13 @@ void Store::quantize_aged_locked(Sequence& sequence) {
     for (size_t h = 0; h < sequence.heads.size(); ++h) {
         Head& head = sequence.heads[h];
         const int64_t num_tiles = num_target_tiles(head.num_tokens);
-        if (same_codecs_) head.num_target = std::max(head.num_target, num_tiles);
+        const CodecPair target = sequence.precisions[h];
+        if (target == recent_) head.num_target = std::max(head.num_target, num_tiles);
         for (int64_t i = head.num_target; i < num_tiles; ++i) {
             const uint8_t* tile = head.tiles[static_cast<size_t>(i)];
             int32_t positions[TILE];
             read_positions(tile, positions);
-            const TileLayout& to = new_layout(h, true, must_list(positions, TILE));
+            const TileLayout& to = layout_for(h, target, must_list(positions, TILE));
             const size_t freed = shared(tile) ? 0 : layout(tile).bytes;
             if (!arena_.fits(claim.added() + to.bytes, claim.removed() + freed)) break;
             due.push_back({h, static_cast<size_t>(i)});

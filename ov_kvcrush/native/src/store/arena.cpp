@@ -1,5 +1,6 @@
 #include "store/arena.hpp"
 
+#include <algorithm>
 #include <new>
 
 #include "kernels/tile.hpp"
@@ -80,7 +81,18 @@ size_t Arena::reserved() const {
 
 bool Arena::is_loose() const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return reserved_ > 2 * in_slots_ + classes_.size() * SLAB;
+    size_t with_slabs = 0;
+    for (const auto& [bytes, sizes] : classes_) with_slabs += sizes.num_slabs > 0;
+    return reserved_ > 2 * in_slots_ + with_slabs * SLAB;
+}
+
+size_t Arena::num_sizes(const std::vector<size_t>& more) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    size_t sum = more.size();
+    for (const auto& [bytes, sizes] : classes_) {
+        sum += sizes.num_tiles > 0 && std::find(more.begin(), more.end(), bytes) == more.end();
+    }
+    return sum;
 }
 
 #if defined(CRUSH_ARENA_MALLOC)
@@ -160,6 +172,7 @@ void Arena::place(SizeClass& sizes, Slab* slab, size_t level) noexcept {
 void Arena::free_slab(SizeClass& sizes, Slab* slab) noexcept {
     unlink(sizes.by_level[slab->level], slab);
     unmap_slab(reinterpret_cast<uint8_t*>(slab));
+    --sizes.num_slabs;
     reserved_ -= SLAB;
 }
 
@@ -176,7 +189,9 @@ uint8_t* Arena::allocate(size_t bytes, size_t max_reserved) {
         slab->capacity = capacity;
         reserved_ += SLAB;
         link(sizes.by_level[0], slab);
+        ++sizes.num_slabs;
         ++sizes.num_empty;
+        ++num_empty_;
     }
     uint8_t* slot = slab->freed;
     if (slot) {
@@ -184,7 +199,10 @@ uint8_t* Arena::allocate(size_t bytes, size_t max_reserved) {
     } else {
         slot = reinterpret_cast<uint8_t*>(slab) + sizeof(Slab) + bytes * slab->fresh++;
     }
-    if (slab->used++ == 0) --sizes.num_empty;
+    if (slab->used++ == 0) {
+        --sizes.num_empty;
+        --num_empty_;
+    }
     ++sizes.num_tiles;
     in_slots_ += bytes;
     place(sizes, slab, slab->filling());
@@ -206,10 +224,11 @@ void Arena::free(uint8_t* slot, size_t bytes) noexcept {
     }
     place(sizes, slab, slab->filling());
     if (slab->used > 0) return;
-    if (sizes.num_empty == 1) {
+    if (sizes.num_empty == 1 || num_empty_ == MAX_EMPTY) {
         free_slab(sizes, slab);
     } else {
         ++sizes.num_empty;
+        ++num_empty_;
     }
 }
 
@@ -228,6 +247,7 @@ void Arena::begin_move() noexcept {
                     place(sizes, slab, LEAVING);
                 } else {
                     --sizes.num_empty;
+                    --num_empty_;
                     free_slab(sizes, slab);
                 }
             }

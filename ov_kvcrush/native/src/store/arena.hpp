@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <vector>
 
 namespace crush {
 
@@ -31,7 +32,8 @@ public:
     // A slot for a tile whose bytes are claimed, in the fullest slab that has room: 64-byte aligned, contents
     // undefined. Null if reserved() would exceed max_reserved. Throws std::bad_alloc.
     uint8_t* allocate(size_t bytes, size_t max_reserved = SIZE_MAX);
-    // Frees a slot; its claim stays. A slab without tiles returns to the operating system, but for one of each size.
+    // Frees a slot; its claim stays. A slab without tiles returns to the operating system, but for one of each size and
+    // MAX_EMPTY in all.
     void free(uint8_t* slot, size_t bytes) noexcept;
 
     // To move tiles out of nearly empty slabs. Between the two calls no other thread uses the arena: as few slabs as
@@ -42,19 +44,23 @@ public:
 
     size_t used() const;      // claimed bytes
     size_t reserved() const;  // of the operating system's memory
-    // Whether so much is reserved for so few tiles that moving them pays: more than twice their bytes and a slab each
-    // size.
+    // Whether so much is reserved for so few tiles that moving them pays: more than twice their bytes and a slab for
+    // each size that has slabs.
     bool is_loose() const;
+    // Sizes of the tiles that are there, and of those to come in `more` (distinct ones).
+    size_t num_sizes(const std::vector<size_t>& more) const;
     size_t max_bytes() const { return max_bytes_; }
 
 private:
     struct Slab;
     // Lists of slabs: LEVELS by how much of them is filled, then the full ones, then those that are to be left.
     static constexpr size_t LEVELS = 16, LEAVING = LEVELS + 1;
+    static constexpr size_t MAX_EMPTY = 8;
     struct SizeClass {
         Slab* by_level[LEVELS + 2] = {};
         size_t num_empty = 0;  // slabs, leaving ones left out
         size_t num_tiles = 0;
+        size_t num_slabs = 0;
     };
     bool fits_locked(size_t add, size_t remove, size_t promised) const;
     void free_slab(SizeClass& sizes, Slab* slab) noexcept;
@@ -63,6 +69,7 @@ private:
     const size_t max_bytes_;
     mutable std::mutex mutex_;
     size_t used_ = 0, reserved_ = 0, in_slots_ = 0;
+    size_t num_empty_ = 0;                 // slabs of all sizes
     std::map<size_t, SizeClass> classes_;  // by bytes of a tile
 };
 

@@ -16,25 +16,26 @@ Claim::~Claim() {
 }
 
 size_t Claim::add(const TileLayout& layout) {
+    if (std::find(sizes_.begin(), sizes_.end(), layout.bytes) == sizes_.end()) sizes_.push_back(layout.bytes);
     layouts_.push_back(&layout);
     add_ += layout.bytes;
     return layouts_.size() - 1;
 }
 
-// What slabs may take beside `removed` bytes of tiles that are there until the operation ends. Tiles packed as closely
-// as they can be are always within it: what a slab leaves over is below 4 %.
-size_t Store::max_reserved(size_t removed) const {
+// What slabs may take beside `removed` bytes of tiles that are there until the operation ends, which makes tiles of
+// sizes `more`. Tiles packed as closely as they can be are always within it: what a slab leaves over is below 4 %.
+size_t Store::max_reserved(size_t removed, const std::vector<size_t>& more) const {
     const size_t limit = config_.max_bytes;
     if (limit == 0) return SIZE_MAX;
     const size_t tiles = limit - std::min(limit, captured_bytes_) + removed;
-    return tiles + tiles / 20 + num_sizes_ * Arena::SLAB;
+    return tiles + tiles / 20 + arena_.num_sizes(more) * Arena::SLAB;
 }
 
 bool Store::try_grant(Claim& claim, size_t promised) {
     claim.tiles_.reserve(claim.layouts_.size());
     if (!arena_.claim(claim.add_, claim.remove_, promised)) return false;
     claim.claimed_ = true;
-    const size_t most = max_reserved(claim.remove_);
+    const size_t most = max_reserved(claim.remove_, claim.sizes_);
     bool moved = false;
     for (const TileLayout* layout : claim.layouts_) {
         uint8_t* tile = arena_.allocate(layout->bytes, most);
@@ -59,7 +60,7 @@ void Store::grant(Claim& claim, size_t promised) {
 }
 
 void Store::tidy() noexcept {
-    if (arena_.is_loose() || arena_.reserved() > max_reserved(0)) move_tiles();
+    if (arena_.is_loose() || arena_.reserved() > max_reserved(0, {})) move_tiles();
 }
 
 // A tile that moved leaves in its old slot where it went, for its other owners, and the old slot that was left before.

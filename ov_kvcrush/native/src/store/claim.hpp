@@ -37,6 +37,7 @@ private:
     Arena& arena_;
     std::vector<const TileLayout*> layouts_;
     std::vector<uint8_t*> tiles_;  // the first ones of layouts_, all once it is granted
+    std::vector<size_t> sizes_;    // distinct ones of layouts_
     size_t add_ = 0, remove_ = 0;
     bool claimed_ = false, committed_ = false;
 };

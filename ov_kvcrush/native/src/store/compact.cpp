@@ -37,6 +37,21 @@ void Store::check_selection(const Selection& s, const std::function<int64_t(size
     }
 }
 
+namespace {
+
+Codec lower(Codec own, Codec wanted) { return code_bits(own) > code_bits(wanted) ? wanted : own; }
+
+// Codecs of a tile that has no more bits than wanted, in keys and in values: more would be bytes without information.
+CodecPair lower(const TileLayout& l, CodecPair wanted) {
+    return {lower(l.key, wanted.key), lower(l.value, wanted.value)};
+}
+
+bool has_more_bits(const TileLayout& l, CodecPair wanted) {
+    return !(lower(l, wanted) == CodecPair{l.key, l.value});
+}
+
+}  // namespace
+
 // -- compact ----------------------------------------------------------------------------------------------------------
 
 // The new tiles of one head.
@@ -52,10 +67,14 @@ struct Store::CompactPlan {
     size_t remove = 0;  // bytes of tiles that lose their last owner
 };
 
-Store::CompactPlan Store::plan_compact(size_t h, const Head& head, const int32_t* kept, int64_t num_kept) const {
+Store::CompactPlan Store::plan_compact(size_t h, const Head& head, const int32_t* kept, int64_t num_kept,
+                                       CodecPair pair) const {
     CompactPlan plan;
     plan.num_tokens = num_kept;
-    plan.unchanged = num_kept == head.num_tokens;
+    const auto target_end = head.tiles.begin() + static_cast<std::ptrdiff_t>(head.num_target);
+    plan.unchanged = num_kept == head.num_tokens && std::none_of(head.tiles.begin(), target_end, [&](uint8_t* tile) {
+                         return has_more_bits(layout(tile), pair);
+                     });
     if (plan.unchanged) {
         plan.order.assign(kept, kept + num_kept);
         return plan;
@@ -64,12 +83,25 @@ Store::CompactPlan Store::plan_compact(size_t h, const Head& head, const int32_t
     const auto whole = [&](const int32_t* i, const int32_t* end, int64_t tile, int64_t count) {
         return end - i >= count && i[0] == tile * TILE && i[count - 1] == tile * TILE + count - 1;
     };
+    PositionReader reader(head.tiles);
+    const auto add_new = [&](CodecPair codecs, const int32_t* i, int64_t count) {
+        int32_t positions[TILE];
+        for (int64_t t = 0; t < count; ++t) positions[t] = reader.read(i[t]);
+        plan.tiles.push_back(-1);
+        plan.new_layouts.push_back(&layout_for(h, codecs, must_list(positions, static_cast<int>(count))));
+        plan.moved.insert(plan.moved.end(), i, i + count);
+    };
     std::vector<int32_t> rewritten;
     const int32_t* const end = kept + num_kept;
     for (const int32_t* i = kept; i < end;) {
         const int64_t tile = *i / TILE;
         if (tile < head.num_target && whole(i, end, tile, TILE)) {
-            plan.tiles.push_back(tile);
+            const TileLayout& l = layout(head.tiles[static_cast<size_t>(tile)]);
+            if (has_more_bits(l, pair)) {
+                add_new(lower(l, pair), i, TILE);
+            } else {
+                plan.tiles.push_back(tile);
+            }
             plan.order.insert(plan.order.end(), i, i + TILE);
             i += TILE;
         } else {
@@ -79,20 +111,15 @@ Store::CompactPlan Store::plan_compact(size_t h, const Head& head, const int32_t
     plan.num_target = std::max(static_cast<int64_t>(plan.tiles.size()), num_target_tiles(num_kept));
     plan.order.insert(plan.order.end(), rewritten.begin(), rewritten.end());
 
-    PositionReader reader(head.tiles);
     const int32_t* const last = rewritten.data() + rewritten.size();
     for (const int32_t* i = rewritten.data(); i < last;) {
         const bool target = static_cast<int64_t>(plan.tiles.size()) < plan.num_target;
         const int64_t count = std::min<int64_t>(TILE, last - i), tile = *i / TILE;
         const bool all = count == std::min<int64_t>(TILE, head.num_tokens - tile * TILE) && whole(i, last, tile, count);
-        if (all && tile >= head.num_target && (!target || same_codecs_)) {
+        if (all && tile >= head.num_target && (!target || pair == recent_)) {
             plan.tiles.push_back(tile);
         } else {
-            int32_t positions[TILE];
-            for (int64_t t = 0; t < count; ++t) positions[t] = reader.read(i[t]);
-            plan.tiles.push_back(-1);
-            plan.new_layouts.push_back(&new_layout(h, target, must_list(positions, static_cast<int>(count))));
-            plan.moved.insert(plan.moved.end(), i, i + count);
+            add_new(target ? pair : recent_, i, count);
         }
         i += count;
     }
@@ -123,14 +150,15 @@ void Store::write_compact(const Head& head, CompactPlan& plan, const Claim& clai
     }
 }
 
-std::vector<int32_t> Store::compact(int32_t id, const Selection& selection) {
+std::vector<int32_t> Store::compact(int32_t id, const Selection& selection, const Precisions* wanted) {
     const std::lock_guard<std::mutex> lock(mutex_);
     Sequence& sequence = sequence_locked(id);
     check_selection(selection, [&](size_t h) { return sequence.heads[h].num_tokens; });
+    Precisions precisions = wanted ? checked(*wanted) : sequence.precisions;
     std::vector<CompactPlan> plans(sequence.heads.size());
     run_parallel(plans.size(), [&](size_t h) {
         plans[h] = plan_compact(h, sequence.heads[h], selection.indices + selection.offsets[h],
-                                selection.offsets[h + 1] - selection.offsets[h]);
+                                selection.offsets[h + 1] - selection.offsets[h], precisions[h]);
     });
     Claim claim(arena_);
     std::vector<int32_t> order;
@@ -156,6 +184,7 @@ std::vector<int32_t> Store::compact(int32_t id, const Selection& selection) {
         head.num_tokens = plan.num_tokens;
         head.num_target = plan.num_target;
     }
+    sequence.precisions.swap(precisions);
     claim.commit();
     tidy();
     return order;
@@ -186,7 +215,7 @@ void Store::truncate(Sequence& forked, const Sequence& sequence, int64_t num_tok
     for (size_t h = 0; h < forked.heads.size(); ++h) {
         if (rest == 0 || sequence.heads[h].num_tokens == num_tokens) continue;
         cuts.push_back(h);
-        claim.add(new_layout(h, false, false));
+        claim.add(layout_for(h, recent_, false));
     }
     grant(claim);
     run_parallel(cuts.size(), [&](size_t i) {
@@ -216,6 +245,7 @@ int32_t Store::fork(int32_t id, std::optional<int64_t> num_tokens) {
     auto made = std::make_unique<Sequence>();
     Sequence& forked = *made;
     Claim claim(arena_);
+    forked.precisions = sequence.precisions;
     forked.capture_rows = sequence.capture_rows;
     forked.next_position = num_tokens.value_or(sequence.next_position);
     if (num_tokens) {

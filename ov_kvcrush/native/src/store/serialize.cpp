@@ -179,10 +179,14 @@ void check_scales(const uint8_t* tile) {
     });
 }
 
-void check_codec(const char* of, uint8_t got, Codec codec) {
-    const int own = static_cast<int>(codec);
-    if (got != own)
-        require(false, std::string(of) + " codec of a tile must be this store's " + std::to_string(own), got);
+// Of a target tile any codec that there is, of another one the store's recent one.
+Codec check_codec(const char* of, uint8_t got, bool target, Codec recent) {
+    const int own = static_cast<int>(recent);
+    if (target && got >= NUM_CODECS) require(false, std::string(of) + " codec of a tile must be in 0..5", got);
+    if (!target && got != own) {
+        require(false, std::string(of) + " codec of a recent tile must be this store's " + std::to_string(own), got);
+    }
+    return static_cast<Codec>(got);
 }
 
 void check_head_row(const DumpedHead& row, size_t left, int64_t next_position) {
@@ -194,6 +198,9 @@ void check_head_row(const DumpedHead& row, size_t left, int64_t next_position) {
             "bytes of a head must be in 0.." + std::to_string(left), row.bytes);
     require(row.next_position == next_position && next_position >= 0 && next_position <= INT_MAX,
             "next_position must be in 0..2147483647, and the same for all heads", row.next_position);
+    for (const int64_t codec : {row.key, row.value}) {
+        require(codec >= 0 && codec < NUM_CODECS, "precisions of a head must be codecs in 0..5", codec);
+    }
 }
 
 }  // namespace
@@ -207,11 +214,14 @@ Dump Store::dump(int32_t id) const {
     Dump dump;
     std::vector<size_t> begins;
     size_t end = 0;
-    for (const Head& head : sequence.heads) {
+    for (size_t h = 0; h < sequence.heads.size(); ++h) {
+        const Head& head = sequence.heads[h];
         begins.push_back(end);
         for (size_t i = 0; i < num_filled(head); ++i) end += record_bytes(head.tiles[i]);
-        dump.heads.push_back(
-            {head.num_tokens, head.num_target, static_cast<int64_t>(end - begins.back()), sequence.next_position});
+        const CodecPair precisions = sequence.precisions[h];
+        dump.heads.push_back({head.num_tokens, head.num_target, static_cast<int64_t>(end - begins.back()),
+                              sequence.next_position, static_cast<int64_t>(precisions.key),
+                              static_cast<int64_t>(precisions.value)});
     }
     dump.tiles.resize(end);
     run_parallel(sequence.heads.size(), [&](size_t h) {
@@ -231,9 +241,10 @@ void Store::read_records(size_t h, const DumpedHead& row, const uint8_t* tiles, 
         require(head.kind < NUM_KINDS, "kind of a tile must be 0 or 1", head.kind);
         const auto kind = static_cast<Kind>(head.kind);
         Record record;
-        record.layout = &new_layout(h, begin / TILE < row.num_target, kind == LISTED);
-        check_codec("key", head.key, record.layout->key);
-        check_codec("value", head.value, record.layout->value);
+        const bool target = begin / TILE < row.num_target;
+        const CodecPair codecs{check_codec("key", head.key, target, recent_.key),
+                               check_codec("value", head.value, target, recent_.value)};
+        record.layout = &layout_for(h, codecs, kind == LISTED);
         record.count = static_cast<int>(std::min<int64_t>(TILE, row.num_tokens - begin));
         take_positions(head, from, row.next_position, record.count, record.positions);
         require(can_hold(kind, record.positions, record.count), "kind of a tile must be one for its positions",
@@ -275,6 +286,9 @@ int32_t Store::load(const std::vector<DumpedHead>& rows, const uint8_t* tiles, s
     std::vector<std::vector<Record>> records(num_heads);
     run_parallel(num_heads, [&](size_t h) { read_records(h, rows[h], tiles + begins[h], records[h]); });
     sequence->next_position = rows[0].next_position;
+    for (size_t h = 0; h < num_heads; ++h) {
+        sequence->precisions[h] = {static_cast<Codec>(rows[h].key), static_cast<Codec>(rows[h].value)};
+    }
 
     const std::lock_guard<std::mutex> lock(mutex_);
     Claim claim(arena_);

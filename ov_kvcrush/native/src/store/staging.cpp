@@ -225,7 +225,7 @@ void Store::commit_head(const Sequence& sequence, size_t h, const Selection* sel
     }
 }
 
-void Store::commit_prefill(int32_t id, const Selection* selection, size_t promised) {
+void Store::commit_prefill(int32_t id, const Selection* selection, size_t promised, const Precisions* wanted) {
     const std::lock_guard<std::mutex> lock(mutex_);
     Sequence& sequence = sequence_locked(id);
     require(sequence.staged_tokens > 0, "sequence must be staged to be committed", id);
@@ -235,6 +235,8 @@ void Store::commit_prefill(int32_t id, const Selection* selection, size_t promis
     for (size_t layer = 0; layer < layouts_.size(); ++layer) check_staged(sequence, layer);
     if (selection) check_selection(*selection, [&](size_t) { return sequence.staged_tokens; });
 
+    Precisions precisions = wanted ? checked(*wanted) : sequence.precisions;
+
     const size_t num_heads = sequence.heads.size();
     Claim claim(arena_);
     std::vector<size_t> first;  // [heads + 1]: number of the first tile of each in the claim
@@ -242,7 +244,9 @@ void Store::commit_prefill(int32_t id, const Selection* selection, size_t promis
         first.push_back(claim.num_tiles());
         const Chunks chunks = chunks_of(selection, h, sequence.staged_tokens);
         const int64_t num_target = num_target_tiles(chunks.num_tokens);
-        for (int64_t c = 0; c < chunks.size(); ++c) claim.add(new_layout(h, c < num_target, chunks.must_list(c)));
+        for (int64_t c = 0; c < chunks.size(); ++c) {
+            claim.add(layout_for(h, c < num_target ? precisions[h] : recent_, chunks.must_list(c)));
+        }
         // Empty tiles that were reserved before.
         for (const uint8_t* tile : sequence.heads[h].tiles) claim.remove_bytes(layout(tile).bytes);
     }
@@ -262,9 +266,11 @@ void Store::commit_prefill(int32_t id, const Selection* selection, size_t promis
         head.tiles.swap(tiles[h]);
     }
     claim.commit();
+    sequence.precisions.swap(precisions);
     sequence.next_position = std::max(sequence.next_position, sequence.staged_tokens);
     sequence.staged_blocks.clear();
     sequence.staged_tokens = 0;
+    tidy();
 }
 
 }  // namespace crush

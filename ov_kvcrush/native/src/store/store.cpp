@@ -5,7 +5,6 @@
 #include <cstring>
 #include <exception>
 #include <numeric>
-#include <set>
 
 #include "store/require.hpp"
 #include "store/tokens.hpp"
@@ -23,8 +22,6 @@ void check_layer(const LayerShape& l) {
     require(std::isfinite(l.scale), "scale must be finite", l.scale);
 }
 
-bool same_codes(const TileLayout& a, const TileLayout& b) { return a.key == b.key && a.value == b.value; }
-
 }  // namespace
 
 Store::Store(StoreConfig config, ParallelFor parallel)
@@ -38,22 +35,24 @@ Store::Store(StoreConfig config, ParallelFor parallel)
     require(c.recent_tokens >= 0, "recent_tokens must be at least 0", c.recent_tokens);
     require(c.group_size >= 16 && c.group_size % 16 == 0, "group_size must be a multiple of 16", c.group_size);
     first_head_.push_back(0);
-    std::set<size_t> sizes;
     for (const LayerShape& shape : c.layers) {
         check_layer(shape);
         const int group = std::gcd(c.group_size, shape.head_size);
         Layouts l{};
-        for (const bool listed : {false, true}) {
-            l.target[listed] = make_layout(c.key, c.value, shape.head_size, group, listed);
-            l.recent[listed] = make_layout(c.recent, c.recent, shape.head_size, group, listed);
-            sizes.insert({l.target[listed].bytes, l.recent[listed].bytes});
+        for (int key = 0; key < NUM_CODECS; ++key) {
+            for (int value = 0; value < NUM_CODECS; ++value) {
+                for (const bool listed : {false, true}) {
+                    l.of[key][value][listed] = make_layout(static_cast<Codec>(key), static_cast<Codec>(value),
+                                                           shape.head_size, group, listed);
+                }
+            }
         }
         layer_of_.insert(layer_of_.end(), static_cast<size_t>(shape.num_kv_heads), layouts_.size());
         first_head_.push_back(layer_of_.size());
         layouts_.push_back(l);
     }
-    num_sizes_ = sizes.size();
-    same_codecs_ = same_codes(layouts_[0].target[0], layouts_[0].recent[0]);
+    recent_ = {c.recent, c.recent};
+    default_precisions_.assign(num_heads(), {c.key, c.value});
 }
 
 Store::~Store() = default;  // the arena frees whole slabs
@@ -87,17 +86,41 @@ const Sequence& Store::sequence_locked(int32_t id) const {
 std::unique_ptr<Sequence> Store::new_sequence(int64_t capture_rows) const {
     check_capture_rows(capture_rows);
     auto sequence = std::make_unique<Sequence>();
-    sequence->heads.resize(layer_of_.size());
+    sequence->heads.resize(num_heads());
+    sequence->precisions = default_precisions_;
     sequence->capture_rows = capture_rows;
     if (capture_rows) sequence->captures.resize(layouts_.size());
     return sequence;
 }
 
-int32_t Store::create(int64_t capture_rows) {
+int32_t Store::create(int64_t capture_rows, const Precisions* precisions) {
     auto sequence = new_sequence(capture_rows);
+    if (precisions) sequence->precisions = checked(*precisions);
     const std::lock_guard<std::mutex> lock(mutex_);
     sequences_.emplace(last_id_ + 1, std::move(sequence));
     return ++last_id_;
+}
+
+const Precisions& Store::checked(const Precisions& precisions) const {
+    require(precisions.size() == num_heads(),
+            "precisions must have a row for each of the " + std::to_string(num_heads()) + " KV heads of all layers",
+            precisions.size());
+    for (const CodecPair& pair : precisions) {
+        for (const Codec codec : {pair.key, pair.value}) {
+            require(static_cast<int>(codec) < NUM_CODECS, "precisions must be codecs in 0..5", static_cast<int>(codec));
+        }
+    }
+    return precisions;
+}
+
+void Store::set_precisions(int32_t id, const Precisions& precisions) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    sequence_locked(id).precisions = checked(precisions);
+}
+
+Precisions Store::precisions(int32_t id) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return sequence_locked(id).precisions;
 }
 
 void Store::release(int32_t id) {
@@ -183,22 +206,28 @@ int64_t Store::num_target_tiles(int64_t num_tokens) const {
     return std::max<int64_t>(0, num_tokens - config_.recent_tokens) / TILE;
 }
 
-size_t Store::bytes_for(int64_t num_tokens) const {
-    require(num_tokens >= 0 && num_tokens <= INT32_MAX, "num_tokens must be at least 0", num_tokens);
-    const int64_t target = num_target_tiles(num_tokens);
-    const int64_t recent = (num_tokens - target * TILE + TILE - 1) / TILE;
+size_t Store::bytes_for(int64_t num_tokens, const Precisions* precisions) const {
+    return bytes_for(std::vector<int64_t>(num_heads(), num_tokens), precisions);
+}
+
+size_t Store::bytes_for(const std::vector<int64_t>& num_tokens, const Precisions* precisions) const {
+    const Precisions& pairs = precisions ? checked(*precisions) : default_precisions_;
+    require(num_tokens.size() == num_heads(),
+            "num_tokens must have a number for each of the " + std::to_string(num_heads()) + " KV heads of all layers",
+            num_tokens.size());
     size_t bytes = 0;
-    for (const size_t layer : layer_of_) {
-        bytes += static_cast<size_t>(target) * layouts_[layer].target[0].bytes;
-        bytes += static_cast<size_t>(recent) * layouts_[layer].recent[0].bytes;
+    for (size_t h = 0; h < num_heads(); ++h) {
+        const int64_t n = num_tokens[h];
+        require(n >= 0 && n <= INT32_MAX, "num_tokens must be at least 0", n);
+        const int64_t target = num_target_tiles(n), recent = (n - target * TILE + TILE - 1) / TILE;
+        bytes += static_cast<size_t>(target) * layout_for(h, pairs[h], false).bytes;
+        bytes += static_cast<size_t>(recent) * layout_for(h, recent_, false).bytes;
     }
     return bytes;
 }
 
-const TileLayout& Store::new_layout(size_t head, bool target, bool listed) const {
-    const Layouts& l = layouts_[layer_of_[head]];
-    // Where both codecs are alike all tiles share one layout, since kernels process runs of tiles of one layout.
-    return target && !same_codecs_ ? l.target[listed] : l.recent[listed];
+const TileLayout& Store::layout_for(size_t head, CodecPair pair, bool listed) const {
+    return layouts_[layer_of_[head]].of[static_cast<size_t>(pair.key)][static_cast<size_t>(pair.value)][listed];
 }
 
 size_t Store::check_head(size_t layer, size_t head) const {

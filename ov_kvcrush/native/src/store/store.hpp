@@ -28,13 +28,20 @@ struct StoreFull : std::runtime_error {
 
 struct StoreConfig {
     std::vector<LayerShape> layers;
-    Codec key = Codec::u8, value = Codec::u8;
+    Codec key = Codec::u8, value = Codec::u8;  // of target tiles, unless a sequence has precisions of its own
     Codec recent = Codec::bf16;  // of keys and values of the recent window: f32, bf16 or f16
     int recent_tokens = 32;      // the newest tokens of a head that are in the recent codec, at least
     int group_size = 32;   // channels per scale of quantised values; a layer with another D takes gcd(group_size, D)
     size_t max_bytes = 0;  // hard limit of nbytes; 0 = none
     std::string isa;       // "" = the best
 };
+
+// Codecs of the keys and of the values of a tile.
+struct CodecPair {
+    Codec key, value;
+    bool operator==(const CodecPair& other) const { return key == other.key && value == other.value; }
+};
+using Precisions = std::vector<CodecPair>;  // [heads]: of the target tiles of each head, numbered through all layers
 
 // Which tokens of each (layer, KV head) to keep: indices[offsets[l * K + h] .. offsets[l * K + h + 1]), ascending.
 // (K may differ between layers: heads are numbered through all layers.)
@@ -53,12 +60,12 @@ struct Staging {
     Codec codec = Codec::bf16;
 };
 
-// The tokens of one KV head. Its tiles in order: full ones of the target codec; ones of the recent codec, of which the
+// The tokens of one KV head. Its tiles in order: full target ones, of any codecs; ones of the recent codec, of which the
 // last may be partly filled; empty ones from `reserve`. A token's number through all tiles is its cached index.
 struct Head {
     std::vector<uint8_t*> tiles;
     int64_t num_tokens = 0;
-    int64_t num_target = 0;  // tiles of the target codec, at the front
+    int64_t num_target = 0;  // target tiles, at the front
 };
 
 // Queries of the last rows of a sequence in one layer: a ring buffer [capture_rows, H * D], of which the first rows are
@@ -71,6 +78,7 @@ struct Capture {
 
 struct Sequence {
     std::vector<Head> heads;    // of all layers, layer by layer
+    Precisions precisions;      // of target tiles that are written from now on
     int64_t next_position = 0;  // 1 + the largest position of a token so far, dropped ones included
     int64_t capture_rows = 0;
     std::vector<std::shared_ptr<Capture>> captures;  // [layers] if capture_rows > 0; null: nothing was captured
@@ -89,6 +97,7 @@ struct DumpedHead {
     int64_t num_tokens, num_target;  // as in Head
     int64_t bytes;                   // of its tiles
     int64_t next_position;           // of the sequence: the same for all heads
+    int64_t key, value;              // Codec: precisions of the head, as in Sequence
 };
 struct Dump {
     std::vector<DumpedHead> heads;
@@ -120,7 +129,12 @@ public:
     const StoreConfig& config() const { return config_; }
     const Kernels& kernels() const { return *kernels_; }
 
-    int32_t create(int64_t capture_rows = 0);
+    // Precisions of target tiles, here and below: null = as they are; of a new sequence, those of the config. Throws
+    // std::invalid_argument unless there is a pair of known codecs for each head.
+    int32_t create(int64_t capture_rows = 0, const Precisions* = nullptr);
+    // Tiles that are there stay as they are.
+    void set_precisions(int32_t id, const Precisions&);
+    Precisions precisions(int32_t id) const;
     void release(int32_t id);
     // A new sequence that shares all tiles with this one. With num_tokens it has only the positions below num_tokens:
     // every head must hold exactly the positions 0..n-1, n >= num_tokens, and the tile that is truncated is decoded
@@ -136,7 +150,7 @@ public:
     int64_t free_slots(int32_t id) const;
     // append_locked, with the lock.
     void append(int32_t id, size_t layer, const float* k, const float* v, int64_t n, int64_t first_position);
-    // Encodes tokens that have left the recent window of each head into tiles of the target codec. Never fails: a tile
+    // Encodes tokens that have left the recent window of each head into target tiles. Never fails: a tile
     // that cannot be replaced within the limit, or for want of memory, stays as it is until the next call.
     void quantize_aged(int32_t id);
 
@@ -145,19 +159,22 @@ public:
     void attach_prefill(int32_t id, std::vector<int32_t> blocks, int64_t num_tokens);
     // Encodes the staged tokens (all, or a selection by token index) into tiles of the sequence, and detaches the
     // staging blocks. Throws StoreFull, with nothing changed.
-    void commit_prefill(int32_t id, const Selection* selection = nullptr, size_t promised = 0);
-    // Keeps only the selected cached tokens. New order of a head that loses some: first its target tiles that keep all
-    // 32 tokens, untouched; then the other tokens in their order, the oldest in new target tiles, the newest in recent
-    // tiles. Empty tiles are freed. Returns the old cached index of each new one, head by head as in the selection.
-    // Throws StoreFull, with nothing changed, if the result does not fit (where tiles are shared it can take more
-    // bytes than before).
-    std::vector<int32_t> compact(int32_t id, const Selection& selection);
+    void commit_prefill(int32_t id, const Selection* selection = nullptr, size_t promised = 0,
+                        const Precisions* = nullptr);
+    // Keeps only the selected cached tokens. A head that keeps all of them, none in a target tile that has more bits
+    // than its precisions, is left alone. New order of another: first its target tiles that keep all 32 tokens,
+    // encoded anew with as many if they have more bits than the precisions in keys or values, else untouched; then the
+    // other tokens in their order, the oldest in new target tiles, the newest in recent tiles. Empty tiles are freed. Returns the
+    // old cached index of each new one, head by head as in the selection. Throws StoreFull, with nothing changed, if
+    // the result does not fit (where tiles are shared it can take more bytes than before).
+    std::vector<int32_t> compact(int32_t id, const Selection& selection, const Precisions* = nullptr);
 
     // What a sequence holds, without empty tiles and captured queries. Same content, same bytes. Throws for a staged
     // one.
     Dump dump(int32_t id) const;
-    // A new sequence from the dump of a store with the same layers, codecs and group size. Throws
-    // std::invalid_argument for anything that this store would not have written, StoreFull where it does not fit.
+    // A new sequence from the dump of a store with the same layers, recent codec and group size, with the precisions of
+    // the dump. Throws std::invalid_argument for anything that this store would not have written, StoreFull where it
+    // does not fit.
     int32_t load(const std::vector<DumpedHead>& heads, const uint8_t* tiles, size_t num_bytes, int64_t capture_rows = 0,
                  size_t promised = 0);
 
@@ -173,8 +190,12 @@ public:
         size_t held, freed;
     };
     Bytes nbytes_of_all(std::vector<int32_t> ids) const;
-    size_t reserved_bytes() const;               // what the arena holds of the operating system's memory
-    size_t bytes_for(int64_t num_tokens) const;  // of a sequence that commits a prompt of num_tokens whole
+    size_t reserved_bytes() const;  // what the arena holds of the operating system's memory
+    // Of a sequence that commits so many tokens of a prompt in every head, or in each (of which no tile must list its
+    // positions). Precisions: null = those of the config.
+    size_t bytes_for(int64_t num_tokens, const Precisions* = nullptr) const;
+    size_t bytes_for(const std::vector<int64_t>& num_tokens, const Precisions* = nullptr) const;
+    size_t num_heads() const { return layer_of_.size(); }  // of all layers
     // Bytes of `rows` captured query rows in all layers, which are 65536 at most; with a sequence, those it does not
     // have for itself yet.
     size_t capture_bytes(int64_t rows, std::optional<int32_t> id = std::nullopt) const;
@@ -211,8 +232,8 @@ public:
 
 private:
     struct Layouts {
-        TileLayout target[2], recent[2];  // [listed]; tiles point to them
-        TileLayout staged;                // keys only, as staged
+        TileLayout of[NUM_CODECS][NUM_CODECS][2];  // [key][value][listed]; tiles point to them
+        TileLayout staged;                         // keys only, as staged
         Staging staging;
     };
     // Rings to take the place of those of a sequence; null: that one stays.
@@ -230,11 +251,13 @@ private:
     size_t check_head(size_t layer, size_t head) const;  // its number
     void check_selection(const Selection&, const std::function<int64_t(size_t)>& num_tokens) const;
     int64_t num_target_tiles(int64_t num_tokens) const;
-    const TileLayout& new_layout(size_t head, bool target, bool listed) const;
+    const Precisions& checked(const Precisions&) const;
+    // One for each pair of codecs, whatever the tile is for: kernels process runs of tiles of one layout.
+    const TileLayout& layout_for(size_t head, CodecPair, bool listed) const;
     // The bytes and slots of what a claim lists. False, or StoreFull, where they do not fit: then the claim must end.
     bool try_grant(Claim&, size_t promised = 0);
     void grant(Claim&, size_t promised = 0);
-    size_t max_reserved(size_t removed) const;
+    size_t max_reserved(size_t removed, const std::vector<size_t>& more) const;
     void tidy() noexcept;  // after tiles were freed
     void move_tiles() noexcept;
     size_t row_bytes(size_t layer) const;  // of a captured row
@@ -252,7 +275,7 @@ private:
     // Appends the scores of a staged prompt straight from its blocks. False if the kernels cannot.
     bool score_blocks(const Sequence&, size_t layer, StagedScores, std::vector<float>& out) const;
     void commit_head(const Sequence&, size_t head, const Selection*, const Claim&, size_t first) const;
-    CompactPlan plan_compact(size_t head, const Head&, const int32_t* kept, int64_t num_kept) const;
+    CompactPlan plan_compact(size_t head, const Head&, const int32_t* kept, int64_t num_kept, CodecPair) const;
     void write_compact(const Head&, CompactPlan&, const Claim&) const;
     void read_records(size_t head, const DumpedHead&, const uint8_t* tiles, std::vector<Record>&) const;
     static void fill_tile(const Record&, uint8_t* tile);
@@ -266,9 +289,9 @@ private:
     std::vector<Layouts> layouts_;    // [layers]
     std::vector<size_t> first_head_;  // [layers + 1]
     std::vector<size_t> layer_of_;    // [heads]
-    bool same_codecs_;                // of target and recent tiles
-    size_t num_sizes_ = 0;            // that a tile can have
-    size_t captured_bytes_ = 0;       // part of what the arena counts
+    CodecPair recent_;                // of recent tiles
+    Precisions default_precisions_;
+    size_t captured_bytes_ = 0;  // part of what the arena counts
     Arena arena_;
     std::unordered_map<int32_t, std::unique_ptr<Sequence>> sequences_;
     int32_t last_id_ = 0;
