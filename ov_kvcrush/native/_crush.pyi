@@ -24,6 +24,11 @@ class Store:
     `precisions`, wherever it is an argument: uint8 (KV heads of all layers, 2), the codecs of keys and values that
     tokens of each head are written in once they have left the recent window; codecs are the indices of
     `config.PRECISIONS`. None: those of the sequence, and of a new one those of the store.
+
+    `tiers`: uint8 (len(indices),), the tier of each token that a selection keeps. `precisions` are then (KV heads of
+    all layers, tiers, 2), the first tier with the most bits, and later tokens are written in those of the first. The
+    newest tokens stay in recent tiles whatever their tier; the others are sorted by tier and cut into tiles of 32,
+    which are of the tier of their best token. In a tile tokens are in the order of the text.
     """
 
     def __init__(
@@ -88,14 +93,22 @@ class Store:
         indices: Int32 | None = None,
         promised: int = 0,
         precisions: UInt8 | None = None,
+        tiers: UInt8 | None = None,
     ) -> None:
         """Encode the staged tokens into tiles: all, or indices[offsets[h]:offsets[h + 1]] for head h, counted through
         all layers. offsets: int64 (heads + 1,). Raises StoreFull, and the sequence has its old precisions."""
-    def compact(self, seq: int, offsets: Array, indices: Int32, precisions: UInt8 | None = None) -> Int32:
+    def compact(
+        self,
+        seq: int,
+        offsets: Array,
+        indices: Int32,
+        precisions: UInt8 | None = None,
+        tiers: UInt8 | None = None,
+    ) -> Int32:
         """Keep these cached tokens, selected as for commit_prefill. Returns (len(indices),): the old cached index
         of each new one, head by head, since tiles that keep all tokens move to the front. Those of them that
-        have more bits than the precisions, in keys or in values, are encoded anew; none gets more bits. Raises
-        StoreFull, with nothing changed."""
+        have more bits than the precisions, in keys or in values, are encoded anew; none gets more bits.
+        With tiers, those stay whose tokens are all of one tier. Raises StoreFull, with nothing changed."""
     def append(self, seq: int, layer: int, k: Float32, v: Float32, first_position: int) -> None:
         """k, v (T, K * D) at positions first_position, ...; RuntimeError without a reserve before."""
     def dump(self, seq: int) -> tuple[Array, Array]:
@@ -135,7 +148,9 @@ class Store:
         """Bytes that `nbytes` shrinks by if all of these are released: what nobody else holds."""
     def bytes_for(self, num_tokens: int | Array, precisions: UInt8 | None = None) -> int:
         """Bytes of a sequence that commits num_tokens tokens of a prompt in every head, or int64 (KV heads of all
-        layers,) in each, where no tile must list its positions."""
+        layers,) in each, where no tile must list its positions. With precisions (heads, tiers, 2) num_tokens is int64
+        (heads, tiers), and the newest tokens, those that stay in recent tiles, count in the first tier whatever theirs
+        is: n - 32 * (max(0, n - recent_tokens) // 32) of n. So it is exact."""
 
 def info() -> dict[str, Any]:
     """`isa` (kernels in use), `isas` (all that may be used, slowest first), `isa_cap` (OV_KVCRUSH_ISA, "" = none),

@@ -14,6 +14,7 @@ set(CRUSH_CORE_SOURCES
   store/capture.cpp
   store/claim.cpp
   store/compact.cpp
+  store/precisions.cpp
   store/prefill.cpp
   store/registry.cpp
   store/serialize.cpp

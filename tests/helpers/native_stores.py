@@ -49,6 +49,13 @@ def some_precisions(rng: np.random.Generator, num_heads: int) -> Array:
     return rng.integers(0, len(PRECISIONS), (num_heads, 2), dtype=np.uint8)
 
 
+def some_ladders(rng: np.random.Generator, num_heads: int, num_tiers: int) -> Array:
+    """Pairs of codecs for each tier of each head, the most bits first: uint8 (num_heads, num_tiers, 2)."""
+    ladders = rng.integers(0, len(PRECISIONS), (num_heads, num_tiers, 2), dtype=np.uint8)
+    bits = np.array([reference.BITS[name] for name in PRECISIONS])[ladders]
+    return np.take_along_axis(ladders, np.argsort(-bits, axis=1), axis=1)
+
+
 def names_of(precisions: Array) -> list[tuple[str, str]]:
     """Precisions uint8 (heads, 2) as the reference store takes them."""
     return [(PRECISIONS[key], PRECISIONS[value]) for key, value in precisions]
@@ -68,7 +75,7 @@ class Cache:
     def __init__(self, *layers: LayerTuple, **options: Any) -> None:
         require_native()
         options = {**DEFAULTS, **options}
-        self.key, self.value = options["key"], options["value"]
+        self.key, self.value, self.group_size = options["key"], options["value"], options["group_size"]
         self.store = native.Store(layers=list(layers), **options)
         self.layers = [reference.Layer(*shape) for shape in layers]
         self.num_heads = sum(shape.num_kv_heads for shape in self.layers)
@@ -162,3 +169,42 @@ def score_tokens(
         for g in range(group)
     ]
     return np.concatenate(parts).astype(np.float32)
+
+
+def stage_random(cache: Cache, rng: np.random.Generator, num_tokens: int, **options: Any) -> int:
+    """A sequence with a random prompt in the staging blocks."""
+    seq: int = cache.store.create(**options)
+    shapes = [s.num_kv_heads * s.head_size for s in cache.layers]
+    cache.attach_prefill(seq, [keys_values(rng, num_tokens, width) for width in shapes])
+    return seq
+
+
+def codecs_of(cache: Cache, seq: int) -> list[list[tuple[int, int]]]:
+    """Codecs of the tiles of each head, as the dump has them: its records begin with them."""
+    heads, tiles = cache.store.dump(seq)
+    shapes = [shape for shape in cache.layers for _ in range(shape.num_kv_heads)]
+    found, at = [], 0
+    for shape, (num_tokens, _, num_bytes, *_) in zip(shapes, heads, strict=True):
+        end, of_head = at + num_bytes, []
+        for first in range(0, num_tokens, reference.TILE):
+            count = min(reference.TILE, num_tokens - first)
+            key, value, _, width = map(int, tiles[at : at + 4])
+            of_head.append((key, value))
+            at += (
+                8
+                + width * (count - 1)
+                + payload(PRECISIONS[key], PRECISIONS[value], shape.head_size, count, cache.group_size)
+            )
+        assert at == end
+        found.append(of_head)
+    return found
+
+
+def payload(key: str, value: str, head_size: int, count: int, group_size: int) -> int:
+    """Bytes of a tile of `count` tokens in a dump."""
+    num_bytes = head_size * count * (reference.BITS[key] + reference.BITS[value]) // 8
+    if key in reference.QUANTISED:
+        num_bytes += 4 * head_size
+    if value in reference.QUANTISED:
+        num_bytes += 4 * reference.TILE * (head_size // np.gcd(group_size, head_size))
+    return int(num_bytes)

@@ -135,6 +135,8 @@ struct Scene {
         for (const int32_t sequence : {id, twin, staged, open}) {
             seen.push_back(static_cast<double>(store.nbytes_of(sequence)));
             seen.push_back(static_cast<double>(store.free_slots(sequence)));
+            for (const CodecPair& pair : store.precisions(sequence))
+                seen.insert(seen.end(), {static_cast<double>(pair.key), static_cast<double>(pair.value)});
             for (size_t layer = 0; layer < LAYERS; ++layer) {
                 for (size_t head = 0; head < HEADS; ++head) {
                     const HeadTokens tokens = store.read(sequence, layer, head);
@@ -174,8 +176,27 @@ std::vector<Operation> operations() {
         return o;
     }();
     const Selection selection{offsets.data(), offsets.size(), few.data(), few.size()};
+    static const std::vector<uint8_t> tiers = [] {
+        std::vector<uint8_t> t;
+        for (size_t i = 0; i < few.size(); ++i) t.push_back(i % 3 == 0);
+        return t;
+    }();
+    static const Wanted wanted = [] {
+        Wanted w;
+        w.num_tiers = 2;
+        for (size_t h = 0; h < LAYERS * HEADS; ++h) {
+            w.precisions.push_back({Codec::u8, Codec::u4});
+            w.precisions.push_back({Codec::u4, Codec::u2});
+        }
+        w.tiers = tiers.data();
+        return w;
+    }();
+    static const Precisions precisions(LAYERS * HEADS, {Codec::u4, Codec::u4});
     static Dump dump;
     return {
+        {"create with precisions", true, [](Scene& s) { s.store.create(0, &precisions); }},
+        {"commit_prefill of tiers", true, [=](Scene& s) { s.store.commit_prefill(s.staged, &selection, 0, &wanted); }},
+        {"compact to tiers", true, [=](Scene& s) { s.store.compact(s.id, selection, &wanted); }},
         {"create", true, [](Scene& s) { s.store.create(8); }},
         {"reserve", true, [](Scene& s) { CHECK(s.store.reserve(s.id, 100)); }},
         {"append", true, [](Scene& s) { s.store.append(s.open, 0, s.rows.data(), s.rows.data(), 30, 0); }},

@@ -262,6 +262,31 @@ def test_bad_precisions_are_refused(scene: Scene, precisions: Array) -> None:
         np.testing.assert_array_equal(scene.store.precisions(seq), was)
 
 
+LADDER = np.array([[[3, 3], [4, 4]], [[3, 4], [3, 5]]], np.uint8)
+BAD_TIERS: list[tuple[str, str, Array | None, Array]] = [
+    ("no precisions", "tiers", None, np.zeros(2, np.uint8)),
+    ("precisions of one tier only", "precisions", LADDER[:, 0].copy(), np.zeros(2, np.uint8)),
+    ("no tier", "precisions", LADDER[:, :0], np.zeros(2, np.uint8)),
+    ("a head too few", "precisions", LADDER[:1], np.zeros(2, np.uint8)),
+    ("bits that grow", "precisions", LADDER[:, ::-1].copy(), np.zeros(2, np.uint8)),
+    ("unknown codec", "precisions", np.full((2, 1, 2), 6, np.uint8), np.zeros(2, np.uint8)),
+    ("a tier too many", "tiers", LADDER, np.array([0, 2], np.uint8)),
+    ("a token too few", "tiers", LADDER, np.zeros(1, np.uint8)),
+    ("tiers of int64", "tiers", LADDER, np.zeros(2, np.int64)),
+]
+
+
+@pytest.mark.parametrize(("field", "precisions", "tiers"), [b[1:] for b in BAD_TIERS], ids=[b[0] for b in BAD_TIERS])
+def test_bad_tiers_are_refused(scene: Scene, field: str, precisions: Array | None, tiers: Array) -> None:
+    selection, options = (i64(0, 1, 2), i32(0, 0)), {"precisions": precisions, "tiers": tiers}
+    refused(scene, field, lambda s: s.store.commit_prefill(s.staged, *selection, **options))
+    refused(scene, field, lambda s: s.store.compact(s.full, *selection, **options))
+    refused(scene, "tiers", lambda s: s.store.commit_prefill(s.staged, precisions=LADDER, tiers=tiers))
+    refused(scene, "precisions", lambda s: s.store.compact(s.full, *selection, LADDER))
+    refused(scene, "num_tokens", lambda s: s.store.bytes_for(3, LADDER))
+    refused(scene, "num_tokens", lambda s: s.store.bytes_for(i64(3, 3), LADDER))
+
+
 def test_append_without_room_is_refused(scene: Scene) -> None:
     before = scene.state()
     for seq, n in ((scene.full, scene.store.free_slots(scene.full) + 1), (scene.empty, 1)):

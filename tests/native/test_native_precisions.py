@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from covering import examples
@@ -16,6 +14,7 @@ from native_stores import (
     Array,
     Cache,
     Span,
+    codecs_of,
     flat,
     gaussian,
     keys_values,
@@ -23,6 +22,7 @@ from native_stores import (
     names_of,
     require_native,
     some_precisions,
+    stage_random,
 )
 
 from ov_kvcrush import native
@@ -40,44 +40,9 @@ def _native() -> None:
     require_native()
 
 
-def staged(cache: Cache, rng: np.random.Generator, num_tokens: int, **options: Any) -> int:
-    """A sequence with a random prompt in the staging blocks."""
-    seq: int = cache.store.create(**options)
-    shapes = [s.num_kv_heads * s.head_size for s in cache.layers]
-    cache.attach_prefill(seq, [keys_values(rng, num_tokens, width) for width in shapes])
-    return seq
-
-
 def kept_of(rng: np.random.Generator, num_tokens: int) -> list[Array]:
     """Another share of the tokens in each head."""
     return [np.flatnonzero(rng.random(num_tokens) < rng.random()) for _ in range(NUM_HEADS)]
-
-
-def codecs_of(cache: Cache, seq: int) -> list[list[tuple[int, int]]]:
-    """Codecs of the tiles of each head, as the dump has them: its records begin with them."""
-    heads, tiles = cache.store.dump(seq)
-    shapes = [shape for shape in cache.layers for _ in range(shape.num_kv_heads)]
-    found, at = [], 0
-    for shape, (num_tokens, _, num_bytes, *_) in zip(shapes, heads, strict=True):
-        end, of_head = at + num_bytes, []
-        for first in range(0, num_tokens, reference.TILE):
-            count = min(reference.TILE, num_tokens - first)
-            key, value, _, width = map(int, tiles[at : at + 4])
-            of_head.append((key, value))
-            at += 8 + width * (count - 1) + payload(PRECISIONS[key], PRECISIONS[value], shape.head_size, count)
-        assert at == end
-        found.append(of_head)
-    return found
-
-
-def payload(key: str, value: str, head_size: int, count: int) -> int:
-    """Bytes of a tile of `count` tokens in a dump."""
-    num_bytes = head_size * count * (reference.BITS[key] + reference.BITS[value]) // 8
-    if key in reference.QUANTISED:
-        num_bytes += 4 * head_size
-    if value in reference.QUANTISED:
-        num_bytes += 4 * reference.TILE * (head_size // np.gcd(DEFAULTS["group_size"], head_size))
-    return int(num_bytes)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -86,7 +51,7 @@ def payload(key: str, value: str, head_size: int, count: int) -> int:
 def test_heads_of_any_precisions_attend_as_the_reference(isa: str, n: int, recent: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     cache = Cache(*SHAPES, recent=recent, isa=isa)
-    seq = staged(cache, rng, n)
+    seq = stage_random(cache, rng, n)
     cache.store.commit_prefill(seq, *flat(kept_of(rng, n)), precisions=some_precisions(rng, NUM_HEADS))
     cache.append(seq, rng, 40, n)
     cache.store.quantize_aged(seq)
@@ -112,7 +77,7 @@ def test_bytes_for_ragged_heads_are_what_a_commit_takes(n: int, recent_tokens: i
     theirs = ReferenceStore(layers=SHAPES, **{**DEFAULTS, "recent_tokens": recent_tokens})
     precisions = some_precisions(rng, NUM_HEADS) if own else None
     numbers = rng.integers(0, n + 1, NUM_HEADS)
-    seq = staged(cache, rng, n)
+    seq = stage_random(cache, rng, n)
     cache.store.commit_prefill(seq, *flat([np.arange(m) for m in numbers]), precisions=precisions)
     names = None if precisions is None else names_of(precisions)
     expected = cache.store.bytes_for(numbers, precisions)
@@ -125,7 +90,7 @@ def test_everything_that_writes_follows_the_precisions_and_forks_inherit_them() 
     cache = Cache(*SHAPES)
     wanted = np.array([[3, 4], [5, 5], [1, 1], [0, 2]], np.uint8)
     pairs = [(int(key), int(value)) for key, value in wanted]
-    whole = staged(cache, rng, 150, precisions=wanted)
+    whole = stage_random(cache, rng, 150, precisions=wanted)
     cache.store.commit_prefill(whole)
     grown = cache.store.create(0, wanted)
     cache.append(grown, rng, 150, 0)
@@ -145,7 +110,7 @@ def test_compact_takes_bits_away_and_gives_none(share: float, seed: int) -> None
     """Tiles that keep all tokens and have too many bits come in the wanted codecs; with few enough, untouched."""
     rng = np.random.default_rng(seed)
     cache = Cache(*SHAPES)
-    seq = staged(cache, rng, 200)
+    seq = stage_random(cache, rng, 200)
     first, wanted = some_precisions(rng, NUM_HEADS), some_precisions(rng, NUM_HEADS)
     cache.store.commit_prefill(seq, precisions=first)
     before = [[cache.tokens(seq, i, h) for h in range(s.num_kv_heads)] for i, s in enumerate(cache.layers)]
@@ -181,7 +146,7 @@ def test_a_store_that_is_full_keeps_the_old_precisions() -> None:
     roomy = Cache(*SHAPES)
     limit = roomy.store.bytes_for(300, low) + 1000
     cache = Cache(*SHAPES, max_bytes=limit)
-    seq = staged(cache, rng, 300, precisions=low)
+    seq = stage_random(cache, rng, 300, precisions=low)
     with pytest.raises(native.StoreFull):
         cache.store.commit_prefill(seq, precisions=high)
     np.testing.assert_array_equal(cache.store.precisions(seq), low)

@@ -26,13 +26,14 @@ from native_stores import (
     layer,
     names_of,
     require_native,
+    some_ladders,
     some_precisions,
 )
 
 from ov_kvcrush import native
 from reference import codec as reference
 from reference.codec import MAX_GAP
-from reference.store import ReferenceStore
+from reference.store import ReferenceStore, Tiers
 
 MAX_SEQUENCES = 5
 FLOATS = ["f32", "bf16", "f16"]
@@ -107,6 +108,23 @@ class Stores(RuleBasedStateMachine):
             return None, None
         precisions = some_precisions(self.rng, self.cache.num_heads)
         return precisions, names_of(precisions)
+
+    def some_wanted(self, own: str, kept: list[Array] | None) -> tuple[dict[str, Any], Any, Tiers | None]:
+        """What the native store is to be given, and the precisions and the tiers for the reference."""
+        if own == "tiers" and kept is not None:
+            mine, tiers = self.some_tiers(kept)
+            return mine, None, tiers
+        pairs, names = self.some_precisions(own == "precisions")
+        return {"precisions": pairs}, names, None
+
+    def some_tiers(self, kept: list[Array]) -> tuple[dict[str, Any], Tiers]:
+        """Tiers of these tokens, as each store takes them."""
+        num_tiers = int(self.rng.integers(1, 5))
+        ladders = some_ladders(self.rng, self.cache.num_heads, num_tiers)
+        runs = [np.repeat(self.rng.integers(0, num_tiers, len(x) // 32 + 1), 32)[: len(x)] for x in kept]
+        of = [np.where(self.rng.random(len(x)) < 0.1, 0, x).astype(np.uint8) for x in runs]
+        tiers = Tiers([names_of(ladder) for ladder in ladders], of)
+        return {"precisions": ladders, "tiers": np.concatenate(of)}, tiers
 
     @precondition(lambda self: len(self.twins) < MAX_SEQUENCES)
     @rule(n=st.integers(0, 120), settle=st.booleans(), own=st.booleans())
@@ -194,10 +212,10 @@ class Stores(RuleBasedStateMachine):
         density=st.none() | st.floats(0, 1),
         promised=st.sampled_from([0, 0, 10_000]),
         reserved=st.booleans(),
-        own=st.booleans(),
+        own=st.sampled_from(["", "precisions", "tiers"]),
     )
     def commit_prefill(
-        self, n: int, staged_as: str, density: float | None, promised: int, reserved: bool, own: bool
+        self, n: int, staged_as: str, density: float | None, promised: int, reserved: bool, own: str
     ) -> None:
         twin = Twin(self.mine.create(), self.theirs.create())
         self.twins.append(twin)
@@ -209,20 +227,24 @@ class Stores(RuleBasedStateMachine):
         self.theirs.attach_prefill(twin.theirs, rounded)  # type: ignore[arg-type]
         kept = None if density is None else [self.some(n, density) for _ in self.num_tokens(twin)]
         offsets, indices = (None, None) if kept is None else flat(kept)
-        pairs, names = self.some_precisions(own)
-        mine = outcome(lambda: self.mine.commit_prefill(twin.mine, offsets, indices, promised, pairs))
-        assert mine == outcome(lambda: self.theirs.commit_prefill(twin.theirs, kept, promised, names))
+        mine_own, names, tiers = self.some_wanted(own, kept)
+        mine = outcome(lambda: self.mine.commit_prefill(twin.mine, offsets, indices, promised, **mine_own))
+        assert mine == outcome(lambda: self.theirs.commit_prefill(twin.theirs, kept, promised, names, tiers))
         if mine == "full":  # still staged: it can only be left
             self.release(len(self.twins) - 1)
 
     @precondition(lambda self: self.twins)
-    @rule(which=st.integers(0, 99), density=st.sampled_from([0.0, 0.3, 0.6, 0.9, 1.0, 1.0]), own=st.booleans())
-    def compact(self, which: int, density: float, own: bool) -> None:
+    @rule(
+        which=st.integers(0, 99),
+        density=st.sampled_from([0.0, 0.3, 0.6, 0.9, 1.0, 1.0]),
+        own=st.sampled_from(["", "precisions", "tiers"]),
+    )
+    def compact(self, which: int, density: float, own: str) -> None:
         twin = self.pick(which)
         kept = [self.some(n, density) if density < 1 else np.arange(n) for n in self.num_tokens(twin)]
-        pairs, names = self.some_precisions(own)
-        mine = outcome(lambda: self.mine.compact(twin.mine, *flat(kept), pairs))
-        np.testing.assert_array_equal(mine, outcome(lambda: self.theirs.compact(twin.theirs, kept, names)))
+        mine_own, names, tiers = self.some_wanted(own, kept)
+        mine = outcome(lambda: self.mine.compact(twin.mine, *flat(kept), **mine_own))
+        np.testing.assert_array_equal(mine, outcome(lambda: self.theirs.compact(twin.theirs, kept, names, tiers)))
 
     @invariant()
     def both_hold_the_same(self) -> None:

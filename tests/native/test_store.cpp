@@ -70,6 +70,7 @@ struct Setting {
     size_t max_bytes;
     float tolerance;  // of numbers in -1..1 after some rewrites; 0 = exact
     const char* isa;
+    bool mixed = false;  // sequences have precisions of their own, and tiers
 };
 
 class Traffic {
@@ -138,12 +139,45 @@ private:
         }
     }
 
+    // -- precisions
+
+    // Each tier has a random pair of codecs with no more bits than the one before.
+    Wanted wanted(size_t num_tiers) {
+        Wanted w;
+        w.num_tiers = num_tiers;
+        for (size_t i = 0; i < head_sizes_.size() * num_tiers; ++i) {
+            const CodecPair above = i % num_tiers ? w.precisions.back() : CodecPair{Codec::f32, Codec::f32};
+            w.precisions.push_back({lower(static_cast<Codec>(pick(NUM_CODECS)), above.key),
+                                    lower(static_cast<Codec>(pick(NUM_CODECS)), above.value)});
+        }
+        return w;
+    }
+
+    Wanted wanted_of_some_tiers(size_t num_tokens) {
+        Wanted w = wanted(1 + static_cast<size_t>(pick(4)));
+        if (pick(3) == 0) return wanted(1);
+        tiers_.clear();
+        for (size_t i = 0; i < num_tokens; ++i) {
+            const bool same = i > 0 && pick(40);
+            tiers_.push_back(same ? tiers_.back() : static_cast<uint8_t>(pick(static_cast<int>(w.num_tiers))));
+        }
+        if (num_tokens) w.tiers = tiers_.data();
+        if (!w.tiers) w = wanted(1);
+        return w;
+    }
+
+    void check_precisions_of(int32_t id, const Wanted& w) {
+        const Precisions best = w.best();
+        CHECK(store_.precisions(id) == best);
+    }
+
     // -- steps
 
     void step() {
         const int what = pick(100);
         if (models_.empty() || (what < 8 && models_.size() < 8)) {
-            const int32_t id = store_.create(what % 2);
+            const Wanted own = wanted(1);
+            const int32_t id = store_.create(what % 2, setting_.mixed ? &own.precisions : nullptr);
             models_[id].heads.resize(head_sizes_.size());
             if (pick(3)) commit_prefill(id);
             return;
@@ -155,6 +189,7 @@ private:
         if (what < 18) return fork(id);
         if (what < 22) return reload(id);
         if (what < 34) return compact(id);
+        if (setting_.mixed && what < 37) return store_.set_precisions(id, wanted(1).precisions);
         if (what < 46) return store_.quantize_aged(id);
         if (what < 50) return bad_calls(id);
         append(id);
@@ -185,10 +220,14 @@ private:
         const std::vector<int32_t> indices = joined(kept);
         const Selection selection{offsets.data(), offsets.size(), indices.data(), indices.size()};
         const size_t promised = pick(4) ? 0 : static_cast<size_t>(pick(60000));
+        const bool mixed = setting_.mixed;
+        const Wanted own = mixed ? wanted_of_some_tiers(indices.size()) : Wanted{};
+        const Precisions before = store_.precisions(id);
         try {
-            store_.commit_prefill(id, all && pick(2) ? nullptr : &selection, promised);
+            store_.commit_prefill(id, all && !mixed && pick(2) ? nullptr : &selection, promised, mixed ? &own : nullptr);
         } catch (const StoreFull&) {
             CHECK(setting_.max_bytes > 0);
+            CHECK(store_.precisions(id) == before);
             store_.attach_prefill(id, {}, 0);
             return;
         }
@@ -196,13 +235,26 @@ private:
         Model& model = models_[id];
         model.next_position = n;
         for (size_t h = 0; h < kept.size(); ++h) {
+            if (own.tiers) order_by_position(id, h, kept[h]);
             for (const int32_t t : kept[h]) {
                 model.heads[h].push_back(
                     {static_cast<uint32_t>(blocks[static_cast<size_t>(t / TILE)] * TILE + t % TILE), t});
             }
         }
-        if (all) CHECK(store_.nbytes_of(id) == store_.bytes_for(n));
+        if (mixed) check_precisions_of(id, own);
+        if (all && !mixed) CHECK(store_.nbytes_of(id) == store_.bytes_for(n));
+        if (all && mixed && !own.tiers) CHECK(store_.nbytes_of(id) == store_.bytes_for(n, &own.precisions));
         check_tokens(id);
+    }
+
+    // Puts the kept tokens of a head, known by their positions, into the order that the store has them in.
+    void order_by_position(int32_t id, size_t h, std::vector<int32_t>& kept) {
+        const auto first = static_cast<size_t>(store_.config().layers[0].num_kv_heads);
+        std::vector<int32_t> places = store_.positions(id, h >= first, h >= first ? h - first : h);
+        std::vector<int32_t> sorted = places;
+        std::sort(sorted.begin(), sorted.end());
+        CHECK(sorted == kept);
+        kept = std::move(places);
     }
 
     void append(int32_t id) {
@@ -307,8 +359,9 @@ private:
         for (int i = 1 + pick(3); i > 0; --i) {
             DumpedHead& head = dump.heads[static_cast<size_t>(pick(static_cast<int>(dump.heads.size())))];
             const int64_t numbers[] = {-1, 0, 1, 31, 33, INT_MAX, INT64_MAX, pick(300)};
-            int64_t* const columns[] = {&head.num_tokens, &head.num_target, &head.bytes, &head.next_position};
-            if (pick(2)) *columns[pick(4)] = numbers[pick(8)];
+            int64_t* const columns[] = {&head.num_tokens,    &head.num_target, &head.bytes,
+                                        &head.next_position, &head.key,        &head.value};
+            if (pick(2)) *columns[pick(6)] = numbers[pick(8)];
             if (!tiles.empty()) {
                 const int begin = pick(static_cast<int>(tiles.size()));
                 tiles[static_cast<size_t>(pick(2) ? begin : std::min(begin, 40))] = static_cast<uint8_t>(pick(256));
@@ -350,13 +403,18 @@ private:
         const std::vector<int32_t> indices = joined(kept);
         const size_t before = store_.nbytes();
         std::vector<int32_t> order;
+        const bool given = setting_.mixed && pick(4);
+        const Wanted own = given ? wanted_of_some_tiers(indices.size()) : Wanted{store_.precisions(id)};
+        const Precisions precisions = store_.precisions(id);
         try {
-            order = store_.compact(id, {offsets.data(), offsets.size(), indices.data(), indices.size()});
+            order = store_.compact(id, {offsets.data(), offsets.size(), indices.data(), indices.size()},
+                                   given ? &own : nullptr);
         } catch (const StoreFull&) {
             CHECK(setting_.max_bytes > 0);
-            CHECK(store_.nbytes() == before);
+            CHECK(store_.nbytes() == before && store_.precisions(id) == precisions);
             return;
         }
+        check_precisions_of(id, own);
         CHECK(order.size() == indices.size());
         for (size_t h = 0; h < kept.size(); ++h) {
             const std::vector<int32_t> of_head(order.begin() + offsets[h], order.begin() + offsets[h + 1]);
@@ -398,6 +456,10 @@ private:
         offsets[1] = INT64_MAX;
         compact(num_heads + 1, 1);
         check_throws<std::invalid_argument>([&] { store_.commit_prefill(id); });
+        check_throws<std::invalid_argument>([&] { store_.set_precisions(id, {{Codec::u8, Codec::u8}}); });
+        check_throws<std::invalid_argument>(
+            [&] { store_.set_precisions(id, Precisions(num_heads, {Codec::u8, static_cast<Codec>(6)})); });
+        check_throws<std::invalid_argument>([&] { store_.bytes_for(std::vector<int64_t>(num_heads + 1, 3)); });
         check_throws<std::invalid_argument>(
             [&] { store_.attach_prefill(id, {0, static_cast<int32_t>(NUM_BLOCKS)}, 64); });
         check_throws<std::invalid_argument>([&] { store_.attach_prefill(id, {0}, 33); });
@@ -515,8 +577,10 @@ private:
         const uint8_t* tile = head.tiles[static_cast<size_t>(i)];
         const TileHeader& h = header(tile);
         const bool target = i < head.num_target;
-        CHECK(h.layout->key == (target ? setting_.key : setting_.recent));
-        CHECK(h.layout->value == (target ? setting_.value : setting_.recent));
+        if (!setting_.mixed || !target) {
+            CHECK(h.layout->key == (target ? setting_.key : setting_.recent));
+            CHECK(h.layout->value == (target ? setting_.value : setting_.recent));
+        }
         CHECK(h.count == std::clamp<int64_t>(head.num_tokens - i * TILE, 0, TILE));
         int32_t least = INT32_MAX, most = -1;
         int num_far = 0;
@@ -540,6 +604,7 @@ private:
     std::vector<size_t> head_sizes_;  // of each head of all layers
     std::vector<std::vector<float>> staging_;
     std::map<int32_t, Model> models_;
+    std::vector<uint8_t> tiers_;  // of the tokens of an operation
     uint32_t next_token_ = 0;
     std::set<const Capture*> rings_seen_;  // by check_structure
 };
@@ -554,6 +619,9 @@ void test_traffic(int steps) {
         {"f32 behind f16: tiles grow when they settle, limited", Codec::f32, Codec::f32, Codec::f16, 32, 200000, 0.005f,
          ""},
         {"u4 and u2, limited", Codec::u4, Codec::u2, Codec::f16, 64, 100000, 4.f, ""},
+        {"mixed beside bf16", Codec::u8, Codec::u4, Codec::bf16, 32, 0, 4.f, "", true},
+        {"mixed beside f32, limited", Codec::u8, Codec::u4, Codec::f32, 1, 200000, 4.f, "", true},
+        {"mixed, scalar, limited", Codec::u8, Codec::u4, Codec::f16, 40, 150000, 4.f, "scalar", true},
     };
     for (const Setting& setting : settings) {
         for (unsigned seed = 0; seed < 3; ++seed) Traffic(setting, seed).run(steps);

@@ -27,6 +27,14 @@ from reference.codec import (
 Precisions = list[tuple[str, str]]  # of the keys and values of each head
 
 
+@dataclass(frozen=True)
+class Tiers:
+    """The precisions of each tier of each head, the best first, and the tier of each kept token of each head."""
+
+    ladders: list[Precisions]
+    of: Sequence[Array]
+
+
 @dataclass(eq=False)
 class Tile:
     """Up to 32 tokens as they read back. Sequences that share a tile hold the same object."""
@@ -79,6 +87,18 @@ class Cached:
     next_position: int = 0
     precisions: list[tuple[str, str]] = field(default_factory=list)  # of target tiles to come, of each head
     staged: list[tuple[Array, Array]] = field(default_factory=list)  # of each layer, float32 (n, K, D)
+
+
+def arrange(positions: Array, tiers: Array, num_target: int) -> tuple[Array, list[int]]:
+    """Tokens (n,) in the order of their tiles, and the best tier of each of the `num_target` first.
+
+    The newest are last; before them 32 * num_target sorted by tier, in each tile by position.
+    """
+    order = np.argsort(positions, kind="stable")
+    old, newest = order[: TILE * num_target], order[TILE * num_target :]
+    old = old[np.argsort(tiers[old], kind="stable")].reshape(num_target, TILE)
+    best = tiers[old].min(axis=1, initial=255).tolist()
+    return np.concatenate([*(tile[np.argsort(positions[tile], kind="stable")] for tile in old), newest]), best
 
 
 def lower(own: tuple[str, str], wanted: tuple[str, str]) -> tuple[str, str]:
@@ -233,37 +253,45 @@ class ReferenceStore:
         kept: Sequence[Array] | None = None,
         keep_free: int = 0,
         precisions: Precisions | None = None,
+        tiers: Tiers | None = None,
     ) -> None:
         """Take the staged tokens into an empty sequence, of each head all or the ones of these indices."""
         cached = self._sequences[seq]
-        precisions = precisions or cached.precisions
+        ladders = tiers.ladders if tiers else [[pair] for pair in precisions or cached.precisions]
         heads: list[Head] = []
         for layer, (k, v) in zip(self.layers, cached.staged, strict=True):
             for i in range(layer.num_kv_heads):
                 index = np.arange(len(k)) if kept is None else kept[len(heads)]
                 num_target = num_target_tiles(len(index), self.recent_tokens)
                 head = Head(layer, [], num_target)
-                target = precisions[len(heads)]
-                head.tiles = self._tiles(layer, target, num_target, k[index, i], v[index, i], index.astype(np.int32))
+                targets = [ladders[len(heads)][0]] * num_target
+                if tiers:
+                    order, best = arrange(index, tiers.of[len(heads)], num_target)
+                    index, targets = index[order], [ladders[len(heads)][tier] for tier in best]
+                head.tiles = self._tiles(layer, targets, k[index, i], v[index, i], index.astype(np.int32))
                 heads.append(head)
         self._check_room(self._bytes_of(heads) - self._bytes_of(cached.heads), keep_free)
         next_position = max(cached.next_position, len(cached.staged[0][0]))
-        self._sequences[seq] = Cached(heads, next_position, list(precisions))
+        self._sequences[seq] = Cached(heads, next_position, [ladder[0] for ladder in ladders])
 
-    def compact(self, seq: int, kept: Sequence[Array], precisions: Precisions | None = None) -> Array:
+    def compact(
+        self, seq: int, kept: Sequence[Array], precisions: Precisions | None = None, tiers: Tiers | None = None
+    ) -> Array:
         """Keep the cached tokens of these indices of each head; return for each new index the old one, flat.
 
         Full target tiles of which all 32 stay come first, written again only if they have more bits than the
         precisions. The other kept tokens follow in their order: as many full target tiles as the rule asks for, the
-        rest in recent tiles.
+        rest in recent tiles. With tiers, only tiles whose tokens are of one tier are whole, and the others' tokens are
+        sorted by tier.
         """
         cached = self._sequences[seq]
-        precisions = list(precisions or cached.precisions)
-        pairs = [self._compacted(*head) for head in zip(cached.heads, kept, precisions, strict=True)]
+        ladders = tiers.ladders if tiers else [[pair] for pair in precisions or cached.precisions]
+        of = tiers.of if tiers else [None] * len(kept)
+        pairs = [self._compacted(*head) for head in zip(cached.heads, kept, ladders, of, strict=True)]
         others = [s.heads for i, s in self._sequences.items() if i != seq]
         after = self._bytes_of([*(head for head, _ in pairs), *(head for heads in others for head in heads)])
         self._check_room(after - self.nbytes)
-        cached.heads, cached.precisions = [head for head, _ in pairs], precisions
+        cached.heads, cached.precisions = [head for head, _ in pairs], [x[0] for x in ladders]
         return np.concatenate([order for _, order in pairs]).astype(np.int32)
 
     # Inside.
@@ -305,14 +333,12 @@ class ReferenceStore:
         back = encode_decode(*precision, math.gcd(self.group_size, layer.head_size), k, v)
         return Tile(self._bytes(layer, precision, listed), *back, positions, precision, listed)
 
-    def _tiles(
-        self, layer: Layer, target: tuple[str, str], num_target: int, k: Array, v: Array, positions: Array
-    ) -> list[Tile]:
-        """New tiles: `num_target` of precision `target`, the rest of the recent one."""
+    def _tiles(self, layer: Layer, targets: Precisions, k: Array, v: Array, positions: Array) -> list[Tile]:
+        """New tiles: the first ones of the precisions `targets`, the rest of the recent one."""
         parts = [slice(begin, begin + TILE) for begin in range(0, len(positions), TILE)]
+        precisions = [*targets, *[self.recent] * (len(parts) - len(targets))]
         return [
-            self._tile(layer, target if i < num_target else self.recent, k[part], v[part], positions[part])
-            for i, part in enumerate(parts)
+            self._tile(layer, p, k[part], v[part], positions[part]) for p, part in zip(precisions, parts, strict=True)
         ]
 
     def _free_slots(self, head: Head, position: int) -> int:
@@ -381,20 +407,27 @@ class ReferenceStore:
         if len(positions):
             head.tiles.append(self._tile(head.layer, self.recent, k, v, positions))
 
-    def _compacted(self, head: Head, kept: Array, target: tuple[str, str]) -> tuple[Head, Array]:
+    def _compacted(self, head: Head, kept: Array, ladder: Precisions, tiers: Array | None) -> tuple[Head, Array]:
         """The head with the kept tokens only, and their old indices."""
-        if len(kept) == head.num_tokens and all(
-            lower(t.precision, target) == t.precision for t in head.tiles[: head.num_target]
-        ):
+        tier_of = dict(zip(kept.tolist(), [0] * len(kept) if tiers is None else tiers.tolist(), strict=True))
+        groups = [{tier_of.get(t) for t in range(TILE * i, TILE * i + TILE)} for i in range(head.num_target)]
+        whole = {i: ladder[min(tier)] for i, tier in enumerate(groups) if len(tier) == 1 and None not in tier}
+        fitting = [
+            i for i, target in whole.items() if lower(head.tiles[i].precision, target) == head.tiles[i].precision
+        ]
+        if len(kept) == head.num_tokens and len(fitting) == head.num_target:
             return head, kept
-        whole = [i for i in range(head.num_target) if np.isin(np.arange(TILE * i, TILE * i + TILE), kept).all()]
-        rest = kept[~np.isin(kept // TILE, whole)]
+        rest = kept[~np.isin(kept // TILE, list(whole))]
         num_target = max(len(whole), num_target_tiles(len(kept), self.recent_tokens))
-        tiles = [self._lowered(head.layer, head.tiles[i], target) for i in whole]
+        targets = [ladder[0]] * (num_target - len(whole))
+        if tiers is not None:
+            of_rest = np.array([tier_of[int(t)] for t in rest], int)
+            order, best = arrange(head.tokens()[2][rest], of_rest, len(targets))
+            rest, targets = rest[order], [ladder[tier] for tier in best]
+        tiles = [self._lowered(head.layer, head.tiles[i], target) for i, target in whole.items()]
         k, v, positions = (x[rest] for x in head.tokens())
-        for i, new in enumerate(self._tiles(head.layer, target, num_target - len(whole), k, v, positions)):
-            may_stay = len(tiles) >= num_target or target == self.recent
-            own = self._recent_tile(head, rest[TILE * i : TILE * (i + 1)]) if may_stay else None
+        for i, new in enumerate(self._tiles(head.layer, targets, k, v, positions)):
+            own = self._recent_tile(head, rest[TILE * i : TILE * (i + 1)]) if new.precision == self.recent else None
             tiles.append(own or new)
         order = np.concatenate([*(np.arange(TILE * i, TILE * i + TILE) for i in whole), rest])
         return Head(head.layer, tiles, num_target), order

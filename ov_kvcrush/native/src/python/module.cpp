@@ -83,8 +83,9 @@ NB_MODULE(_crush, m) {
         .def("set_staging", &S::set_staging, "layer"_a, "keys"_a, "values"_a, "num_blocks"_a, "precision"_a)
         .def("attach_prefill", &S::attach_prefill, "seq"_a, "blocks"_a, "num_tokens"_a)
         .def("commit_prefill", &S::commit_prefill, "seq"_a, "offsets"_a = nb::none(), "indices"_a = nb::none(),
-             "promised"_a = 0, "precisions"_a = nb::none())
-        .def("compact", &S::compact, "seq"_a, "offsets"_a, "indices"_a, "precisions"_a = nb::none())
+             "promised"_a = 0, "precisions"_a = nb::none(), "tiers"_a = nb::none())
+        .def("compact", &S::compact, "seq"_a, "offsets"_a, "indices"_a, "precisions"_a = nb::none(),
+             "tiers"_a = nb::none())
         .def("append", &S::append, "seq"_a, "layer"_a, "k"_a, "v"_a, "first_position"_a)
         .def("dump", &S::dump, "seq"_a)
         .def("load", &S::load, "heads"_a, "tiles"_a, "capture_rows"_a = 0, "promised"_a = 0)

@@ -35,21 +35,34 @@ Selection selection_of(const Input& offsets, const Input& indices) {
     return s;
 }
 
-Precisions precisions_of(const Store& store, const Input& array) {
+// Precisions [heads, 2], or [heads, tiers, 2] where there may be tiers.
+Wanted wanted_of(const Store& store, const Input& array, bool with_tiers) {
     const auto num_heads = static_cast<int64_t>(store.num_heads());
-    const auto* codecs = data_of<uint8_t>(array, "precisions", {num_heads, 2});
-    Precisions pairs;
-    for (int64_t h = 0; h < num_heads; ++h, codecs += 2) {
-        pairs.push_back({static_cast<Codec>(codecs[0]), static_cast<Codec>(codecs[1])});
+    const auto* codecs = with_tiers ? data_of<uint8_t>(array, "precisions", {num_heads, ANY, 2})
+                                    : data_of<uint8_t>(array, "precisions", {num_heads, 2});
+    Wanted wanted;
+    if (with_tiers) wanted.num_tiers = array.shape(1);
+    for (size_t i = 0; i < store.num_heads() * wanted.num_tiers; ++i, codecs += 2) {
+        wanted.precisions.push_back({static_cast<Codec>(codecs[0]), static_cast<Codec>(codecs[1])});
     }
-    return pairs;
+    return wanted;
 }
 
-std::optional<Precisions> precisions_of(const Store& store, const std::optional<Input>& array) {
-    return array ? std::optional<Precisions>(precisions_of(store, *array)) : std::nullopt;
+std::optional<Wanted> wanted_of(const Store& store, const std::optional<Input>& precisions,
+                                const std::optional<Input>& tiers, const Selection* selection) {
+    if (tiers && !(precisions && selection)) {
+        throw std::invalid_argument("tiers must be given together with precisions and indices, got them alone");
+    }
+    if (!precisions) return std::nullopt;
+    Wanted wanted = wanted_of(store, *precisions, tiers.has_value());
+    if (tiers) wanted.tiers = data_of<uint8_t>(*tiers, "tiers", {static_cast<int64_t>(selection->num_indices)});
+    return wanted;
 }
 
-const Precisions* pointer(const std::optional<Precisions>& precisions) { return precisions ? &*precisions : nullptr; }
+template <class T>
+const T* pointer(const std::optional<T>& value) {
+    return value ? &*value : nullptr;
+}
 
 }  // namespace
 
@@ -111,16 +124,16 @@ size_t PyStore::num_sequences() const {
 
 int32_t PyStore::create(int64_t capture_rows, const std::optional<Input>& precisions) {
     const auto s = store();
-    const auto pairs = precisions_of(*s, precisions);
+    const auto wanted = wanted_of(*s, precisions, std::nullopt, nullptr);
     const ReleaseGil release;
-    return s->create(capture_rows, pointer(pairs));
+    return s->create(capture_rows, wanted ? &wanted->precisions : nullptr);
 }
 
 void PyStore::set_precisions(int64_t seq, const Input& precisions) {
     const auto s = store();
-    const Precisions pairs = precisions_of(*s, precisions);
+    const Wanted wanted = wanted_of(*s, precisions, false);
     const ReleaseGil release;
-    s->set_precisions(to_id(seq), pairs);
+    s->set_precisions(to_id(seq), wanted.precisions);
 }
 
 Output<uint8_t> PyStore::precisions(int64_t seq) const {
@@ -193,32 +206,28 @@ void PyStore::attach_prefill(int64_t seq, const Input& blocks, int64_t num_token
 }
 
 void PyStore::commit_prefill(int64_t seq, const std::optional<Input>& offsets, const std::optional<Input>& indices,
-                             int64_t promised, const std::optional<Input>& precisions) {
+                             int64_t promised, const std::optional<Input>& precisions,
+                             const std::optional<Input>& tiers) {
     const auto s = store();
     const size_t kept = to_size("promised", promised);
-    const auto pairs = precisions_of(*s, precisions);
     if (offsets.has_value() != indices.has_value()) {
         throw std::invalid_argument("offsets must be given together with indices, got one of them");
     }
-    if (!offsets) {
-        const ReleaseGil release;
-        s->commit_prefill(to_id(seq), nullptr, kept, pointer(pairs));
-        return;
-    }
-    const Selection selection = selection_of(*offsets, *indices);
+    const auto selection = offsets ? std::optional<Selection>(selection_of(*offsets, *indices)) : std::nullopt;
+    const auto wanted = wanted_of(*s, precisions, tiers, pointer(selection));
     const ReleaseGil release;
-    s->commit_prefill(to_id(seq), &selection, kept, pointer(pairs));
+    s->commit_prefill(to_id(seq), pointer(selection), kept, pointer(wanted));
 }
 
 Output<int32_t> PyStore::compact(int64_t seq, const Input& offsets, const Input& indices,
-                                 const std::optional<Input>& precisions) {
+                                 const std::optional<Input>& precisions, const std::optional<Input>& tiers) {
     const auto s = store();
-    const auto pairs = precisions_of(*s, precisions);
     const Selection selection = selection_of(offsets, indices);
+    const auto wanted = wanted_of(*s, precisions, tiers, &selection);
     std::vector<int32_t> order;
     {
         const ReleaseGil release;
-        order = s->compact(to_id(seq), selection, pointer(pairs));
+        order = s->compact(to_id(seq), selection, pointer(wanted));
     }
     const size_t size = order.size();
     return to_numpy(std::move(order), {size});
@@ -334,19 +343,24 @@ size_t PyStore::nbytes_freed_by(const std::vector<int64_t>& ids) const {
 
 size_t PyStore::bytes_for(const nanobind::object& num_tokens, const std::optional<Input>& precisions) const {
     const auto s = store();
-    const auto pairs = precisions_of(*s, precisions);
-    int64_t number;
-    // An array with one number would be taken for it.
-    if (!nanobind::hasattr(num_tokens, "ndim") || nanobind::cast<int>(num_tokens.attr("ndim")) == 0) {
-        if (!nanobind::try_cast(num_tokens, number)) {
-            throw nanobind::type_error("num_tokens must be an int or an array of int64 (KV heads of all layers,)");
-        }
-        return s->bytes_for(number, pointer(pairs));
-    }
-    const auto array = nanobind::cast<Input>(num_tokens);
     const auto num_heads = static_cast<int64_t>(s->num_heads());
-    const auto* numbers = data_of<int64_t>(array, "num_tokens", {num_heads});
-    return s->bytes_for(std::vector<int64_t>(numbers, numbers + num_heads), pointer(pairs));
+    const int num_axes = nanobind::hasattr(num_tokens, "ndim") ? nanobind::cast<int>(num_tokens.attr("ndim")) : 0;
+    const bool with_tiers = precisions && precisions->ndim() == 3;
+    std::optional<Wanted> wanted;
+    if (precisions) wanted = wanted_of(*s, *precisions, with_tiers);
+    if (num_axes == 0 && !with_tiers) {
+        int64_t number;
+        if (!nanobind::try_cast(num_tokens, number)) {
+            throw nanobind::type_error("num_tokens must be an int or an array of int64");
+        }
+        return s->bytes_for(number, wanted ? &wanted->precisions : nullptr);
+    }
+    if (num_axes == 0) throw std::invalid_argument("num_tokens must be an array where precisions have tiers, got a number");
+    const auto array = nanobind::cast<Input>(num_tokens);
+    const auto* numbers =
+        with_tiers ? data_of<int64_t>(array, "num_tokens", {num_heads, static_cast<int64_t>(wanted->num_tiers)})
+                   : data_of<int64_t>(array, "num_tokens", {num_heads});
+    return s->bytes_for(std::vector<int64_t>(numbers, numbers + array.size()), pointer(wanted));
 }
 
 }  // namespace crush

@@ -46,9 +46,9 @@ public:
                      const std::string& precision);
     void attach_prefill(int64_t seq, const Input& blocks, int64_t num_tokens);
     void commit_prefill(int64_t seq, const std::optional<Input>& offsets, const std::optional<Input>& indices,
-                        int64_t promised, const std::optional<Input>& precisions);
+                        int64_t promised, const std::optional<Input>& precisions, const std::optional<Input>& tiers);
     Output<int32_t> compact(int64_t seq, const Input& offsets, const Input& indices,
-                            const std::optional<Input>& precisions);
+                            const std::optional<Input>& precisions, const std::optional<Input>& tiers);
     void append(int64_t seq, int64_t layer, const Input& k, const Input& v, int64_t first_position);
     std::pair<Output<int64_t>, Output<uint8_t>> dump(int64_t seq) const;
     int32_t load(const Input& heads, const Input& tiles, int64_t capture_rows, int64_t promised);

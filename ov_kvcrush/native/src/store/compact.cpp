@@ -37,21 +37,6 @@ void Store::check_selection(const Selection& s, const std::function<int64_t(size
     }
 }
 
-namespace {
-
-Codec lower(Codec own, Codec wanted) { return code_bits(own) > code_bits(wanted) ? wanted : own; }
-
-// Codecs of a tile that has no more bits than wanted, in keys and in values: more would be bytes without information.
-CodecPair lower(const TileLayout& l, CodecPair wanted) {
-    return {lower(l.key, wanted.key), lower(l.value, wanted.value)};
-}
-
-bool has_more_bits(const TileLayout& l, CodecPair wanted) {
-    return !(lower(l, wanted) == CodecPair{l.key, l.value});
-}
-
-}  // namespace
-
 // -- compact ----------------------------------------------------------------------------------------------------------
 
 // The new tiles of one head.
@@ -67,68 +52,93 @@ struct Store::CompactPlan {
     size_t remove = 0;  // bytes of tiles that lose their last owner
 };
 
-Store::CompactPlan Store::plan_compact(size_t h, const Head& head, const int32_t* kept, int64_t num_kept,
-                                       CodecPair pair) const {
+struct Store::Kept {
+    const int32_t *begin, *end;  // cached indices, ascending
+    const uint8_t* tiers;        // of each; null: all are in tier 0
+    const CodecPair* precisions;  // [tiers]
+
+    int64_t size() const { return end - begin; }
+    uint8_t tier(const int32_t* i) const { return tiers ? tiers[i - begin] : 0; }
+    // Whether the tokens from i on begin with the 32 of a tile, all of one tier.
+    bool has_tile(const int32_t* i, int64_t tile) const {
+        if (end - i < TILE || i[0] != tile * TILE || i[TILE - 1] != tile * TILE + TILE - 1) return false;
+        for (int t = 1; tiers && t < TILE; ++t) {
+            if (tier(i + t) != tier(i)) return false;
+        }
+        return true;
+    }
+};
+
+// Plans a tile of these tokens.
+void Store::plan_new(size_t h, CodecPair pair, const MovedToken* tokens, int64_t count, CompactPlan& plan) const {
+    int32_t positions[TILE];
+    for (int64_t t = 0; t < count; ++t) {
+        positions[t] = tokens[t].position;
+        plan.moved.push_back(tokens[t].index);
+    }
+    plan.tiles.push_back(-1);
+    plan.new_layouts.push_back(&layout_for(h, pair, must_list(positions, static_cast<int>(count))));
+}
+
+Store::CompactPlan Store::plan_compact(size_t h, const Head& head, const Kept& kept) const {
     CompactPlan plan;
-    plan.num_tokens = num_kept;
-    const auto target_end = head.tiles.begin() + static_cast<std::ptrdiff_t>(head.num_target);
-    plan.unchanged = num_kept == head.num_tokens && std::none_of(head.tiles.begin(), target_end, [&](uint8_t* tile) {
-                         return has_more_bits(layout(tile), pair);
-                     });
+    plan.num_tokens = kept.size();
+    plan.unchanged = kept.size() == head.num_tokens;
+    PositionReader reader(head.tiles);
+    std::vector<MovedToken> others;  // those of no whole tile
+    for (const int32_t* i = kept.begin; i < kept.end;) {
+        const int64_t tile = *i / TILE;
+        const bool target = tile < head.num_target, whole = target && kept.has_tile(i, tile);
+        plan.unchanged = plan.unchanged && target == whole;
+        if (!whole) {
+            others.push_back({*i, reader.read(*i), kept.tier(i)});
+            ++i;
+            continue;
+        }
+        const TileLayout& l = layout(head.tiles[static_cast<size_t>(tile)]);
+        const CodecPair wanted = kept.precisions[kept.tier(i)];
+        if (has_more_bits(l, wanted)) {
+            MovedToken tokens[TILE];
+            for (int t = 0; t < TILE; ++t) tokens[t] = {i[t], reader.read(i[t]), 0};
+            plan_new(h, lower(l, wanted), tokens, TILE, plan);
+            plan.unchanged = false;
+        } else {
+            plan.tiles.push_back(tile);
+        }
+        plan.order.insert(plan.order.end(), i, i + TILE);
+        i += TILE;
+    }
     if (plan.unchanged) {
-        plan.order.assign(kept, kept + num_kept);
+        plan.order.assign(kept.begin, kept.end);
         return plan;
     }
-    // Whether the kept indices from i on begin with the `count` tokens of a tile. They ascend: first and last suffice.
-    const auto whole = [&](const int32_t* i, const int32_t* end, int64_t tile, int64_t count) {
-        return end - i >= count && i[0] == tile * TILE && i[count - 1] == tile * TILE + count - 1;
-    };
-    PositionReader reader(head.tiles);
-    const auto add_new = [&](CodecPair codecs, const int32_t* i, int64_t count) {
-        int32_t positions[TILE];
-        for (int64_t t = 0; t < count; ++t) positions[t] = reader.read(i[t]);
-        plan.tiles.push_back(-1);
-        plan.new_layouts.push_back(&layout_for(h, codecs, must_list(positions, static_cast<int>(count))));
-        plan.moved.insert(plan.moved.end(), i, i + count);
-    };
-    std::vector<int32_t> rewritten;
-    const int32_t* const end = kept + num_kept;
-    for (const int32_t* i = kept; i < end;) {
-        const int64_t tile = *i / TILE;
-        if (tile < head.num_target && whole(i, end, tile, TILE)) {
-            const TileLayout& l = layout(head.tiles[static_cast<size_t>(tile)]);
-            if (has_more_bits(l, pair)) {
-                add_new(lower(l, pair), i, TILE);
-            } else {
-                plan.tiles.push_back(tile);
-            }
-            plan.order.insert(plan.order.end(), i, i + TILE);
-            i += TILE;
-        } else {
-            rewritten.push_back(*i++);
-        }
-    }
-    plan.num_target = std::max(static_cast<int64_t>(plan.tiles.size()), num_target_tiles(num_kept));
-    plan.order.insert(plan.order.end(), rewritten.begin(), rewritten.end());
+    const auto num_whole = static_cast<int64_t>(plan.tiles.size());
+    plan.num_target = std::max(num_whole, num_target_tiles(kept.size()));
+    if (kept.tiers) arrange(others, plan.num_target - num_whole);
 
-    const int32_t* const last = rewritten.data() + rewritten.size();
-    for (const int32_t* i = rewritten.data(); i < last;) {
+    const MovedToken* const last = others.data() + others.size();
+    for (const MovedToken* i = others.data(); i < last;) {
         const bool target = static_cast<int64_t>(plan.tiles.size()) < plan.num_target;
-        const int64_t count = std::min<int64_t>(TILE, last - i), tile = *i / TILE;
-        const bool all = count == std::min<int64_t>(TILE, head.num_tokens - tile * TILE) && whole(i, last, tile, count);
-        if (all && tile >= head.num_target && (!target || pair == recent_)) {
+        const int64_t count = std::min<int64_t>(TILE, last - i), tile = i->index / TILE;
+        const CodecPair pair = target ? kept.precisions[best_tier(i, count)] : recent_;
+        // A recent tile may stay one, as it is.
+        bool stays = pair == recent_ && tile >= head.num_target &&
+                     count == std::min<int64_t>(TILE, head.num_tokens - tile * TILE);
+        for (int64_t t = 0; stays && t < count; ++t) stays = i[t].index == tile * TILE + t;
+        if (stays) {
             plan.tiles.push_back(tile);
         } else {
-            add_new(target ? pair : recent_, i, count);
+            plan_new(h, pair, i, count, plan);
         }
+        for (int64_t t = 0; t < count; ++t) plan.order.push_back(i[t].index);
         i += count;
     }
-    std::vector<bool> stays(head.tiles.size());
+    std::vector<bool> stay(head.tiles.size());
     for (const int64_t tile : plan.tiles) {
-        if (tile >= 0) stays[static_cast<size_t>(tile)] = true;
+        if (tile >= 0) stay[static_cast<size_t>(tile)] = true;
     }
-    for (size_t t = 0; t < stays.size(); ++t) {
-        if (!stays[t] && header(head.tiles[t]).refs.load() == 1) plan.remove += layout(head.tiles[t]).bytes;
+    for (size_t t = 0; t < stay.size(); ++t) {
+        if (!stay[t] && header(head.tiles[t]).refs.load() == 1) plan.remove += layout(head.tiles[t]).bytes;
     }
     return plan;
 }
@@ -150,15 +160,18 @@ void Store::write_compact(const Head& head, CompactPlan& plan, const Claim& clai
     }
 }
 
-std::vector<int32_t> Store::compact(int32_t id, const Selection& selection, const Precisions* wanted) {
+std::vector<int32_t> Store::compact(int32_t id, const Selection& selection, const Wanted* given) {
     const std::lock_guard<std::mutex> lock(mutex_);
     Sequence& sequence = sequence_locked(id);
     check_selection(selection, [&](size_t h) { return sequence.heads[h].num_tokens; });
-    Precisions precisions = wanted ? checked(*wanted) : sequence.precisions;
+    const Wanted wanted = wanted_of(sequence, given, selection.num_indices);
+    Precisions precisions = wanted.best();
     std::vector<CompactPlan> plans(sequence.heads.size());
     run_parallel(plans.size(), [&](size_t h) {
-        plans[h] = plan_compact(h, sequence.heads[h], selection.indices + selection.offsets[h],
-                                selection.offsets[h + 1] - selection.offsets[h], precisions[h]);
+        const int64_t begin = selection.offsets[h];
+        plans[h] = plan_compact(h, sequence.heads[h],
+                                {selection.indices + begin, selection.indices + selection.offsets[h + 1],
+                                 wanted.tiers ? wanted.tiers + begin : nullptr, wanted.of_head(h)});
     });
     Claim claim(arena_);
     std::vector<int32_t> order;

@@ -187,33 +187,35 @@ void Store::read_staged(const Sequence& sequence, size_t layer, size_t head, con
     to.count = count;
 }
 
-namespace {
-
-// The selected tokens of a head in chunks of 32.
-struct Chunks {
-    const int32_t* indices;  // null: all, 0, 1, 2, ...
-    int64_t num_tokens;
+// In chunks of 32, each of which becomes a tile.
+struct Store::Chunks {
+    const int32_t* indices = nullptr;  // null: all, 0, 1, 2, ...
+    int64_t num_tokens = 0;
+    std::vector<int32_t> arranged;  // what `indices` names, with tiers
+    std::vector<uint8_t> tiers;     // of the first chunks, with tiers
 
     int64_t size() const { return (num_tokens + TILE - 1) / TILE; }
     int count(int64_t chunk) const { return static_cast<int>(std::min<int64_t>(TILE, num_tokens - chunk * TILE)); }
     bool must_list(int64_t chunk) const { return indices && crush::must_list(indices + chunk * TILE, count(chunk)); }
+    size_t tier(int64_t chunk) const { return tiers.empty() ? 0 : tiers[static_cast<size_t>(chunk)]; }
     void copy(int64_t chunk, int32_t* to) const {
         for (int i = 0; i < count(chunk); ++i) {
             to[i] = indices ? indices[chunk * TILE + i] : static_cast<int32_t>(chunk * TILE + i);
         }
     }
+    void sort(const uint8_t* tier_of, int64_t num_target) {
+        std::vector<MovedToken> tokens;
+        tokens.reserve(static_cast<size_t>(num_tokens));
+        for (int64_t i = 0; i < num_tokens; ++i) tokens.push_back({indices[i], indices[i], tier_of[i]});
+        arrange(tokens, num_target);
+        for (int64_t i = 0; i < num_target; ++i) tiers.push_back(best_tier(&tokens[static_cast<size_t>(i * TILE)], TILE));
+        for (const MovedToken& token : tokens) arranged.push_back(token.index);
+        indices = arranged.data();
+    }
 };
 
-Chunks chunks_of(const Selection* selection, size_t head, int64_t num_staged) {
-    if (!selection) return {nullptr, num_staged};
-    return {selection->indices + selection->offsets[head], selection->offsets[head + 1] - selection->offsets[head]};
-}
-
-}  // namespace
-
-void Store::commit_head(const Sequence& sequence, size_t h, const Selection* selection, const Claim& claim,
+void Store::commit_head(const Sequence& sequence, size_t h, const Chunks& chunks, const Claim& claim,
                         size_t first) const {
-    const Chunks chunks = chunks_of(selection, h, sequence.staged_tokens);
     const size_t layer = layer_of_[h];
     const auto buffer = std::make_unique<TokenBuffer>();
     int32_t tokens[TILE];
@@ -225,7 +227,7 @@ void Store::commit_head(const Sequence& sequence, size_t h, const Selection* sel
     }
 }
 
-void Store::commit_prefill(int32_t id, const Selection* selection, size_t promised, const Precisions* wanted) {
+void Store::commit_prefill(int32_t id, const Selection* selection, size_t promised, const Wanted* given) {
     const std::lock_guard<std::mutex> lock(mutex_);
     Sequence& sequence = sequence_locked(id);
     require(sequence.staged_tokens > 0, "sequence must be staged to be committed", id);
@@ -234,25 +236,34 @@ void Store::commit_prefill(int32_t id, const Selection* selection, size_t promis
     }
     for (size_t layer = 0; layer < layouts_.size(); ++layer) check_staged(sequence, layer);
     if (selection) check_selection(*selection, [&](size_t) { return sequence.staged_tokens; });
-
-    Precisions precisions = wanted ? checked(*wanted) : sequence.precisions;
+    const Wanted wanted = wanted_of(sequence, given, selection ? selection->num_indices : 0);
+    Precisions precisions = wanted.best();
 
     const size_t num_heads = sequence.heads.size();
+    std::vector<Chunks> chunks(num_heads);
+    run_parallel(num_heads, [&](size_t h) {
+        chunks[h].num_tokens = sequence.staged_tokens;
+        if (!selection) return;
+        const int64_t begin = selection->offsets[h];
+        chunks[h].indices = selection->indices + begin;
+        chunks[h].num_tokens = selection->offsets[h + 1] - begin;
+        if (wanted.tiers) chunks[h].sort(wanted.tiers + begin, num_target_tiles(chunks[h].num_tokens));
+    });
     Claim claim(arena_);
     std::vector<size_t> first;  // [heads + 1]: number of the first tile of each in the claim
     for (size_t h = 0; h < num_heads; ++h) {
         first.push_back(claim.num_tiles());
-        const Chunks chunks = chunks_of(selection, h, sequence.staged_tokens);
-        const int64_t num_target = num_target_tiles(chunks.num_tokens);
-        for (int64_t c = 0; c < chunks.size(); ++c) {
-            claim.add(layout_for(h, c < num_target ? precisions[h] : recent_, chunks.must_list(c)));
+        const int64_t num_target = num_target_tiles(chunks[h].num_tokens);
+        for (int64_t c = 0; c < chunks[h].size(); ++c) {
+            const CodecPair pair = c < num_target ? wanted.of_head(h)[chunks[h].tier(c)] : recent_;
+            claim.add(layout_for(h, pair, chunks[h].must_list(c)));
         }
         // Empty tiles that were reserved before.
         for (const uint8_t* tile : sequence.heads[h].tiles) claim.remove_bytes(layout(tile).bytes);
     }
     first.push_back(claim.num_tiles());
     grant(claim, promised);
-    run_parallel(num_heads, [&](size_t h) { commit_head(sequence, h, selection, claim, first[h]); });
+    run_parallel(num_heads, [&](size_t h) { commit_head(sequence, h, chunks[h], claim, first[h]); });
     std::vector<std::vector<uint8_t*>> tiles(num_heads);
     for (size_t h = 0; h < num_heads; ++h) {
         tiles[h].reserve(first[h + 1] - first[h]);
@@ -261,7 +272,7 @@ void Store::commit_prefill(int32_t id, const Selection* selection, size_t promis
     for (size_t h = 0; h < num_heads; ++h) {
         Head& head = sequence.heads[h];
         for (uint8_t* tile : head.tiles) drop_owner(tile);
-        head.num_tokens = chunks_of(selection, h, sequence.staged_tokens).num_tokens;
+        head.num_tokens = chunks[h].num_tokens;
         head.num_target = num_target_tiles(head.num_tokens);
         head.tiles.swap(tiles[h]);
     }

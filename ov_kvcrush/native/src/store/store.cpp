@@ -95,27 +95,25 @@ std::unique_ptr<Sequence> Store::new_sequence(int64_t capture_rows) const {
 
 int32_t Store::create(int64_t capture_rows, const Precisions* precisions) {
     auto sequence = new_sequence(capture_rows);
-    if (precisions) sequence->precisions = checked(*precisions);
+    if (precisions) {
+        check_precisions(*precisions, num_heads());
+        sequence->precisions = *precisions;
+    }
     const std::lock_guard<std::mutex> lock(mutex_);
     sequences_.emplace(last_id_ + 1, std::move(sequence));
     return ++last_id_;
 }
 
-const Precisions& Store::checked(const Precisions& precisions) const {
-    require(precisions.size() == num_heads(),
-            "precisions must have a row for each of the " + std::to_string(num_heads()) + " KV heads of all layers",
-            precisions.size());
-    for (const CodecPair& pair : precisions) {
-        for (const Codec codec : {pair.key, pair.value}) {
-            require(static_cast<int>(codec) < NUM_CODECS, "precisions must be codecs in 0..5", static_cast<int>(codec));
-        }
-    }
-    return precisions;
+void Store::set_precisions(int32_t id, const Precisions& precisions) {
+    check_precisions(precisions, num_heads());
+    const std::lock_guard<std::mutex> lock(mutex_);
+    sequence_locked(id).precisions = precisions;
 }
 
-void Store::set_precisions(int32_t id, const Precisions& precisions) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    sequence_locked(id).precisions = checked(precisions);
+Wanted Store::wanted_of(const Sequence& sequence, const Wanted* wanted, size_t num_tokens) const {
+    if (!wanted) return {sequence.precisions};
+    check_wanted(*wanted, num_heads(), num_tokens);
+    return *wanted;
 }
 
 Precisions Store::precisions(int32_t id) const {
@@ -207,21 +205,37 @@ int64_t Store::num_target_tiles(int64_t num_tokens) const {
 }
 
 size_t Store::bytes_for(int64_t num_tokens, const Precisions* precisions) const {
-    return bytes_for(std::vector<int64_t>(num_heads(), num_tokens), precisions);
+    const Wanted wanted{precisions ? *precisions : default_precisions_};
+    return bytes_for(std::vector<int64_t>(num_heads(), num_tokens), &wanted);
 }
 
-size_t Store::bytes_for(const std::vector<int64_t>& num_tokens, const Precisions* precisions) const {
-    const Precisions& pairs = precisions ? checked(*precisions) : default_precisions_;
-    require(num_tokens.size() == num_heads(),
-            "num_tokens must have a number for each of the " + std::to_string(num_heads()) + " KV heads of all layers",
+size_t Store::bytes_for(const std::vector<int64_t>& num_tokens, const Wanted* given) const {
+    const Wanted wanted = given ? *given : Wanted{default_precisions_};
+    check_wanted(wanted, num_heads(), 0);
+    require(num_tokens.size() == num_heads() * wanted.num_tiers,
+            "num_tokens must have a number for each tier of the " + std::to_string(num_heads()) +
+                " KV heads of all layers",
             num_tokens.size());
     size_t bytes = 0;
-    for (size_t h = 0; h < num_heads(); ++h) {
-        const int64_t n = num_tokens[h];
-        require(n >= 0 && n <= INT32_MAX, "num_tokens must be at least 0", n);
-        const int64_t target = num_target_tiles(n), recent = (n - target * TILE + TILE - 1) / TILE;
-        bytes += static_cast<size_t>(target) * layout_for(h, pairs[h], false).bytes;
-        bytes += static_cast<size_t>(recent) * layout_for(h, recent_, false).bytes;
+    const int64_t* of_tier = num_tokens.data();
+    for (size_t h = 0; h < num_heads(); ++h, of_tier += wanted.num_tiers) {
+        int64_t sum = 0;
+        for (size_t t = 0; t < wanted.num_tiers; ++t) {
+            require(of_tier[t] >= 0 && of_tier[t] <= INT32_MAX - sum, "num_tokens must be at least 0 and fit 31 bits",
+                    of_tier[t]);
+            sum += of_tier[t];
+        }
+        const int64_t num_recent = sum - num_target_tiles(sum) * TILE;
+        bytes += static_cast<size_t>((num_recent + TILE - 1) / TILE) * layout_for(h, recent_, false).bytes;
+        // Tokens of the tiers up to here, less the recent ones, which are taken from the first tiers.
+        int64_t seen = 0, begin = 0;
+        for (size_t t = 0; t < wanted.num_tiers; ++t) {
+            seen += of_tier[t];
+            const int64_t end = std::max<int64_t>(0, seen - num_recent);
+            bytes += static_cast<size_t>(num_tier_tiles(begin, end)) *
+                     layout_for(h, wanted.of_head(h)[t], false).bytes;
+            begin = end;
+        }
     }
     return bytes;
 }

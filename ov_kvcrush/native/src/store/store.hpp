@@ -18,6 +18,7 @@
 #include "kernels/tile.hpp"
 #include "store/arena.hpp"
 #include "store/claim.hpp"
+#include "store/precisions.hpp"
 
 namespace crush {
 
@@ -35,13 +36,6 @@ struct StoreConfig {
     size_t max_bytes = 0;  // hard limit of nbytes; 0 = none
     std::string isa;       // "" = the best
 };
-
-// Codecs of the keys and of the values of a tile.
-struct CodecPair {
-    Codec key, value;
-    bool operator==(const CodecPair& other) const { return key == other.key && value == other.value; }
-};
-using Precisions = std::vector<CodecPair>;  // [heads]: of the target tiles of each head, numbered through all layers
 
 // Which tokens of each (layer, KV head) to keep: indices[offsets[l * K + h] .. offsets[l * K + h + 1]), ascending.
 // (K may differ between layers: heads are numbered through all layers.)
@@ -158,16 +152,18 @@ public:
     // The prompt of an empty sequence lies in these staging blocks. num_tokens = 0 detaches it.
     void attach_prefill(int32_t id, std::vector<int32_t> blocks, int64_t num_tokens);
     // Encodes the staged tokens (all, or a selection by token index) into tiles of the sequence, and detaches the
-    // staging blocks. Throws StoreFull, with nothing changed.
-    void commit_prefill(int32_t id, const Selection* selection = nullptr, size_t promised = 0,
-                        const Precisions* = nullptr);
+    // staging blocks. Throws StoreFull, with nothing changed. With tiers, the tokens of target tiles are in the order of
+    // `arrange`, and later ones are written in the precisions of tier 0; tiers need a selection.
+    void commit_prefill(int32_t id, const Selection* selection = nullptr, size_t promised = 0, const Wanted* = nullptr);
     // Keeps only the selected cached tokens. A head that keeps all of them, none in a target tile that has more bits
     // than its precisions, is left alone. New order of another: first its target tiles that keep all 32 tokens,
     // encoded anew with as many if they have more bits than the precisions in keys or values, else untouched; then the
     // other tokens in their order, the oldest in new target tiles, the newest in recent tiles. Empty tiles are freed. Returns the
     // old cached index of each new one, head by head as in the selection. Throws StoreFull, with nothing changed, if
     // the result does not fit (where tiles are shared it can take more bytes than before).
-    std::vector<int32_t> compact(int32_t id, const Selection& selection, const Precisions* = nullptr);
+    // With tiers: only tiles whose tokens are of one tier count as whole, and have its precisions; the others' tokens
+    // are in the order of `arrange`.
+    std::vector<int32_t> compact(int32_t id, const Selection& selection, const Wanted* = nullptr);
 
     // What a sequence holds, without empty tiles and captured queries. Same content, same bytes. Throws for a staged
     // one.
@@ -192,9 +188,10 @@ public:
     Bytes nbytes_of_all(std::vector<int32_t> ids) const;
     size_t reserved_bytes() const;  // what the arena holds of the operating system's memory
     // Of a sequence that commits so many tokens of a prompt in every head, or in each (of which no tile must list its
-    // positions). Precisions: null = those of the config.
+    // positions). Precisions: null = those of the config. With tiers, numbers [heads, num_tiers]: the newest tokens,
+    // those that are not in target tiles, count in tier 0 whatever their tier. (Where it has fewer, in the next ones.)
     size_t bytes_for(int64_t num_tokens, const Precisions* = nullptr) const;
-    size_t bytes_for(const std::vector<int64_t>& num_tokens, const Precisions* = nullptr) const;
+    size_t bytes_for(const std::vector<int64_t>& num_tokens, const Wanted* = nullptr) const;
     size_t num_heads() const { return layer_of_.size(); }  // of all layers
     // Bytes of `rows` captured query rows in all layers, which are 65536 at most; with a sequence, those it does not
     // have for itself yet.
@@ -241,6 +238,8 @@ private:
         std::vector<std::shared_ptr<Capture>> made;  // [layers], or empty
         size_t add = 0, remove = 0;                  // bytes
     };
+    struct Chunks;  // the tokens of a head that are committed
+    struct Kept;    // those that compact keeps
     struct CompactPlan;
     struct Record;
 
@@ -251,7 +250,8 @@ private:
     size_t check_head(size_t layer, size_t head) const;  // its number
     void check_selection(const Selection&, const std::function<int64_t(size_t)>& num_tokens) const;
     int64_t num_target_tiles(int64_t num_tokens) const;
-    const Precisions& checked(const Precisions&) const;
+    // What is wanted, checked, or the precisions of the sequence.
+    Wanted wanted_of(const Sequence&, const Wanted*, size_t num_tokens) const;
     // One for each pair of codecs, whatever the tile is for: kernels process runs of tiles of one layout.
     const TileLayout& layout_for(size_t head, CodecPair, bool listed) const;
     // The bytes and slots of what a claim lists. False, or StoreFull, where they do not fit: then the claim must end.
@@ -274,8 +274,9 @@ private:
     void read_staged(const Sequence&, size_t layer, size_t head, const int32_t* tokens, int count, TokenBuffer&) const;
     // Appends the scores of a staged prompt straight from its blocks. False if the kernels cannot.
     bool score_blocks(const Sequence&, size_t layer, StagedScores, std::vector<float>& out) const;
-    void commit_head(const Sequence&, size_t head, const Selection*, const Claim&, size_t first) const;
-    CompactPlan plan_compact(size_t head, const Head&, const int32_t* kept, int64_t num_kept, CodecPair) const;
+    void commit_head(const Sequence&, size_t head, const Chunks&, const Claim&, size_t first) const;
+    CompactPlan plan_compact(size_t head, const Head&, const Kept&) const;
+    void plan_new(size_t head, CodecPair, const MovedToken*, int64_t count, CompactPlan&) const;
     void write_compact(const Head&, CompactPlan&, const Claim&) const;
     void read_records(size_t head, const DumpedHead&, const uint8_t* tiles, std::vector<Record>&) const;
     static void fill_tile(const Record&, uint8_t* tile);
