@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import PolicyLike, as_policy, name_of
-from ov_kvcrush.utils.checks import check_choice, check_integer, check_number, known_options
+from ov_kvcrush.utils.checks import check_choice, check_fraction, check_integer, check_number, known_options
 
 ENGINES = ("crush", "genai")
 PRECISIONS = ("f32", "bf16", "f16", "u8", "u4", "u2")
@@ -92,6 +94,13 @@ class CacheConfig:
         a request needs it. Contexts do not count: they are their holder's.
     policy: which tokens stay: a Policy of `ov_kvcrush.policies`, a name, or a dict with "name" and settings; None =
         all. A request may ask for another.
+    budget: bytes of the cache over those of a bf16 cache of all tokens, as "1/8" or 0.125: a plan says how many tokens
+        each KV head keeps and at which precision, solved from the model's profile (`ov_kvcrush-profile`), or without
+        one taken from a ladder of uniform settings. `policy` says which tokens, by default the profile's or KVCrush;
+        how many is the budget's. budget_bytes: the same as a number of bytes for each text.
+    quality: instead of a budget: the fewest bytes at which nine of ten texts are predicted to keep a KL divergence of
+        the next-token distribution to the full cache of at most this, in nats. Needs a profile.
+    profile: file of the profile; None = kv_profile.json in the model's folder, if it is there.
     attention: "crush" = the store; "paged" = OpenVINO's own PagedAttention, with none of the above; "auto" = "crush"
         where the native library is there, else "paged".
     """
@@ -105,6 +114,10 @@ class CacheConfig:
     prefix_bytes: int = 0
     policy: PolicyLike = None
     attention: str = "auto"
+    budget: float | str | None = None
+    budget_bytes: int = 0
+    quality: float | None = None
+    profile: str | Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", as_policy(self.policy))
@@ -116,6 +129,31 @@ class CacheConfig:
             check_integer(name, getattr(self, name), minimum)
         if self.group_size % 16:
             raise CrushError(f"group_size must be a multiple of 16, got {self.group_size}")
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        check_integer("budget_bytes", self.budget_bytes, 0)
+        if self.budget is not None:
+            object.__setattr__(self, "budget", parse_budget(self.budget))
+        if self.quality is not None:
+            check_number("quality", self.quality, 0)
+        given = [name for name in ("budget", "budget_bytes", "quality") if getattr(self, name)]
+        if len(given) > 1:
+            raise CrushError(f"only one of budget, budget_bytes and quality can be given, got {' and '.join(given)}")
+        if not given:
+            return
+        if self.attention == "paged":
+            raise CrushError(f"{given[0]} must be left out with attention='paged', which has no store")
+        if (self.key_precision, self.value_precision) != ("u8", "u8"):
+            raise CrushError(
+                f"key_precision and value_precision must be left out with {given[0]}, whose plan chooses them, got "
+                f"{self.key_precision!r}, {self.value_precision!r}"
+            )
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether a plan says how many tokens stay, and at which precision."""
+        return bool(self.budget or self.budget_bytes or self.quality is not None)
 
     @classmethod
     def from_options(cls, options: Any = None) -> CacheConfig:
@@ -170,6 +208,18 @@ class CacheConfig:
         return replace(
             self, key_precision=key or self.key_precision, value_precision=value or self.value_precision
         ), rest
+
+
+def parse_budget(value: Any) -> float:
+    """A fraction in (0, 1], also as text: "1/8", "0.125". Raises CrushError."""
+    found = value
+    if isinstance(value, str):
+        try:
+            found = float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError):
+            raise CrushError(f"budget must be a fraction such as 1/8 or 0.125, got {value!r}") from None
+    check_fraction("budget", found)
+    return float(found)
 
 
 def _precision_name(value: Any) -> str | None:

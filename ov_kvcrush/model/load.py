@@ -27,7 +27,7 @@ class LoadedModel:
     """A compiled model and the facts about it that the engine needs.
 
     context_length: None if no file of the folder states it. attention: "crush" or "paged". pages_prompts: True if
-    PagedAttention computes prompts, False if CrushAttention does. layers: attention layers, with "crush" only.
+    PagedAttention computes prompts, False if CrushAttention does. folder: where the model lies. layers: attention layers, with "crush" only.
     recent_precision: type of keys and values that are not quantised yet.
     """
 
@@ -38,6 +38,7 @@ class LoadedModel:
     layers: tuple[AttentionLayer, ...] = ()
     recent_precision: str = "f32"
     pages_prompts: bool = True
+    folder: Path | None = None
 
     @property
     def has_scores(self) -> bool:
@@ -108,7 +109,7 @@ def load_model(
     vocab_size = model.output("logits").partial_shape[-1].get_length()
     compiled = core.compile_model(model, device, properties)
     context_length = info.context_length if info else None
-    return LoadedModel(compiled, vocab_size, context_length, attention, layers, precision, pages_prompts)
+    return LoadedModel(compiled, vocab_size, context_length, attention, layers, precision, pages_prompts, folder)
 
 
 def _check_is_llm(model: ov.Model, folder: Path) -> None:

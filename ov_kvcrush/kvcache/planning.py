@@ -1,0 +1,73 @@
+"""The planner of a cache: its geometry, its profile, and plans in the terms of the store."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+
+from ov_kvcrush import native
+from ov_kvcrush.config import CacheConfig
+from ov_kvcrush.errors import CrushError
+from ov_kvcrush.model.fingerprints import model_fingerprint
+from ov_kvcrush.model.load import LoadedModel
+from ov_kvcrush.policies.plans.geometry import CacheGeometry
+from ov_kvcrush.policies.plans.plan import CachePlan
+from ov_kvcrush.policies.plans.planner import BytePlanner
+from ov_kvcrush.policies.plans.profile import PROFILE_NAME, KVProfile, read_profile
+
+_log = logging.getLogger(__name__)
+
+CODECS = ("f32", "bf16", "f16", "u8", "u4", "u2")  # by the store's numbers
+LEAST_TOKENS = 36  # sinks and recent tokens, which always stay
+
+
+def precisions_of(plan: CachePlan) -> np.ndarray:
+    """uint8 (heads, 2): the codecs of keys and values of each head, as the store takes them."""
+    return np.array([(CODECS.index(head.key), CODECS.index(head.value)) for head in plan.flat], np.uint8)
+
+
+def geometry_of(model: LoadedModel, config: CacheConfig) -> CacheGeometry:
+    """What options take in the store of this model."""
+
+    def tile_bytes(key: str, value: str, head_size: int) -> int:
+        return native.tile_bytes(key, value, head_size, math.gcd(config.group_size, head_size))
+
+    sizes = tuple(layer.head_size for layer in model.layers for _ in range(layer.num_kv_heads))
+    return CacheGeometry(sizes, model.recent_precision, config.recent_tokens, LEAST_TOKENS, tile_bytes)
+
+
+def find_profile(model: LoadedModel, config: CacheConfig) -> KVProfile | None:
+    """The profile that the config names, or that lies beside the model. Raises CrushError for one that does not fit."""
+    if config.profile is not None:
+        path = Path(config.profile)
+    elif model.folder is not None and (model.folder / PROFILE_NAME).is_file():
+        path = model.folder / PROFILE_NAME
+    else:
+        return None
+    if model.folder is None:
+        raise CrushError("profile must be of a model in a folder, got a model without one")
+    heads = tuple(layer.num_kv_heads for layer in model.layers)
+    return read_profile(path, model_fingerprint(model.folder), heads)
+
+
+def make_planner(model: LoadedModel, config: CacheConfig, profile: KVProfile | None) -> BytePlanner | None:
+    """None where the config asks for no plan. Says once if it goes by the ladder. Raises CrushError."""
+    if not config.is_planned:
+        return None
+    if model.attention != "crush":
+        raise CrushError("budget must be left out where the native library is missing: nothing is compressed then")
+    heads = [layer.num_kv_heads for layer in model.layers]
+    assert config.budget is None or isinstance(config.budget, float)
+    planner = BytePlanner(
+        geometry_of(model, config), heads, profile, config.budget, config.budget_bytes, config.quality
+    )
+    if profile is None:
+        _log.warning(
+            "the budget is met by one setting for all KV heads: no %s beside the model; ov_kvcrush-profile makes one, "
+            "which loses less in as many bytes",
+            PROFILE_NAME,
+        )
+    return planner

@@ -1,0 +1,59 @@
+"""What options take in bytes: the store's formula (docs/kv_store.md) for one head, without the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ov_kvcrush.policies.plans.plan import HeadPlan
+
+_TILE = 32  # tokens
+
+TileBytes = Callable[[str, str, int], int]  # key precision, value precision, head size
+
+
+@dataclass(frozen=True)
+class CacheGeometry:
+    """head_sizes: D of each KV head of all layers. recent: precision of the recent window of `recent_tokens` tokens.
+
+    least: tokens that a head keeps in any case. tile_bytes: of a tile of 32 tokens.
+    """
+
+    head_sizes: tuple[int, ...]
+    recent: str
+    recent_tokens: int
+    least: int
+    tile_bytes: TileBytes
+
+    def sizes(self, options: Sequence[HeadPlan], length: int) -> np.ndarray:
+        """float64 (N, O): bytes of each head with each option, of a text of `length` tokens."""
+        kept = np.array([max(self.least, np.ceil(round(option.kept * length, 6))) for option in options])
+        kept = np.minimum(kept, length)
+        settled = np.maximum(0, kept - self.recent_tokens) // _TILE
+        newest = np.ceil((kept - settled * _TILE) / _TILE)
+        return self._by_head(lambda size: settled * self._tiles(options, size) + newest * self._recent(size))
+
+    def settled_sizes(self, options: Sequence[HeadPlan]) -> np.ndarray:
+        """float64 (N, O): bytes of each head with each option for each tile of the text that left the recent window."""
+        kept = np.array([option.kept for option in options])
+        return self._by_head(lambda size: kept * self._tiles(options, size))
+
+    def full_bytes(self, length: int) -> float:
+        """Bytes of all heads where everything stays in bf16."""
+        return float(sum(-(-length // _TILE) * self.tile_bytes("bf16", "bf16", size) for size in self.head_sizes))
+
+    def full_settled(self) -> float:
+        """Bytes of a tile of all heads in bf16."""
+        return float(sum(self.tile_bytes("bf16", "bf16", size) for size in self.head_sizes))
+
+    def _tiles(self, options: Sequence[HeadPlan], size: int) -> np.ndarray:
+        return np.array([self.tile_bytes(option.key, option.value, size) for option in options], np.float64)
+
+    def _recent(self, size: int) -> int:
+        return self.tile_bytes(self.recent, self.recent, size)
+
+    def _by_head(self, of_size: Callable[[int], np.ndarray]) -> np.ndarray:
+        found = {size: of_size(size) for size in set(self.head_sizes)}
+        return np.stack([found[size] for size in self.head_sizes])
