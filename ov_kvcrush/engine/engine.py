@@ -28,6 +28,7 @@ from ov_kvcrush.engine.scheduler import Scheduler
 from ov_kvcrush.errors import CrushError, OutOfMemory, QueueFull, RequestError
 from ov_kvcrush.kvcache.factory import make_kv_cache_manager
 from ov_kvcrush.kvcache.manager import KVCacheManager
+from ov_kvcrush.model.fingerprints import NOT_SHARED
 from ov_kvcrush.model.load import LoadedModel
 from ov_kvcrush.policies.base import Policy
 
@@ -281,8 +282,9 @@ class Engine:
             "recent_precision": self._model.recent_precision,
             "recent_tokens": str(config.recent_tokens),
             "group_size": str(config.group_size),
+            "shared_layers": ", ".join(f"{i}: {j}" for i, j in self._model.shared_layers) or NOT_SHARED,
         }
 
     def kv_heads(self) -> list[int]:
-        """KV heads of each layer."""
+        """KV heads of each layer that stores keys and values."""
         return [layer.num_kv_heads for layer in self._model.layers]
