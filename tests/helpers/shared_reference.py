@@ -42,3 +42,14 @@ def sharing(shared: Mapping[int, int]) -> Iterator[None]:
         patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", with_others(ALL_ATTENTION_FUNCTIONS["sdpa"]))
         patch.setattr(modeling_llama, "eager_attention_forward", with_others(modeling_llama.eager_attention_forward))
         yield
+
+
+def shared_states(folder: Path, ids: np.ndarray, shared: Mapping[int, int]) -> np.ndarray:
+    """The same model's hidden states before the LM head, (B, S, C); ids (B, S)."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    with torch.no_grad(), sharing(shared):
+        states: np.ndarray = model(torch.from_numpy(ids)).last_hidden_state.numpy()
+    return states

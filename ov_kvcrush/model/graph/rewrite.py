@@ -120,7 +120,7 @@ def gather_sampled_rows(model: ov.Model) -> None:
     treat each row by itself. A prompt chunk of 512 rows, of which at most one is sampled, else computes 512 of each:
     2 to 6 % more time to the first token than now (SmolLM2 of 30 layers, Qwen 0.5B of 24; 2 cores, pairs of runs).
     """
-    head = _lm_head(model)
+    head = lm_head(model)
     rows = _parameter(SAMPLED_ROWS, ov.Type.i64, -1)
     gathered: dict[tuple[str, int], ov.Output] = {}
     for target in _inputs_after_last_attention(model, head):
@@ -133,7 +133,7 @@ def gather_sampled_rows(model: ov.Model) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def _lm_head(model: ov.Model) -> ov.Node:
+def lm_head(model: ov.Model) -> ov.Node:
     """The matrix product that gives the logits, looked for backwards from them."""
     node = model.output("logits").get_node().input_value(0).get_node()
     while node.get_type_name() != "MatMul":
