@@ -26,7 +26,7 @@ def logits_at_chunk_ends(
     folder: Path, ids: np.ndarray, cache: CacheConfig, properties: dict[str, Any] | None = None
 ) -> np.ndarray:
     """Logits (steps, vocabulary) of the last row of each step."""
-    model = load_model(folder, "CPU", properties or F32, cache.attention, cache.sharing)
+    model = load_model(folder, "CPU", F32 if properties is None else properties, cache.attention, cache.sharing)
     manager = make_kv_cache_manager(model, SchedulerConfig(num_kv_blocks=8), cache)
     runner = ModelRunner(model, manager)
     sequence = Request(0, ids, SamplingParams(max_new_tokens=1)).sequences[0]
