@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -101,6 +102,10 @@ class CacheConfig:
     quality: instead of a budget: the fewest bytes at which nine of ten texts are predicted to keep a KL divergence of
         the next-token distribution to the full cache of at most this, in nats. Needs a profile.
     profile: file of the profile; None = kv_profile.json in the model's folder, if it is there.
+    shared_layers: layers of the model that read the keys and values of an earlier layer and have none of their own
+        (KVSharer, arXiv 2410.18517): a mapping from layer to layer, kept as pairs in order, such as
+        `eval/calibrate/kv_sharer.py` finds. Both must have the same heads, head size and sliding window, and a layer
+        that is read reads none. The model is loaded with them, so a pipeline made by `with_cache` has the first's.
     attention: "crush" = the store; "paged" = OpenVINO's own PagedAttention, with none of the above; "auto" = "crush"
         where the native library is there, else "paged".
     """
@@ -113,6 +118,7 @@ class CacheConfig:
     staging_bytes: int = 0
     prefix_bytes: int = 0
     policy: PolicyLike = None
+    shared_layers: Mapping[int, int] | tuple[tuple[int, int], ...] = ()
     attention: str = "auto"
     budget: float | str | None = None
     budget_bytes: int = 0
@@ -121,6 +127,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", as_policy(self.policy))
+        object.__setattr__(self, "shared_layers", _layer_pairs(self.shared_layers))
         for name in ("key_precision", "value_precision"):
             check_choice(name, getattr(self, name), PRECISIONS)
         check_choice("attention", self.attention, ATTENTIONS)
@@ -172,10 +179,16 @@ class CacheConfig:
         assert self.policy is None or isinstance(self.policy, Policy)
         return self.policy
 
+    @property
+    def sharing(self) -> tuple[tuple[int, int], ...]:
+        """`shared_layers` as they were made when this was built: (layer, the one that it reads), ascending."""
+        assert isinstance(self.shared_layers, tuple)
+        return self.shared_layers
+
     def choose_attention(self) -> str:
         """Return "crush" or "paged". Warns where "auto" must do without the native library.
 
-        Raises CrushError where "crush" was asked for without it, or precisions for "paged".
+        Raises CrushError where "crush" was asked for without it, or precisions or shared layers for "paged".
         """
         from ov_kvcrush import native
 
@@ -189,6 +202,9 @@ class CacheConfig:
                 "key_precision and value_precision must be left alone with attention='paged', got "
                 f"{self.key_precision!r}, {self.value_precision!r}; it has the property KV_CACHE_PRECISION instead"
             )
+        if self.sharing and (reason or self.attention == "paged"):
+            where = f"where the native library is missing: {reason}" if reason else "with attention='paged'"
+            raise CrushError(f"shared_layers must be left out {where}, got {dict(self.sharing)}")
         if reason:
             if self.eviction_policy and self.eviction_policy.evicts:
                 raise CrushError(f"policy must be 'none' where the native library is missing: {reason}")
@@ -220,6 +236,34 @@ def parse_budget(value: Any) -> float:
             raise CrushError(f"budget must be a fraction such as 1/8 or 0.125, got {value!r}") from None
     check_fraction("budget", found)
     return float(found)
+
+
+def _layer_pairs(shared: Any) -> tuple[tuple[int, int], ...]:
+    """Pairs (layer, the one that it reads), ascending. Raises CrushError for what no model can be loaded with."""
+    pairs = [tuple(pair) if isinstance(pair, Iterable) else pair for pair in _items(shared)]
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2 or any(type(x) is not int or x < 0 for x in pair):
+            raise CrushError(f"shared_layers must be pairs of layers, integers of at least 0, got {pair!r}")
+        if pair[1] >= pair[0]:
+            raise CrushError(f"shared_layers must read earlier layers, got {pair[0]}: {pair[1]}")
+    readers = dict(pairs)
+    if len(readers) < len(pairs):
+        raise CrushError(f"shared_layers must have each layer once, got {shared!r}")
+    for layer, owner in pairs:
+        if owner in readers:
+            raise CrushError(
+                f"shared_layers must read layers that have keys and values of their own, got {layer}: {owner} and "
+                f"{owner}: {readers[owner]}"
+            )
+    return tuple(sorted(pairs))
+
+
+def _items(shared: Any) -> Iterable[Any]:
+    if isinstance(shared, Mapping):
+        return shared.items()
+    if isinstance(shared, (tuple, list)):
+        return shared
+    raise CrushError(f"shared_layers must be a mapping from layers to layers, or pairs, got {shared!r}")
 
 
 def _precision_name(value: Any) -> str | None:

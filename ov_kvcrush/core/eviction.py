@@ -9,6 +9,7 @@ import numpy as np
 
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.policies.base import Policy
+from ov_kvcrush.policies.plans.plan import CachePlan
 
 _TILE = 32  # tokens: what a head's last, partly filled tile can hold beyond its tokens
 PerHead = list[list[np.ndarray]]  # [layer][KV head]
@@ -41,7 +42,7 @@ class EvictionSpec:
     replay_prompt, num_prompt_tokens: for a policy that reads the prompt twice.
     base: tokens of a context that the prompt begins with and that the policy does not choose from; the budget is for
     what follows. base_kept: what a head holds of these, on average. begun: what a head holds of the context behind
-    the base when the request starts, on average.
+    the base when the request starts, on average. plan: shares the policy's budget.
     """
 
     policy: Policy
@@ -51,6 +52,7 @@ class EvictionSpec:
     base: int = 0
     base_kept: int = 0
     begun: int = 0
+    plan: CachePlan | None = None
 
     @property
     def window(self) -> int:
@@ -61,6 +63,15 @@ class EvictionSpec:
     def head(self) -> int:
         """Tokens at the front that always stay, such as a system prompt."""
         return max((end for begin, end in self.spans if begin == 0), default=0)
+
+    def peak_of_heads(self, length: int, chunk: int, num_evicted: int = 0) -> np.ndarray | None:
+        """int64 (heads,): as `peak_tokens` for each head of a plan; None without a plan."""
+        if self.plan is None:
+            return None
+        mean = self.policy.budget.tokens(length - self.base)
+        more = max(self.peak_tokens(length, chunk, num_evicted) - self.base_kept - mean, 0)
+        kept = self.plan.tokens(length - self.base, 0) * mean // max(int(self.plan.mean_kept * (length - self.base)), 1)
+        return np.minimum(length, self.base_kept + np.minimum(kept, length - self.base) + more + 1)
 
     def check(self, num_tokens: int) -> None:
         """Raise RequestError for a budget below what must stay of a prompt."""

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import openvino_genai as ov_genai
 
+from ov_kvcrush.policies.plans.plan import CachePlan
+
 
 class MeanStdPair(NamedTuple):
     """Mean and standard deviation, in milliseconds unless a method says otherwise."""
@@ -148,7 +150,8 @@ class RequestStats:
     """What a request took. Moments are seconds of time.perf_counter; token_times has one list per sequence.
 
     kept_tokens: tokens whose KV a head of the first sequence holds, on average; after its end, held then. None where
-    the engine does not tell. steps: numbers of the engine's steps that it took part in, and what each took.
+    the engine does not tell. plan: what a budget of bytes came to, and its predicted cost. steps: numbers of the
+    engine's steps that it took part in, and what each took.
     """
 
     num_input_tokens: int
@@ -157,6 +160,7 @@ class RequestStats:
     token_times: list[list[float]]
     kv_bytes: int
     kept_tokens: int | None = None
+    plan: CachePlan | None = None
     steps: list[tuple[int, StepSeconds]] = field(default_factory=list)
 
 

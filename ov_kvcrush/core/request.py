@@ -16,6 +16,7 @@ from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.core.stop_strings import StopStringTracker
 from ov_kvcrush.core.streamed_request import StreamedRequest
 from ov_kvcrush.core.token_counts import TokenCounts
+from ov_kvcrush.policies.plans.plan import CachePlan
 
 FinishReason = ov_genai.GenerationFinishReason
 
@@ -105,7 +106,7 @@ class Request(StreamedRequest):
 
     ids: int64 (S,), checked by the engine before. decode: tokens -> text, for stop strings only. keep_kv: leave the KV
     in the prefix cache at the end. eviction: None = all tokens stay. fan_out: caches to be made from its prefill, each
-    with its eviction and its target; nothing is left of the request itself then.
+    with its eviction and its target; nothing is left of the request itself then. plan: None = the cache's precisions.
     """
 
     def __init__(
@@ -119,8 +120,10 @@ class Request(StreamedRequest):
         cache: CacheParams = DEFAULT_CACHE_PARAMS,
         fan_out: tuple[tuple[EvictionSpec | None, KVTarget], ...] = (),
         options: RequestOptions = DEFAULT_REQUEST_OPTIONS,
+        plan: CachePlan | None = None,
     ) -> None:
         super().__init__(request_id, options)
+        self.plan = plan
         self.params = params
         self.decode = decode
         self.keep_kv = keep_kv

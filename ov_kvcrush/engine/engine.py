@@ -28,8 +28,11 @@ from ov_kvcrush.engine.scheduler import Scheduler
 from ov_kvcrush.errors import CrushError, OutOfMemory, QueueFull, RequestError
 from ov_kvcrush.kvcache.factory import make_kv_cache_manager
 from ov_kvcrush.kvcache.manager import KVCacheManager
+from ov_kvcrush.kvcache.planning import default_policy, find_profile, make_planner
+from ov_kvcrush.model.fingerprints import NOT_SHARED
 from ov_kvcrush.model.load import LoadedModel
 from ov_kvcrush.policies.base import Policy
+from ov_kvcrush.policies.plans.plan import CachePlan
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +70,10 @@ class Engine:
         self.requests: dict[int, Request] = {}  # that have not ended
         self._add_lock = threading.Lock()
         self.snapshots = GuardedSnapshots(self.cache.snapshots, self.thread, self._add_lock, self.requests)
-        self._input = InputProcessor(model, self.cache, config, cache_config.eviction_policy, defaults, decode)
+        profile = find_profile(model, cache_config) if cache_config.is_planned else None
+        planner = make_planner(model, cache_config, profile)
+        policy = cache_config.eviction_policy or (default_policy(profile) if planner else None)
+        self._input = InputProcessor(model, self.cache, config, policy, defaults, decode, planner)
         self._output = OutputProcessor(self.scheduler, self.cache, self.requests, self._add_lock, self.snapshots.own)
         self._num_steps = 0
         self._usage_sum = 0.0
@@ -241,10 +247,15 @@ class Engine:
         self.thread.call(self.cache.clear_prefixes)
 
     def commit_snapshot(
-        self, blocks: np.ndarray, num_tokens: int, policy: Policy | None, choice: Choice | None
+        self,
+        blocks: np.ndarray,
+        num_tokens: int,
+        policy: Policy | None,
+        choice: Choice | None,
+        plan: CachePlan | None = None,
     ) -> KVSnapshot:
         """Take what was chosen (None = all) of a prompt on the shared staging blocks. Raises StoreFull."""
-        return self.snapshots.commit(blocks, num_tokens, policy, choice)
+        return self.snapshots.commit(blocks, num_tokens, policy, choice, plan)
 
     def load_snapshot(self, arrays: SnapshotArrays, policy: Policy | None, base: int, base_kept: int) -> KVSnapshot:
         """KV from arrays. Raises ContextFileError for what the store could not have made, OutOfMemory without room."""
@@ -281,8 +292,9 @@ class Engine:
             "recent_precision": self._model.recent_precision,
             "recent_tokens": str(config.recent_tokens),
             "group_size": str(config.group_size),
+            "shared_layers": ", ".join(f"{i}: {j}" for i, j in self._model.shared_layers) or NOT_SHARED,
         }
 
     def kv_heads(self) -> list[int]:
-        """KV heads of each layer."""
+        """KV heads of each layer that stores keys and values."""
         return [layer.num_kv_heads for layer in self._model.layers]

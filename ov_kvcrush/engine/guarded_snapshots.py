@@ -18,6 +18,7 @@ from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
 from ov_kvcrush.errors import ContextFileError
 from ov_kvcrush.kvcache.snapshots import SnapshotStore
 from ov_kvcrush.policies.base import Policy
+from ov_kvcrush.policies.plans.plan import CachePlan
 
 
 class GuardedSnapshots:
@@ -53,9 +54,16 @@ class GuardedSnapshots:
         """Whether it has been released."""
         return snapshot.holder not in self._holders.get(snapshot.store_id, ())
 
-    def commit(self, blocks: np.ndarray, num_tokens: int, policy: Policy | None, choice: Choice | None) -> KVSnapshot:
+    def commit(
+        self,
+        blocks: np.ndarray,
+        num_tokens: int,
+        policy: Policy | None,
+        choice: Choice | None,
+        plan: CachePlan | None = None,
+    ) -> KVSnapshot:
         """A snapshot of what was chosen of a staged prompt. Raises StoreFull. Called within a step."""
-        return self.own(self._held().commit(blocks, num_tokens, policy, choice))
+        return self.own(self._held().commit(blocks, num_tokens, policy, choice, plan))
 
     def fork_snapshot(self, snapshot: KVSnapshot) -> KVSnapshot:
         """The same KV for one more holder."""

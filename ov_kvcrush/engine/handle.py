@@ -120,6 +120,7 @@ class GenerationHandle(Readable):
             token_times=[s.token_times for s in request.sequences],
             kv_bytes=request.peak_kv_bytes,
             kept_tokens=first.num_cached - self._state().num_evicted,
+            plan=request.plan,
             steps=request.steps,
         )
 

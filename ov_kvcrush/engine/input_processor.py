@@ -20,6 +20,10 @@ from ov_kvcrush.errors import RequestError
 from ov_kvcrush.kvcache.manager import KVCacheManager
 from ov_kvcrush.model.load import LoadedModel
 from ov_kvcrush.policies.base import Policy
+from ov_kvcrush.policies.budgets.planned import planned
+from ov_kvcrush.policies.keep_all import KeepAll
+from ov_kvcrush.policies.plans.plan import CachePlan
+from ov_kvcrush.policies.plans.planner import BytePlanner
 from ov_kvcrush.policies.registry import name_of
 
 Decode = Callable[[list[int]], str]  # token ids -> text, for stop strings
@@ -29,7 +33,7 @@ class InputProcessor:
     """Checks requests against one model and one cache.
 
     defaults: the model's generation config; its end-of-sequence tokens hold where a request names none. policy: of
-    requests that name none.
+    requests that name none. planner: None = a policy's own budget, and the cache's precisions.
     """
 
     def __init__(
@@ -40,7 +44,9 @@ class InputProcessor:
         policy: Policy | None,
         defaults: ov_genai.GenerationConfig,
         decode: Decode,
+        planner: BytePlanner | None = None,
     ) -> None:
+        self._planner = planner
         self._model = model
         self._cache = cache
         self._config = config
@@ -60,7 +66,8 @@ class InputProcessor:
         """A checked request. targets: of each of `params.fan_out`. Raises RequestError."""
         if (params.context or params.return_snapshot or params.prefill_only) and self._cache.snapshots is None:
             raise RequestError("context must not be asked for with attention='paged', got one; engine='crush' holds it")
-        eviction = self._eviction(params, np.size(ids))
+        plan = self.plan_for(params.policy or self._policy, np.size(ids))
+        eviction = self._eviction(params, np.size(ids), plan)
         num_evicted = params.context.state.num_evicted if params.context else 0
         ids = self.check_prompt(ids, eviction, params.context)
         check_spans(params.spans[: len(params.protect)], len(ids))
@@ -78,7 +85,7 @@ class InputProcessor:
                 f"num_return_sequences must be at most max_num_seqs={self._config.max_num_seqs}, "
                 f"got {sampling.num_return_sequences}"
             )
-        return Request(request_id, ids, sampling, self._decode, keep_kv, eviction, params, fan_out, options)
+        return Request(request_id, ids, sampling, self._decode, keep_kv, eviction, params, fan_out, options, plan)
 
     def check_prompt(
         self, ids: np.ndarray, eviction: EvictionSpec | None = None, context: KVSnapshot | None = None
@@ -117,9 +124,17 @@ class InputProcessor:
         capacity = self._cache.capacity_tokens(eviction, num_evicted)
         return min(capacity, self._model.context_length or capacity)
 
-    def _eviction(self, params: CacheParams, num_tokens: int) -> EvictionSpec | None:
+    def plan_for(self, policy: Policy | None, num_tokens: int) -> CachePlan | None:
+        """The plan of a prompt; None without a planner, and where a request wants no policy."""
+        if self._planner is None or policy is None or isinstance(policy, KeepAll):
+            return None
+        return self._planner.plan(num_tokens)
+
+    def _eviction(self, params: CacheParams, num_tokens: int, plan: CachePlan | None) -> EvictionSpec | None:
         """What a request with a prompt of `num_tokens` asks for, or the engine was told; None if all tokens stay."""
         policy = params.policy or self._policy
+        if plan and policy:
+            policy = planned(policy, plan)
         if policy is None or not policy.evicts:
             return None
         if self._cache.snapshots is None:
@@ -127,9 +142,11 @@ class InputProcessor:
         protect = params.spans[: len(params.protect)]
         context = params.context
         if context is None:
-            return EvictionSpec(policy, protect, params.replay_prompt, num_tokens)
+            return EvictionSpec(policy, protect, params.replay_prompt, num_tokens, plan=plan)
         begun = context.num_kept - context.base_kept
-        return EvictionSpec(policy, protect, params.replay_prompt, num_tokens, context.base, context.base_kept, begun)
+        return EvictionSpec(
+            policy, protect, params.replay_prompt, num_tokens, context.base, context.base_kept, begun, plan
+        )
 
     def _fan_out(
         self, params: CacheParams, ids: np.ndarray, targets: Items[tuple[InputProcessor, KVTarget]]
@@ -146,7 +163,8 @@ class InputProcessor:
             )
         found = []
         for asked, (processor, target) in zip(params.fan_out, targets, strict=True):
-            eviction = self._eviction(replace(params, policy=asked.policy), len(ids))
+            plan = processor.plan_for(asked.policy, len(ids))
+            eviction = self._eviction(replace(params, policy=asked.policy), len(ids), plan)
             checked = _checked(eviction, params, len(ids))
             processor.check_prompt(ids, eviction)
             found.append((checked, target))

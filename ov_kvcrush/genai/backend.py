@@ -51,6 +51,8 @@ def genai_cache_properties(config: CacheConfig, properties: dict[str, Any]) -> d
         if value != getattr(default, name):
             hint = "; use cache_size of scheduler_config" if name == "max_bytes" else ""
             raise CrushError(f"{name} must be left alone with engine='genai', got {value}{hint}")
+    if config.sharing:
+        raise CrushError(f"shared_layers must be left out with engine='genai', got {dict(config.sharing)}")
     if config.attention == "crush":
         raise CrushError("attention must be 'auto' or 'paged' with engine='genai', got 'crush'")
     key, value = config.key_precision, config.value_precision

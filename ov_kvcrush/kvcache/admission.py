@@ -6,6 +6,7 @@ from ov_kvcrush import native
 from ov_kvcrush.core.eviction import EvictionSpec
 from ov_kvcrush.core.request import Sequence
 from ov_kvcrush.kvcache.block_pool import blocks_for
+from ov_kvcrush.kvcache.planning import precisions_of
 from ov_kvcrush.kvcache.replay import ROWS, replay_blocks
 from ov_kvcrush.kvcache.sequence_kv import SequenceKV
 from ov_kvcrush.policies.registry import name_of
@@ -67,7 +68,10 @@ class Admission:
     def _bytes_for(self, length: int, eviction: EvictionSpec | None, num_evicted: int = 0) -> int:
         """The most bytes that the store holds of one text of `length` tokens, which came without num_evicted."""
         most = eviction.peak_tokens(length, self._chunk, num_evicted) if eviction else length - num_evicted
-        return self._store.bytes_for(max(most, 0))
+        of_heads = eviction.peak_of_heads(length, self._chunk, num_evicted) if eviction else None
+        if eviction is None or eviction.plan is None or of_heads is None:
+            return self._store.bytes_for(max(most, 0))
+        return self._store.bytes_for(of_heads, precisions_of(eviction.plan))
 
     def _all_bytes_for(self, length: int, eviction: EvictionSpec | None, num_evicted: int) -> int:
         """`_bytes_for`, and the queries that are captured for the eviction."""
@@ -86,4 +90,6 @@ class Admission:
         captured = self._store.capture_bytes(rows, kv.store_id)
         if self.replay_blocks_of(sequence):  # its reader captures queries of its own
             captured += self._store.capture_bytes(min(ROWS, self._chunk))
-        return max(most - self._store.bytes_for(held), 0) + captured
+        plan = sequence.request.plan
+        taken = self._store.bytes_for(held, precisions_of(plan) if plan else None)
+        return max(most - taken, 0) + captured

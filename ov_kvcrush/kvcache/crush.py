@@ -23,6 +23,7 @@ from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, blocks_for
 from ov_kvcrush.kvcache.eviction import CacheView, split_heads
 from ov_kvcrush.kvcache.manager import KVCacheUsage
 from ov_kvcrush.kvcache.model_inputs import PrefillInputs, row_inputs, sampled_rows
+from ov_kvcrush.kvcache.planning import precisions_of
 from ov_kvcrush.kvcache.prefix_cache import PrefixCache, least_common, serves, serves_all_of
 from ov_kvcrush.kvcache.replay import ROWS, Reader, ReplayState
 from ov_kvcrush.kvcache.room import Room
@@ -112,7 +113,9 @@ class CrushKVCache:
         if staged and num_blocks + num_replay_blocks > self.staging.pool.num_free:
             return False
         if not kv:
-            kv = SequenceKV(store_id=self.store.create(sequence.request.captured_rows))
+            plan = sequence.request.plan
+            precisions = precisions_of(plan) if plan else None
+            kv = SequenceKV(store_id=self.store.create(sequence.request.captured_rows, precisions))
         self._kv[sequence] = kv
         self._admission.prefilling[sequence] = kv
         if not self._room.make():
@@ -144,6 +147,8 @@ class CrushKVCache:
         except native.StoreFull:
             return None
         self.store.set_capture(store_id, sequence.request.captured_rows)
+        if sequence.request.plan:
+            self.store.set_precisions(store_id, precisions_of(sequence.request.plan))
         sequence.num_cached = length
         return SequenceKV(store_id=store_id, state=snapshot.state if is_whole else EvictionState())
 

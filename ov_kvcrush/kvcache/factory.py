@@ -29,6 +29,11 @@ def make_kv_cache_manager(
     so many tokens in its precisions; cache_size, or half of the memory that is free now, is the same for each, so
     stores that are filled together need limits that fit together.
     """
+    if cache.sharing not in ((), model.shared_layers):
+        raise CrushError(
+            f"shared_layers must be those that the model was loaded with, {dict(model.shared_layers)}, "
+            f"got {dict(cache.sharing)}"
+        )
     # Without prefix caching only the conversation that runs keeps its KV between turns.
     max_prefixes = None if scheduler.enable_prefix_caching else 1
     if model.attention == "paged":

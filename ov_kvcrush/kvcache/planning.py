@@ -13,10 +13,12 @@ from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.model.fingerprints import model_fingerprint
 from ov_kvcrush.model.load import LoadedModel
+from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.plans.geometry import CacheGeometry
 from ov_kvcrush.policies.plans.plan import CachePlan
 from ov_kvcrush.policies.plans.planner import BytePlanner
 from ov_kvcrush.policies.plans.profile import PROFILE_NAME, KVProfile, read_profile
+from ov_kvcrush.policies.registry import as_policy
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +53,13 @@ def find_profile(model: LoadedModel, config: CacheConfig) -> KVProfile | None:
         raise CrushError("profile must be of a model in a folder, got a model without one")
     heads = tuple(layer.num_kv_heads for layer in model.layers)
     return read_profile(path, model_fingerprint(model.folder), heads)
+
+
+def default_policy(profile: KVProfile | None) -> Policy:
+    """Which tokens stay where nobody says: as for the profile, else KVCrush."""
+    policy = as_policy(dict(profile.policy) if profile else "kvcrush")
+    assert policy is not None
+    return policy
 
 
 def make_planner(model: LoadedModel, config: CacheConfig, profile: KVProfile | None) -> BytePlanner | None:

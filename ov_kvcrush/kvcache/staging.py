@@ -73,7 +73,8 @@ def commit_for_each(
         if eviction not in choices:
             choices[eviction] = choose(eviction)
         policy = eviction.policy if eviction else None
-        made = target.commit_snapshot(blocks, sequence.num_cached, policy, choices[eviction])
+        plan = eviction.plan if eviction else None
+        made = target.commit_snapshot(blocks, sequence.num_cached, policy, choices[eviction], plan)
         request.fan_out_snapshots.append(made)
 
 

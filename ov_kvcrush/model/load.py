@@ -12,6 +12,7 @@ from ov_kvcrush import native
 from ov_kvcrush.errors import CrushError, ModelError, did_you_mean, reason_of
 from ov_kvcrush.model.folder import IR_NAME, check_model_folder
 from ov_kvcrush.model.graph.attention import AttentionLayer, attention_ops, read_layer
+from ov_kvcrush.model.graph.layer_sharing import SharedLayers, check_shared_layers, share_layers
 from ov_kvcrush.model.graph.rewrite import gather_sampled_rows, use_crush_attention, use_paged_attention
 from ov_kvcrush.model.info import read_json_object, read_model_info
 from ov_kvcrush.model.plugin import one_operation, open_core, plugin_precisions
@@ -27,8 +28,9 @@ class LoadedModel:
     """A compiled model and the facts about it that the engine needs.
 
     context_length: None if no file of the folder states it. attention: "crush" or "paged". pages_prompts: True if
-    PagedAttention computes prompts, False if CrushAttention does. folder: where the model lies. layers: attention layers, with "crush" only.
-    recent_precision: type of keys and values that are not quantised yet.
+    PagedAttention computes prompts, False if CrushAttention does. layers: attention layers that store keys and values,
+    the store's, with "crush" only. recent_precision: type of keys and values that are not quantised yet.
+    shared_layers: of the model, which read the keys and values of another. folder: where the model lies.
     """
 
     compiled: ov.CompiledModel
@@ -38,6 +40,7 @@ class LoadedModel:
     layers: tuple[AttentionLayer, ...] = ()
     recent_precision: str = "f32"
     pages_prompts: bool = True
+    shared_layers: SharedLayers = ()
     folder: Path | None = None
 
     @property
@@ -72,13 +75,21 @@ def check_properties(core: ov.Core, device: str, properties: dict[str, Any]) -> 
 
 
 def load_model(
-    models_path: str | Path, device: str, properties: dict[str, Any], attention: str = "paged"
+    models_path: str | Path,
+    device: str,
+    properties: dict[str, Any],
+    attention: str = "paged",
+    shared_layers: SharedLayers = (),
 ) -> LoadedModel:
     """Read, rewrite and compile the model in `models_path`. `properties` go to `compile_model`.
 
     attention: "paged", or "crush" for CrushAttention over a store, beside PagedAttention if that must read the prompts.
-    Raises ModelError if the folder or the model in it cannot be used, CrushError for a wrong device or property.
+    shared_layers: as in CacheConfig, with "crush" only.
+    Raises ModelError if the folder or the model in it cannot be used, CrushError for a wrong device, property or
+    layer.
     """
+    if shared_layers and attention != "crush":
+        raise CrushError(f"shared_layers must be left out with attention={attention!r}, got {dict(shared_layers)}")
     folder = Path(models_path)
     check_model_folder(folder, tokenizer=False)
     core = open_core()
@@ -98,18 +109,24 @@ def load_model(
     precision, pages_prompts = "f32", True
     if attention == "crush":
         layers = tuple(read_layer(op) for op in attention_ops(model))
+        check_shared_layers(shared_layers, layers)
+        share_layers(model, shared_layers)
+        readers = {i for i, _ in shared_layers}
+        layers = tuple(layer for i, layer in enumerate(layers) if i not in readers)
         library = native.info()["path"]
         core.add_extension(library)
         precision = plugin_precisions(properties).inference
         pages_prompts = not native.can_prefill([layer.shape for layer in layers], precision)
-        use_crush_attention(model, library, pages_prompts=pages_prompts)
+        use_crush_attention(model, library, pages_prompts=pages_prompts, shared_layers=shared_layers)
         # Staging blocks hold prompts as they were computed: quantising is the store's.
         properties = {**properties, "KV_CACHE_PRECISION": precision}
     gather_sampled_rows(model)
     vocab_size = model.output("logits").partial_shape[-1].get_length()
     compiled = core.compile_model(model, device, properties)
     context_length = info.context_length if info else None
-    return LoadedModel(compiled, vocab_size, context_length, attention, layers, precision, pages_prompts, folder)
+    return LoadedModel(
+        compiled, vocab_size, context_length, attention, layers, precision, pages_prompts, shared_layers, folder
+    )
 
 
 def _check_is_llm(model: ov.Model, folder: Path) -> None:

@@ -24,6 +24,7 @@ from ov_kvcrush.contexts.file import LAYOUT_VERSION, ContextRecord, load_context
 from ov_kvcrush.errors import ContextFileError, ModelError
 from ov_kvcrush.model.fingerprints import (
     FINGERPRINT_FIELDS,
+    NOT_SHARED,
     model_fingerprint,
     token_ids_fingerprint,
     tokenizer_fingerprint,
@@ -261,6 +262,20 @@ def test_wrong_headers_are_named(path: Path, change: Callable[[Any], Any], messa
     path.write_bytes(signed(json.dumps(header, separators=(",", ":")).encode(), good[end:]))
     with pytest.raises(ContextFileError, match=message):
         load_context(path, {})
+
+
+def test_a_file_from_before_layers_were_shared_says_that_none_is(path: Path) -> None:
+    save_context(path, record())
+    good = path.read_bytes()
+    end = 8 + int.from_bytes(good[:8], "little")
+    header = json.loads(good[8:end])
+    made_with = json.loads(header["__metadata__"]["fingerprint"])
+    del made_with["shared_layers"]
+    header["__metadata__"]["fingerprint"] = json.dumps(made_with)
+    path.write_bytes(signed(json.dumps(header, separators=(",", ":")).encode(), good[end:]))
+    assert load_context(path, {"shared_layers": NOT_SHARED}).fingerprint["shared_layers"] == NOT_SHARED
+    with pytest.raises(ContextFileError, match="shared_layers must be 1: 0, got none"):
+        load_context(path, {"shared_layers": "1: 0"})
 
 
 @pytest.mark.parametrize(("version", "age"), [(7, "a newer"), (1, "an older")])

@@ -135,6 +135,24 @@ def test_other_storage_is_refused_by_name(
     assert_nothing_left(other)
 
 
+@pytest.mark.parametrize(("saved", "loaded"), [({}, {1: 0}), ({1: 0}, {})], ids=["none", "shared"])
+def test_another_map_of_shared_layers_is_refused(
+    saved: dict[int, int], loaded: dict[int, int], folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "text.kvc"
+    pipe, other = (make_pipe(folder, shared_layers=shared) for shared in (saved, loaded))
+    twin = make_pipe(folder, shared_layers=saved)
+    with pipe.compress(TEXT, policy=ZIP) as context:
+        context.save(path)
+        with Context.load(path, twin) as again:
+            assert twin.generate("Where?", context=again, **ASK) == pipe.generate("Where?", context=context, **ASK)
+    names = ["1: 0" if shared else "none" for shared in (loaded, saved)]
+    with pytest.raises(ContextFileError, match=f"shared_layers must be {names[0]}, got {names[1]}"):
+        Context.load(path, other)
+    for one in (pipe, twin, other):
+        assert_nothing_left(one)
+
+
 def test_another_models_context_is_refused_by_name(
     pipe: LLMPipeline, folder: Path, tiny_ir: Callable[[str], Path], tmp_path: Path
 ) -> None:

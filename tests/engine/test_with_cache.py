@@ -107,6 +107,19 @@ def test_contexts_are_those_of_a_pipeline_loaded_with_the_same_cache(
     assert_nothing_left(pipe, beside, alone)
 
 
+def test_a_pipeline_beside_one_with_shared_layers_has_them_too(folder: Path) -> None:
+    pipe = make_pipe(folder, {"shared_layers": {1: 0}})
+    beside, named = pipe.with_cache(EXACT), pipe.with_cache({**EXACT, "shared_layers": {1: 0}})
+    policies = [build("kvzip", **TIGHT, chunk=64)] * 3
+    made = pipe.compress_ids(IDS, policies, pipelines=[pipe, beside, named])
+    assert len({c.nbytes for c in made}) == 1
+    said = [answers(one, [context])[0] for one, context in zip((pipe, beside, named), made, strict=True)]
+    assert said == [said[0]] * 3
+    for context in made:
+        context.close()
+    assert_nothing_left(pipe, beside, named)
+
+
 def test_one_reading_fills_the_stores_of_all_whoever_reads(pipe: LLMPipeline) -> None:
     pipes = [pipe, pipe.with_cache(CONFIGS[0])]
     pipes.append(pipes[1].with_cache(CONFIGS[1]))
@@ -365,6 +378,7 @@ def test_engines_without_a_store_have_none_beside(options: dict[str, Any], messa
         ({"staging_bytes": 1 << 20}, "staging_bytes must be left out beside another pipeline, .* got 1048576"),
         ({"attention": "paged"}, "attention must be 'crush' or 'auto' beside another pipeline, got 'paged'"),
         ({"max_bytes": 100}, "max_bytes must be at least .*, got 100"),
+        ({"shared_layers": {1: 0}}, r"shared_layers must be those that the model was loaded with, \{\}, got \{1: 0\}"),
         ({"key_precision": "u3"}, "key_precision must be one of"),
         ({"key_precison": "u4"}, "key_precison"),
         (5, "cache_config must be a CacheConfig or a dict, got int"),

@@ -46,9 +46,10 @@ Positions = list[list[np.ndarray]]  # [layer][KV head], ascending
 
 
 def make_engine(folder: Path, cache: dict[str, Any] | None = None, **scheduler: Any) -> Engine:
-    model = load_model(folder, "CPU", F32, "crush")
+    config = CacheConfig(**(cache or EXACT))
+    model = load_model(folder, "CPU", F32, "crush", config.sharing)
     settings = SchedulerConfig(**{"max_num_batched_tokens": 64, **scheduler})
-    return Engine(model, settings, ov_genai.GenerationConfig(), lambda ids: "", CacheConfig(**(cache or EXACT)))
+    return Engine(model, settings, ov_genai.GenerationConfig(), lambda ids: "", config)
 
 
 def small(variant: dict[str, Any], **settings: Any) -> Policy:

@@ -26,6 +26,16 @@ Run = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 @pytest.fixture(scope="module")
 def run() -> Run:
+    return runner_of({"layer": 0})
+
+
+@pytest.fixture(scope="module")
+def run_reader() -> Run:
+    """A layer that reads what another has appended."""
+    return runner_of({"layer": 0, "appends": False})
+
+
+def runner_of(attributes: dict[str, Any]) -> Run:
     core = open_core()
     core.add_extension(native.info()["path"])
     factory = NodeFactory("opset1")
@@ -33,7 +43,7 @@ def run() -> Run:
     floats = [ops.parameter(ov.PartialShape([-1, -1]), ov.Type.f32) for _ in range(4)]
     integers = [ops.parameter(ov.PartialShape([-1]), ov.Type.i32) for _ in range(2)]
     inputs = [*floats, *integers]
-    crush = factory.create("CrushAttention", [p.output(0) for p in inputs], {"layer": 0})
+    crush = factory.create("CrushAttention", [p.output(0) for p in inputs], attributes)
     scores = factory.create("CrushScores", [crush.output(0), *(p.output(0) for p in integers)], {"layers": 1})
     model = ov.Model([crush.output(0), scores.output(0)], inputs, "one layer")
     request = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
@@ -90,6 +100,25 @@ def test_rows_in_several_steps_are_those_of_one(run: Run, store: Store) -> None:
         np.testing.assert_allclose(out, expected[part], atol=1e-5)
         assert scores.shape == (0,)
         begin += count
+
+
+def test_a_layer_that_appends_nothing_attends_to_what_is_there(run: Run, run_reader: Run, store: Store) -> None:
+    """Its own keys and values are not read, and neither tokens nor queries of it stay."""
+    q, k, v = rows(70)
+    other_q, other_k, other_v = rows(70, seed=1)
+    expected = causal_attention(other_q, k, v)
+    sequence, begin = new_sequence(store, 70, capture=4), 0
+    for count in (1, 40, 28, 1):
+        part = slice(begin, begin + count)
+        plan = write_plan(count, 0, [PlanEntry(sequence, 0, count, begin)])
+        run(store.id, plan, q[part], k[part], v[part])
+        out, _ = run_reader(store.id, plan, other_q[part], other_k[part], other_v[part])
+        np.testing.assert_allclose(out, expected[part], atol=1e-5)
+        begin += count
+        np.testing.assert_array_equal(store.positions(sequence, 0, 0), np.arange(begin))
+    captured, places = store.captured(sequence, 0)
+    np.testing.assert_array_equal(captured, q[-4:])
+    np.testing.assert_array_equal(places, np.arange(66, 70))
 
 
 def test_prompt_rows_pass_through_and_the_others_follow(run: Run, store: Store) -> None:

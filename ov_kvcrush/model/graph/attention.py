@@ -11,7 +11,7 @@ from ov_kvcrush.errors import ModelError
 from ov_kvcrush.model.plugin import open_core
 
 # Inputs of PagedAttentionExtension.
-Q, K, V, SCALE, SLIDING_WINDOW, ALIBI_SLOPES, SINKS = 0, 1, 2, 9, 10, 11, 20
+Q, K, V, KEY_CACHE, VALUE_CACHE, SCALE, SLIDING_WINDOW, ALIBI_SLOPES, SINKS = 0, 1, 2, 3, 4, 9, 10, 11, 20
 
 MIN_HEAD_SIZE, MAX_HEAD_SIZE, HEAD_SIZE_STEP = 32, 256, 16
 MAX_GROUP = 16

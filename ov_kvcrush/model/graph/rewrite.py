@@ -9,6 +9,7 @@ from openvino.utils.node_factory import NodeFactory
 
 from ov_kvcrush.errors import ModelError, reason_of
 from ov_kvcrush.model.graph.attention import K, Q, V, attention_ops
+from ov_kvcrush.model.graph.layer_sharing import SharedLayers, store_layers
 
 # Operations that treat each row of [rows, 1, channels] by itself; their other operands are weights.
 _ROW_WISE = frozenset(
@@ -23,7 +24,7 @@ SAMPLED_ROWS = "sampled_rows"  # i64 (rows that sample,): the rows whose logits 
 PAGED_ROWS = "paged_rows"  # i64 (1,): rows that PagedAttention gets, all or none
 CRUSH_STORE = "crush_store"  # i32 (1,): id of the store
 CRUSH_PLAN = "crush_plan"  # i32 (n,): see native/src/op/plan.hpp
-# Outputs, "attention_scores.<layer>": f32 (n,), empty unless a request asks.
+# Outputs, "attention_scores.<layer of the store>": f32 (n,), empty unless a request asks.
 ATTENTION_SCORES = "attention_scores"
 
 
@@ -48,7 +49,9 @@ def use_paged_attention(model: ov.Model) -> int:
     return layers
 
 
-def use_crush_attention(model: ov.Model, library: str, *, pages_prompts: bool) -> None:
+def use_crush_attention(
+    model: ov.Model, library: str, *, pages_prompts: bool, shared_layers: SharedLayers = ()
+) -> None:
     """Replace each PagedAttention by CrushAttention, or put CrushAttention behind it, to pass on its rows of prompts.
 
     pages_prompts: PagedAttention stays, for prompts that the store has no kernel for (`native.can_prefill`). Then it is
@@ -58,18 +61,21 @@ def use_crush_attention(model: ov.Model, library: str, *, pages_prompts: bool) -
     of 17 ms) takes 0.3 ms more this way, 0.7 with the output cut too, 1.2 with q, k, v and the output cut to the
     prompt rows, 1.4 with nothing cut. Skipped it still costs 0.02 ms a layer, and so do its inputs and outputs.
     One CrushScores behind all layers has the attention scores.
-    library: path of the native library, which is the extension.
+    library: path of the native library, which is the extension. shared_layers: what `share_layers` did; the layers that
+    read another's keys and values append nothing to the store.
     """
     factory = NodeFactory("opset1")
     factory.add_extension(library)
     store, plan = _parameter(CRUSH_STORE, ov.Type.i32, 1), _parameter(CRUSH_PLAN, ov.Type.i32, -1)
     no_rows = ops.constant(np.zeros((0, 1), np.float32))
     layers = attention_ops(model)
+    places, readers = store_layers(len(layers), shared_layers), dict(shared_layers)
     for layer, attention in enumerate(layers):
         targets = list(attention.output(0).get_target_inputs())
         rows = attention.output(0) if pages_prompts else no_rows.output(0)
         floats = [*(attention.input_value(i) for i in (Q, K, V)), rows]
-        crush = factory.create("CrushAttention", [*floats, store.output(0), plan.output(0)], {"layer": layer})
+        attributes = {"layer": places[layer], "appends": layer not in readers}
+        crush = factory.create("CrushAttention", [*floats, store.output(0), plan.output(0)], attributes)
         for target in targets:
             target.replace_source_output(crush.output(0))
     model.add_parameters([store, plan])
@@ -78,7 +84,7 @@ def use_crush_attention(model: ov.Model, library: str, *, pages_prompts: bool) -
     else:
         _remove_unused_parameters(model)
     last = model.outputs[-1].get_node().input_value(0)  # the logits, behind every layer
-    scores = factory.create("CrushScores", [last, store.output(0), plan.output(0)], {"layers": len(layers)})
+    scores = factory.create("CrushScores", [last, store.output(0), plan.output(0)], {"layers": max(places) + 1})
     for layer, output in enumerate(scores.outputs()):
         output.get_tensor().set_names({f"{ATTENTION_SCORES}.{layer}"})
     model.add_outputs(scores.outputs())
@@ -114,7 +120,7 @@ def gather_sampled_rows(model: ov.Model) -> None:
     treat each row by itself. A prompt chunk of 512 rows, of which at most one is sampled, else computes 512 of each:
     2 to 6 % more time to the first token than now (SmolLM2 of 30 layers, Qwen 0.5B of 24; 2 cores, pairs of runs).
     """
-    head = _lm_head(model)
+    head = lm_head(model)
     rows = _parameter(SAMPLED_ROWS, ov.Type.i64, -1)
     gathered: dict[tuple[str, int], ov.Output] = {}
     for target in _inputs_after_last_attention(model, head):
@@ -127,7 +133,7 @@ def gather_sampled_rows(model: ov.Model) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def _lm_head(model: ov.Model) -> ov.Node:
+def lm_head(model: ov.Model) -> ov.Node:
     """The matrix product that gives the logits, looked for backwards from them."""
     node = model.output("logits").get_node().input_value(0).get_node()
     while node.get_type_name() != "MatMul":

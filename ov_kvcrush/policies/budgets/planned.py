@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
-from ov_kvcrush.policies.base import BudgetAllocator, CacheState, Scores
+from ov_kvcrush.policies.base import Budget, BudgetAllocator, CacheState, Policy, Scores
 from ov_kvcrush.policies.budgets.allocation import Bounds, by_layer, fit
 from ov_kvcrush.policies.plans.plan import CachePlan
 
@@ -29,3 +29,13 @@ class Planned(BudgetAllocator):
         bounds = Bounds.of(state)
         wanted = np.array([head.kept for head in self.plan.flat]) / self.plan.mean_kept * tokens
         return by_layer(state, fit(np.minimum(wanted, bounds.high), bounds, bounds.total(tokens)))
+
+
+def planned(policy: Policy, plan: CachePlan) -> Policy:
+    """The policy with the plan's budget: it says which tokens stay, the plan how many of each head."""
+    least = min(policy.budget.min_tokens, policy.budget.floor)
+    budget = Budget(kept=plan.mean_kept, min_tokens=max(least, policy.sink_tokens + policy.recent_tokens))
+    changes: dict[str, object] = {"budget": budget}
+    if hasattr(policy, "allocator"):
+        changes["allocator"] = Planned(plan)
+    return replace(policy, **changes)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ def _shares(values: np.ndarray) -> np.ndarray:
 def _precision_costs(texts: Sequence[TextCosts], part: str) -> dict[str, np.ndarray]:
     coarse = _mean(texts, f"{part}.u2")
     costs = {"bf16": np.zeros(len(coarse))}
-    for before, name in zip(PLAN_PRECISIONS, PLAN_PRECISIONS[1:], strict=False):
+    for before, name in itertools.pairwise(PLAN_PRECISIONS):
         found = coarse if name == "u2" else _shares(coarse) * _together(texts, f"{part}.{name}")
         costs[name] = np.maximum(found, costs[before] + _TIE)
     return costs
@@ -76,6 +77,6 @@ def _eviction_costs(texts: Sequence[TextCosts], excess_power: float) -> dict[flo
         0.7: shares * min(_together(texts, "kept.0.7"), measured[0.5].sum()),
         0.35: np.sqrt(measured[0.5] * measured[0.25]),
     }
-    for before, fraction in zip(FRACTIONS, FRACTIONS[1:], strict=False):
+    for before, fraction in itertools.pairwise(FRACTIONS):
         costs[fraction] = np.maximum(costs[fraction], costs[before] + _TIE)
     return costs

@@ -1,4 +1,4 @@
-"""A plan of bytes: for each layer and KV head the fraction of tokens that stays, and the precision they are stored in."""
+"""A plan of bytes: what fraction of the tokens each KV head keeps, and in which precision."""
 
 from __future__ import annotations
 

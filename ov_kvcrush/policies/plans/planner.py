@@ -53,7 +53,9 @@ class BytePlanner:
             options = self._table(_POWERS[0]).options if profile else LADDER
             least = cheapest_bytes(geometry.settled_sizes(options)) / geometry.full_settled()
             if budget < least:
-                raise CrushError(f"budget must be at least 1/{int(1 / least)} of the bf16 cache, got 1/{1 / budget:.4g}")
+                raise CrushError(
+                    f"budget must be at least 1/{int(1 / least)} of the bf16 cache, got 1/{1 / budget:.4g}"
+                )
 
     @property
     def has_profile(self) -> bool:

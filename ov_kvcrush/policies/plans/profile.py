@@ -142,9 +142,7 @@ def _parse(found: dict[str, Any], num_heads: int) -> KVProfile:
     if not texts:
         raise ValueError("texts must hold at least one text")
     rungs = tuple(
-        Rung(
-            float(rung["cost"]), _numbers(rung["kl"], len(texts)), float(rung["of_bf16"]), float(rung["excess_power"])
-        )
+        Rung(float(rung["cost"]), _numbers(rung["kl"], len(texts)), float(rung["of_bf16"]), float(rung["excess_power"]))
         for rung in found["rungs"]
     )
     if any(not math.isfinite(x) or x < 0 for rung in rungs for x in (rung.cost, rung.of_bf16, rung.excess_power)):

@@ -22,8 +22,13 @@ void check_columns(const char* what, const ov::Shape& shape, size_t width) {
 // One layer of one step.
 class LayerStep {
 public:
-    LayerStep(Store& store, size_t layer, const ov::TensorVector& inputs, ov::TensorVector& outputs)
-        : store_(store), layer_(layer), shape_(store.config().layers[layer]), inputs_(inputs), outputs_(outputs) {
+    LayerStep(Store& store, size_t layer, bool appends, const ov::TensorVector& inputs, ov::TensorVector& outputs)
+        : store_(store),
+          layer_(layer),
+          appends_(appends),
+          shape_(store.config().layers[layer]),
+          inputs_(inputs),
+          outputs_(outputs) {
         const ov::Shape& q = inputs[0].get_shape();
         const size_t width = static_cast<size_t>(shape_.num_heads) * shape_.head_size;
         const size_t kv_width = static_cast<size_t>(shape_.num_kv_heads) * shape_.head_size;
@@ -44,7 +49,7 @@ public:
         const std::lock_guard<std::mutex> lock(store_.mutex());
         prefill_rows();
         attend_stored_rows();
-        capture_queries();
+        if (appends_) capture_queries();
     }
 
 private:
@@ -68,7 +73,8 @@ private:
         return inputs_[input].data<const float>() + static_cast<size_t>(row) * (input == 0 ? width_ : kv_width_);
     }
 
-    // Rows of fresh prompts that bypass PagedAttention.
+    // Rows of fresh prompts that bypass PagedAttention. A layer that does not append has the keys and values of the one
+    // that does as its inputs: writing them again changes nothing.
     void prefill_rows() {
         std::vector<PrefillSpan> spans;
         for (const PlanEntry& e : plan_.entries) {
@@ -80,15 +86,17 @@ private:
         store_.prefill_locked(layer_, spans, at(0, 0), at(1, 0), at(2, 0), outputs_[0].data<float>(), num_threads());
     }
 
-    // Rows over the store: appends their keys and values, then attends.
+    // Rows over the store: appends their keys and values, unless an earlier layer of the step has, then attends.
     void attend_stored_rows() {
         std::vector<std::vector<HeadView>> views;
         std::vector<AttendSpan> spans;
         for (const PlanEntry& e : plan_.entries) {
             if (e.kind != PlanEntry::stored) continue;
             Sequence& sequence = store_.sequence_locked(e.sequence);
-            store_.append_locked(sequence, layer_, at(1, e.row_begin), at(2, e.row_begin), e.num_rows,
-                                 e.first_position);
+            if (appends_) {
+                store_.append_locked(sequence, layer_, at(1, e.row_begin), at(2, e.row_begin), e.num_rows,
+                                     e.first_position);
+            }
             views.push_back(store_.views_locked(sequence, layer_));
             spans.push_back({views.back().data(), static_cast<size_t>(e.row_begin), static_cast<size_t>(e.num_rows),
                              e.first_position});
@@ -107,6 +115,7 @@ private:
 
     Store& store_;
     const size_t layer_;
+    const bool appends_;
     const LayerShape shape_;
     const ov::TensorVector& inputs_;
     ov::TensorVector& outputs_;
@@ -116,7 +125,8 @@ private:
 
 }  // namespace
 
-CrushAttention::CrushAttention(const ov::OutputVector& arguments, int64_t layer) : Op(arguments), layer_(layer) {
+CrushAttention::CrushAttention(const ov::OutputVector& arguments, int64_t layer, bool appends)
+    : Op(arguments), layer_(layer), appends_(appends) {
     constructor_validate_and_infer_types();
 }
 
@@ -128,11 +138,12 @@ void CrushAttention::validate_and_infer_types() {
 }
 
 std::shared_ptr<ov::Node> CrushAttention::clone_with_new_inputs(const ov::OutputVector& arguments) const {
-    return std::make_shared<CrushAttention>(arguments, layer_);
+    return std::make_shared<CrushAttention>(arguments, layer_, appends_);
 }
 
 bool CrushAttention::visit_attributes(ov::AttributeVisitor& visitor) {
     visitor.on_attribute("layer", layer_);
+    visitor.on_attribute("appends", appends_);
     return true;
 }
 
@@ -146,7 +157,7 @@ bool CrushAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVector&
         const std::shared_ptr<Store> store = find_store(inputs, 4);
         require(static_cast<size_t>(layer_) < store->config().layers.size(), "layer must be one of the store's",
                 static_cast<size_t>(layer_));
-        LayerStep(*store, static_cast<size_t>(layer_), inputs, outputs).run();
+        LayerStep(*store, static_cast<size_t>(layer_), appends_, inputs, outputs).run();
     });
 }
 

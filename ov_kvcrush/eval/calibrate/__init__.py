@@ -1,0 +1,1 @@
+"""Searches on a few texts for settings of the cache that belong to one model."""
