@@ -26,7 +26,11 @@ class ModelRunner:
 
     def prepare(self, step: SchedulerOutput) -> None:
         """Set the inputs of the next `infer`."""
-        for name, value in self._cache.step_inputs(step.rows).items():
+        self.set_inputs(self._cache.step_inputs(step.rows))
+
+    def set_inputs(self, inputs: dict[str, np.ndarray]) -> None:
+        """The same for inputs that another than the engine's cache manager made."""
+        for name, value in inputs.items():
             self._set_input(name, value)
 
     def _set_input(self, name: str, value: np.ndarray) -> None:

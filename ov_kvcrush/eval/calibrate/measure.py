@@ -1,0 +1,129 @@
+"""A profile of a model: every choice measured on calibration prompts, then plans of some sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant, ReadPrompt
+from ov_kvcrush.kvcache.planning import CODECS, geometry_of, precisions_of
+from ov_kvcrush.model.fingerprints import model_fingerprint
+from ov_kvcrush.policies.base import Budget, Policy
+from ov_kvcrush.policies.budgets.planned import planned
+from ov_kvcrush.policies.plans.plan import CachePlan
+from ov_kvcrush.policies.plans.planner import BytePlanner
+from ov_kvcrush.policies.plans.profile import ALL_CHOICES, HEAD_CHOICES, KVProfile, Rung, TextCosts
+from ov_kvcrush.policies.registry import settings_of
+
+RUNGS = (1 / 3, 1 / 4, 1 / 5.5, 1 / 8, 1 / 11, 1 / 16, 1 / 22)  # settled sizes
+POWERS = (0.5, 1.0, 1.5)
+_BASE = "u8"  # of all that is not varied
+
+Told = Callable[[str, int], None]  # what is measured, and how many caches were since the last call
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """name: of the text. ids: int64 (S,), rendered as a turn of a chat."""
+
+    name: str
+    ids: np.ndarray
+
+
+def num_caches(num_heads: int, num_prompts: int) -> int:
+    """Caches that a profile measures: what progress counts."""
+    return num_prompts * (1 + len(ALL_CHOICES) + len(HEAD_CHOICES) * num_heads + len(RUNGS) * len(POWERS))
+
+
+def measure_text(
+    meter: CacheMeter, prompt: Prompt, policy: Policy, answer_tokens: int, ends: set[int], told: Told
+) -> TextCosts:
+    """What each choice costs on one prompt. policy: which tokens an evicted head keeps."""
+    with meter.read(prompt.ids, answer_tokens, policy, ends) as read:
+        kept = {
+            name: read.select(replace(policy, budget=Budget(kept=_number(name), min_tokens=policy.budget.min_tokens)))
+            for name in ALL_CHOICES
+            if name.startswith("kept.")
+        }
+        base = _measure(read, [CacheVariant(meter.uniform(_BASE, _BASE))], prompt.name, told)[0]
+        together = _measure(read, [_in_all(meter, name, kept) for name in ALL_CHOICES], prompt.name, told)
+        heads = {}
+        for name in HEAD_CHOICES:
+            variants = [_in_one(meter, read.num_tokens, name, head, kept) for head in range(meter.num_heads)]
+            heads[name] = np.maximum(_measure(read, variants, prompt.name, told) - base, 0.0)
+        costs = {name: max(float(kl - base), 0.0) for name, kl in zip(ALL_CHOICES, together, strict=True)}
+        return TextCosts(prompt.name, read.num_tokens, len(read.rows), heads, costs)
+
+
+def measure_rungs(
+    meter: CacheMeter,
+    profile: KVProfile,
+    prompts: Sequence[Prompt],
+    policy: Policy,
+    answer_tokens: int,
+    ends: set[int],
+    told: Told,
+) -> tuple[Rung, ...]:
+    """Plans of some sizes on the same prompts; of each size the one of several tables of costs that does best."""
+    planner = BytePlanner(geometry_of(meter.model, meter.config), profile.num_kv_heads, profile)
+    found: dict[tuple[float, float], list[float]] = {(size, power): [] for size in RUNGS for power in POWERS}
+    plans = {key: planner.plan_of(*key) for key in found}
+    for prompt in prompts:
+        with meter.read(prompt.ids, answer_tokens, policy, ends) as read:
+            variants = [variant_of(read, plan, policy) for plan, _ in plans.values()]
+            for key, kl in zip(found, _measure(read, variants, prompt.name, told), strict=True):
+                found[key].append(float(kl))
+    rungs = []
+    for size in RUNGS:
+        power = min(POWERS, key=lambda p: float(np.mean(found[size, p])))
+        plan, cost = plans[size, power]
+        rungs.append(Rung(cost, np.array(found[size, power]), planner.settled(plan), power))
+    return tuple(rungs)
+
+
+def variant_of(read: ReadPrompt, plan: CachePlan, policy: Policy) -> CacheVariant:
+    """The cache that a plan makes of a prompt."""
+    chosen = planned(policy, plan)
+    kept = read.select(chosen) if chosen.evicts else None
+    return CacheVariant(precisions_of(plan), kept)
+
+
+def empty_profile(folder: Path, meter: CacheMeter, policy: Policy, made_with: Mapping[str, Any]) -> KVProfile:
+    """A profile without texts."""
+    heads = tuple(layer.num_kv_heads for layer in meter.model.layers)
+    return KVProfile(model_fingerprint(folder), heads, settings_of(policy), (), (), made_with)
+
+
+def _measure(read: ReadPrompt, variants: Sequence[CacheVariant], name: str, told: Told) -> np.ndarray:
+    """float64: the KL divergence of each variant."""
+    found = []
+    for begin in range(0, len(variants), 16):
+        part = variants[begin : begin + 16]
+        found += [one.kl for one in read.measure(part)]
+        told(name, len(part))
+    return np.array(found)
+
+
+def _number(name: str) -> float:
+    return float(name.removeprefix("kept."))
+
+
+def _in_all(meter: CacheMeter, name: str, kept: Mapping[str, list[np.ndarray]]) -> CacheVariant:
+    part, _, value = name.partition(".")
+    if part == "kept":
+        return CacheVariant(meter.uniform(_BASE, _BASE), kept[name])
+    return CacheVariant(meter.uniform(value if part == "key" else _BASE, value if part == "value" else _BASE))
+
+
+def _in_one(meter: CacheMeter, length: int, name: str, head: int, kept: Mapping[str, list[np.ndarray]]) -> CacheVariant:
+    part, _, value = name.partition(".")
+    precisions = meter.uniform(_BASE, _BASE)
+    if part == "kept":
+        every = np.arange(length, dtype=np.int32)
+        return CacheVariant(precisions, [kept[name][h] if h == head else every for h in range(meter.num_heads)])
+    precisions[head, 0 if part == "key" else 1] = CODECS.index(value)
+    return CacheVariant(precisions)

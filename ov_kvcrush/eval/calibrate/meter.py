@@ -1,0 +1,216 @@
+"""KL divergence of compressed caches to the full cache, many caches of one prompt that is read once.
+
+The full cache (in the precision that the model computes in) answers greedily; every other cache is then given the same
+tokens, all rows in one inference, and its next-token distributions are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino_genai as ov_genai
+
+from ov_kvcrush.config import CacheConfig, SchedulerConfig
+from ov_kvcrush.core.eviction import EvictionSpec, EvictionState
+from ov_kvcrush.core.request import Request
+from ov_kvcrush.core.request import Sequence as TokenSequence
+from ov_kvcrush.core.sampling_params import SamplingParams
+from ov_kvcrush.core.step import ScheduledTokens, SchedulerOutput
+from ov_kvcrush.engine.model_runner import ModelRunner
+from ov_kvcrush.errors import CrushError
+from ov_kvcrush.kvcache.attention_plan import STORED, PlanEntry, write_plan
+from ov_kvcrush.kvcache.crush import CrushKVCache
+from ov_kvcrush.kvcache.eviction import CacheView
+from ov_kvcrush.kvcache.factory import make_kv_cache_manager
+from ov_kvcrush.kvcache.model_inputs import PrefillInputs
+from ov_kvcrush.kvcache.planning import CODECS
+from ov_kvcrush.model.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, SAMPLED_ROWS
+from ov_kvcrush.model.load import load_model
+from ov_kvcrush.policies.base import Policy
+
+_CHUNK = 512  # prompt tokens of one inference
+_AT_ONCE = 4  # caches of one inference
+_MAX_BYTES = 8 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class CacheVariant:
+    """One cache of a prompt. precisions: uint8 (N, 2). kept: [N] int32, the tokens of each head; None = all."""
+
+    precisions: np.ndarray
+    kept: Sequence[np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """kl: mean over the rows, nats. same_top: share of rows with the full cache's most likely token. nbytes: stored."""
+
+    kl: float
+    same_top: float
+    nbytes: int
+
+
+class CacheMeter:
+    """A loaded model, and caches of one prompt at a time. Raises what loading raises; CrushError without a store."""
+
+    def __init__(self, folder: Path, properties: dict[str, Any] | None = None) -> None:
+        self.model = load_model(folder, "CPU", properties or {}, "crush")
+        self.config = CacheConfig(max_bytes=_MAX_BYTES)
+        cache = make_kv_cache_manager(self.model, SchedulerConfig(max_num_batched_tokens=_CHUNK), self.config)
+        assert isinstance(cache, CrushKVCache), "a model with CrushAttention has a store"
+        self.cache = cache
+        self.num_heads = sum(layer.num_kv_heads for layer in self.model.layers)
+        self._runner = ModelRunner(self.model, cache)
+        self._prefill_inputs = PrefillInputs(cache.staging.pool.num_blocks)
+
+    def uniform(self, key: str, value: str) -> np.ndarray:
+        """uint8 (N, 2): the same precisions for all heads."""
+        return np.tile(np.array([[CODECS.index(key), CODECS.index(value)]], np.uint8), (self.num_heads, 1))
+
+    @contextmanager
+    def read(self, ids: np.ndarray, answer_tokens: int, policy: Policy, ends: set[int]) -> Iterator[ReadPrompt]:
+        """A prompt int64 (S,) while it is staged. policy: whose window of queries is captured."""
+        if policy.inputs.replay:
+            raise CrushError("policy must be one that reads a prompt once to be profiled, got one that reads it twice")
+        params = SamplingParams.from_config(
+            ov_genai.GenerationConfig(max_new_tokens=1), ov_genai.GenerationConfig(), len(ids), len(ids) + 1,
+            self.model.vocab_size, {},
+        )  # fmt: skip
+        sequence = Request(1, ids, params, eviction=EvictionSpec(policy)).sequences[0]
+        if not self.cache.allocate(sequence) or not self.cache.kv_of(sequence).is_staged:
+            raise CrushError(f"prompt must fit into the staging blocks, got {len(ids)} tokens")
+        try:
+            first = self._prefill(sequence)
+            yield ReadPrompt(self, sequence, first, answer_tokens, ends)
+        finally:
+            self.cache.free(sequence)
+
+    def _prefill(self, sequence: TokenSequence) -> int:
+        while sequence.num_pending:
+            count = min(_CHUNK, sequence.num_pending)
+            row = ScheduledTokens(sequence, count, count == sequence.num_pending)
+            self._runner.prepare(SchedulerOutput((row,), ()))
+            logits = self._runner.infer()
+            sequence.num_cached += count
+        return int(logits[-1].argmax())
+
+    def run(self, stored: Sequence[int], tokens: np.ndarray, position: int) -> np.ndarray:
+        """Logits float32 (B, T, vocabulary), a view: the same T tokens behind each of B stored sequences."""
+        count = len(tokens)
+        total = count * len(stored)
+        entries = []
+        for index, store_id in enumerate(stored):
+            if not self.cache.store.reserve(store_id, count):
+                raise CrushError(f"max_bytes must leave room for {count} tokens more, got {_MAX_BYTES}")
+            entries.append(PlanEntry(store_id, index * count, count, position, STORED))
+        places = np.arange(position, position + count, dtype=np.int64)
+        self._runner.set_inputs(
+            {
+                **(self._prefill_inputs([], [], 0, total) if self.model.pages_prompts else {}),
+                "input_ids": np.tile(tokens.astype(np.int64), len(stored)),
+                "position_ids": np.tile(places, len(stored)),
+                SAMPLED_ROWS: np.arange(total, dtype=np.int64),
+                CRUSH_STORE: np.array([self.cache.store.id], np.int32),
+                CRUSH_PLAN: write_plan(total, 0, entries),
+            }
+        )
+        return self._runner.infer().reshape(len(stored), count, -1)
+
+
+class ReadPrompt:
+    """A prompt on staging blocks and the full cache's answer to it.
+
+    rows: int64 (R,): tokens of the answer whose next token is compared.
+    """
+
+    def __init__(
+        self, meter: CacheMeter, sequence: TokenSequence, first: int, answer_tokens: int, ends: set[int]
+    ) -> None:
+        self._meter = meter
+        self._kv = meter.cache.kv_of(sequence)
+        self.num_tokens = sequence.num_cached
+        self._view = CacheView(meter.cache.store, [(x.num_heads, x.num_kv_heads) for x in meter.model.layers])
+        full = meter.uniform(meter.model.recent_precision, meter.model.recent_precision)
+        store = meter.cache.store
+        store_id = self._commit(CacheVariant(full))
+        self.full_bytes = store.nbytes_of(store_id)
+        try:
+            self.rows = self._answer(store_id, first, answer_tokens, ends)
+            fork = store.fork(store_id)
+            try:
+                self._reference = log_softmax(meter.run([fork], self.rows, self.num_tokens)[0])
+            finally:
+                store.release(fork)
+        finally:
+            store.release(store_id)
+        self._likely = np.exp(self._reference)
+        self._top = self._reference.argmax(axis=1)
+
+    def _answer(self, store_id: int, first: int, count: int, ends: set[int]) -> np.ndarray:
+        store = self._meter.cache.store
+        fork, answer = store.fork(store_id), [first]
+        try:
+            while len(answer) < count and answer[-1] not in ends:
+                row = self._meter.run([fork], np.array(answer[-1:]), self.num_tokens + len(answer) - 1)
+                answer.append(int(row[0, -1].argmax()))
+        finally:
+            store.release(fork)
+        return np.array([token for token in answer if token not in ends] or answer[:1], np.int64)
+
+    def select(self, policy: Policy) -> list[np.ndarray]:
+        """[N] int32: the tokens of each head that a policy keeps."""
+        blocks, length, tensors = self._kv.blocks.view, self.num_tokens, self._meter.cache.staging.tensors
+        choice = self._view.choose(
+            EvictionSpec(policy), self._kv.store_id, length, EvictionState(),
+            lambda layer: tensors.read(layer, blocks, length),
+        )  # fmt: skip
+        return [choice.indices[a:b] for a, b in zip(choice.offsets[:-1], choice.offsets[1:], strict=True)]
+
+    def measure(self, variants: Sequence[CacheVariant]) -> list[Measured]:
+        """What each variant costs, in their order."""
+        found: list[Measured] = []
+        store = self._meter.cache.store
+        for begin in range(0, len(variants), _AT_ONCE):
+            made: list[int] = []
+            try:
+                for variant in variants[begin : begin + _AT_ONCE]:
+                    made.append(self._commit(variant))
+                sizes = [store.nbytes_of(store_id) for store_id in made]
+                logits = self._meter.run(made, self.rows, self.num_tokens)
+                found += [self._compared(rows, size) for rows, size in zip(logits, sizes, strict=True)]
+            finally:
+                for store_id in made:
+                    store.release(store_id)
+        return found
+
+    def _compared(self, logits: np.ndarray, nbytes: int) -> Measured:
+        found = log_softmax(logits)
+        kl = np.einsum("rv,rv->r", self._likely, self._reference - found)
+        return Measured(max(float(kl.mean()), 0.0), float((found.argmax(axis=1) == self._top).mean()), nbytes)
+
+    def _commit(self, variant: CacheVariant) -> int:
+        store = self._meter.cache.store
+        store_id = store.create(0, variant.precisions)
+        try:
+            store.attach_prefill(store_id, self._kv.blocks.view, self.num_tokens)
+            if variant.kept is None:
+                store.commit_prefill(store_id)
+            else:
+                offsets = np.concatenate([[0], np.cumsum([len(x) for x in variant.kept])]).astype(np.int64)
+                store.commit_prefill(store_id, offsets, np.concatenate(variant.kept).astype(np.int32))
+        except BaseException:
+            store.release(store_id)
+            raise
+        return store_id
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float32 (R, vocabulary), in nats."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
