@@ -36,8 +36,8 @@ Measure what each choice costs each KV head of MODEL, and write {PROFILE_NAME} b
 A pipeline then meets a budget of bytes, such as --budget 1/8, with the plan of least cost: which heads keep how many \
 tokens, and at which precision. MODEL is the folder of an exported model; left out, it is SmolLM2-135M-Instruct.
 
-Costs are KL divergences of the next-token distribution to the full cache, in nats, over the full cache's own answer to \
-each calibration prompt. Prompts come with the package; --text takes your own files instead, which calibrate best if \
+Costs are KL divergences of the next-token distribution to the full cache, in nats, over the full cache's own answer \
+to each calibration prompt. Prompts come with the package; --text takes your own files instead, which calibrate best if \
 they are like the texts that will be compressed.
 
 A run that was interrupted goes on where it stopped.
@@ -86,8 +86,10 @@ def profile(
         prompts = [Prompt(one.name, renderer.render(f"{one.text}\n\n{one.question}", tokens)) for one in wanted]
         settings = {"tokens": tokens, "answer_tokens": answer_tokens}
         made_with = {
-            "command": shlex.join(["ov_kvcrush-profile", *sys.argv[1:]]), **settings, "environment": describe_environment()
-        }  # fmt: skip
+            "command": shlex.join(["ov_kvcrush-profile", *sys.argv[1:]]),
+            **settings,
+            "environment": describe_environment(),
+        }
         found = _measure(meter, folder, prompts, chosen, answer_tokens, renderer.ends, path, made_with, console)
         write_json(path, found.to_json(), "out")
         _part(path).unlink(missing_ok=True)

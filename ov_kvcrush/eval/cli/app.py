@@ -16,6 +16,7 @@ from rich.text import Text
 from ov_kvcrush.cli.environment import describe_environment
 from ov_kvcrush.cli.parse import parse_properties
 from ov_kvcrush.errors import CrushError, RequestError
+from ov_kvcrush.eval.cli.frontier import add_frontier
 from ov_kvcrush.eval.cli.suites import add_suites
 from ov_kvcrush.eval.likelihood.perplexity import DEFAULT_PRECISIONS, PerplexityRow, parse_precisions, perplexity
 from ov_kvcrush.utils.json_file import check_writable, write_json
@@ -29,6 +30,7 @@ def main_options() -> None:
 
 
 add_suites(app)
+add_frontier(app)
 
 
 HELP = f"""\

@@ -1,0 +1,116 @@
+"""What bytes buy: plans of some sizes beside uniform settings, on texts that calibrated nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ov_kvcrush.errors import CrushError
+from ov_kvcrush.eval.calibrate.measure import variant_of
+from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant, ReadPrompt
+from ov_kvcrush.eval.calibrate.rendering import PromptRenderer
+from ov_kvcrush.kvcache.planning import geometry_of
+from ov_kvcrush.policies.base import Budget, Policy
+from ov_kvcrush.policies.plans.planner import BytePlanner
+from ov_kvcrush.policies.plans.profile import KVProfile
+
+BUDGETS = (1 / 5.5, 1 / 6.6, 1 / 8, 1 / 11, 1 / 16)
+QUALITIES = (0.02, 0.05, 0.1)
+PRECISIONS = (("u8", "u8"), ("u4", "u4"), ("u4", "u2"), ("u2", "u2"))
+FRACTIONS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)
+_LEAST_ANSWER = 8  # tokens: a shorter answer is no measure
+
+
+@dataclass(frozen=True)
+class FrontierRow:
+    """One cache of one text. of_bf16: its bytes over those of all tokens in bf16. predicted: KL divergence, or NaN."""
+
+    setting: str
+    text: str
+    kl: float
+    same_top: float
+    of_bf16: float
+    predicted: float = float("nan")
+
+
+def read_texts(folder: Path, per_file: int) -> Iterator[tuple[str, str]]:
+    """Name and prompt of the first items of each jsonl file with a field "prompt". Raises CrushError without any."""
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise CrushError(f"data must be a folder with jsonl files, got {str(folder)!r}")
+    for path in files:
+        for index, line in enumerate(path.read_text("utf-8").splitlines()[:per_file]):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+                yield f"{path.stem}:{index}", row["prompt"]
+
+
+def measure_frontier(
+    meter: CacheMeter,
+    profile: KVProfile,
+    policy: Policy,
+    renderer: PromptRenderer,
+    texts: Sequence[tuple[str, str]],
+    tokens: int,
+    answer_tokens: int,
+    told: Callable[[str, list[FrontierRow]], None],
+) -> list[FrontierRow]:
+    """Plans and uniform settings on every text; those with answers that are too short to compare are left out."""
+    rows: list[FrontierRow] = []
+    for name, text in texts:
+        with meter.read(renderer.render(text, tokens), answer_tokens, policy, renderer.ends) as read:
+            if len(read.rows) < _LEAST_ANSWER:
+                continue
+            found = list(_of_text(meter, profile, policy, read, name))
+        rows += found
+        told(name, found)
+    return rows
+
+
+def _of_text(
+    meter: CacheMeter, profile: KVProfile, policy: Policy, read: ReadPrompt, name: str
+) -> Iterator[FrontierRow]:
+    geometry = geometry_of(meter.model, meter.config)
+    named: list[tuple[str, float, CacheVariant]] = []
+    asked = [(f"plan 1/{1 / budget:.1f}", {"budget": budget}) for budget in BUDGETS]
+    asked += [(f"quality {quality:g}", {"quality": quality}) for quality in QUALITIES]
+    for label, wanted in asked:
+        plan = BytePlanner(geometry, profile.num_kv_heads, profile, **wanted).plan(read.num_tokens)
+        named.append((label, plan.predicted_kl or float("nan"), variant_of(read, plan, policy)))
+    for fraction in FRACTIONS:
+        budget = Budget(kept=fraction, min_tokens=policy.budget.min_tokens)
+        kept = read.select(replace(policy, budget=budget)) if fraction < 1 else None
+        for key, value in PRECISIONS:
+            variant = CacheVariant(meter.uniform(key, value), kept)
+            named.append((f"{fraction:g} {key}/{value}", float("nan"), variant))
+    for (label, predicted, _), one in zip(named, read.measure([v for *_, v in named]), strict=True):
+        yield FrontierRow(label, name, one.kl, one.same_top, one.nbytes / read.full_bytes, predicted)
+
+
+def summary(rows: Sequence[FrontierRow]) -> list[dict[str, float | str]]:
+    """By setting: mean with a bootstrap interval of 95 %, median and 90 % quantile over texts; most bytes first."""
+    random = np.random.default_rng(0)
+    found: list[dict[str, float | str]] = []
+    for setting in dict.fromkeys(row.setting for row in rows):
+        of = [row for row in rows if row.setting == setting]
+        kl = np.array([row.kl for row in of])
+        means = kl[random.integers(0, len(kl), (2000, len(kl)))].mean(axis=1)
+        found.append(
+            {
+                "setting": setting,
+                "texts": len(of),
+                "of_bf16": float(np.mean([row.of_bf16 for row in of])),
+                "mean": float(kl.mean()),
+                "low": float(np.quantile(means, 0.025)),
+                "high": float(np.quantile(means, 0.975)),
+                "median": float(np.median(kl)),
+                "q90": float(np.quantile(kl, 0.9)),
+                "same_top": float(np.mean([row.same_top for row in of])),
+                "predicted": float(np.mean([row.predicted for row in of])),
+            }
+        )
+    return sorted(found, key=lambda row: -float(row["of_bf16"]))

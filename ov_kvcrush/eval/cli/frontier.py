@@ -1,0 +1,99 @@
+"""`ov_kvcrush-eval frontier`: plans of a profiled model beside uniform settings, at the bytes that each takes."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ov_kvcrush.cli.console import progress
+from ov_kvcrush.cli.environment import describe_environment
+from ov_kvcrush.cli.parse import parse_properties
+from ov_kvcrush.errors import CrushError
+from ov_kvcrush.eval.calibrate.frontier import FrontierRow, measure_frontier, read_texts, summary
+from ov_kvcrush.eval.calibrate.meter import CacheMeter
+from ov_kvcrush.eval.calibrate.rendering import PromptRenderer
+from ov_kvcrush.kvcache.planning import default_policy, find_profile
+from ov_kvcrush.policies.plans.profile import PROFILE_NAME
+from ov_kvcrush.utils.json_file import check_writable, write_json
+
+HELP = f"""\
+KL divergence to the full cache over bytes: plans of MODEL's profile ({PROFILE_NAME}) beside uniform settings.
+
+Each text is read once, the full cache answers it greedily, and every other cache is given the same tokens. Texts are \
+the "prompt" fields of the jsonl files in --data, such as MiniLongBench's; they must not be those of the profile.
+
+[bold]Example[/bold]
+
+  ov_kvcrush-eval frontier my-model --data minilongbench/ --per-file 5 --json frontier.json
+"""
+
+
+def add_frontier(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(name="frontier", help=HELP)(frontier_command)
+
+
+def frontier_command(
+    model: Annotated[Path, typer.Argument(help="Folder of an exported model with a profile.")],
+    data: Annotated[Path, typer.Option(metavar="FOLDER", help="jsonl files with a field prompt.")],
+    per_file: Annotated[int, typer.Option(metavar="N", help="Texts of each file, its first ones.")] = 5,
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of a prompt; longer ones lose their middle.")] = 2048,
+    answer_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of the answer that are compared.")] = 32,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write all rows.")] = None,
+    properties: Annotated[
+        list[str] | None, typer.Option("--property", metavar="KEY=VALUE", help="Any OpenVINO property; repeatable.")
+    ] = None,
+) -> None:
+    """Measure and print; HELP has the text for the user."""
+    console = Console(stderr=True)
+    try:
+        if json_path is not None:
+            check_writable(json_path)
+        texts = list(read_texts(data, per_file))
+        meter = CacheMeter(model, dict(parse_properties(properties or ())))
+        profile = find_profile(meter.model, meter.config)
+        if profile is None:
+            raise CrushError(f"model must have a profile, got none in {str(model)!r}; ov_kvcrush-profile makes it")
+        renderer, policy = PromptRenderer(model), default_policy(profile)
+        done: list[FrontierRow] = []
+        with progress(len(texts), console) as report:
+
+            def told(name: str, rows: list[FrontierRow]) -> None:
+                done.extend(rows)
+                report(name)
+
+            measure_frontier(meter, profile, policy, renderer, texts, tokens, answer_tokens, told)
+        found = summary(done)
+        Console().print(_table(found))
+        if json_path is not None:
+            report_json = {
+                "command": shlex.join(["ov_kvcrush-eval", *sys.argv[1:]]),
+                "environment": describe_environment(),
+                "profile": dict(profile.made_with or {}),
+                "settings": found,
+                "rows": [row.__dict__ for row in done],
+            }
+            write_json(json_path, report_json)
+    except CrushError as error:
+        console.print(Text(f"error: {error}", style="red"))
+        raise typer.Exit(2) from None
+
+
+def _table(rows: list[dict[str, float | str]]) -> Table:
+    table = Table(title="KL divergence to the full cache, nats, over texts")
+    for name in ("setting", "bytes of bf16", "mean (95 %)", "median", "90 %", "same top token", "predicted", "texts"):
+        table.add_column(name, justify="left" if name == "setting" else "right")
+    for row in rows:
+        table.add_row(
+            str(row["setting"]), f"1/{1 / float(row['of_bf16']):.2f}",
+            f"{row['mean']:.4f} ({row['low']:.4f}-{row['high']:.4f})", f"{row['median']:.4f}", f"{row['q90']:.4f}",
+            f"{row['same_top']:.3f}", f"{row['predicted']:.4f}", str(row["texts"]),
+        )  # fmt: skip
+    return table
