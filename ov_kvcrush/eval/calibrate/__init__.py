@@ -1,0 +1,1 @@
+"""What compressing the KV cache costs, measured: profiles of a model."""
