@@ -1,1 +1,1 @@
-"""Searches on a few texts for settings of the cache that belong to one model."""
+"""What compressing the KV cache of a model costs, and which layers can share one: measured on texts."""

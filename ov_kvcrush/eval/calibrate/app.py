@@ -37,8 +37,8 @@ A pipeline then meets a budget of bytes, such as --budget 1/8, with the plan of 
 tokens, and at which precision. MODEL is the folder of an exported model; left out, it is SmolLM2-135M-Instruct.
 
 Costs are KL divergences of the next-token distribution to the full cache, in nats, over the full cache's own answer \
-to each calibration prompt. Prompts come with the package; --text takes your own files instead, which calibrate best if \
-they are like the texts that will be compressed.
+to each calibration prompt. Prompts come with the package; --text takes your own files instead, which calibrate \
+best if they are like the texts that will be compressed.
 
 A run that was interrupted goes on where it stopped.
 

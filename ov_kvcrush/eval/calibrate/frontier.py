@@ -76,10 +76,13 @@ def _of_text(
 ) -> Iterator[FrontierRow]:
     geometry = geometry_of(meter.model, meter.config)
     named: list[tuple[str, float, CacheVariant]] = []
-    asked = [(f"plan 1/{1 / budget:.1f}", {"budget": budget}) for budget in BUDGETS]
-    asked += [(f"quality {quality:g}", {"quality": quality}) for quality in QUALITIES]
-    for label, wanted in asked:
-        plan = BytePlanner(geometry, profile.num_kv_heads, profile, **wanted).plan(read.num_tokens)
+    heads = profile.num_kv_heads
+    asked = [(f"plan 1/{1 / budget:.1f}", BytePlanner(geometry, heads, profile, budget)) for budget in BUDGETS]
+    asked += [
+        (f"quality {quality:g}", BytePlanner(geometry, heads, profile, quality=quality)) for quality in QUALITIES
+    ]
+    for label, planner in asked:
+        plan = planner.plan(read.num_tokens)
         named.append((label, plan.predicted_kl or float("nan"), variant_of(read, plan, policy)))
     for fraction in FRACTIONS:
         budget = Budget(kept=fraction, min_tokens=policy.budget.min_tokens)

@@ -69,9 +69,9 @@ def _text_of(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise CrushError(f"text file must be readable, got {str(path)!r}: {error.strerror}") from error
+        raise CrushError(f"text file must be readable, got {str(path)!r}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise CrushError(f"text file must be UTF-8, got {str(path)!r}: {error}") from error
+        raise CrushError(f"text file must be UTF-8, got {str(path)!r}: {error}") from None
     if not text.strip():
         raise CrushError(f"text file must hold text, got {str(path)!r}, which is empty")
     return text
