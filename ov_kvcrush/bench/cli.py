@@ -33,6 +33,7 @@ from ov_kvcrush.cli.environment import describe_environment
 from ov_kvcrush.cli.parse import check_at_least, parse_numbers, parse_properties
 from ov_kvcrush.cli.policy_options import (
     NAME_OR_LIST,
+    BudgetOption,
     KeptOption,
     KeptTokensOption,
     OtherOptions,
@@ -98,6 +99,7 @@ def bench(
         typer.Option(metavar="N", help="A prompt of as many tokens is kept whole. Default: 128, or --kept-tokens."),
     ] = None,
     policy_options: OtherOptions = None,
+    budget: BudgetOption = None,
     runs: Annotated[
         int | None,
         typer.Option(metavar="R", help="Measured runs per engine, after a warm-up: 3, with --attention 15."),
@@ -182,7 +184,7 @@ def bench(
         if attention:
             report = _attention_report(model, layers, _given(options), console)
         else:
-            options |= {"new_tokens": new_tokens, "against": against, "max_kv_mb": max_kv_mb}
+            options |= {"new_tokens": new_tokens, "against": against, "max_kv_mb": max_kv_mb, "budget": budget}
             wanted = PolicyOptions(policy, kept, kept_tokens, min_tokens, tuple(policy_options or ()))
             options["policy"] = None if policy is None else wanted.build(policy)
             options["max_num_batched_tokens"] = max_num_batched_tokens

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ov_kvcrush.cli.parse import Property, check_at_least, check_numbers
-from ov_kvcrush.config import ENGINES, PRECISIONS
+from ov_kvcrush.config import ENGINES, PRECISIONS, parse_budget
 from ov_kvcrush.errors import CrushError, ModelError
 from ov_kvcrush.genai.eviction import closest_genai_eviction
 from ov_kvcrush.kvcache.block_pool import blocks_for
@@ -46,6 +46,7 @@ class BenchSettings:
     key_precision, value_precision: of the cache, None = each engine's default. An engine that has not got them keeps
         its default.
     max_kv_mb: limit of our store in MiB, None = by the free memory; other engines get what the cell needs.
+    budget: bytes of our cache over those of bf16, as CacheConfig.budget; None = by precisions and policy.
     policy: what stays in our cache, None = everything. Of the others "genai-policy" alone evicts: as many tokens.
     Raises CrushError naming the option, its rule and the value.
     """
@@ -65,6 +66,7 @@ class BenchSettings:
     value_precision: str | None = None
     max_kv_mb: int | None = None
     policy: Policy | None = None
+    budget: str | None = None
 
     def __post_init__(self) -> None:
         for option, values in (("context", self.contexts), ("batch", self.batches)):
@@ -78,6 +80,10 @@ class BenchSettings:
             raise CrushError(f"--batch must be at most {limit}, got {max(self.batches)}")
         check_choice("against", self.against, RIVALS)
         self._check_policy()
+        if self.budget is not None:
+            parse_budget(self.budget)
+            if self.key_precision or self.value_precision:
+                raise CrushError("--key-precision and --value-precision must be left out with --budget, got both")
         check_precisions(self.key_precision, self.value_precision, self.properties)
         longest = max(self.contexts)
         if self.context_length is not None and longest + self.new_tokens > self.context_length:
@@ -132,6 +138,7 @@ class BenchSettings:
             "value_precision": self.value_precision,
             "max_kv_bytes": (self.max_kv_mb or 0) << 20,
             "policy": None if self.policy is None else settings_of(self.policy),
+            "budget": self.budget,
             "max_num_seqs": max(cell.batch, 256),
             "context": cell.context,
             "batch": cell.batch,

@@ -22,6 +22,7 @@ from ov_kvcrush.chat.reader import is_interactive, one_prompt
 from ov_kvcrush.chat.session import Session, length_note, tell_kept
 from ov_kvcrush.cli.policy_options import (
     NAME_OR_LIST,
+    BudgetOption,
     KeptOption,
     KeptTokensOption,
     OtherOptions,
@@ -171,6 +172,7 @@ def parse(
             "free memory. With engine genai whole GiB: a multiple of 1024.",
         ),
     ] = None,
+    budget: BudgetOption = None,
     policy: Annotated[
         str | None,
         typer.Option(
@@ -212,7 +214,9 @@ def parse(
     wanted = PolicyOptions(policy, kept, kept_tokens, min_tokens, tuple(policy_options or ()))
     wish = context_wish(context, save_context, wanted, system=system, engine=engine, device=device)
     of_chat = PolicyOptions() if wish and wish.text is not None else wanted
-    options = ChatOptions(model, system, max_new_tokens, temperature, top_p, seed, engine, device, *cache, of_chat)
+    options = ChatOptions(
+        model, system, max_new_tokens, temperature, top_p, seed, engine, device, *cache, of_chat, budget
+    )
     return Task(options, prompt, stats, json, show_kept, wish)
 
 

@@ -16,6 +16,14 @@ from ov_kvcrush.utils.checks import key_values
 LIST = "help"  # in place of a policy's name: say which there are
 NAME_OR_LIST = f"NAME|{LIST}"
 
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="F",
+        help="Bytes of the cache over those of bf16, as 1/8: a plan says how many tokens each head keeps, and at which "
+        "precision (see ov_kvcrush-profile).",
+    ),
+]
 KeptOption = Annotated[
     float | None, typer.Option(metavar="F", help="Keep this fraction of the text, in (0, 1]. Default: 0.25.")
 ]

@@ -53,9 +53,16 @@ def genai_cache_properties(config: CacheConfig, properties: dict[str, Any]) -> d
             raise CrushError(f"{name} must be left alone with engine='genai', got {value}{hint}")
     if config.sharing:
         raise CrushError(f"shared_layers must be left out with engine='genai', got {dict(config.sharing)}")
+    for name in ("budget_bytes", "quality"):
+        if getattr(config, name):
+            raise CrushError(
+                f"{name} must be left out with engine='genai', got {getattr(config, name)}; it has a budget"
+            )
     if config.attention == "crush":
         raise CrushError("attention must be 'auto' or 'paged' with engine='genai', got 'crush'")
     key, value = config.key_precision, config.value_precision
+    if config.budget is not None:
+        key = value = _precision_for(config)
     paged = paged_precisions(key, value, properties)
     if not paged:
         raise CrushError(
@@ -63,6 +70,21 @@ def genai_cache_properties(config: CacheConfig, properties: dict[str, Any]) -> d
             f"with engine='genai', got {key!r}, {value!r}"
         )
     return paged
+
+
+def _precision_for(config: CacheConfig) -> str:
+    """The most precise type of openvino_genai's cache whose bytes are within the budget: one for all layers.
+
+    Its blocks of 32 tokens have a scale and a zero point of 4 bytes for each channel of the keys and token of the values.
+    """
+    assert isinstance(config.budget, float)
+    for precision, of_bf16 in (("u8", 0.57), ("u4", 0.32)):
+        if config.budget >= of_bf16:
+            return precision
+    raise CrushError(
+        f"budget must be at least 0.32 with engine='genai', whose cache has u4 at least, got {config.budget:.4g}; a "
+        "policy with kept_tokens evicts more"
+    )
 
 
 class GenaiBackend:

@@ -78,9 +78,7 @@ def _of_text(
     named: list[tuple[str, float, CacheVariant]] = []
     heads = profile.num_kv_heads
     asked = [(f"plan 1/{1 / budget:.1f}", BytePlanner(geometry, heads, profile, budget)) for budget in BUDGETS]
-    asked += [
-        (f"quality {quality:g}", BytePlanner(geometry, heads, profile, quality=quality)) for quality in QUALITIES
-    ]
+    asked += [(f"quality {quality:g}", BytePlanner(geometry, heads, profile, quality=quality)) for quality in QUALITIES]
     for label, planner in asked:
         plan = planner.plan(read.num_tokens)
         named.append((label, plan.predicted_kl or float("nan"), variant_of(read, plan, policy)))
