@@ -124,6 +124,40 @@ def test_error_is_at_most_half_a_step(isa: str, kind: str, precision: str) -> No
         assert (np.abs(x - back) <= step / 2 * (1 + 1e-4) + np.abs(x) * 2e-7).all()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=examples(100), deadline=None)
+@given(
+    kind=st.sampled_from(["normal", "uniform", "laplace", "outlier", "few", "offset"]),
+    num_tokens=st.integers(1, 32),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_two_bits_err_no_more_than_over_the_whole_range(isa: str, kind: str, num_tokens: int, seed: int) -> None:
+    """The root of the mean squared error of each scale, up to what f16 takes from minimum and step."""
+    rng = np.random.default_rng(seed)
+    x = gaussian(rng, num_tokens, 32)
+    match kind:
+        case "uniform":
+            x = rng.uniform(-1, 1, x.shape).astype(np.float32)
+        case "laplace":
+            x = rng.laplace(size=x.shape).astype(np.float32)
+        case "outlier":
+            x *= np.where(rng.random(x.shape) < 0.05, 100, 1).astype(np.float32)
+        case "few":  # numbers that four levels have nearly
+            x = (rng.integers(0, 4, x.shape) + 0.01 * x).astype(np.float32)
+        case "offset":
+            x += 20
+    back_k, back_v = native.encode_decode("u2", "u2", 32, x, x, isa)
+    for numbers, back in ((x.T, back_k.T), (x, back_v)):
+        low, high = numbers.min(axis=1, keepdims=True), numbers.max(axis=1, keepdims=True)
+        minimum, scale = reference.min_and_scale(low, high, np.float32(3))
+        whole = minimum + np.clip(np.rint((numbers - minimum) / scale), 0, 3) * scale
+        mine, theirs = (np.sqrt(((numbers - y).astype(np.float64) ** 2).mean(axis=1)) for y in (back, whole))
+        lost = (np.abs(low) * 2**-10 + (high - low) * 2**-9)[:, 0]
+        assert (mine <= theirs + lost).all()
+        if kind in ("normal", "uniform", "laplace") and num_tokens == 32:
+            assert (mine**2).mean() < (theirs**2).mean()
+
+
 NUMBERS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 

@@ -31,6 +31,10 @@ struct SimdAvx2 {
     // y where x is NaN
     static V max(V x, V y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
     static V min(V x, V y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+    static V abs(V x) {
+        const __m256 sign = _mm256_set1_ps(-0.f);
+        return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+    }
     static float reduce_add(V x) {
         const __m256 s = _mm256_add_ps(x.a, x.b);
         __m128 r = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));

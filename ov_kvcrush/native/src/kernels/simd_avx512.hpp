@@ -31,6 +31,7 @@ struct SimdAvx512 {
     // y where x is NaN
     static V max(V x, V y) { return _mm512_max_ps(x, y); }
     static V min(V x, V y) { return _mm512_min_ps(x, y); }
+    static V abs(V x) { return _mm512_abs_ps(x); }
     static float reduce_add(V x) { return _mm512_reduce_add_ps(x); }
     static float reduce_max(V x) { return _mm512_reduce_max_ps(x); }
     static float reduce_min(V x) { return _mm512_reduce_min_ps(x); }

@@ -52,6 +52,13 @@ struct SimdScalar {
     static V min(const V& a, const V& b) {
         return lanes([&](int i) { return a.x[i] < b.x[i] ? a.x[i] : b.x[i]; });
     }
+    static V abs(const V& a) {
+        return lanes([&](int i) {
+            uint32_t bits;
+            std::memcpy(&bits, a.x + i, sizeof(bits));
+            return float_of_bits(bits & 0x7fffffffu);
+        });
+    }
     static float reduce_add(const V& a) {
         float s = 0;
         for (float x : a.x) s += x;
