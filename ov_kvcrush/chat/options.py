@@ -28,7 +28,8 @@ class ChatOptions:
     engine, device: as in LLMPipeline.
     key_precision, value_precision: as in CacheConfig; None = the engine's default.
     max_kv_mb: limit of the KV store in MiB; None = by the free memory. openvino_genai takes whole GiB only.
-    budget: as in CacheConfig. policy: what stays in the cache; without a name KVCrush with our engine, where it can evict, else everything.
+    budget: as in CacheConfig.
+    policy: what stays in the cache; without a name KVCrush with our engine, where it can evict, else everything.
     Raises RequestError or CrushError naming the first field that cannot be used.
     """
 

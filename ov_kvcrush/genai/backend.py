@@ -75,7 +75,7 @@ def genai_cache_properties(config: CacheConfig, properties: dict[str, Any]) -> d
 def _precision_for(config: CacheConfig) -> str:
     """The most precise type of openvino_genai's cache whose bytes are within the budget: one for all layers.
 
-    Its blocks of 32 tokens have a scale and a zero point of 4 bytes for each channel of the keys and token of the values.
+    Scales and zero points, of channels of keys and of tokens of values, are float32.
     """
     assert isinstance(config.budget, float)
     for precision, of_bf16 in (("u8", 0.57), ("u4", 0.32)):
