@@ -1,0 +1,156 @@
+"""From a model to its profile to a pipeline that meets a budget, end to end on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+from native_stores import require_native
+from typer.testing import CliRunner
+
+from ov_kvcrush import CacheConfig, CrushError, LLMPipeline
+from ov_kvcrush.core.cache_params import CacheParams
+from ov_kvcrush.eval.calibrate.app import app
+from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant
+from ov_kvcrush.eval.cli.app import app as eval_app
+from ov_kvcrush.kvcache.planning import find_profile
+from ov_kvcrush.policies.plans.profile import PROFILE_NAME
+from ov_kvcrush.policies.registry import build
+
+Folder = Callable[[str], Path]
+LENGTH = 1200
+
+
+@pytest.fixture(scope="module")
+def profiled(tiny_ir: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a profile of one text."""
+    require_native()
+    folder = tmp_path_factory.mktemp("profiled") / "model"
+    shutil.copytree(tiny_ir("llama"), folder)
+    arguments = [str(folder), "--texts", "1", "--tokens", "400", "--answer-tokens", "8", "--policy", "snapkv"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def ids(length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, 100, length)
+
+
+def kv_bytes(pipe: LLMPipeline, length: int) -> tuple[int, float]:
+    """Bytes of a prompt's cache in the store, and those of all its tokens in bf16."""
+    handle = pipe._loop.prefill(ids(length), CacheParams(prefill_only=True), None)
+    assert handle.snapshot is not None
+    planner = pipe._backend._input._planner  # type: ignore[attr-defined]
+    found = handle.snapshot.nbytes, planner._geometry.full_bytes(length)
+    handle.snapshot.release()
+    return found
+
+
+def test_a_profile_has_costs_and_measured_plans(profiled: Path) -> None:
+    found = json.loads((profiled / PROFILE_NAME).read_text())
+    assert len(found["texts"]) == 1
+    assert found["policy"]["name"] == "snapkv"
+    assert "ov_kvcrush-profile" in found["made_with"]["command"]
+    assert all(len(rung["kl"]) == 1 for rung in found["rungs"])
+    assert not (profiled / f"{PROFILE_NAME}.part").exists()
+
+
+@pytest.mark.parametrize("budget", ["1/4", 0.125])
+def test_a_pipeline_meets_its_budget(profiled: Path, budget: float | str) -> None:
+    pipe = LLMPipeline(profiled, "CPU", cache_config=CacheConfig(budget=budget))
+    planner = pipe._backend._input._planner  # type: ignore[attr-defined]
+    plan = planner.plan(3900)
+    used, _ = kv_bytes(pipe, 3900)
+    options = tuple(dict.fromkeys(plan.flat))
+    sizes = planner._geometry.sizes(options, 3900)
+    wanted = sum(sizes[head, options.index(one)] for head, one in enumerate(plan.flat))
+    assert used == pytest.approx(wanted, rel=0.03)
+
+
+def test_a_budget_answers_and_tells_its_plan(profiled: Path) -> None:
+    pipe = LLMPipeline(profiled, "CPU", cache_config={"budget": "1/6"})
+    first = pipe.generate(ov.Tensor(ids(LENGTH)[None, :]), max_new_tokens=40, ignore_eos=True)
+    again = pipe.generate(ov.Tensor(ids(LENGTH)[None, :]), max_new_tokens=40, ignore_eos=True)
+    assert first.tokens == again.tokens
+    assert len(first.tokens[0]) == 40
+    assert pipe._backend.cache.usage().used_bytes == 0  # type: ignore[attr-defined]
+
+
+def test_a_quality_takes_fewer_bytes_when_less_is_asked(profiled: Path) -> None:
+    used = [
+        kv_bytes(LLMPipeline(profiled, "CPU", cache_config=CacheConfig(quality=quality)), LENGTH)[0]
+        for quality in (1e-6, 10.0)
+    ]
+    assert used[0] > used[1]
+
+
+def test_a_profile_of_another_model_is_refused(profiled: Path, tiny_ir: Folder) -> None:
+    with pytest.raises(CrushError, match="profile must be of this model"):
+        LLMPipeline(tiny_ir("qwen2"), "CPU", cache_config=CacheConfig(budget="1/4", profile=profiled / PROFILE_NAME))
+
+
+def test_without_a_profile_a_ladder_holds_and_quality_is_refused(tiny_ir: Folder) -> None:
+    require_native()
+    pipe = LLMPipeline(tiny_ir("llama"), "CPU", cache_config=CacheConfig(budget="1/4"))
+    used, full = kv_bytes(pipe, 3900)
+    assert used <= full / 4
+    with pytest.raises(CrushError, match="quality must be asked of a model with a profile"):
+        LLMPipeline(tiny_ir("llama"), "CPU", cache_config=CacheConfig(quality=0.1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": 0}, r"budget must be a fraction in \(0, 1\], got 0"),
+        ({"budget": "1/0"}, "budget must be a fraction such as 1/8 or 0.125, got '1/0'"),
+        ({"budget": "x"}, "budget must be a fraction such as 1/8"),
+        ({"budget": 0.1, "quality": 0.1}, "only one of budget, budget_bytes and quality can be given"),
+        ({"budget": 0.1, "key_precision": "u4"}, "key_precision and value_precision must be left out with budget"),
+        ({"budget": 0.1, "attention": "paged"}, "budget must be left out with attention='paged'"),
+        ({"budget_bytes": -1}, "budget_bytes must be an integer of at least 0"),
+        ({"quality": -1}, "quality must be a finite number of at least 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(CrushError, match=message):
+        CacheConfig.from_options(settings)
+
+
+def test_the_full_cache_costs_nothing_and_fewer_bits_cost_more(tiny_ir: Folder) -> None:
+    require_native()
+    meter = CacheMeter(tiny_ir("llama"), {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"})
+    policy = build("snapkv", kept=0.25)
+    with meter.read(ids(600), 8, policy, set()) as read:
+        pairs = [("f32", "f32"), ("u8", "u8"), ("u2", "u2")]
+        found = read.measure([CacheVariant(meter.uniform(*pair)) for pair in pairs])
+        evicted = read.measure([CacheVariant(meter.uniform("f32", "f32"), read.select(policy))])[0]
+    assert found[0].kl == pytest.approx(0, abs=1e-6)
+    assert found[0].same_top == 1
+    assert found[0].kl <= found[1].kl <= found[2].kl
+    assert found[0].nbytes == read.full_bytes > found[1].nbytes > found[2].nbytes
+    assert evicted.kl > found[0].kl
+    assert meter.cache.store.nbytes == 0
+
+
+def test_the_frontier_compares_plans_and_uniform_settings(profiled: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"prompt": "once upon a time " * 100}) + "\n")
+    out = tmp_path / "frontier.json"
+    arguments = ["frontier", str(profiled), "--data", str(tmp_path), "--tokens", "400", "--json", str(out)]
+    result = CliRunner().invoke(eval_app, arguments)
+    assert result.exit_code == 0, result.output
+    if json.loads(out.read_text())["rows"]:  # a random model may end its answer at once
+        names = {row["setting"] for row in json.loads(out.read_text())["rows"]}
+        assert {"plan 1/8.0", "quality 0.05", "0.5 u4/u4"} <= names
+
+
+def test_a_profile_beside_the_model_is_found(profiled: Path) -> None:
+    meter = CacheMeter(profiled)
+    found = find_profile(meter.model, meter.config)
+    assert found is not None
+    assert found.num_heads == meter.num_heads
