@@ -14,6 +14,7 @@ import numpy as np
 from ov_kvcrush.core.eviction import EvictionState
 from ov_kvcrush.core.request import Sequence
 from ov_kvcrush.core.snapshot import KVSnapshot
+from ov_kvcrush.policies.budgets.planned import chooses_alike
 
 KV = TypeVar("KV")
 _LAST = 1 << 62  # behind every key
@@ -172,7 +173,7 @@ def serves(snapshot: KVSnapshot, sequence: Sequence, length: int) -> bool:
         return False
     state = snapshot.state
     is_whole = length == snapshot.num_tokens
-    if state.num_evicted and (not is_whole or not eviction or eviction.policy != snapshot.policy):
+    if state.num_evicted and (not is_whole or not eviction or not chooses_alike(eviction.policy, snapshot.policy)):
         return False
     # Kept KV is not staged: nothing could be read twice there.
     if eviction and not state.num_choices and eviction.num_read_again(len(sequence.ids)):

@@ -31,6 +31,18 @@ class Planned(BudgetAllocator):
         return by_layer(state, fit(np.minimum(wanted, bounds.high), bounds, bounds.total(tokens)))
 
 
+def chooses_alike(policy: Policy, other: Policy | None) -> bool:
+    """Whether both choose tokens by the same rule: they are equal, or both planned, whatever the plans.
+
+    Plans of one budget differ with the length of the text: a conversation goes on under the plan of its new length.
+    """
+    if policy == other:
+        return True
+    if other is None or not all(isinstance(getattr(x, "allocator", None), Planned) for x in (policy, other)):
+        return False
+    return replace(policy, budget=other.budget, allocator=other.allocator) == other  # type: ignore[call-arg,attr-defined]
+
+
 def planned(policy: Policy, plan: CachePlan) -> Policy:
     """The policy with the plan's budget: it says which tokens stay, the plan how many of each head."""
     least = min(policy.budget.min_tokens, policy.budget.floor)

@@ -154,3 +154,19 @@ def test_a_profile_beside_the_model_is_found(profiled: Path) -> None:
     found = find_profile(meter.model, meter.config)
     assert found is not None
     assert found.num_heads == meter.num_heads
+
+
+def test_a_conversation_goes_on_under_the_plan_of_its_new_length(profiled: Path) -> None:
+    pipe = LLMPipeline(
+        profiled, "CPU", cache_config={"budget": "1/6"}, scheduler_config={"enable_prefix_caching": True}
+    )
+    begun = ids(LENGTH)
+    answer = pipe.generate(ov.Tensor(begun[None, :]), max_new_tokens=20, ignore_eos=True).tokens[0]
+    more = np.concatenate([begun, answer[:-1], ids(60, seed=1)])
+    handle = pipe._backend.add(1, more, pipe._options(None, {"max_new_tokens": 4}), CacheParams())
+    handle.drive()
+    handle.wait()
+    assert handle.get_stats().num_reused_tokens >= LENGTH
+    plan = handle.get_stats().plan
+    assert plan is not None
+    assert plan.predicted_kl is not None
