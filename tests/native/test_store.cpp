@@ -224,7 +224,8 @@ private:
         const Wanted own = mixed ? wanted_of_some_tiers(indices.size()) : Wanted{};
         const Precisions before = store_.precisions(id);
         try {
-            store_.commit_prefill(id, all && !mixed && pick(2) ? nullptr : &selection, promised, mixed ? &own : nullptr);
+            const bool whole = all && !mixed && pick(2);
+            store_.commit_prefill(id, whole ? nullptr : &selection, promised, mixed ? &own : nullptr);
         } catch (const StoreFull&) {
             CHECK(setting_.max_bytes > 0);
             CHECK(store_.precisions(id) == before);

@@ -45,11 +45,11 @@ struct CodecImpl {
         scale = I::load_f16(scale16);
     }
 
-    // Two bits a code. Four levels over the whole range are up to a sixth of it away; four in the middles of its quarters
-    // up to an eighth, with a third less squared error where numbers are spread, but they miss numbers that lie close to
-    // the bounds, such as those beside an outlier. Bounds are narrowed to the middles where that leaves less squared
-    // error. Both errors are measured from the same numbers, so their difference is linear between the points where a
-    // nearest level changes: with u the distance from the centre, in ranges, 12 times it is
+    // Two bits a code. Four levels over the whole range are up to a sixth of it away; four in the middles of its
+    // quarters up to an eighth, with a third less squared error where numbers are spread, but they miss numbers that
+    // lie close to the bounds, such as those beside an outlier. Bounds are narrowed to the middles where that leaves
+    // less squared error. Both errors are measured from the same numbers, so their difference is linear between the
+    // points where a nearest level changes: with u the distance from the centre, in ranges, 12 times it is
     //     35/48 - 2 u + 3 |u - 1/4| - 4 |u - 1/3|.
     // Here u is rounded to 2^-13: sums are exact, and the choice depends neither on their order nor on fused products.
     // (Numbers beyond f16 are far outside: with one of them, or NaN, the bounds stay.)

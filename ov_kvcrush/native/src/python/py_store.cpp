@@ -355,7 +355,9 @@ size_t PyStore::bytes_for(const nanobind::object& num_tokens, const std::optiona
         }
         return s->bytes_for(number, wanted ? &wanted->precisions : nullptr);
     }
-    if (num_axes == 0) throw std::invalid_argument("num_tokens must be an array where precisions have tiers, got a number");
+    if (num_axes == 0) {
+        throw std::invalid_argument("num_tokens must be an array where precisions have tiers, got a number");
+    }
     const auto array = nanobind::cast<Input>(num_tokens);
     const auto* numbers =
         with_tiers ? data_of<int64_t>(array, "num_tokens", {num_heads, static_cast<int64_t>(wanted->num_tiers)})

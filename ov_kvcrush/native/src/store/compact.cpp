@@ -53,8 +53,8 @@ struct Store::CompactPlan {
 };
 
 struct Store::Kept {
-    const int32_t *begin, *end;  // cached indices, ascending
-    const uint8_t* tiers;        // of each; null: all are in tier 0
+    const int32_t *begin, *end;   // cached indices, ascending
+    const uint8_t* tiers;         // of each; null: all are in tier 0
     const CodecPair* precisions;  // [tiers]
 
     int64_t size() const { return end - begin; }

@@ -41,7 +41,8 @@ struct MovedToken {
 void arrange(std::vector<MovedToken>& tokens, int64_t num_target);
 // The best tier of `count` tokens.
 uint8_t best_tier(const MovedToken* tokens, int64_t count);
-// Of tiles cut from tokens sorted by tier, those of a tier that has tokens [begin, end): a tile is of its first token's.
+// Of tiles cut from tokens sorted by tier, those of a tier that has tokens [begin, end): a tile is of the tier of its
+// first token.
 int64_t num_tier_tiles(int64_t begin, int64_t end);
 
 Codec lower(Codec own, Codec wanted);  // the one with fewer bits, `own` if they have as many

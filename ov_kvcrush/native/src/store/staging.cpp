@@ -208,7 +208,7 @@ struct Store::Chunks {
         tokens.reserve(static_cast<size_t>(num_tokens));
         for (int64_t i = 0; i < num_tokens; ++i) tokens.push_back({indices[i], indices[i], tier_of[i]});
         arrange(tokens, num_target);
-        for (int64_t i = 0; i < num_target; ++i) tiers.push_back(best_tier(&tokens[static_cast<size_t>(i * TILE)], TILE));
+        for (int64_t i = 0; i < num_target; ++i) tiers.push_back(best_tier(tokens.data() + i * TILE, TILE));
         for (const MovedToken& token : tokens) arranged.push_back(token.index);
         indices = arranged.data();
     }

@@ -54,8 +54,8 @@ struct Staging {
     Codec codec = Codec::bf16;
 };
 
-// The tokens of one KV head. Its tiles in order: full target ones, of any codecs; ones of the recent codec, of which the
-// last may be partly filled; empty ones from `reserve`. A token's number through all tiles is its cached index.
+// The tokens of one KV head. Its tiles in order: full target ones, of any codecs; ones of the recent codec, of which
+// the last may be partly filled; empty ones from `reserve`. A token's number through all tiles is its cached index.
 struct Head {
     std::vector<uint8_t*> tiles;
     int64_t num_tokens = 0;
@@ -152,17 +152,16 @@ public:
     // The prompt of an empty sequence lies in these staging blocks. num_tokens = 0 detaches it.
     void attach_prefill(int32_t id, std::vector<int32_t> blocks, int64_t num_tokens);
     // Encodes the staged tokens (all, or a selection by token index) into tiles of the sequence, and detaches the
-    // staging blocks. Throws StoreFull, with nothing changed. With tiers, the tokens of target tiles are in the order of
-    // `arrange`, and later ones are written in the precisions of tier 0; tiers need a selection.
+    // staging blocks. Throws StoreFull, with nothing changed. With tiers, the tokens of target tiles are in the order
+    // of `arrange`, and later ones are written in the precisions of tier 0; tiers need a selection.
     void commit_prefill(int32_t id, const Selection* selection = nullptr, size_t promised = 0, const Wanted* = nullptr);
-    // Keeps only the selected cached tokens. A head that keeps all of them, none in a target tile that has more bits
-    // than its precisions, is left alone. New order of another: first its target tiles that keep all 32 tokens,
-    // encoded anew with as many if they have more bits than the precisions in keys or values, else untouched; then the
-    // other tokens in their order, the oldest in new target tiles, the newest in recent tiles. Empty tiles are freed. Returns the
-    // old cached index of each new one, head by head as in the selection. Throws StoreFull, with nothing changed, if
-    // the result does not fit (where tiles are shared it can take more bytes than before).
-    // With tiers: only tiles whose tokens are of one tier count as whole, and have its precisions; the others' tokens
-    // are in the order of `arrange`.
+    // Keeps only the selected cached tokens. New order of a head: first its target tiles that keep all 32 tokens,
+    // encoded anew with as many bits as the precisions if they have more in keys or values, else untouched; then the
+    // other tokens in their order, the oldest in new target tiles, the newest in recent tiles. A head that keeps all
+    // tokens and needs no tile anew is left alone. Empty tiles are freed. Returns the old cached index of each new one,
+    // head by head as in the selection. Throws StoreFull, with nothing changed, if the result does not fit (where
+    // tiles are shared it can take more bytes than before). With tiers, only tiles whose tokens are of one tier stay
+    // together, in its precisions, and the tokens of others are in the order of `arrange`.
     std::vector<int32_t> compact(int32_t id, const Selection& selection, const Wanted* = nullptr);
 
     // What a sequence holds, without empty tiles and captured queries. Same content, same bytes. Throws for a staged
