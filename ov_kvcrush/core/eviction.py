@@ -172,8 +172,13 @@ class EvictionState:
 
 @dataclass(frozen=True)
 class Choice:
-    """A selection in the store's terms: indices (n,) int32 of head h are those from offsets[h] to offsets[h + 1]."""
+    """A selection in the store's terms: indices (n,) int32 of head h are those from offsets[h] to offsets[h + 1].
+
+    tiers: uint8 (n,), None = all alike. precisions: keys and values of each tier.
+    """
 
     offsets: np.ndarray
     indices: np.ndarray
     state: EvictionState
+    tiers: np.ndarray | None = None
+    precisions: tuple[tuple[str, str], ...] = ()

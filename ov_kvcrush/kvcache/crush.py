@@ -23,7 +23,7 @@ from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, blocks_for
 from ov_kvcrush.kvcache.eviction import CacheView, split_heads
 from ov_kvcrush.kvcache.manager import KVCacheUsage
 from ov_kvcrush.kvcache.model_inputs import PrefillInputs, row_inputs, sampled_rows
-from ov_kvcrush.kvcache.planning import precisions_of
+from ov_kvcrush.kvcache.planning import precisions_of, tiers_of
 from ov_kvcrush.kvcache.prefix_cache import PrefixCache, least_common, serves, serves_all_of
 from ov_kvcrush.kvcache.replay import ROWS, Reader, ReplayState
 from ov_kvcrush.kvcache.room import Room
@@ -369,7 +369,7 @@ class CrushKVCache:
         if choice is None:
             return
         try:
-            self.store.compact(kv.store_id, choice.offsets, choice.indices)
+            self.store.compact(kv.store_id, choice.offsets, choice.indices, **tiers_of(choice))
         except native.StoreFull as error:  # tiles are written anew before the old ones go; the next step tries again
             _log.warning("request %d keeps its cache: %s", sequence.request.request_id, error)
             return

@@ -61,6 +61,11 @@ class _Order:
         """The store's indices of numbers among `positions`, ascending."""
         return kept if self.indices is None else np.sort(self.indices[kept])
 
+    def tiers_to_store(self, kept: np.ndarray, tiers: np.ndarray) -> np.ndarray:
+        """Tiers of the chosen, in the order of `to_store`; what the policy was not asked about is in the first."""
+        padded = np.concatenate([np.zeros(self.begin, np.uint8), tiers]) if self.begin else tiers
+        return padded if self.indices is None else padded[np.argsort(self.indices[kept], kind="stable")]
+
 
 class CacheView:
     """Builds what a policy asks for from the store. heads: (H, K) of each layer."""
@@ -187,7 +192,15 @@ def _choice(
         representatives=_representatives(state, selection),
     )
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    return Choice(offsets, np.concatenate(indices).astype(np.int32), kept)
+    chosen = np.concatenate(indices).astype(np.int32)
+    if selection.tiers is None:
+        return Choice(offsets, chosen, kept)
+    tiers = [
+        order.tiers_to_store(here, tier)
+        for layer, of_layer, of_tiers in zip(staying, orders, selection.tiers, strict=True)
+        for here, order, tier in zip(layer, of_layer, of_tiers, strict=True)
+    ]
+    return Choice(offsets, chosen, kept, np.concatenate(tiers).astype(np.uint8), selection.precisions or ())
 
 
 def _picked(values: PerHead, chosen: PerHead) -> PerHead:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ov_kvcrush import native
 from ov_kvcrush.config import CacheConfig
+from ov_kvcrush.core.eviction import Choice
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.model.fingerprints import model_fingerprint
 from ov_kvcrush.model.load import LoadedModel
@@ -29,6 +30,14 @@ LEAST_TOKENS = 36  # sinks and recent tokens, which always stay
 def precisions_of(plan: CachePlan) -> np.ndarray:
     """uint8 (heads, 2): the codecs of keys and values of each head, as the store takes them."""
     return np.array([(CODECS.index(head.key), CODECS.index(head.value)) for head in plan.flat], np.uint8)
+
+
+def tiers_of(choice: Choice | None) -> dict[str, np.ndarray]:
+    """The store's arguments for a choice with tiers; none for one without. precisions: uint8 (heads, tiers, 2)."""
+    if choice is None or choice.tiers is None:
+        return {}
+    pairs = np.array([[CODECS.index(part) for part in pair] for pair in choice.precisions], np.uint8)
+    return {"precisions": np.tile(pairs, (len(choice.offsets) - 1, 1, 1)), "tiers": choice.tiers}
 
 
 def geometry_of(model: LoadedModel, config: CacheConfig) -> CacheGeometry:

@@ -10,6 +10,7 @@ from ov_kvcrush.core.eviction import Choice, EvictionSpec
 from ov_kvcrush.core.request import Sequence
 from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, BlockPool
 from ov_kvcrush.kvcache.block_tensors import BlockTensors
+from ov_kvcrush.kvcache.planning import tiers_of
 from ov_kvcrush.kvcache.room import Room
 from ov_kvcrush.kvcache.sequence_kv import SequenceKV
 
@@ -85,4 +86,5 @@ def commit_prefill(room: Room, store_id: int, choice: Choice | None) -> None:
     """
     offsets, indices = (choice.offsets, choice.indices) if choice else (None, None)
     promised = room.admission.promised()
-    room.call(lambda: room.store.commit_prefill(store_id, offsets, indices, promised), promised)
+    tiers = tiers_of(choice)
+    room.call(lambda: room.store.commit_prefill(store_id, offsets, indices, promised, **tiers), promised)

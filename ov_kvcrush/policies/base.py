@@ -133,10 +133,14 @@ class Selection:
 
     kept: [layer][KV head] int32, ascending indices into the head's cached tokens (not positions).
     representatives: those of them that stand for evicted tokens like them, in the same form; None: no such notion.
+    tiers: [layer][KV head] uint8, the tier of each kept token; precisions: keys and values of each tier, bits never
+    rising from one to the next. None: as the cache stores them.
     """
 
     kept: list[list[np.ndarray]]
     representatives: list[list[np.ndarray]] | None = None
+    tiers: list[list[np.ndarray]] | None = None
+    precisions: tuple[tuple[str, str], ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from ov_kvcrush.policies.scorers.rkv import RKV
 from ov_kvcrush.policies.scorers.snapkv import SnapKV
 from ov_kvcrush.policies.scorers.streaming_llm import StreamingLLM
 from ov_kvcrush.policies.scorers.tova import TOVA
+from ov_kvcrush.policies.tiers import LeanKV
 from ov_kvcrush.policies.top_scores import TopScores
 from ov_kvcrush.utils.checks import check_choice
 
@@ -99,6 +100,9 @@ POLICIES: Mapping[str, PolicyRecipe] = {
     "pyramidkv": _top_scores(SnapKV, PyramidKV),
     "adakv": _top_scores(SnapKV, AdaKV),
     "kv_compress": _top_scores(SnapKV, PageAllocator, reduce="sum_squares", pooling="max", aggregate="sum"),
+    "leankv": PolicyRecipe(
+        LeanKV, {"scorer": SnapKV, "split": AdaKV}, open=("scorer", "split"), presets={"kept": DEFAULT_KEPT}
+    ),
     "h2o": _top_scores(H2O),
     "tova": _top_scores(TOVA),
     "streaming_llm": _top_scores(StreamingLLM),

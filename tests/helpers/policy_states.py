@@ -41,6 +41,7 @@ POLICIES = [
     Row("pyramidkv", Inputs(window=16)),
     Row("adakv", Inputs(window=16)),
     Row("kv_compress", Inputs(window=16, reduce="sum_squares")),
+    Row("leankv", Inputs(window=16)),
     Row("h2o", Inputs(window=128, state=True)),
     Row("tova", Inputs(window=1)),
     Row("streaming_llm", Inputs(), slow=lambda head: [float(p) for p in head.positions]),

@@ -17,11 +17,16 @@ from ov_kvcrush.kvcache.planning import geometry_of
 from ov_kvcrush.policies.base import Budget, Policy
 from ov_kvcrush.policies.plans.planner import BytePlanner
 from ov_kvcrush.policies.plans.profile import KVProfile
+from ov_kvcrush.policies.registry import build
 
 BUDGETS = (1 / 5.5, 1 / 6.6, 1 / 8, 1 / 11, 1 / 16)
 QUALITIES = (0.02, 0.05, 0.1)
 PRECISIONS = (("u8", "u8"), ("u4", "u4"), ("u4", "u2"), ("u2", "u2"))
 FRACTIONS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)
+LEAN = (
+    (0.7, "u8/u4", "u2/u2"), (0.7, "u4/u2", "u2/u2"), (0.5, "u8/u4", "u4/u2"), (0.5, "u4/u2", "u2/u2"),
+    (0.35, "u4/u4", "u4/u2"), (0.25, "u8/u4", "u4/u2"),
+)  # fmt: skip
 _LEAST_ANSWER = 8  # tokens: a shorter answer is no measure
 
 
@@ -88,6 +93,9 @@ def _of_text(
         for key, value in PRECISIONS:
             variant = CacheVariant(meter.uniform(key, value), kept)
             named.append((f"{fraction:g} {key}/{value}", float("nan"), variant))
+    for fraction, high, low in LEAN:
+        lean = build("leankv", kept=fraction, high=high, low=low)
+        named.append((f"leankv {fraction:g} {high} {low}", float("nan"), read.tiered(lean)))
     for (label, predicted, _), one in zip(named, read.measure([v for *_, v in named]), strict=True):
         yield FrontierRow(label, name, one.kl, one.same_top, one.nbytes / read.full_bytes, predicted)
 

@@ -16,7 +16,7 @@ import numpy as np
 import openvino_genai as ov_genai
 
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
-from ov_kvcrush.core.eviction import EvictionSpec, EvictionState
+from ov_kvcrush.core.eviction import Choice, EvictionSpec, EvictionState
 from ov_kvcrush.core.request import Request
 from ov_kvcrush.core.request import Sequence as TokenSequence
 from ov_kvcrush.core.sampling_params import SamplingParams
@@ -28,7 +28,7 @@ from ov_kvcrush.kvcache.crush import CrushKVCache
 from ov_kvcrush.kvcache.eviction import CacheView
 from ov_kvcrush.kvcache.factory import make_kv_cache_manager
 from ov_kvcrush.kvcache.model_inputs import PrefillInputs
-from ov_kvcrush.kvcache.planning import CODECS
+from ov_kvcrush.kvcache.planning import CODECS, tiers_of
 from ov_kvcrush.model.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, SAMPLED_ROWS
 from ov_kvcrush.model.load import load_model
 from ov_kvcrush.policies.base import Policy
@@ -40,10 +40,14 @@ _MAX_BYTES = 8 << 30
 
 @dataclass(frozen=True, eq=False)
 class CacheVariant:
-    """One cache of a prompt. precisions: uint8 (N, 2). kept: [N] int32, the tokens of each head; None = all."""
+    """One cache of a prompt. precisions: uint8 (N, 2). kept: [N] int32, the tokens of each head; None = all.
+
+    tiers: uint8, the tier of each kept token of all heads; then precisions are uint8 (N, tiers, 2).
+    """
 
     precisions: np.ndarray
     kept: Sequence[np.ndarray] | None = None
+    tiers: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -164,12 +168,20 @@ class ReadPrompt:
 
     def select(self, policy: Policy) -> list[np.ndarray]:
         """[N] int32: the tokens of each head that a policy keeps."""
+        return _by_head(self._choose(policy))
+
+    def tiered(self, policy: Policy) -> CacheVariant:
+        """The cache of a policy that gives tokens tiers."""
+        choice = self._choose(policy)
+        found = tiers_of(choice)
+        return CacheVariant(found["precisions"], _by_head(choice), found["tiers"])
+
+    def _choose(self, policy: Policy) -> Choice:
         blocks, length, tensors = self._kv.blocks.view, self.num_tokens, self._meter.cache.staging.tensors
-        choice = self._view.choose(
+        return self._view.choose(
             EvictionSpec(policy), self._kv.store_id, length, EvictionState(),
             lambda layer: tensors.read(layer, blocks, length),
         )  # fmt: skip
-        return [choice.indices[a:b] for a, b in zip(choice.offsets[:-1], choice.offsets[1:], strict=True)]
 
     def measure(self, variants: Sequence[CacheVariant]) -> list[Measured]:
         """What each variant costs, in their order."""
@@ -195,18 +207,23 @@ class ReadPrompt:
 
     def _commit(self, variant: CacheVariant) -> int:
         store = self._meter.cache.store
-        store_id = store.create(0, variant.precisions)
+        tiers = {} if variant.tiers is None else {"precisions": variant.precisions, "tiers": variant.tiers}
+        store_id = store.create(0, None if tiers else variant.precisions)
         try:
             store.attach_prefill(store_id, self._kv.blocks.view, self.num_tokens)
             if variant.kept is None:
                 store.commit_prefill(store_id)
             else:
                 offsets = np.concatenate([[0], np.cumsum([len(x) for x in variant.kept])]).astype(np.int64)
-                store.commit_prefill(store_id, offsets, np.concatenate(variant.kept).astype(np.int32))
+                store.commit_prefill(store_id, offsets, np.concatenate(variant.kept).astype(np.int32), **tiers)
         except BaseException:
             store.release(store_id)
             raise
         return store_id
+
+
+def _by_head(choice: Choice) -> list[np.ndarray]:
+    return [choice.indices[a:b] for a, b in zip(choice.offsets[:-1], choice.offsets[1:], strict=True)]
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
