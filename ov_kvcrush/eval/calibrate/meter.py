@@ -207,7 +207,9 @@ class ReadPrompt:
 
     def _commit(self, variant: CacheVariant) -> int:
         store = self._meter.cache.store
-        tiers = {} if variant.tiers is None else {"precisions": variant.precisions, "tiers": variant.tiers}
+        tiers: dict[str, Any] = (
+            {} if variant.tiers is None else {"precisions": variant.precisions, "tiers": variant.tiers}
+        )
         store_id = store.create(0, None if tiers else variant.precisions)
         try:
             store.attach_prefill(store_id, self._kv.blocks.view, self.num_tokens)
