@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,7 +20,7 @@ from ov_kvcrush.eval.calibrate.frontier import FrontierRow, measure_frontier, re
 from ov_kvcrush.eval.calibrate.meter import CacheMeter
 from ov_kvcrush.eval.calibrate.rendering import PromptRenderer
 from ov_kvcrush.kvcache.planning import default_policy, find_profile
-from ov_kvcrush.policies.plans.profile import PROFILE_NAME
+from ov_kvcrush.policies.plans.profile import PROFILE_NAME, KVProfile
 from ov_kvcrush.utils.json_file import check_writable, write_json
 
 HELP = f"""\
@@ -68,22 +68,26 @@ def frontier_command(
             def told(name: str, rows: list[FrontierRow]) -> None:
                 done.extend(rows)
                 report(name)
+                if json_path is not None:  # an interrupted run keeps what it has
+                    write_json(json_path, _report(done, profile))
 
             measure_frontier(meter, profile, policy, renderer, texts, tokens, answer_tokens, told)
-        found = summary(done)
-        Console().print(_table(found))
+        Console().print(_table(summary(done)))
         if json_path is not None:
-            report_json = {
-                "command": shlex.join(["ov_kvcrush-eval", *sys.argv[1:]]),
-                "environment": describe_environment(),
-                "profile": dict(profile.made_with or {}),
-                "settings": found,
-                "rows": [row.__dict__ for row in done],
-            }
-            write_json(json_path, report_json)
+            write_json(json_path, _report(done, profile))
     except CrushError as error:
         console.print(Text(f"error: {error}", style="red"))
         raise typer.Exit(2) from None
+
+
+def _report(rows: list[FrontierRow], profile: KVProfile) -> dict[str, Any]:
+    return {
+        "command": shlex.join(["ov_kvcrush-eval", *sys.argv[1:]]),
+        "environment": describe_environment(),
+        "profile": dict(profile.made_with or {}),
+        "settings": summary(rows),
+        "rows": [row.__dict__ for row in rows],
+    }
 
 
 def _table(rows: list[dict[str, float | str]]) -> Table:
