@@ -43,15 +43,19 @@ class FrontierRow:
 
 
 def read_texts(folder: Path, per_file: int) -> Iterator[tuple[str, str]]:
-    """Name and prompt of the first items of each jsonl file with a field "prompt". Raises CrushError without any."""
+    """Name and prompt of the first items of each jsonl file with a field "prompt", the files in turn.
+
+    Raises CrushError without any file.
+    """
     files = sorted(folder.glob("*.jsonl"))
     if not files:
         raise CrushError(f"data must be a folder with jsonl files, got {str(folder)!r}")
-    for path in files:
-        for index, line in enumerate(path.read_text("utf-8").splitlines()[:per_file]):
-            row = json.loads(line)
+    lines = [(path.stem, path.read_text("utf-8").splitlines()) for path in files]
+    for index in range(per_file):
+        for name, of_file in lines:
+            row = json.loads(of_file[index]) if index < len(of_file) else None
             if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-                yield f"{path.stem}:{index}", row["prompt"]
+                yield f"{name}:{index}", row["prompt"]
 
 
 def measure_frontier(
