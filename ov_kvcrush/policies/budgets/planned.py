@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from ov_kvcrush.policies.base import Budget, BudgetAllocator, CacheState, Policy, Scores
-from ov_kvcrush.policies.budgets.allocation import Bounds, by_layer, fit
+from ov_kvcrush.policies.budgets.allocation import Bounds, by_layer
 from ov_kvcrush.policies.plans.plan import CachePlan
 
 
@@ -16,8 +16,9 @@ from ov_kvcrush.policies.plans.plan import CachePlan
 class Planned(BudgetAllocator):
     """Heads keep the fractions of a plan that was solved from a profile of the model.
 
-    The budget is shared in the proportions of the plan. Heads that cannot take or give their part come as close as they
-    can, and the others share the difference evenly. Needs nothing; O(heads).
+    The budget is a mean in whole tokens, rounded up. Shared out exactly it would give most heads a token more than the
+    plan has, and a tile more where 32 tokens end: 4 % of the bytes at 1/8 of 2,048 tokens. So heads get what the plan
+    says of a text that the budget is at least for, a few tokens less. Needs nothing; O(heads).
 
     plan: of the model's layers and KV heads.
     """
@@ -27,8 +28,9 @@ class Planned(BudgetAllocator):
 
     def allocate(self, state: CacheState, scores: Scores, tokens: int) -> list[list[int]]:
         bounds = Bounds.of(state)
-        wanted = np.array([head.kept for head in self.plan.flat]) / self.plan.mean_kept * tokens
-        return by_layer(state, fit(np.minimum(wanted, bounds.high), bounds, bounds.total(tokens)))
+        kept = np.array([head.kept for head in self.plan.flat])
+        wanted = np.ceil(kept * (tokens - 1) / self.plan.mean_kept).astype(np.int64)
+        return by_layer(state, np.clip(np.where(kept == 1, bounds.high, wanted), bounds.low, bounds.high))
 
 
 def chooses_alike(policy: Policy, other: Policy | None) -> bool:
