@@ -26,7 +26,7 @@ from ov_kvcrush.pipelines.loading import load_generation_config, load_tokenizer,
 from ov_kvcrush.pipelines.request_loop import RequestLoop
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.keep_all import KeepAll
-from ov_kvcrush.policies.registry import PolicyLike
+from ov_kvcrush.policies.registry import PolicyLike, as_policy
 from ov_kvcrush.prompts import spans
 from ov_kvcrush.prompts.context import ContextEncoder, ContextText
 from ov_kvcrush.prompts.encoder import PromptEncoder
@@ -81,7 +81,9 @@ class PipelineBase:
     def _begin(self, backend: Backend, cache_config: Any) -> None:
         """All that belongs to one engine, and not to the model and its tokenizer."""
         self._backend = backend
-        self._policy = CacheConfig.from_options(cache_config).eviction_policy
+        config = CacheConfig.from_options(cache_config)
+        # For what must stay, such as a system prompt, it matters only that tokens may go.
+        self._policy = config.eviction_policy or (as_policy("kvcrush") if config.is_planned else None)
         self._loop = RequestLoop(backend, self._tokenizer)
         self._compressor = ContextCompressor(
             backend,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import openvino as ov
+import openvino_genai as ov_genai
 import pytest
 from native_stores import require_native
 from typer.testing import CliRunner
@@ -170,3 +171,16 @@ def test_a_conversation_goes_on_under_the_plan_of_its_new_length(profiled: Path)
     plan = handle.get_stats().plan
     assert plan is not None
     assert plan.predicted_kl is not None
+
+
+def test_a_system_prompt_stays_under_a_budget(profiled: Path) -> None:
+    pipe = LLMPipeline(profiled, "CPU", cache_config={"budget": "1/8"})
+    system = "you answer in one word and never in two words "
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": "once upon " * 250}]
+    history = ov_genai.ChatHistory(messages)
+    kept = pipe.generate(history, max_new_tokens=4, ignore_eos=True).kept[0]
+    assert kept is not None
+    start = pipe.get_tokenizer().encode(system, add_special_tokens=False).input_ids.shape[1]
+    for layer in kept.positions:
+        for head in layer:
+            assert head[:start].tolist() == list(range(start))
