@@ -144,7 +144,7 @@ class CacheConfig:
             object.__setattr__(self, "budget", parse_budget(self.budget))
         if self.quality is not None:
             check_number("quality", self.quality, 0)
-        given = [name for name in ("budget", "budget_bytes", "quality") if getattr(self, name)]
+        given = self._budgets
         if len(given) > 1:
             raise CrushError(f"only one of budget, budget_bytes and quality can be given, got {' and '.join(given)}")
         if not given:
@@ -160,7 +160,13 @@ class CacheConfig:
     @property
     def is_planned(self) -> bool:
         """Whether a plan says how many tokens stay, and at which precision."""
-        return bool(self.budget or self.budget_bytes or self.quality is not None)
+        return bool(self._budgets)
+
+    @property
+    def _budgets(self) -> list[str]:
+        """Names of the settings that ask for a plan."""
+        none = {"budget": None, "budget_bytes": 0, "quality": None}
+        return [name for name, value in none.items() if getattr(self, name) != value]
 
     @classmethod
     def from_options(cls, options: Any = None) -> CacheConfig:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ov_kvcrush import native
-from ov_kvcrush.config import CacheConfig
+from ov_kvcrush.config import PRECISIONS, CacheConfig
 from ov_kvcrush.core.eviction import Choice
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.model.fingerprints import model_fingerprint
@@ -23,20 +23,19 @@ from ov_kvcrush.policies.registry import as_policy
 
 _log = logging.getLogger(__name__)
 
-CODECS = ("f32", "bf16", "f16", "u8", "u4", "u2")  # by the store's numbers
 LEAST_TOKENS = 36  # sinks and recent tokens, which always stay
 
 
 def precisions_of(plan: CachePlan) -> np.ndarray:
-    """uint8 (heads, 2): the codecs of keys and values of each head, as the store takes them."""
-    return np.array([(CODECS.index(head.key), CODECS.index(head.value)) for head in plan.flat], np.uint8)
+    """uint8 (heads, 2): the codecs of keys and values of each head: the store numbers them as PRECISIONS does."""
+    return np.array([(PRECISIONS.index(head.key), PRECISIONS.index(head.value)) for head in plan.flat], np.uint8)
 
 
 def tiers_of(choice: Choice | None) -> dict[str, np.ndarray]:
     """The store's arguments for a choice with tiers; none for one without. precisions: uint8 (heads, tiers, 2)."""
     if choice is None or choice.tiers is None:
         return {}
-    pairs = np.array([[CODECS.index(part) for part in pair] for pair in choice.precisions], np.uint8)
+    pairs = np.array([[PRECISIONS.index(part) for part in pair] for pair in choice.precisions], np.uint8)
     return {"precisions": np.tile(pairs, (len(choice.offsets) - 1, 1, 1)), "tiers": choice.tiers}
 
 

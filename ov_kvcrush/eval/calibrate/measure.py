@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ov_kvcrush.config import PRECISIONS
 from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant, ReadPrompt
-from ov_kvcrush.kvcache.planning import CODECS, geometry_of, precisions_of
+from ov_kvcrush.kvcache.planning import geometry_of, precisions_of
 from ov_kvcrush.model.fingerprints import model_fingerprint
 from ov_kvcrush.policies.base import Budget, Policy
 from ov_kvcrush.policies.budgets.planned import planned
@@ -125,5 +126,5 @@ def _in_one(meter: CacheMeter, length: int, name: str, head: int, kept: Mapping[
     if part == "kept":
         every = np.arange(length, dtype=np.int32)
         return CacheVariant(precisions, [kept[name][h] if h == head else every for h in range(meter.num_heads)])
-    precisions[head, 0 if part == "key" else 1] = CODECS.index(value)
+    precisions[head, 0 if part == "key" else 1] = PRECISIONS.index(value)
     return CacheVariant(precisions)

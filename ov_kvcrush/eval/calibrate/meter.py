@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import openvino_genai as ov_genai
 
-from ov_kvcrush.config import CacheConfig, SchedulerConfig
+from ov_kvcrush.config import PRECISIONS, CacheConfig, SchedulerConfig
 from ov_kvcrush.core.eviction import Choice, EvictionSpec, EvictionState
 from ov_kvcrush.core.request import Request
 from ov_kvcrush.core.request import Sequence as TokenSequence
@@ -28,7 +28,7 @@ from ov_kvcrush.kvcache.crush import CrushKVCache
 from ov_kvcrush.kvcache.eviction import CacheView
 from ov_kvcrush.kvcache.factory import make_kv_cache_manager
 from ov_kvcrush.kvcache.model_inputs import PrefillInputs
-from ov_kvcrush.kvcache.planning import CODECS, tiers_of
+from ov_kvcrush.kvcache.planning import tiers_of
 from ov_kvcrush.model.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, SAMPLED_ROWS
 from ov_kvcrush.model.load import load_model
 from ov_kvcrush.policies.base import Policy
@@ -74,7 +74,7 @@ class CacheMeter:
 
     def uniform(self, key: str, value: str) -> np.ndarray:
         """uint8 (N, 2): the same precisions for all heads."""
-        return np.tile(np.array([[CODECS.index(key), CODECS.index(value)]], np.uint8), (self.num_heads, 1))
+        return np.tile(np.array([[PRECISIONS.index(key), PRECISIONS.index(value)]], np.uint8), (self.num_heads, 1))
 
     @contextmanager
     def read(self, ids: np.ndarray, answer_tokens: int, policy: Policy, ends: set[int]) -> Iterator[ReadPrompt]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ov_kvcrush.policies.plans.plan import HeadPlan
 
-# Best first among those of about the same bytes, by the mean KL of 8 texts of 1,536 tokens (Qwen2.5-Coder-0.5B int8;
-# docs/plans.md): everything stays down to 1/4.7, since a text whose summary is asked for loses most by eviction.
+# Best first among those of about the same bytes, by the mean KL of 8 texts of 1,536 tokens (Qwen2.5-Coder-0.5B int8,
+# SnapKV): everything stays down to 1/4.7, since a text whose summary is asked for loses most by eviction.
 LADDER = (
     HeadPlan(1.0, "u8", "u8"),
     HeadPlan(1.0, "u8", "u4"),

@@ -34,8 +34,8 @@ class HeadPlan:
 class CachePlan:
     """What all KV heads keep.
 
-    heads: [layer][KV head]. predicted_kl: of the next-token distribution to the full cache, in nats, the mean over the
-    profile's texts; None where nobody measured it. source: "profile" or "ladder" (no profile of this model).
+    heads: [layer][KV head]. predicted_kl: of the next-token distribution to the full cache, in nats, the median over
+    the profile's texts; None where nobody measured it. source: "profile" or "ladder" (no profile of this model).
     """
 
     heads: tuple[tuple[HeadPlan, ...], ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from ov_kvcrush.policies.plans.profile import KVProfile
 from ov_kvcrush.policies.plans.solver import cheapest_bytes, solve
 
 _SHORTEST = 1024  # tokens: the recent window of a shorter text takes more than most budgets leave
-_POWERS = (0.5, 1.0)
+_DEFAULT_POWER = 0.5  # of a profile without measured plans
 
 
 class BytePlanner:
@@ -50,17 +51,12 @@ class BytePlanner:
                 "makes it"
             )
         if budget is not None:
-            options = self._table(_POWERS[0]).options if profile else LADDER
+            options = self._table(_DEFAULT_POWER).options if profile else LADDER
             least = cheapest_bytes(geometry.settled_sizes(options)) / geometry.full_settled()
             if budget < least:
                 raise CrushError(
                     f"budget must be at least 1/{int(1 / least)} of the bf16 cache, got 1/{1 / budget:.4g}"
                 )
-
-    @property
-    def has_profile(self) -> bool:
-        """Whether costs were measured on this model."""
-        return self._profile is not None
 
     def plan(self, length: int) -> CachePlan:
         """For a text of `length` tokens. Raises RequestError where budget_bytes are too few, naming the fewest."""
@@ -80,9 +76,7 @@ class BytePlanner:
 
     def settled(self, plan: CachePlan) -> float:
         """Bytes of a token that left the recent window over those of bf16."""
-        sizes = self._geometry.settled_sizes(tuple(dict.fromkeys(plan.flat)))
-        index = {option: i for i, option in enumerate(dict.fromkeys(plan.flat))}
-        used = sum(sizes[head, index[option]] for head, option in enumerate(plan.flat))
+        used = np.trace(self._geometry.settled_sizes(plan.flat))  # each head with its own choice
         return float(used) / self._geometry.full_settled()
 
     def _table(self, excess_power: float) -> CostTable:
@@ -106,15 +100,15 @@ class BytePlanner:
     def _power(self, settled: float) -> float:
         assert self._profile is not None
         rung = nearest_rung(self._profile, settled)
-        return rung.excess_power if rung else _POWERS[0]
+        return rung.excess_power if rung else _DEFAULT_POWER
 
     def _made(self, options: Sequence[HeadPlan], chosen: np.ndarray) -> CachePlan:
         plan = CachePlan.of([options[i] for i in chosen], self._num_kv_heads, None, "profile")
         assert self._profile is not None
-        return CachePlan(plan.heads, predicted_kl(self._profile, self.settled(plan)), "profile")
+        return replace(plan, predicted_kl=predicted_kl(self._profile, self.settled(plan)))
 
     def _from_ladder(self, length: int, limit: float) -> CachePlan:
-        """The first rung that fits, or the one before it with fewer tokens if that leaves more of them."""
+        """The first rung that fits; where none does, the last."""
         sizes = self._geometry.sizes(LADDER, length).sum(axis=0)
         self._check_bytes(sizes[None, :], limit, length)
         chosen = LADDER[int(np.argmax(sizes <= limit)) if (sizes <= limit).any() else -1]

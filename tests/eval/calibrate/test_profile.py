@@ -111,6 +111,7 @@ def test_without_a_profile_a_ladder_holds_and_quality_is_refused(tiny_ir: Folder
         ({"budget": 0}, r"budget must be a fraction in \(0, 1\], got 0"),
         ({"budget": "1/0"}, "budget must be a fraction such as 1/8 or 0.125, got '1/0'"),
         ({"budget": "x"}, "budget must be a fraction such as 1/8"),
+        ({"budget": 0.1, "quality": 0}, "only one of budget, budget_bytes and quality can be given"),
         ({"budget": 0.1, "quality": 0.1}, "only one of budget, budget_bytes and quality can be given"),
         ({"budget": 0.1, "key_precision": "u4"}, "key_precision and value_precision must be left out with budget"),
         ({"budget": 0.1, "attention": "paged"}, "budget must be left out with attention='paged'"),
