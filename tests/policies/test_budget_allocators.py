@@ -17,6 +17,7 @@ from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies.base import BudgetAllocator, CacheState, Inputs, Scores
 from ov_kvcrush.policies.budgets.ada_kv import AdaKV
 from ov_kvcrush.policies.budgets.global_threshold import GlobalThreshold
+from ov_kvcrush.policies.budgets.head_profile import HeadProfile
 from ov_kvcrush.policies.budgets.kv_compress import PageAllocator
 from ov_kvcrush.policies.budgets.pyramid_kv import PyramidKV
 from ov_kvcrush.policies.budgets.uniform import Uniform
@@ -300,6 +301,17 @@ def test_pyramid_falls_in_a_line_to_a_twentieth_of_the_mean() -> None:
     assert np.diff(counts).tolist() == [-38] * 10
 
 
+def test_heads_that_change_their_input_most_keep_most() -> None:
+    case = Case("baklava", heads=(4, 4), length=1000, protected=0)
+    state = case.state()
+    heads = HeadProfile((0.1, 0.9, 0.5, 0.5, 0.2, 0.8, 0.6, 0.4), low_share=0.25, high_share=0.25, spread=2.0)
+    counts = heads.allocate(state, case.values(state), 220)
+    assert np.sum(counts) == 8 * 220
+    np.testing.assert_allclose(counts, np.array([[0.5, 2, 1, 1]] * 2) * 220 / 1.125, atol=1)
+    equal = HeadProfile((1.0,) * 8, spread=1.0).allocate(state, case.values(state), 220)
+    assert equal == Uniform().allocate(state, case.values(state), 220)
+
+
 def test_pages_that_go_are_whole_but_for_one() -> None:
     case = Case("pages", heads=(3, 3), length=163, protected=3)
     state = case.state()
@@ -313,6 +325,8 @@ def test_pages_that_go_are_whole_but_for_one() -> None:
         (lambda: PyramidKV(beta=0), "beta must be an integer of at least 1, got 0"),
         (lambda: AdaKV(floor=1.5), "floor must be a fraction"),
         (lambda: GlobalThreshold(floor=-0.1), "floor must be a fraction"),
+        (lambda: HeadProfile((0.1,), low_share=0.6, high_share=0.6), "low_share + high_share must be a fraction"),
+        (lambda: HeadProfile((0.1,), spread=0.5), "spread must be a finite number of at least 1, got 0.5"),
         (lambda: PageAllocator(page_tokens=0), "page_tokens must be an integer of at least 1, got 0"),
     ],
 )

@@ -18,7 +18,7 @@ from rich.text import Text
 from ov_kvcrush.cli.environment import describe_environment
 from ov_kvcrush.cli.parse import check_at_least, parse_properties
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.calibrate.measure import Prompt, empty_profile, measure_rungs, measure_text, num_caches
+from ov_kvcrush.eval.calibrate.measure import Prompt, empty_profile, measure_plans, measure_text, num_caches
 from ov_kvcrush.eval.calibrate.meter import CacheMeter
 from ov_kvcrush.eval.calibrate.prompts import calibration_prompts, prompts_from_files
 from ov_kvcrush.eval.calibrate.rendering import PromptRenderer
@@ -125,9 +125,9 @@ def _measure(
             costs = measure_text(meter, prompt, policy, answer_tokens, ends, told)
             profile = replace(profile, texts=(*profile.texts, costs))
             write_json(_part(path), profile.to_json(), "out")
-        rungs = measure_rungs(meter, profile, prompts, policy, answer_tokens, ends, told)
+        profile = measure_plans(meter, profile, prompts, policy, answer_tokens, ends, told)
     console.print(Text(f"{total} caches of {len(prompts)} prompts were measured"))
-    return replace(profile, rungs=rungs)
+    return profile
 
 
 def _part(path: Path) -> Path:

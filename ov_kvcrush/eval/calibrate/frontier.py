@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.calibrate.measure import variant_of
+from ov_kvcrush.eval.calibrate.measure import baklava_variant, variant_of
 from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant, ReadPrompt
 from ov_kvcrush.eval.calibrate.rendering import PromptRenderer
 from ov_kvcrush.kvcache.planning import geometry_of
@@ -27,6 +27,8 @@ LEAN = (
     (0.7, "u8/u4", "u2/u2"), (0.7, "u4/u2", "u2/u2"), (0.5, "u8/u4", "u4/u2"), (0.5, "u4/u2", "u2/u2"),
     (0.35, "u4/u4", "u4/u2"), (0.25, "u8/u4", "u4/u2"),
 )  # fmt: skip
+BAKLAVA = ((0.7, "u4", "u2"), (0.5, "u4", "u4"), (0.35, "u4", "u4"), (0.25, "u4", "u4"))
+SHARING = (("u8", "u8"), ("u4", "u4"), ("u4", "u2"))
 _LEAST_ANSWER = 8  # tokens: a shorter answer is no measure
 
 
@@ -67,14 +69,24 @@ def measure_frontier(
     tokens: int,
     answer_tokens: int,
     told: Callable[[str, list[FrontierRow]], None],
+    sharing: Sequence[CacheMeter] = (),
 ) -> list[FrontierRow]:
-    """Plans and uniform settings on every text; those with answers that are too short to compare are left out."""
+    """Plans and uniform settings on every text; those with answers that are too short to compare are left out.
+
+    sharing: the same model with layers that read another's keys and values.
+    """
     rows: list[FrontierRow] = []
     for name, text in texts:
-        with meter.read(renderer.render(text, tokens), answer_tokens, policy, renderer.ends) as read:
-            if len(read.rows) < _LEAST_ANSWER:
+        ids = renderer.render(text, tokens)
+        with meter.read(ids, answer_tokens, policy, renderer.ends) as read:
+            answer = read.answer
+            if len(answer.rows) < _LEAST_ANSWER:
+                told(name, [])
                 continue
             found = list(_of_text(meter, profile, policy, read, name))
+        for other in sharing:
+            with other.read(ids, answer_tokens, policy, renderer.ends, answer) as read:
+                found += _of_sharing(other, read, name)
         rows += found
         told(name, found)
     return rows
@@ -100,8 +112,21 @@ def _of_text(
     for fraction, high, low in LEAN:
         lean = build("leankv", kept=fraction, high=high, low=low)
         named.append((f"leankv {fraction:g} {high} {low}", float("nan"), read.tiered(lean)))
+    if profile.baklava is not None:
+        for fraction, *pair in BAKLAVA:
+            variant = baklava_variant(meter, read, policy, profile.baklava, fraction, (pair[0], pair[1]))
+            named.append((f"baklava {fraction:g} {pair[0]}/{pair[1]}", float("nan"), variant))
     for (label, predicted, _), one in zip(named, read.measure([v for *_, v in named]), strict=True):
-        yield FrontierRow(label, name, one.kl, one.same_top, one.nbytes / read.full_bytes, predicted)
+        yield FrontierRow(label, name, one.kl, one.same_top, one.nbytes / read.answer.full_bytes, predicted)
+
+
+def _of_sharing(meter: CacheMeter, read: ReadPrompt, name: str) -> Iterator[FrontierRow]:
+    count = len(meter.config.sharing)
+    for (key, value), one in zip(
+        SHARING, read.measure([CacheVariant(meter.uniform(*x)) for x in SHARING]), strict=True
+    ):
+        label = f"kvsharer {count} {key}/{value}"
+        yield FrontierRow(label, name, one.kl, one.same_top, one.nbytes / read.answer.full_bytes)
 
 
 def summary(rows: Sequence[FrontierRow]) -> list[dict[str, float | str]]:

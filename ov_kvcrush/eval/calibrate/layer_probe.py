@@ -47,6 +47,16 @@ class LayerProbe:
         means = [x.mean(axis=0, dtype=np.float32) for x in found]
         return means[: len(self.layers)], means[len(self.layers) :]
 
+    def values_and_outputs(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each layer the tokens' values, float32 (B, K, S, D), and what its heads make of them, (B, H, S, D)."""
+
+        def outputs(model: ov.Model) -> list[ov.Output]:
+            values = [x.input_value(_NEW) for x in _states(model, 1)]
+            return values + [op.output(0) for op in _attentions(model)]
+
+        found = self._run(outputs)
+        return list(zip(found[: len(self.layers)], found[len(self.layers) :], strict=True))
+
     def hidden(self, shared: Mapping[int, int]) -> np.ndarray:
         """Hidden states before the LM head, float32 (B, S, C); layer i attends to what layer shared[i] computes."""
 
@@ -91,9 +101,12 @@ def _states(model: ov.Model, kind: int) -> list[ov.Node]:
     Texts begin with empty states, so what is new is all. It is read and changed here, before the state: the plugin
     (openvino 2026.4) knows stateful attention by its form, and an output behind the state of SmolLM2 made it fail.
     """
-    attentions = [op for op in model.get_ordered_ops() if op.get_type_name() == "ScaledDotProductAttention"]
     stored = {sink.input_value(0).get_node().get_friendly_name() for sink in model.get_sinks()}
-    return [_nearest(op.input_value(_KEYS_VALUES[kind]).get_node(), stored) for op in attentions]
+    return [_nearest(op.input_value(_KEYS_VALUES[kind]).get_node(), stored) for op in _attentions(model)]
+
+
+def _attentions(model: ov.Model) -> list[ov.Node]:
+    return [op for op in model.get_ordered_ops() if op.get_type_name() == "ScaledDotProductAttention"]
 
 
 def _nearest(node: ov.Node, names: set[str]) -> ov.Node:

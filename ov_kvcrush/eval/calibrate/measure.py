@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from ov_kvcrush.config import PRECISIONS
+from ov_kvcrush.eval.calibrate import baklava
 from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant, ReadPrompt
 from ov_kvcrush.kvcache.planning import geometry_of, precisions_of
 from ov_kvcrush.model.fingerprints import model_fingerprint
 from ov_kvcrush.policies.base import Budget, Policy
+from ov_kvcrush.policies.budgets.head_profile import HeadProfile
 from ov_kvcrush.policies.budgets.planned import planned
 from ov_kvcrush.policies.plans.plan import CachePlan
 from ov_kvcrush.policies.plans.planner import BytePlanner
@@ -37,7 +39,8 @@ class Prompt:
 
 def num_caches(num_heads: int, num_prompts: int) -> int:
     """Caches that a profile measures: what progress counts."""
-    return num_prompts * (1 + len(ALL_CHOICES) + len(HEAD_CHOICES) * num_heads + len(RUNGS) * len(POWERS))
+    of_all = 1 + len(ALL_CHOICES) + len(RUNGS) * len(POWERS) + baklava.NUM_CANDIDATES
+    return num_prompts * (of_all + len(HEAD_CHOICES) * num_heads)
 
 
 def measure_text(
@@ -57,10 +60,10 @@ def measure_text(
             variants = [_in_one(meter, read.num_tokens, name, head, kept) for head in range(meter.num_heads)]
             heads[name] = np.maximum(_measure(read, variants, prompt.name, told) - base, 0.0)
         costs = {name: max(float(kl - base), 0.0) for name, kl in zip(ALL_CHOICES, together, strict=True)}
-        return TextCosts(prompt.name, read.num_tokens, len(read.rows), heads, costs)
+        return TextCosts(prompt.name, read.num_tokens, len(read.answer.rows), heads, costs)
 
 
-def measure_rungs(
+def measure_plans(
     meter: CacheMeter,
     profile: KVProfile,
     prompts: Sequence[Prompt],
@@ -68,22 +71,43 @@ def measure_rungs(
     answer_tokens: int,
     ends: set[int],
     told: Told,
-) -> tuple[Rung, ...]:
-    """Plans of some sizes on the same prompts; of each size the one of several tables of costs that does best."""
+) -> KVProfile:
+    """The profile with plans of some sizes, and BaKlaVa's budgets, on the same prompts.
+
+    Of each size it is the plan of that one of several tables of costs that does best; of budgets likewise.
+    """
+    assert meter.model.folder is not None, "a meter loads a folder"
     planner = BytePlanner(geometry_of(meter.model, meter.config), profile.num_kv_heads, profile)
-    found: dict[tuple[float, float], list[float]] = {(size, power): [] for size in RUNGS for power in POWERS}
-    plans = {key: planner.plan_of(*key) for key in found}
+    plans = {(size, power): planner.plan_of(size, power) for size in RUNGS for power in POWERS}
+    budgets = baklava.candidates(meter.model.folder, [prompt.ids for prompt in prompts])
+    found = []
     for prompt in prompts:
         with meter.read(prompt.ids, answer_tokens, policy, ends) as read:
             variants = [variant_of(read, plan, policy) for plan, _ in plans.values()]
-            for key, kl in zip(found, _measure(read, variants, prompt.name, told), strict=True):
-                found[key].append(float(kl))
+            variants += [
+                baklava_variant(meter, read, policy, budget, baklava.KEPT, (_BASE, _BASE)) for budget in budgets
+            ]
+            found.append(_measure(read, variants, prompt.name, told))
+    kl = np.stack(found, axis=1)
+    of_plan = dict(zip(plans, kl, strict=False))
     rungs = []
     for size in RUNGS:
-        power = min(POWERS, key=lambda p: float(np.mean(found[size, p])))
+        power = min(POWERS, key=lambda p: float(of_plan[size, p].mean()))
         plan, cost = plans[size, power]
-        rungs.append(Rung(cost, np.array(found[size, power]), planner.settled(plan), power))
-    return tuple(rungs)
+        rungs.append(Rung(cost, of_plan[size, power], planner.settled(plan), power))
+    best = budgets[int(kl[len(plans) :].mean(axis=1).argmin())]
+    return replace(profile, rungs=tuple(rungs), baklava=best)
+
+
+def baklava_variant(
+    meter: CacheMeter, read: ReadPrompt, policy: Policy, heads: HeadProfile, kept: float, precisions: tuple[str, str]
+) -> CacheVariant:
+    """A cache whose heads keep what BaKlaVa's budgets say."""
+    budget = Budget(kept=kept, min_tokens=policy.budget.min_tokens)
+    changes: dict[str, Any] = {"budget": budget}
+    if hasattr(policy, "allocator"):
+        changes["allocator"] = heads
+    return CacheVariant(meter.uniform(*precisions), read.select(replace(policy, **changes)))
 
 
 def variant_of(read: ReadPrompt, plan: CachePlan, policy: Policy) -> CacheVariant:

@@ -6,7 +6,7 @@ tokens, all rows in one inference, and its next-token distributions are compared
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,12 +59,30 @@ class Measured:
     nbytes: int
 
 
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What the full cache says to a prompt.
+
+    rows: int64 (R,): tokens of the answer whose next token is compared. log_probs: float32 (R, vocabulary), of the next
+    token. full_bytes: of the full cache.
+    """
+
+    rows: np.ndarray
+    log_probs: np.ndarray
+    full_bytes: int
+
+
 class CacheMeter:
     """A loaded model, and caches of one prompt at a time. Raises what loading raises; CrushError without a store."""
 
-    def __init__(self, folder: Path, properties: dict[str, Any] | None = None) -> None:
-        self.model = load_model(folder, "CPU", properties or {}, "crush")
-        self.config = CacheConfig(max_bytes=_MAX_BYTES)
+    def __init__(
+        self,
+        folder: Path,
+        properties: dict[str, Any] | None = None,
+        shared_layers: Mapping[int, int] | None = None,
+    ) -> None:
+        self.config = CacheConfig(max_bytes=_MAX_BYTES, shared_layers=shared_layers or ())
+        self.model = load_model(folder, "CPU", properties or {}, "crush", self.config.sharing)
         cache = make_kv_cache_manager(self.model, SchedulerConfig(max_num_batched_tokens=_CHUNK), self.config)
         assert isinstance(cache, CrushKVCache), "a model with CrushAttention has a store"
         self.cache = cache
@@ -77,8 +95,13 @@ class CacheMeter:
         return np.tile(np.array([[PRECISIONS.index(key), PRECISIONS.index(value)]], np.uint8), (self.num_heads, 1))
 
     @contextmanager
-    def read(self, ids: np.ndarray, answer_tokens: int, policy: Policy, ends: set[int]) -> Iterator[ReadPrompt]:
-        """A prompt int64 (S,) while it is staged. policy: whose window of queries is captured."""
+    def read(
+        self, ids: np.ndarray, answer_tokens: int, policy: Policy, ends: set[int], answer: Answer | None = None
+    ) -> Iterator[ReadPrompt]:
+        """A prompt int64 (S,) while it is staged. policy: whose window of queries is captured.
+
+        answer: what to compare with, of another model; None = what this one's full cache answers.
+        """
         if policy.inputs.replay:
             raise CrushError("policy must be one that reads a prompt once to be profiled, got one that reads it twice")
         params = SamplingParams.from_config(
@@ -90,7 +113,7 @@ class CacheMeter:
             raise CrushError(f"prompt must fit into the staging blocks, got {len(ids)} tokens")
         try:
             first = self._prefill(sequence)
-            yield ReadPrompt(self, sequence, first, answer_tokens, ends)
+            yield ReadPrompt(self, sequence, first, answer_tokens, ends, answer)
         finally:
             self.cache.free(sequence)
 
@@ -127,33 +150,39 @@ class CacheMeter:
 
 
 class ReadPrompt:
-    """A prompt on staging blocks and the full cache's answer to it.
-
-    rows: int64 (R,): tokens of the answer whose next token is compared.
-    """
+    """A prompt on staging blocks and the full cache's answer to it."""
 
     def __init__(
-        self, meter: CacheMeter, sequence: TokenSequence, first: int, answer_tokens: int, ends: set[int]
+        self,
+        meter: CacheMeter,
+        sequence: TokenSequence,
+        first: int,
+        answer_tokens: int,
+        ends: set[int],
+        answer: Answer | None,
     ) -> None:
         self._meter = meter
         self._kv = meter.cache.kv_of(sequence)
         self.num_tokens = sequence.num_cached
         self._view = CacheView(meter.cache.store, [(x.num_heads, x.num_kv_heads) for x in meter.model.layers])
+        self.answer = answer or self._full_answer(first, answer_tokens, ends)
+        self._likely = np.exp(self.answer.log_probs)
+        self._top = self.answer.log_probs.argmax(axis=1)
+
+    def _full_answer(self, first: int, answer_tokens: int, ends: set[int]) -> Answer:
+        meter, store = self._meter, self._meter.cache.store
         full = meter.uniform(meter.model.recent_precision, meter.model.recent_precision)
-        store = meter.cache.store
         store_id = self._commit(CacheVariant(full))
-        self.full_bytes = store.nbytes_of(store_id)
         try:
-            self.rows = self._answer(store_id, first, answer_tokens, ends)
+            rows = self._answer(store_id, first, answer_tokens, ends)
             fork = store.fork(store_id)
             try:
-                self._reference = log_softmax(meter.run([fork], self.rows, self.num_tokens)[0])
+                log_probs = log_softmax(meter.run([fork], rows, self.num_tokens)[0])
             finally:
                 store.release(fork)
+            return Answer(rows, log_probs, store.nbytes_of(store_id))
         finally:
             store.release(store_id)
-        self._likely = np.exp(self._reference)
-        self._top = self._reference.argmax(axis=1)
 
     def _answer(self, store_id: int, first: int, count: int, ends: set[int]) -> np.ndarray:
         store = self._meter.cache.store
@@ -193,7 +222,7 @@ class ReadPrompt:
                 for variant in variants[begin : begin + _AT_ONCE]:
                     made.append(self._commit(variant))
                 sizes = [store.nbytes_of(store_id) for store_id in made]
-                logits = self._meter.run(made, self.rows, self.num_tokens)
+                logits = self._meter.run(made, self.answer.rows, self.num_tokens)
                 found += [self._compared(rows, size) for rows, size in zip(logits, sizes, strict=True)]
             finally:
                 for store_id in made:
@@ -202,7 +231,7 @@ class ReadPrompt:
 
     def _compared(self, logits: np.ndarray, nbytes: int) -> Measured:
         found = log_softmax(logits)
-        kl = np.einsum("rv,rv->r", self._likely, self._reference - found)
+        kl = np.einsum("rv,rv->r", self._likely, self.answer.log_probs - found)
         return Measured(max(float(kl.mean()), 0.0), float((found.argmax(axis=1) == self._top).mean()), nbytes)
 
     def _commit(self, variant: CacheVariant) -> int:

@@ -14,10 +14,12 @@ from rich.text import Text
 
 from ov_kvcrush.cli.console import progress
 from ov_kvcrush.cli.environment import describe_environment
-from ov_kvcrush.cli.parse import parse_properties
+from ov_kvcrush.cli.parse import check_numbers, parse_numbers, parse_properties
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.calibrate.frontier import FrontierRow, measure_frontier, read_texts, summary
+from ov_kvcrush.eval.calibrate.kv_sharer import find_shared_layers
 from ov_kvcrush.eval.calibrate.meter import CacheMeter
+from ov_kvcrush.eval.calibrate.prompts import calibration_prompts
 from ov_kvcrush.eval.calibrate.rendering import PromptRenderer
 from ov_kvcrush.kvcache.planning import default_policy, find_profile
 from ov_kvcrush.policies.plans.profile import PROFILE_NAME, KVProfile
@@ -47,6 +49,10 @@ def frontier_command(
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of a prompt; longer ones lose their middle.")] = 2048,
     answer_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of the answer that are compared.")] = 32,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write all rows.")] = None,
+    shared_layers: Annotated[
+        str,
+        typer.Option(metavar="N,...", help="Also numbers of layers that read another's keys and values (KVSharer)."),
+    ] = "",
     properties: Annotated[
         list[str] | None, typer.Option("--property", metavar="KEY=VALUE", help="Any OpenVINO property; repeatable.")
     ] = None,
@@ -57,11 +63,16 @@ def frontier_command(
         if json_path is not None:
             check_writable(json_path)
         texts = list(read_texts(data, per_file))
-        meter = CacheMeter(model, dict(parse_properties(properties or ())))
+        own = dict(parse_properties(properties or ()))
+        counts = parse_numbers("shared-layers", shared_layers) if shared_layers else ()
+        if shared_layers:
+            check_numbers("shared-layers", counts)
+        meter = CacheMeter(model, own)
         profile = find_profile(meter.model, meter.config)
         if profile is None:
             raise CrushError(f"model must have a profile, got none in {str(model)!r}; ov_kvcrush-profile makes it")
         renderer, policy = PromptRenderer(model), default_policy(profile)
+        sharing = [_sharing_meter(model, count, own, console) for count in counts]
         done: list[FrontierRow] = []
         with progress(len(texts), console) as report:
 
@@ -71,13 +82,20 @@ def frontier_command(
                 if json_path is not None:  # an interrupted run keeps what it has
                     write_json(json_path, _report(done, profile))
 
-            measure_frontier(meter, profile, policy, renderer, texts, tokens, answer_tokens, told)
+            measure_frontier(meter, profile, policy, renderer, texts, tokens, answer_tokens, told, sharing)
         Console().print(_table(summary(done)))
         if json_path is not None:
             write_json(json_path, _report(done, profile))
     except CrushError as error:
         console.print(Text(f"error: {error}", style="red"))
         raise typer.Exit(2) from None
+
+
+def _sharing_meter(model: Path, count: int, properties: dict[str, Any], console: Console) -> CacheMeter:
+    """The model with up to `count` layers of KVSharer's choice; its calibration texts are the package's."""
+    texts = [prompt.text for prompt in calibration_prompts()]
+    shared = find_shared_layers(model, texts, count, progress=lambda line: console.print(Text(line)))
+    return CacheMeter(model, properties, shared)
 
 
 def _report(rows: list[FrontierRow], profile: KVProfile) -> dict[str, Any]:

@@ -6,11 +6,14 @@ bf16. Unlike the size of a whole cache it does not depend on the length of the t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 
 from ov_kvcrush.policies.plans.profile import KVProfile, Rung
 
-_QUANTILE = 0.9  # of the texts keep a quality that is asked for
+_KEEP = 0.9  # of the texts keep a quality that is asked for
 _LEAST = 1e-5  # nats
 
 
@@ -19,26 +22,33 @@ def nearest_rung(profile: KVProfile, settled: float) -> Rung | None:
     return min(profile.rungs, key=lambda rung: abs(np.log(rung.of_bf16 / settled)), default=None)
 
 
-def predicted_kl(profile: KVProfile, settled: float, quantile: float = 0.5) -> float | None:
-    """Quantile over texts of the KL divergence of a plan of this size, interpolated; None without measured plans."""
+def predicted_kl(profile: KVProfile, settled: float) -> float | None:
+    """Median over texts of the KL divergence of a plan of this size, interpolated; None without measured plans."""
     if not profile.rungs:
         return None
-    sizes, values = _curve(profile, quantile)
+    sizes, values = _curve(profile, lambda kl: float(np.median(kl)))
     return float(np.exp(np.interp(np.log(settled), sizes, values)))
 
 
 def settled_for(profile: KVProfile, quality: float) -> float:
-    """The smallest settled size at which nine of ten texts are predicted to have a KL divergence of at most `quality`.
+    """The smallest settled size at which nine of ten new texts are predicted to have a KL divergence of `quality`.
 
+    The bound of split conformal prediction (Vovk et al., "Algorithmic Learning in a Random World", 2005): a new text
+    is below the k-th smallest of n like it with a probability of k / (n + 1). With fewer than nine texts that is below
+    0.9 for the largest, which stands then.
     Above all that was measured it is the largest measured size, below all the smallest.
     """
-    sizes, values = _curve(profile, _QUANTILE)
+    sizes, values = _curve(profile, _bound)
     return float(np.exp(np.interp(-np.log(max(quality, _LEAST)), -values, sizes)))
 
 
-def _curve(profile: KVProfile, quantile: float) -> tuple[np.ndarray, np.ndarray]:
+def _bound(kl: np.ndarray) -> float:
+    return float(np.sort(kl)[min(math.ceil(_KEEP * (len(kl) + 1)), len(kl)) - 1])
+
+
+def _curve(profile: KVProfile, of_texts: Callable[[np.ndarray], float]) -> tuple[np.ndarray, np.ndarray]:
     """Logarithms of sizes, ascending, and of KL divergences, which never rise with size."""
     rungs = sorted(profile.rungs, key=lambda rung: rung.of_bf16)
     sizes = np.log([rung.of_bf16 for rung in rungs])
-    values = np.log([max(float(np.quantile(rung.kl, quantile)), _LEAST) for rung in rungs])
+    values = np.log([max(of_texts(rung.kl), _LEAST) for rung in rungs])
     return sizes, np.minimum.accumulate(values)

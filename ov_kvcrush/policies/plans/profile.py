@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.policies.budgets.head_profile import HeadProfile
 
 PROFILE_NAME = "kv_profile.json"
 FORMAT = 1
@@ -58,7 +59,8 @@ class KVProfile:
     """What compressing the KV cache of one model costs.
 
     model: its fingerprint. num_kv_heads: of each layer. policy: settings of the policy that chose the tokens.
-    made_with: versions, command, machine.
+    made_with: versions, command, machine. baklava: budgets by what heads do to their input, for comparison; None where
+    nobody measured it.
     """
 
     model: str
@@ -67,6 +69,7 @@ class KVProfile:
     texts: tuple[TextCosts, ...]
     rungs: tuple[Rung, ...] = ()
     made_with: Mapping[str, Any] | None = None
+    baklava: HeadProfile | None = None
 
     @property
     def num_heads(self) -> int:
@@ -81,6 +84,7 @@ class KVProfile:
             "num_kv_heads": list(self.num_kv_heads),
             "policy": dict(self.policy),
             "made_with": dict(self.made_with or {}),
+            "baklava": None if self.baklava is None else asdict(self.baklava),
             "texts": [
                 {
                     "name": text.name,
@@ -149,8 +153,15 @@ def _parse(found: dict[str, Any], num_heads: int) -> KVProfile:
         raise ValueError("rungs must have finite costs")
     return KVProfile(
         str(found["model"]), tuple(int(x) for x in found["num_kv_heads"]), dict(found["policy"]), texts, rungs,
-        dict(found["made_with"]),
+        dict(found["made_with"]), _parse_baklava(found.get("baklava"), num_heads),
     )  # fmt: skip
+
+
+def _parse_baklava(found: Mapping[str, Any] | None, num_heads: int) -> HeadProfile | None:
+    if found is None:
+        return None
+    changes = tuple(float(x) for x in _numbers(found["changes"], num_heads))
+    return HeadProfile(changes, float(found["low_share"]), float(found["high_share"]), float(found["spread"]))
 
 
 def _numbers(values: Any, count: int) -> np.ndarray:

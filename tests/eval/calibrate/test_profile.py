@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from ov_kvcrush import CacheConfig, CrushError, LLMPipeline
 from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.eval.calibrate.app import app
+from ov_kvcrush.eval.calibrate.baklava import head_changes
 from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant
 from ov_kvcrush.eval.cli.app import app as eval_app
 from ov_kvcrush.kvcache.planning import find_profile
@@ -25,6 +26,7 @@ from ov_kvcrush.policies.registry import build
 
 Folder = Callable[[str], Path]
 LENGTH = 1200
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,7 @@ def test_a_profile_has_costs_and_measured_plans(profiled: Path) -> None:
     assert found["policy"]["name"] == "snapkv"
     assert "ov_kvcrush-profile" in found["made_with"]["command"]
     assert all(len(rung["kl"]) == 1 for rung in found["rungs"])
+    assert len(found["baklava"]["changes"]) == sum(found["num_kv_heads"])
     assert not (profiled / f"{PROFILE_NAME}.part").exists()
 
 
@@ -126,7 +129,7 @@ def test_what_cannot_be_is_refused_at_once(settings: dict[str, object], message:
 
 def test_the_full_cache_costs_nothing_and_fewer_bits_cost_more(tiny_ir: Folder) -> None:
     require_native()
-    meter = CacheMeter(tiny_ir("llama"), {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"})
+    meter = CacheMeter(tiny_ir("llama"), EXACT)
     policy = build("snapkv", kept=0.25)
     with meter.read(ids(600), 8, policy, set()) as read:
         pairs = [("f32", "f32"), ("u8", "u8"), ("u2", "u2")]
@@ -135,7 +138,7 @@ def test_the_full_cache_costs_nothing_and_fewer_bits_cost_more(tiny_ir: Folder) 
     assert found[0].kl == pytest.approx(0, abs=1e-6)
     assert found[0].same_top == 1
     assert found[0].kl <= found[1].kl <= found[2].kl
-    assert found[0].nbytes == read.full_bytes > found[1].nbytes > found[2].nbytes
+    assert found[0].nbytes == read.answer.full_bytes > found[1].nbytes > found[2].nbytes
     assert evicted.kl > found[0].kl
     assert meter.cache.store.nbytes == 0
 
@@ -144,11 +147,34 @@ def test_the_frontier_compares_plans_and_uniform_settings(profiled: Path, tmp_pa
     (tmp_path / "texts.jsonl").write_text(json.dumps({"prompt": "once upon a time " * 100}) + "\n")
     out = tmp_path / "frontier.json"
     arguments = ["frontier", str(profiled), "--data", str(tmp_path), "--tokens", "400", "--json", str(out)]
+    arguments += ["--shared-layers", "1"]
     result = CliRunner().invoke(eval_app, arguments)
     assert result.exit_code == 0, result.output
     if json.loads(out.read_text())["rows"]:  # a random model may end its answer at once
         names = {row["setting"] for row in json.loads(out.read_text())["rows"]}
-        assert {"plan 1/8.0", "quality 0.05", "0.5 u4/u4"} <= names
+        assert {"plan 1/8.0", "quality 0.05", "0.5 u4/u4", "baklava 0.5 u4/u4", "kvsharer 1 u4/u2"} <= names
+
+
+def test_layers_that_share_cost_their_bytes_less(tiny_ir: Folder) -> None:
+    require_native()
+    policy = build("snapkv", kept=0.25)
+    meter, shared = CacheMeter(tiny_ir("llama"), EXACT), CacheMeter(tiny_ir("llama"), EXACT, {1: 0})
+    with meter.read(ids(600), 8, policy, set()) as read:
+        answer = read.answer
+        own = read.measure([CacheVariant(meter.uniform("f32", "f32"))])[0]
+    with shared.read(ids(600), 8, policy, set(), answer) as read:
+        found = read.measure([CacheVariant(shared.uniform("f32", "f32"))])[0]
+    assert own.kl < 1e-6 < found.kl
+    assert found.nbytes * len(meter.model.layers) == own.nbytes * (len(meter.model.layers) - 1)
+
+
+def test_a_head_that_copies_its_input_does_not_change_it(tiny_ir: Folder) -> None:
+    first = head_changes(tiny_ir("llama"), ids(1)[None, :])  # the only token attends to itself
+    np.testing.assert_allclose(first, 0, atol=1e-5)
+    later = head_changes(tiny_ir("llama"), ids(64)[None, :])
+    assert len(later) == len(first)
+    assert (later > 0.01).all()
+    assert (later <= 2).all()
 
 
 def test_a_profile_beside_the_model_is_found(profiled: Path) -> None:
