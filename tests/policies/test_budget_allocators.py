@@ -325,7 +325,7 @@ def test_pages_that_go_are_whole_but_for_one() -> None:
         (lambda: PyramidKV(beta=0), "beta must be an integer of at least 1, got 0"),
         (lambda: AdaKV(floor=1.5), "floor must be a fraction"),
         (lambda: GlobalThreshold(floor=-0.1), "floor must be a fraction"),
-        (lambda: HeadProfile((0.1,), low_share=0.6, high_share=0.6), "low_share + high_share must be a fraction"),
+        (lambda: HeadProfile((0.1,), low_share=0.6, high_share=0.6), r"low_share \+ high_share must be a fraction"),
         (lambda: HeadProfile((0.1,), spread=0.5), "spread must be a finite number of at least 1, got 0.5"),
         (lambda: PageAllocator(page_tokens=0), "page_tokens must be an integer of at least 1, got 0"),
     ],
