@@ -28,7 +28,7 @@ from ov_kvcrush.engine.scheduler import Scheduler
 from ov_kvcrush.errors import CrushError, OutOfMemory, QueueFull, RequestError
 from ov_kvcrush.kvcache.factory import make_kv_cache_manager
 from ov_kvcrush.kvcache.manager import KVCacheManager
-from ov_kvcrush.kvcache.planning import default_policy, find_profile, make_planner
+from ov_kvcrush.kvcache.planning import default_policy, find_profile, make_planner, recent_precision
 from ov_kvcrush.model.fingerprints import NOT_SHARED
 from ov_kvcrush.model.load import LoadedModel
 from ov_kvcrush.policies.base import Policy
@@ -289,7 +289,7 @@ class Engine:
         return {
             "key_precision": config.key_precision,
             "value_precision": config.value_precision,
-            "recent_precision": self._model.recent_precision,
+            "recent_precision": recent_precision(self._model, config),
             "recent_tokens": str(config.recent_tokens),
             "group_size": str(config.group_size),
             "shared_layers": ", ".join(f"{i}: {j}" for i, j in self._model.shared_layers) or NOT_SHARED,

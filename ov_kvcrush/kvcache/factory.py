@@ -10,6 +10,7 @@ from ov_kvcrush.kvcache.block_tensors import BlockTensors, cache_inputs, staging
 from ov_kvcrush.kvcache.crush import CrushKVCache
 from ov_kvcrush.kvcache.manager import KVCacheManager
 from ov_kvcrush.kvcache.paged import PagedKVCache
+from ov_kvcrush.kvcache.planning import recent_precision
 from ov_kvcrush.kvcache.staging import Staging
 from ov_kvcrush.model.load import LoadedModel
 from ov_kvcrush.utils.process_memory import free_memory_bytes
@@ -64,7 +65,7 @@ def _make_store(model: LoadedModel, scheduler: SchedulerConfig, cache: CacheConf
             layers=[layer.shape for layer in model.layers],
             key=cache.key_precision,
             value=cache.value_precision,
-            recent=model.recent_precision,
+            recent=recent_precision(model, cache),
             recent_tokens=cache.recent_tokens,
             group_size=cache.group_size,
             max_bytes=max_bytes,

@@ -39,6 +39,16 @@ def tiers_of(choice: Choice | None) -> dict[str, np.ndarray]:
     return {"precisions": np.tile(pairs, (len(choice.offsets) - 1, 1, 1)), "tiers": choice.tiers}
 
 
+def recent_precision(model: LoadedModel, config: CacheConfig) -> str:
+    """Of the newest tokens in the store: what the model computes in, but f32 only beside keys or values in f32.
+
+    Where a CPU computes in f32 a recent window of 48 tokens would take a fifth of all bytes at 1/8 of 4,000 tokens,
+    to spare 2 % of the tokens a rounding that is finer than that of u8.
+    """
+    exact = "f32" in (config.key_precision, config.value_precision)
+    return "bf16" if model.recent_precision == "f32" and not exact else model.recent_precision
+
+
 def geometry_of(model: LoadedModel, config: CacheConfig) -> CacheGeometry:
     """What options take in the store of this model."""
 
@@ -46,7 +56,7 @@ def geometry_of(model: LoadedModel, config: CacheConfig) -> CacheGeometry:
         return native.tile_bytes(key, value, head_size, math.gcd(config.group_size, head_size))
 
     sizes = tuple(layer.head_size for layer in model.layers for _ in range(layer.num_kv_heads))
-    return CacheGeometry(sizes, model.recent_precision, config.recent_tokens, LEAST_TOKENS, tile_bytes)
+    return CacheGeometry(sizes, recent_precision(model, config), config.recent_tokens, LEAST_TOKENS, tile_bytes)
 
 
 def find_profile(model: LoadedModel, config: CacheConfig) -> KVProfile | None:

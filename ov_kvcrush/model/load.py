@@ -29,7 +29,7 @@ class LoadedModel:
 
     context_length: None if no file of the folder states it. attention: "crush" or "paged". pages_prompts: True if
     PagedAttention computes prompts, False if CrushAttention does. layers: attention layers that store keys and values,
-    the store's, with "crush" only. recent_precision: type of keys and values that are not quantised yet.
+    the store's, with "crush" only. recent_precision: type in which keys and values are computed.
     shared_layers: of the model, which read the keys and values of another. folder: where the model lies.
     """
 

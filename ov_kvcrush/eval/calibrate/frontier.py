@@ -84,9 +84,10 @@ def measure_frontier(
                 told(name, [])
                 continue
             found = list(_of_text(meter, profile, policy, read, name))
+        full_bytes = geometry_of(meter.model, meter.config).full_bytes(len(ids))
         for other in sharing:
             with other.read(ids, answer_tokens, policy, renderer.ends, answer) as read:
-                found += _of_sharing(other, read, name)
+                found += _of_sharing(other, read, name, full_bytes)
         rows += found
         told(name, found)
     return rows
@@ -96,6 +97,7 @@ def _of_text(
     meter: CacheMeter, profile: KVProfile, policy: Policy, read: ReadPrompt, name: str
 ) -> Iterator[FrontierRow]:
     geometry = geometry_of(meter.model, meter.config)
+    full_bytes = geometry.full_bytes(read.num_tokens)
     named: list[tuple[str, float, CacheVariant]] = []
     heads = profile.num_kv_heads
     asked = [(f"plan 1/{1 / budget:.1f}", BytePlanner(geometry, heads, profile, budget)) for budget in BUDGETS]
@@ -117,16 +119,16 @@ def _of_text(
             variant = baklava_variant(meter, read, policy, profile.baklava, fraction, (pair[0], pair[1]))
             named.append((f"baklava {fraction:g} {pair[0]}/{pair[1]}", float("nan"), variant))
     for (label, predicted, _), one in zip(named, read.measure([v for *_, v in named]), strict=True):
-        yield FrontierRow(label, name, one.kl, one.same_top, one.nbytes / read.answer.full_bytes, predicted)
+        yield FrontierRow(label, name, one.kl, one.same_top, one.nbytes / full_bytes, predicted)
 
 
-def _of_sharing(meter: CacheMeter, read: ReadPrompt, name: str) -> Iterator[FrontierRow]:
+def _of_sharing(meter: CacheMeter, read: ReadPrompt, name: str, full_bytes: float) -> Iterator[FrontierRow]:
     count = len(meter.config.sharing)
     for (key, value), one in zip(
         SHARING, read.measure([CacheVariant(meter.uniform(*x)) for x in SHARING]), strict=True
     ):
         label = f"kvsharer {count} {key}/{value}"
-        yield FrontierRow(label, name, one.kl, one.same_top, one.nbytes / read.answer.full_bytes)
+        yield FrontierRow(label, name, one.kl, one.same_top, one.nbytes / full_bytes)
 
 
 def summary(rows: Sequence[FrontierRow]) -> list[dict[str, float | str]]:

@@ -64,12 +64,11 @@ class Answer:
     """What the full cache says to a prompt.
 
     rows: int64 (R,): tokens of the answer whose next token is compared. log_probs: float32 (R, vocabulary), of the next
-    token. full_bytes: of the full cache.
+    token.
     """
 
     rows: np.ndarray
     log_probs: np.ndarray
-    full_bytes: int
 
 
 class CacheMeter:
@@ -180,7 +179,7 @@ class ReadPrompt:
                 log_probs = log_softmax(meter.run([fork], rows, self.num_tokens)[0])
             finally:
                 store.release(fork)
-            return Answer(rows, log_probs, store.nbytes_of(store_id))
+            return Answer(rows, log_probs)
         finally:
             store.release(store_id)
 
