@@ -84,8 +84,10 @@ class CacheConfig:
     key_precision, value_precision: "f32", "bf16", "f16", "u8", "u4" or "u2", for tokens that left the recent window.
         Quantised keys have a scale per channel and 32 tokens, quantised values one per token and group of channels
         (KIVI, arXiv 2402.02750).
-    recent_tokens: the newest tokens of every head that stay in the precision the model computes in; up to 31 more do.
-    group_size: channels that share a scale of quantised values: a multiple of 16.
+    recent_tokens: the newest tokens of every head that are not quantised; up to 31 more are not. They are kept in the
+        precision the model computes in, but in f32 only beside keys or values in f32, else in bf16.
+    group_size: channels that share a scale of quantised values: a multiple of 16. Where it does not divide the head
+        size it is the largest number that divides both.
     max_bytes: limit of the store, never exceeded; 0 = by the SchedulerConfig's num_kv_blocks or cache_size.
     staging_bytes: full-precision blocks that prompts are read on, given back when a prompt is complete. Longer prompts
         are read chunk by chunk through the store, which is slower. 0 = enough for 65536 tokens, or for the model's
@@ -113,7 +115,7 @@ class CacheConfig:
     key_precision: str = "u8"
     value_precision: str = "u8"
     recent_tokens: int = 32
-    group_size: int = 32
+    group_size: int = 64
     max_bytes: int = 0
     staging_bytes: int = 0
     prefix_bytes: int = 0
