@@ -18,7 +18,7 @@ from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.plans.geometry import CacheGeometry
 from ov_kvcrush.policies.plans.plan import CachePlan
 from ov_kvcrush.policies.plans.planner import BytePlanner
-from ov_kvcrush.policies.plans.profile import PROFILE_NAME, KVProfile, read_profile
+from ov_kvcrush.policies.plans.profile import PROFILE_NAME, UNKNOWN_PROFILE_NAME, KVProfile, read_profile
 from ov_kvcrush.policies.registry import as_policy
 
 _log = logging.getLogger(__name__)
@@ -51,11 +51,16 @@ def geometry_of(model: LoadedModel, config: CacheConfig) -> CacheGeometry:
 
 def find_profile(model: LoadedModel, config: CacheConfig) -> KVProfile | None:
     """The profile that the config names, or that lies beside the model. Raises CrushError for one that does not fit."""
-    if config.profile is not None:
-        path = Path(config.profile)
-    elif model.folder is not None and (model.folder / PROFILE_NAME).is_file():
-        path = model.folder / PROFILE_NAME
-    else:
+    return _read(model, Path(config.profile) if config.profile is not None else _beside(model, PROFILE_NAME))
+
+
+def _beside(model: LoadedModel, name: str) -> Path | None:
+    path = model.folder / name if model.folder is not None else None
+    return path if path is not None and path.is_file() else None
+
+
+def _read(model: LoadedModel, path: Path | None) -> KVProfile | None:
+    if path is None:
         return None
     if model.folder is None:
         raise CrushError("profile must be of a model in a folder, got a model without one")
@@ -88,3 +93,12 @@ def make_planner(model: LoadedModel, config: CacheConfig, profile: KVProfile | N
             PROFILE_NAME,
         )
     return planner
+
+
+def make_context_planner(model: LoadedModel, config: CacheConfig, planner: BytePlanner | None) -> BytePlanner | None:
+    """For texts that are compressed before their question: by a profile of this use beside the model, else `planner`.
+
+    Raises CrushError.
+    """
+    path = _beside(model, UNKNOWN_PROFILE_NAME) if planner and config.profile is None else None
+    return planner if path is None else make_planner(model, config, _read(model, path))
