@@ -75,24 +75,24 @@ def test_the_full_cache_costs_nothing_behind_a_suffix(meter: CacheMeter, name: s
         variants = [CacheVariant(full), CacheVariant(full, every), CacheVariant(meter.uniform("u2", "u2"))]
         whole, chosen, coarse = read.measure(variants)
         evicted = read.measure([CacheVariant(full, read.select(policy))])[0]
-        assert len(read.rows) == 1 + 8
+        assert len(read.answer.rows) == 1 + 8
     for one in (whole, chosen):
         assert one.kl == pytest.approx(0, abs=1e-6)
         assert one.same_top == 1
     assert min(coarse.kl, evicted.kl) > 1e-5
-    assert whole.nbytes == read.full_bytes > evicted.nbytes
+    assert whole.nbytes == read.answer.full_bytes > evicted.nbytes
     assert_nothing_left(meter)
 
 
 def test_the_full_cache_answers_a_suffix_as_the_end_of_a_prompt(meter: CacheMeter) -> None:
     policy, text, suffix = build("snapkv"), ids(300), ids(25, seed=1)
     with meter.read(np.concatenate([text, suffix]), 8, policy, set()) as read:
-        known = read.rows
+        known = read.answer.rows
     with meter.read(text, 8, policy, set(), suffix=suffix) as read:
-        assert read.rows.tolist() == [suffix[-1], *known]
+        assert read.answer.rows.tolist() == [suffix[-1], *known]
     ends = {int(known[0])}
     with meter.read(text, 8, policy, ends, suffix=suffix) as read:  # it ends at once
-        assert read.rows.tolist() == [suffix[-1]]
+        assert read.answer.rows.tolist() == [suffix[-1]]
         assert read.measure([CacheVariant(meter.uniform("f32", "f32"))])[0].kl == pytest.approx(0, abs=1e-6)
 
 
@@ -159,9 +159,9 @@ def test_what_is_measured_is_what_a_context_answers(meter: CacheMeter, tiny_ir: 
             answer = handle.read_all()[0].generated_ids
             with meter.read(text, 8, policy, set(), suffix=suffix, head=7, replay_prompt=asks) as read:
                 made = read._commit(CacheVariant(meter.uniform("f32", "f32"), read.select(policy)))
-                likely = read._logits([made])[0].argmax(axis=1)
+                likely = read._logits([made], read.answer.rows)[0].argmax(axis=1)
                 meter.cache.store.release(made)
-            alike = np.append(np.flatnonzero(read.rows[1:] != answer), 7)[0]
+            alike = np.append(np.flatnonzero(read.answer.rows[1:] != answer), 7)[0]
             assert likely[: alike + 1].tolist() == answer[: alike + 1]
 
 
@@ -236,7 +236,7 @@ def test_an_interrupted_run_goes_on_with_its_own_use(
         return replace(done.texts[0], name=prompt.name, num_tokens=len(prompt.ids))
 
     monkeypatch.setattr(profiler, "measure_text", noted)
-    monkeypatch.setattr(profiler, "measure_rungs", lambda *_: ())
+    monkeypatch.setattr(profiler, "measure_plans", lambda _, profile, *__: profile)
     out = tmp_path / "out.json"
     for left, expected in (("unknown", 1), ("known", 2)):
         measured.clear()
