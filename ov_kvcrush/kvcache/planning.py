@@ -49,23 +49,25 @@ def geometry_of(model: LoadedModel, config: CacheConfig) -> CacheGeometry:
     return CacheGeometry(sizes, model.recent_precision, config.recent_tokens, LEAST_TOKENS, tile_bytes)
 
 
-def find_profile(model: LoadedModel, config: CacheConfig) -> KVProfile | None:
-    """The profile that the config names, or that lies beside the model. Raises CrushError for one that does not fit."""
-    return _read(model, Path(config.profile) if config.profile is not None else _beside(model, PROFILE_NAME))
+def find_profile(model: LoadedModel, config: CacheConfig, use: str = "known") -> KVProfile | None:
+    """The profile that the config names, or that of a use beside the model: for "unknown" else that for "known".
 
-
-def _beside(model: LoadedModel, name: str) -> Path | None:
-    path = model.folder / name if model.folder is not None else None
-    return path if path is not None and path.is_file() else None
-
-
-def _read(model: LoadedModel, path: Path | None) -> KVProfile | None:
+    Raises CrushError for one that does not fit.
+    """
+    names = (PROFILE_NAME,) if use == "known" else (UNKNOWN_PROFILE_NAME, PROFILE_NAME)
+    found = (path for name in names if (path := _beside(model, name)))
+    path = next(found, None) if config.profile is None else Path(config.profile)
     if path is None:
         return None
     if model.folder is None:
         raise CrushError("profile must be of a model in a folder, got a model without one")
     heads = tuple(layer.num_kv_heads for layer in model.layers)
     return read_profile(path, model_fingerprint(model.folder), heads)
+
+
+def _beside(model: LoadedModel, name: str) -> Path | None:
+    path = model.folder / name if model.folder is not None else None
+    return path if path is not None and path.is_file() else None
 
 
 def default_policy(profile: KVProfile | None) -> Policy:
@@ -100,5 +102,6 @@ def make_context_planner(model: LoadedModel, config: CacheConfig, planner: ByteP
 
     Raises CrushError.
     """
-    path = _beside(model, UNKNOWN_PROFILE_NAME) if planner and config.profile is None else None
-    return planner if path is None else make_planner(model, config, _read(model, path))
+    if planner is None or config.profile is not None or _beside(model, UNKNOWN_PROFILE_NAME) is None:
+        return planner
+    return make_planner(model, config, find_profile(model, config, "unknown"))
