@@ -103,7 +103,8 @@ class CacheConfig:
         how many is the budget's. budget_bytes: the same as a number of bytes for each text.
     quality: instead of a budget: the fewest bytes at which nine of ten texts are predicted to keep a KL divergence of
         the next-token distribution to the full cache of at most this, in nats. Needs a profile.
-    profile: file of the profile; None = kv_profile.json in the model's folder, if it is there.
+    profile: file of the profile; None = kv_profile.json in the model's folder, if it is there, and for contexts, whose
+        question comes later, kv_profile.unknown.json if that is.
     shared_layers: layers of the model that read the keys and values of an earlier layer and have none of their own
         (KVSharer, arXiv 2410.18517): a mapping from layer to layer, kept as pairs in order, such as
         `eval/calibrate/kv_sharer.py` finds. Both must have the same heads, head size and sliding window, and a layer

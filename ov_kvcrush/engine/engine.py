@@ -28,7 +28,13 @@ from ov_kvcrush.engine.scheduler import Scheduler
 from ov_kvcrush.errors import CrushError, OutOfMemory, QueueFull, RequestError
 from ov_kvcrush.kvcache.factory import make_kv_cache_manager
 from ov_kvcrush.kvcache.manager import KVCacheManager
-from ov_kvcrush.kvcache.planning import default_policy, find_profile, make_planner, recent_precision
+from ov_kvcrush.kvcache.planning import (
+    default_policy,
+    find_profile,
+    make_context_planner,
+    make_planner,
+    recent_precision,
+)
 from ov_kvcrush.model.fingerprints import NOT_SHARED
 from ov_kvcrush.model.load import LoadedModel
 from ov_kvcrush.policies.base import Policy
@@ -73,7 +79,8 @@ class Engine:
         profile = find_profile(model, cache_config) if cache_config.is_planned else None
         planner = make_planner(model, cache_config, profile)
         policy = cache_config.eviction_policy or (default_policy(profile) if planner else None)
-        self._input = InputProcessor(model, self.cache, config, policy, defaults, decode, planner)
+        of_contexts = make_context_planner(model, cache_config, planner)
+        self._input = InputProcessor(model, self.cache, config, policy, defaults, decode, planner, of_contexts)
         self._output = OutputProcessor(self.scheduler, self.cache, self.requests, self._add_lock, self.snapshots.own)
         self._num_steps = 0
         self._usage_sum = 0.0

@@ -33,7 +33,8 @@ class InputProcessor:
     """Checks requests against one model and one cache.
 
     defaults: the model's generation config; its end-of-sequence tokens hold where a request names none. policy: of
-    requests that name none. planner: None = a policy's own budget, and the cache's precisions.
+    requests that name none. planner: None = a policy's own budget, and the cache's precisions. context_planner: of
+    prompts whose question comes after compression; None = `planner`.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class InputProcessor:
         defaults: ov_genai.GenerationConfig,
         decode: Decode,
         planner: BytePlanner | None = None,
+        context_planner: BytePlanner | None = None,
     ) -> None:
         self._planner = planner
+        self._context_planner = context_planner or planner
         self._model = model
         self._cache = cache
         self._config = config
@@ -66,7 +69,7 @@ class InputProcessor:
         """A checked request. targets: of each of `params.fan_out`. Raises RequestError."""
         if (params.context or params.return_snapshot or params.prefill_only) and self._cache.snapshots is None:
             raise RequestError("context must not be asked for with attention='paged', got one; engine='crush' holds it")
-        plan = self.plan_for(params.policy or self._policy, np.size(ids))
+        plan = self.plan_for(params.policy or self._policy, np.size(ids), asks=not params.prefill_only)
         eviction = self._eviction(params, np.size(ids), plan)
         num_evicted = params.context.state.num_evicted if params.context else 0
         ids = self.check_prompt(ids, eviction, params.context)
@@ -124,11 +127,15 @@ class InputProcessor:
         capacity = self._cache.capacity_tokens(eviction, num_evicted)
         return min(capacity, self._model.context_length or capacity)
 
-    def plan_for(self, policy: Policy | None, num_tokens: int) -> CachePlan | None:
-        """The plan of a prompt; None without a planner, and where a request wants no policy."""
-        if self._planner is None or policy is None or isinstance(policy, KeepAll):
+    def plan_for(self, policy: Policy | None, num_tokens: int, *, asks: bool) -> CachePlan | None:
+        """The plan of a prompt; None without a planner, and where a request wants no policy.
+
+        asks: whether the prompt ends with its question. What reads a prompt twice does not choose by that.
+        """
+        if policy is None or isinstance(policy, KeepAll):
             return None
-        return self._planner.plan(num_tokens)
+        planner = self._planner if asks and not policy.inputs.replay else self._context_planner
+        return None if planner is None else planner.plan(num_tokens)
 
     def _eviction(self, params: CacheParams, num_tokens: int, plan: CachePlan | None) -> EvictionSpec | None:
         """What a request with a prompt of `num_tokens` asks for, or the engine was told; None if all tokens stay."""
@@ -163,7 +170,7 @@ class InputProcessor:
             )
         found = []
         for asked, (processor, target) in zip(params.fan_out, targets, strict=True):
-            plan = processor.plan_for(asked.policy, len(ids))
+            plan = processor.plan_for(asked.policy, len(ids), asks=False)
             eviction = self._eviction(replace(params, policy=asked.policy), len(ids), plan)
             checked = _checked(eviction, params, len(ids))
             processor.check_prompt(ids, eviction)

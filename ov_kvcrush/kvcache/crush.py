@@ -279,7 +279,7 @@ class CrushKVCache:
         self, rows: Items[ScheduledTokens], scores: Callable[[], list[np.ndarray]]
     ) -> list[tuple[Sequence, Exception | None]]:
         """Commit prompts that are complete to the store; quantise what left a recent window."""
-        self._take_scores(rows, scores)
+        self.take_scores(rows, scores)
         failed: list[tuple[Sequence, Exception | None]] = []
         for row in rows:
             s = row.sequence.replays or row.sequence
@@ -294,7 +294,7 @@ class CrushKVCache:
         """False where the store has no room."""
         kv = self._kv[s]
         if kv.is_staged:
-            return bool(s.num_pending) or self._replays_on(kv) or self._commit_prefill(s, kv)
+            return bool(s.num_pending) or self.replays_on(kv) or self._commit_prefill(s, kv)
         kv.free_slots -= num_tokens
         if num_tokens > 1 or not kv.free_slots:
             self.store.quantize_aged(kv.store_id)
@@ -304,8 +304,8 @@ class CrushKVCache:
             del self._admission.prefilling[s]
         return True
 
-    def _take_scores(self, rows: Items[ScheduledTokens], scores: Callable[[], list[np.ndarray]]) -> None:
-        """Hand each reader the attention scores of its rows."""
+    def take_scores(self, rows: Items[ScheduledTokens], scores: Callable[[], list[np.ndarray]]) -> None:
+        """Hand each reader the attention scores of its rows in the step that was just run."""
         readers = [s for row in rows if isinstance(s := row.sequence, Reader)]  # all staged: in the order of the step
         if not readers:
             return
@@ -318,7 +318,7 @@ class CrushKVCache:
         for reader, of_reader in zip(readers, found, strict=True):
             reader.take_scores(of_reader)
 
-    def _replays_on(self, kv: SequenceKV) -> bool:
+    def replays_on(self, kv: SequenceKV) -> bool:
         """Whether a complete prompt is still to be read again; makes its next reader."""
         replay = kv.replay
         if replay is None:

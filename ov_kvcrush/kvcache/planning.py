@@ -18,7 +18,7 @@ from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.plans.geometry import CacheGeometry
 from ov_kvcrush.policies.plans.plan import CachePlan
 from ov_kvcrush.policies.plans.planner import BytePlanner
-from ov_kvcrush.policies.plans.profile import PROFILE_NAME, KVProfile, read_profile
+from ov_kvcrush.policies.plans.profile import PROFILE_NAME, UNKNOWN_PROFILE_NAME, KVProfile, read_profile
 from ov_kvcrush.policies.registry import as_policy
 
 _log = logging.getLogger(__name__)
@@ -59,18 +59,25 @@ def geometry_of(model: LoadedModel, config: CacheConfig) -> CacheGeometry:
     return CacheGeometry(sizes, recent_precision(model, config), config.recent_tokens, LEAST_TOKENS, tile_bytes)
 
 
-def find_profile(model: LoadedModel, config: CacheConfig) -> KVProfile | None:
-    """The profile that the config names, or that lies beside the model. Raises CrushError for one that does not fit."""
-    if config.profile is not None:
-        path = Path(config.profile)
-    elif model.folder is not None and (model.folder / PROFILE_NAME).is_file():
-        path = model.folder / PROFILE_NAME
-    else:
+def find_profile(model: LoadedModel, config: CacheConfig, use: str = "known") -> KVProfile | None:
+    """The profile that the config names, or that of a use beside the model: for "unknown" else that for "known".
+
+    Raises CrushError for one that does not fit.
+    """
+    names = (PROFILE_NAME,) if use == "known" else (UNKNOWN_PROFILE_NAME, PROFILE_NAME)
+    found = (path for name in names if (path := _beside(model, name)))
+    path = next(found, None) if config.profile is None else Path(config.profile)
+    if path is None:
         return None
     if model.folder is None:
         raise CrushError("profile must be of a model in a folder, got a model without one")
     heads = tuple(layer.num_kv_heads for layer in model.layers)
     return read_profile(path, model_fingerprint(model.folder), heads)
+
+
+def _beside(model: LoadedModel, name: str) -> Path | None:
+    path = model.folder / name if model.folder is not None else None
+    return path if path is not None and path.is_file() else None
 
 
 def default_policy(profile: KVProfile | None) -> Policy:
@@ -98,3 +105,13 @@ def make_planner(model: LoadedModel, config: CacheConfig, profile: KVProfile | N
             PROFILE_NAME,
         )
     return planner
+
+
+def make_context_planner(model: LoadedModel, config: CacheConfig, planner: BytePlanner | None) -> BytePlanner | None:
+    """For texts that are compressed before their question: by a profile of this use beside the model, else `planner`.
+
+    Raises CrushError.
+    """
+    if planner is None or config.profile is not None or _beside(model, UNKNOWN_PROFILE_NAME) is None:
+        return planner
+    return make_planner(model, config, find_profile(model, config, "unknown"))

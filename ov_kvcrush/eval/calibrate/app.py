@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,21 +18,29 @@ from rich.text import Text
 
 from ov_kvcrush.cli.environment import describe_environment
 from ov_kvcrush.cli.parse import check_at_least, parse_properties
+from ov_kvcrush.contexts.context import DEFAULT_CONTEXT_POLICY
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.calibrate.measure import Prompt, empty_profile, measure_plans, measure_text, num_caches
 from ov_kvcrush.eval.calibrate.meter import CacheMeter
-from ov_kvcrush.eval.calibrate.prompts import calibration_prompts, prompts_from_files
+from ov_kvcrush.eval.calibrate.prompts import CalibrationPrompt, calibration_prompts, prompts_from_files
 from ov_kvcrush.eval.calibrate.rendering import PromptRenderer
 from ov_kvcrush.model.default import default_model_path
 from ov_kvcrush.policies.base import Policy
-from ov_kvcrush.policies.plans.profile import PROFILE_NAME, KVProfile, read_profile
+from ov_kvcrush.policies.plans.profile import PROFILE_NAME, UNKNOWN_PROFILE_NAME, USES, KVProfile, read_profile
 from ov_kvcrush.policies.registry import build
+from ov_kvcrush.utils.checks import check_choice
 from ov_kvcrush.utils.json_file import check_writable, write_json
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
+_NAMES = {"known": PROFILE_NAME, "unknown": UNKNOWN_PROFILE_NAME}
+_POLICIES = {"known": "kvcrush", "unknown": DEFAULT_CONTEXT_POLICY}
+
 HELP = f"""\
 Measure what each choice costs each KV head of MODEL, and write {PROFILE_NAME} beside it.
+
+--question unknown measures contexts instead, which are compressed before anything is asked, and writes \
+{UNKNOWN_PROFILE_NAME}.
 
 A pipeline then meets a budget of bytes, such as --budget 1/8, with the plan of least cost: which heads keep how many \
 tokens, and at which precision. MODEL is the folder of an exported model; left out, it is SmolLM2-135M-Instruct.
@@ -48,6 +57,8 @@ A run that was interrupted goes on where it stopped.
 
   ov_kvcrush-profile my-model --text report.txt --text minutes.txt --policy snapkv
 
+  ov_kvcrush-profile my-model --question unknown
+
   ov_kvcrush-chat my-model --budget 1/8
 """
 
@@ -63,9 +74,18 @@ def profile(
     texts: Annotated[int, typer.Option(metavar="N", help="How many of the package's prompts.")] = 12,
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of a prompt; longer ones lose their middle.")] = 2048,
     answer_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of the answer that are compared.")] = 32,
-    policy: Annotated[str, typer.Option(help="Which tokens an evicted head keeps.")] = "kvcrush",
+    question: Annotated[
+        str,
+        typer.Option(metavar="|".join(USES), help="Whether it is there when the text is compressed; not of a context."),
+    ] = USES[0],
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Which tokens an evicted head keeps; left out: kvcrush, of contexts {DEFAULT_CONTEXT_POLICY}."
+        ),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help=f"Where to write; left out: {PROFILE_NAME} in MODEL.")
+        Path | None, typer.Option(metavar="FILE", help="Where to write; left out: that name in MODEL.")
     ] = None,
     properties: Annotated[
         list[str] | None, typer.Option("--property", metavar="KEY=VALUE", help="Any OpenVINO property; repeatable.")
@@ -76,21 +96,23 @@ def profile(
     try:
         for name, value, least in (("texts", texts, 1), ("tokens", tokens, 256), ("answer-tokens", answer_tokens, 4)):
             check_at_least(name, value, least)
+        check_choice("question", question, USES)
         folder = model or default_model_path()
-        path = out or folder / PROFILE_NAME
+        path = out or folder / _NAMES[question]
         check_writable(path, "out")
-        chosen = build(policy)
+        chosen = build(policy or _POLICIES[question])
         wanted = prompts_from_files(text) if text else calibration_prompts()[:texts]
         meter = CacheMeter(folder, dict(parse_properties(properties or ())))
         renderer = PromptRenderer(folder)
-        prompts = [Prompt(one.name, renderer.render(f"{one.text}\n\n{one.question}", tokens)) for one in wanted]
+        prompts = _rendered(wanted, renderer, tokens, question)
         settings = {"tokens": tokens, "answer_tokens": answer_tokens}
         made_with = {
             "command": shlex.join(["ov_kvcrush-profile", *sys.argv[1:]]),
             **settings,
             "environment": describe_environment(),
         }
-        found = _measure(meter, folder, prompts, chosen, answer_tokens, renderer.ends, path, made_with, console)
+        empty = empty_profile(folder, meter, chosen, made_with, question)
+        found = _measure(meter, empty, prompts, chosen, answer_tokens, renderer.ends, path, made_with, console)
         write_json(path, found.to_json(), "out")
         _part(path).unlink(missing_ok=True)
         Console().print(_table(found))
@@ -100,9 +122,18 @@ def profile(
         raise typer.Exit(2) from None
 
 
+def _rendered(
+    wanted: Iterable[CalibrationPrompt], renderer: PromptRenderer, tokens: int, question: str
+) -> list[Prompt]:
+    if question == "known":
+        return [Prompt(one.name, renderer.render(f"{one.text}\n\n{one.question}", tokens)) for one in wanted]
+    asks = renderer.replay_prompt()
+    return [Prompt(one.name, *renderer.render_context(one.text, one.question, tokens), asks) for one in wanted]
+
+
 def _measure(
     meter: CacheMeter,
-    folder: Path,
+    empty: KVProfile,
     prompts: list[Prompt],
     policy: Policy,
     answer_tokens: int,
@@ -112,7 +143,7 @@ def _measure(
     console: Console,
 ) -> KVProfile:
     """Text by text, with what is done kept beside `path`."""
-    profile = _resumed(_part(path), empty_profile(folder, meter, policy, made_with), prompts, made_with)
+    profile = _resumed(_part(path), empty, prompts, made_with)
     total = num_caches(meter.num_heads, len(prompts))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, refresh_per_second=1, transient=True) as bar:
@@ -146,7 +177,8 @@ def _resumed(path: Path, empty: KVProfile, prompts: list[Prompt], made_with: dic
     names = [prompt.name for prompt in prompts[: len(found.texts)]]
     lengths = [len(prompt.ids) for prompt in prompts[: len(found.texts)]]
     same &= names == [text.name for text in found.texts] and lengths == [text.num_tokens for text in found.texts]
-    return replace(found, made_with=made_with) if same and dict(found.policy) == dict(empty.policy) else empty
+    same &= found.use == empty.use and dict(found.policy) == dict(empty.policy)
+    return replace(found, made_with=made_with) if same else empty
 
 
 def _table(profile: KVProfile) -> Table:

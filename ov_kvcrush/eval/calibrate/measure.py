@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ov_kvcrush.config import PRECISIONS
+from ov_kvcrush.core.eviction import NO_REPLAY_PROMPT, ReplayPrompt
 from ov_kvcrush.eval.calibrate import baklava
 from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant, ReadPrompt
 from ov_kvcrush.kvcache.planning import geometry_of, precisions_of
@@ -17,6 +19,7 @@ from ov_kvcrush.model.fingerprints import model_fingerprint
 from ov_kvcrush.policies.base import Budget, Policy
 from ov_kvcrush.policies.budgets.head_profile import HeadProfile
 from ov_kvcrush.policies.budgets.planned import planned
+from ov_kvcrush.policies.budgets.uniform import Uniform
 from ov_kvcrush.policies.plans.plan import CachePlan
 from ov_kvcrush.policies.plans.planner import BytePlanner
 from ov_kvcrush.policies.plans.profile import ALL_CHOICES, HEAD_CHOICES, KVProfile, Rung, TextCosts
@@ -31,10 +34,26 @@ Told = Callable[[str, int], None]  # what is measured, and how many caches were 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """name: of the text. ids: int64 (S,), rendered as a turn of a chat."""
+    """name: of the text. ids: int64 (S,), rendered as a turn of a chat.
+
+    suffix: int64 (T,), a question that comes after compression; None = the prompt ends with it. head: tokens at the
+    front that always stay. replay_prompt: for policies that read the prompt twice.
+    """
 
     name: str
     ids: np.ndarray
+    suffix: np.ndarray | None = None
+    head: int = 0
+    replay_prompt: ReplayPrompt = NO_REPLAY_PROMPT
+
+    def read(
+        self, meter: CacheMeter, answer_tokens: int, policy: Policy, ends: set[int]
+    ) -> AbstractContextManager[ReadPrompt]:
+        """See CacheMeter.read."""
+        return meter.read(
+            self.ids, answer_tokens, policy, ends,
+            suffix=self.suffix, head=self.head, replay_prompt=self.replay_prompt,
+        )  # fmt: skip
 
 
 def num_caches(num_heads: int, num_prompts: int) -> int:
@@ -47,12 +66,8 @@ def measure_text(
     meter: CacheMeter, prompt: Prompt, policy: Policy, answer_tokens: int, ends: set[int], told: Told
 ) -> TextCosts:
     """What each choice costs on one prompt. policy: which tokens an evicted head keeps."""
-    with meter.read(prompt.ids, answer_tokens, policy, ends) as read:
-        kept = {
-            name: read.select(replace(policy, budget=Budget(kept=_number(name), min_tokens=policy.budget.min_tokens)))
-            for name in ALL_CHOICES
-            if name.startswith("kept.")
-        }
+    with prompt.read(meter, answer_tokens, policy, ends) as read:
+        kept = {name: read.select(_keeping(policy, _number(name))) for name in ALL_CHOICES if name.startswith("kept.")}
         base = _measure(read, [CacheVariant(meter.uniform(_BASE, _BASE))], prompt.name, told)[0]
         together = _measure(read, [_in_all(meter, name, kept) for name in ALL_CHOICES], prompt.name, told)
         heads = {}
@@ -82,7 +97,7 @@ def measure_plans(
     budgets = baklava.candidates(meter.model.folder, [prompt.ids for prompt in prompts])
     found = []
     for prompt in prompts:
-        with meter.read(prompt.ids, answer_tokens, policy, ends) as read:
+        with prompt.read(meter, answer_tokens, policy, ends) as read:
             variants = [variant_of(read, plan, policy) for plan, _ in plans.values()]
             variants += [
                 baklava_variant(meter, read, policy, budget, baklava.KEPT, (_BASE, _BASE)) for budget in budgets
@@ -117,10 +132,12 @@ def variant_of(read: ReadPrompt, plan: CachePlan, policy: Policy) -> CacheVarian
     return CacheVariant(precisions_of(plan), kept)
 
 
-def empty_profile(folder: Path, meter: CacheMeter, policy: Policy, made_with: Mapping[str, Any]) -> KVProfile:
+def empty_profile(
+    folder: Path, meter: CacheMeter, policy: Policy, made_with: Mapping[str, Any], use: str = "known"
+) -> KVProfile:
     """A profile without texts."""
     heads = tuple(layer.num_kv_heads for layer in meter.model.layers)
-    return KVProfile(model_fingerprint(folder), heads, settings_of(policy), (), (), made_with)
+    return KVProfile(model_fingerprint(folder), heads, settings_of(policy), (), (), made_with, use=use)
 
 
 def _measure(read: ReadPrompt, variants: Sequence[CacheVariant], name: str, told: Told) -> np.ndarray:
@@ -131,6 +148,12 @@ def _measure(read: ReadPrompt, variants: Sequence[CacheVariant], name: str, told
         found += [one.kl for one in read.measure(part)]
         told(name, len(part))
     return np.array(found)
+
+
+def _keeping(policy: Policy, fraction: float) -> Policy:
+    """The policy with a fraction of every head, whatever its split: a plan says of each head how much it keeps."""
+    split: dict[str, Any] = {"allocator": Uniform()} if hasattr(policy, "allocator") else {}
+    return replace(policy, budget=Budget(kept=fraction, min_tokens=policy.budget.min_tokens), **split)
 
 
 def _number(name: str) -> float:

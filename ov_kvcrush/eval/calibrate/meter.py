@@ -1,14 +1,15 @@
 """KL divergence of compressed caches to the full cache, many caches of one prompt that is read once.
 
 The full cache (in the precision that the model computes in) answers greedily; every other cache is then given the same
-tokens, all rows in one inference, and its next-token distributions are compared.
+tokens, all rows in one inference, and its next-token distributions are compared. A suffix, such as a question about a
+context, comes behind the caches and is never compressed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import openvino_genai as ov_genai
 
 from ov_kvcrush.config import PRECISIONS, CacheConfig, SchedulerConfig
-from ov_kvcrush.core.eviction import Choice, EvictionSpec, EvictionState
+from ov_kvcrush.core.eviction import NO_REPLAY_PROMPT, Choice, EvictionSpec, EvictionState, ReplayPrompt
 from ov_kvcrush.core.request import Request
 from ov_kvcrush.core.request import Sequence as TokenSequence
 from ov_kvcrush.core.sampling_params import SamplingParams
@@ -29,9 +30,10 @@ from ov_kvcrush.kvcache.eviction import CacheView
 from ov_kvcrush.kvcache.factory import make_kv_cache_manager
 from ov_kvcrush.kvcache.model_inputs import PrefillInputs
 from ov_kvcrush.kvcache.planning import tiers_of
+from ov_kvcrush.kvcache.replay import ROWS
 from ov_kvcrush.model.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, SAMPLED_ROWS
 from ov_kvcrush.model.load import load_model
-from ov_kvcrush.policies.base import Policy
+from ov_kvcrush.policies.base import Budget, Policy
 
 _CHUNK = 512  # prompt tokens of one inference
 _AT_ONCE = 4  # caches of one inference
@@ -63,8 +65,8 @@ class Measured:
 class Answer:
     """What the full cache says to a prompt.
 
-    rows: int64 (R,): tokens of the answer whose next token is compared. log_probs: float32 (R, vocabulary), of the next
-    token.
+    rows: int64 (R,): tokens whose next token is compared, those of the answer, and before them the last of a suffix.
+    log_probs: float32 (R, vocabulary), of the next token.
     """
 
     rows: np.ndarray
@@ -95,38 +97,64 @@ class CacheMeter:
 
     @contextmanager
     def read(
-        self, ids: np.ndarray, answer_tokens: int, policy: Policy, ends: set[int], answer: Answer | None = None
+        self,
+        ids: np.ndarray,
+        answer_tokens: int,
+        policy: Policy,
+        ends: set[int],
+        answer: Answer | None = None,
+        *,
+        suffix: np.ndarray | None = None,
+        head: int = 0,
+        replay_prompt: ReplayPrompt = NO_REPLAY_PROMPT,
     ) -> Iterator[ReadPrompt]:
-        """A prompt int64 (S,) while it is staged. policy: whose window of queries is captured.
+        """A prompt int64 (S,) while it is staged. policy: whose window of queries is captured and whose replay is run.
 
-        answer: what to compare with, of another model; None = what this one's full cache answers.
+        answer: what to compare with, of another model; None = what this one's full cache answers. suffix: int64 (T,),
+        what stands between the prompt and the answer and is in no cache that is compared. head: tokens at the prompt's
+        front that always stay. replay_prompt: for a policy that reads the prompt twice.
         """
-        if policy.inputs.replay:
-            raise CrushError("policy must be one that reads a prompt once to be profiled, got one that reads it twice")
+        eviction = _reading(policy, len(ids), head, replay_prompt)
         params = SamplingParams.from_config(
             ov_genai.GenerationConfig(max_new_tokens=1), ov_genai.GenerationConfig(), len(ids), len(ids) + 1,
             self.model.vocab_size, {},
         )  # fmt: skip
-        sequence = Request(1, ids, params, eviction=EvictionSpec(policy)).sequences[0]
+        sequence = Request(1, ids, params, eviction=eviction).sequences[0]
         if not self.cache.allocate(sequence) or not self.cache.kv_of(sequence).is_staged:
-            raise CrushError(f"prompt must fit into the staging blocks, got {len(ids)} tokens")
+            twice = " that are read twice" if eviction.policy.inputs.replay else ""
+            raise CrushError(f"prompt must fit into the staging blocks, got {len(ids)} tokens{twice}")
         try:
             first = self._prefill(sequence)
-            yield ReadPrompt(self, sequence, first, answer_tokens, ends, answer)
+            self._replay(sequence)
+            yield ReadPrompt(self, sequence, first, answer_tokens, ends, answer, suffix)
         finally:
             self.cache.free(sequence)
 
     def _prefill(self, sequence: TokenSequence) -> int:
         while sequence.num_pending:
             count = min(_CHUNK, sequence.num_pending)
-            row = ScheduledTokens(sequence, count, count == sequence.num_pending)
-            self._runner.prepare(SchedulerOutput((row,), ()))
-            logits = self._runner.infer()
-            sequence.num_cached += count
+            logits = self._step(ScheduledTokens(sequence, count, count == sequence.num_pending))
         return int(logits[-1].argmax())
 
-    def run(self, stored: Sequence[int], tokens: np.ndarray, position: int) -> np.ndarray:
-        """Logits float32 (B, T, vocabulary), a view: the same T tokens behind each of B stored sequences."""
+    def _replay(self, sequence: TokenSequence) -> None:
+        """The second reading of a prompt, if its policy has one, as the engine's steps do it."""
+        kv = self.cache.kv_of(sequence)
+        while self.cache.replays_on(kv):
+            assert kv.replay is not None
+            reader = kv.replay.reader
+            assert reader is not None
+            row = ScheduledTokens(reader, min(reader.num_pending, ROWS, _CHUNK), False)
+            self._step(row)
+            self.cache.take_scores((row,), self._runner.attention_scores)
+
+    def _step(self, row: ScheduledTokens) -> np.ndarray:
+        self._runner.prepare(SchedulerOutput((row,), ()))
+        logits = self._runner.infer()
+        row.sequence.num_cached += row.num_tokens
+        return logits
+
+    def run(self, stored: Sequence[int], tokens: np.ndarray, position: int, skip: int = 0) -> np.ndarray:
+        """Logits float32 (B, T - skip, vocabulary), a view: the same T tokens behind each of B stored sequences."""
         count = len(tokens)
         total = count * len(stored)
         entries = []
@@ -140,12 +168,12 @@ class CacheMeter:
                 **(self._prefill_inputs([], [], 0, total) if self.model.pages_prompts else {}),
                 "input_ids": np.tile(tokens.astype(np.int64), len(stored)),
                 "position_ids": np.tile(places, len(stored)),
-                SAMPLED_ROWS: np.arange(total, dtype=np.int64),
+                SAMPLED_ROWS: np.arange(total, dtype=np.int64).reshape(-1, count)[:, skip:].ravel(),
                 CRUSH_STORE: np.array([self.cache.store.id], np.int32),
                 CRUSH_PLAN: write_plan(total, 0, entries),
             }
         )
-        return self._runner.infer().reshape(len(stored), count, -1)
+        return self._runner.infer().reshape(len(stored), count - skip, -1)
 
 
 class ReadPrompt:
@@ -159,9 +187,14 @@ class ReadPrompt:
         answer_tokens: int,
         ends: set[int],
         answer: Answer | None,
+        suffix: np.ndarray | None,
     ) -> None:
         self._meter = meter
         self._kv = meter.cache.kv_of(sequence)
+        asked = sequence.request.eviction
+        assert asked is not None
+        self._eviction = asked
+        self._suffix = np.zeros(0, np.int64) if suffix is None else suffix
         self.num_tokens = sequence.num_cached
         self._view = CacheView(meter.cache.store, [(x.num_heads, x.num_kv_heads) for x in meter.model.layers])
         self.answer = answer or self._full_answer(first, answer_tokens, ends)
@@ -176,7 +209,7 @@ class ReadPrompt:
             rows = self._answer(store_id, first, answer_tokens, ends)
             fork = store.fork(store_id)
             try:
-                log_probs = log_softmax(meter.run([fork], rows, self.num_tokens)[0])
+                log_probs = log_softmax(self._logits([fork], rows)[0])
             finally:
                 store.release(fork)
             return Answer(rows, log_probs)
@@ -184,18 +217,28 @@ class ReadPrompt:
             store.release(store_id)
 
     def _answer(self, store_id: int, first: int, count: int, ends: set[int]) -> np.ndarray:
-        store = self._meter.cache.store
+        store, suffix, begin = self._meter.cache.store, self._suffix, self.num_tokens + len(self._suffix)
         fork, answer = store.fork(store_id), [first]
         try:
+            if len(suffix):
+                answer = [int(self._meter.run([fork], suffix, self.num_tokens, len(suffix) - 1)[0, 0].argmax())]
             while len(answer) < count and answer[-1] not in ends:
-                row = self._meter.run([fork], np.array(answer[-1:]), self.num_tokens + len(answer) - 1)
+                row = self._meter.run([fork], np.array(answer[-1:]), begin + len(answer) - 1)
                 answer.append(int(row[0, -1].argmax()))
         finally:
             store.release(fork)
-        return np.array([token for token in answer if token not in ends] or answer[:1], np.int64)
+        rows = [*suffix[-1:], *(token for token in answer if token not in ends)]
+        return np.array(rows or answer[:1], np.int64)
+
+    def _logits(self, stored: Sequence[int], rows: np.ndarray) -> np.ndarray:
+        """float32 (B, R, vocabulary), a view: what comes of `Answer.rows` behind each of B stored sequences."""
+        before = self._suffix[:-1]
+        return self._meter.run(stored, np.concatenate([before, rows]), self.num_tokens, len(before))
 
     def select(self, policy: Policy) -> list[np.ndarray]:
         """[N] int32: the tokens of each head that a policy keeps."""
+        if not replace(self._eviction, policy=policy).wants(self.num_tokens, self.num_tokens, is_read=True):
+            return [np.arange(self.num_tokens, dtype=np.int32)] * self._meter.num_heads
         return _by_head(self._choose(policy))
 
     def tiered(self, policy: Policy) -> CacheVariant:
@@ -206,9 +249,11 @@ class ReadPrompt:
 
     def _choose(self, policy: Policy) -> Choice:
         blocks, length, tensors = self._kv.blocks.view, self.num_tokens, self._meter.cache.staging.tensors
+        replay = self._kv.replay
+        assert replay or not policy.inputs.replay, "a policy with a replay that the prompt was not read for"
         return self._view.choose(
-            EvictionSpec(policy), self._kv.store_id, length, EvictionState(),
-            lambda layer: tensors.read(layer, blocks, length),
+            replace(self._eviction, policy=policy), self._kv.store_id, length, EvictionState(),
+            lambda layer: tensors.read(layer, blocks, length), replay.scores if replay else None,
         )  # fmt: skip
 
     def measure(self, variants: Sequence[CacheVariant]) -> list[Measured]:
@@ -221,7 +266,7 @@ class ReadPrompt:
                 for variant in variants[begin : begin + _AT_ONCE]:
                     made.append(self._commit(variant))
                 sizes = [store.nbytes_of(store_id) for store_id in made]
-                logits = self._meter.run(made, self.answer.rows, self.num_tokens)
+                logits = self._logits(made, self.answer.rows)
                 found += [self._compared(rows, size) for rows, size in zip(logits, sizes, strict=True)]
             finally:
                 for store_id in made:
@@ -250,6 +295,14 @@ class ReadPrompt:
             store.release(store_id)
             raise
         return store_id
+
+
+def _reading(policy: Policy, length: int, head: int, replay_prompt: ReplayPrompt) -> EvictionSpec:
+    """How a prompt is read: a second time for any budget that some of its tokens are chosen by."""
+    if policy.inputs.replay:
+        always = max(policy.sink_tokens + policy.recent_tokens, 1)
+        policy = replace(policy, budget=Budget(kept_tokens=always, min_tokens=always))
+    return EvictionSpec(policy, ((0, head),) if head else (), replay_prompt, length)
 
 
 def _by_head(choice: Choice) -> list[np.ndarray]:

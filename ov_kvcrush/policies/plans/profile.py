@@ -20,6 +20,8 @@ from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies.budgets.head_profile import HeadProfile
 
 PROFILE_NAME = "kv_profile.json"
+UNKNOWN_PROFILE_NAME = "kv_profile.unknown.json"
+USES = ("known", "unknown")
 FORMAT = 1
 FRACTIONS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.12)
 HEAD_CHOICES = ("key.u2", "value.u2", "kept.0.5", "kept.0.25", "kept.0.12")  # measured head by head
@@ -60,7 +62,8 @@ class KVProfile:
 
     model: its fingerprint. num_kv_heads: of each layer. policy: settings of the policy that chose the tokens.
     made_with: versions, command, machine. baklava: budgets by what heads do to their input, for comparison; None where
-    nobody measured it.
+    nobody measured it. use: whether the question was "known" when the cache was compressed, as in a prompt that ends
+    with it, or "unknown", as in a context that is asked later.
     """
 
     model: str
@@ -70,6 +73,7 @@ class KVProfile:
     rungs: tuple[Rung, ...] = ()
     made_with: Mapping[str, Any] | None = None
     baklava: HeadProfile | None = None
+    use: str = "known"
 
     @property
     def num_heads(self) -> int:
@@ -80,6 +84,7 @@ class KVProfile:
         """As it is written to the file."""
         return {
             "format": FORMAT,
+            "use": self.use,
             "model": self.model,
             "num_kv_heads": list(self.num_kv_heads),
             "policy": dict(self.policy),
@@ -151,9 +156,12 @@ def _parse(found: dict[str, Any], num_heads: int) -> KVProfile:
     )
     if any(not math.isfinite(x) or x < 0 for rung in rungs for x in (rung.cost, rung.of_bf16, rung.excess_power)):
         raise ValueError("rungs must have finite costs")
+    use = found.get("use", USES[0])
+    if use not in USES:
+        raise ValueError(f"use must be one of {', '.join(USES)}, got {use!r}")
     return KVProfile(
         str(found["model"]), tuple(int(x) for x in found["num_kv_heads"]), dict(found["policy"]), texts, rungs,
-        dict(found["made_with"]), _parse_baklava(found.get("baklava"), num_heads),
+        dict(found["made_with"]), _parse_baklava(found.get("baklava"), num_heads), use,
     )  # fmt: skip
 
 
