@@ -7,7 +7,7 @@ context, comes behind the caches and is never compressed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,15 +74,15 @@ class Answer:
 
 
 class CacheMeter:
-    """A loaded model, and caches of one prompt at a time. Raises what loading raises; CrushError without a store."""
+    """A loaded model, and caches of one prompt at a time.
+
+    config: of the store, but for its limit. Raises what loading raises; CrushError without a store.
+    """
 
     def __init__(
-        self,
-        folder: Path,
-        properties: dict[str, Any] | None = None,
-        shared_layers: Mapping[int, int] | None = None,
+        self, folder: Path, properties: dict[str, Any] | None = None, config: CacheConfig | None = None
     ) -> None:
-        self.config = CacheConfig(max_bytes=_MAX_BYTES, shared_layers=shared_layers or ())
+        self.config = replace(config or CacheConfig(), max_bytes=_MAX_BYTES)
         self.model = load_model(folder, "CPU", properties or {}, "crush", self.config.sharing)
         cache = make_kv_cache_manager(self.model, SchedulerConfig(max_num_batched_tokens=_CHUNK), self.config)
         assert isinstance(cache, CrushKVCache), "a model with CrushAttention has a store"

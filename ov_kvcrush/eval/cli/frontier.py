@@ -15,6 +15,7 @@ from rich.text import Text
 from ov_kvcrush.cli.console import progress
 from ov_kvcrush.cli.environment import describe_environment
 from ov_kvcrush.cli.parse import check_numbers, parse_numbers, parse_properties
+from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.calibrate.frontier import FrontierRow, measure_frontier, read_texts, summary
 from ov_kvcrush.eval.calibrate.kv_sharer import find_shared_layers
@@ -95,7 +96,7 @@ def _sharing_meter(model: Path, count: int, properties: dict[str, Any], console:
     """The model with up to `count` layers of KVSharer's choice; its calibration texts are the package's."""
     texts = [prompt.text for prompt in calibration_prompts()]
     shared = find_shared_layers(model, texts, count, progress=lambda line: console.print(Text(line)))
-    return CacheMeter(model, properties, shared)
+    return CacheMeter(model, properties, CacheConfig(shared_layers=shared))
 
 
 def _report(rows: list[FrontierRow], profile: KVProfile) -> dict[str, Any]:

@@ -158,7 +158,8 @@ def test_the_frontier_compares_plans_and_uniform_settings(profiled: Path, tmp_pa
 def test_layers_that_share_cost_their_bytes_less(tiny_ir: Folder) -> None:
     require_native()
     policy = build("snapkv", kept=0.25)
-    meter, shared = CacheMeter(tiny_ir("llama"), EXACT), CacheMeter(tiny_ir("llama"), EXACT, {1: 0})
+    config = CacheConfig(shared_layers={1: 0})
+    meter, shared = CacheMeter(tiny_ir("llama"), EXACT), CacheMeter(tiny_ir("llama"), EXACT, config)
     with meter.read(ids(600), 8, policy, set()) as read:
         answer = read.answer
         own = read.measure([CacheVariant(meter.uniform("f32", "f32"))])[0]

@@ -16,7 +16,7 @@ from eviction_runs import EXACT, F32, READ_TWICE, add, as_lists, held, make_engi
 from native_stores import require_native
 from typer.testing import CliRunner
 
-from ov_kvcrush import CrushError, LLMPipeline
+from ov_kvcrush import CacheConfig, CrushError, LLMPipeline
 from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.core.eviction import ReplayPrompt
 from ov_kvcrush.eval.calibrate import app as profiler
@@ -56,7 +56,7 @@ def profiled(tiny_ir: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def meter(tiny_ir: Folder) -> CacheMeter:
     require_native()
-    return CacheMeter(tiny_ir("llama"), F32)
+    return CacheMeter(tiny_ir("llama"), F32, CacheConfig(key_precision="f32", value_precision="f32"))
 
 
 def assert_nothing_left(meter: CacheMeter) -> None:
