@@ -81,8 +81,8 @@ def measure_rungs(
     rungs = []
     for size in RUNGS:
         power = min(POWERS, key=lambda p: float(np.mean(found[size, p])))
-        plan, cost = plans[size, power]
-        rungs.append(Rung(cost, np.array(found[size, power]), planner.settled(plan), power))
+        plan, _ = plans[size, power]
+        rungs.append(Rung(np.array(found[size, power]), planner.settled(plan), power))
     return tuple(rungs)
 
 
