@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -252,6 +253,12 @@ def parse_budget(value: Any) -> float:
             raise CrushError(f"budget must be a fraction such as 1/8 or 0.125, got {value!r}") from None
     check_fraction("budget", found)
     return float(found)
+
+
+def budget_text(budget: float) -> str:
+    """A budget as people write it: 1/6 where it is one over a whole number, else a decimal. `parse_budget` reads it."""
+    parts = round(1 / budget)
+    return f"1/{parts}" if math.isclose(1 / parts, budget, rel_tol=1e-9) else repr(budget)
 
 
 def _layer_pairs(shared: Any) -> tuple[tuple[int, int], ...]:

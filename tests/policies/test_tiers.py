@@ -106,7 +106,8 @@ def test_a_prompt_is_promised_the_bytes_of_its_most_precise_tier(high: str, tiny
     with pytest.raises(CrushError, match="prompt must fit into the KV store"):
         add(tight, 0, prompt(900), policy)
     engine = make_engine(tiny_ir("llama"), {**stored, "max_bytes": needed(policy)})
-    handle = read_prompt(engine, add(engine, 0, prompt(900), policy, new_tokens=4))
+    handle = add(engine, 0, prompt(900), policy, new_tokens=4)
+    read_prompt(engine, handle)
     assert without < engine.cache.usage().used_bytes <= needed(policy)
     run(engine)
     assert len(tokens(handle)[0]) == 4
