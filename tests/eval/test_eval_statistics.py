@@ -207,7 +207,7 @@ def test_bad_setting_is_refused(case: str) -> None:
 
 BAD_ANSWERS: dict[str, tuple[Callable[[list[Prediction]], list[Prediction]], str]] = {
     "none": (lambda made: [], "must have at least one answer"),
-    "one missing": (lambda made: made[:-1], r"got none for question 2 of 'code-5' \(code\) under genai-kvcrush"),
+    "one missing": (lambda made: made[:-1], r"got none for question 2 of 'code-5' \(code\) under crush-snapkv-plan"),
     "one twice": (lambda made: [*made, made[0]], "answer a question once"),
     "other setting": (lambda made: [replace(made[0], setting_key="x")], "setting_key must be one of"),
 }
@@ -236,7 +236,7 @@ def test_a_number_that_is_none_is_refused(name: str, value: Any) -> None:
 def test_tables_have_full_first_then_most_kept_and_the_incumbent_beside() -> None:
     rows = result_rows(answers(), SETTINGS, "ruler", resamples=50)
     chosen = [row for row in rows if row.task == AVERAGE]
-    expected = [row_label(SETTINGS[i]) for i in (0, 1, 7, 4, 2, 3, 8, 6, 5)]
+    expected = [row_label(SETTINGS[i]) for i in (0, 1, 7, 4, 2, 3, 8, 6, 5, 9)]
     assert [row_label(row) for row in sorted_rows(chosen)] == expected
     assert sorted_rows(chosen[::-1]) == sorted_rows(chosen)
     grid = summary(rows)
