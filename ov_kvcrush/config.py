@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -16,6 +17,7 @@ from ov_kvcrush.utils.checks import check_choice, check_fraction, check_integer,
 
 ENGINES = ("crush", "genai")
 PRECISIONS = ("f32", "bf16", "f16", "u8", "u4", "u2")
+DEFAULT_BUDGET = "1/6"  # of the bf16 cache: where tokens are to be evicted and nobody says how many stay
 ATTENTIONS = ("auto", "crush", "paged")
 OWN_SCHEDULER_FIELDS = ("max_step_ms", "max_waiting")  # openvino_genai's SchedulerConfig has no such thing
 _PRECISION_PROPERTIES = ("KV_CACHE_PRECISION", "KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION")
@@ -100,7 +102,11 @@ class CacheConfig:
     budget: bytes of the cache over those of a bf16 cache of all tokens, as "1/8" or 0.125: a plan says how many tokens
         each KV head keeps and at which precision, solved from the model's profile (`ov_kvcrush-profile`), or without
         one taken from a ladder of uniform settings. `policy` says which tokens, by default the profile's or KVCrush;
-        how many is the budget's. budget_bytes: the same as a number of bytes for each text.
+        how many is the budget's. budget_bytes: the same as a number of bytes for each text. Without any of these a
+        policy by its name or by settings without kept and kept_tokens, here or of a request or a context, has a plan of
+        DEFAULT_BUDGET, a sixth, where the precisions are left alone too; its min_tokens in u8 are always within it.
+        That costs less in as many bytes than 25 % of the tokens in u8. Who names kept, kept_tokens, precisions or how
+        heads share (split, pyramidkv, adakv, kv_compress, leankv), or gives a Policy, gets what that says.
     quality: instead of a budget: the fewest bytes at which nine of ten texts are predicted to keep a KL divergence of
         the next-token distribution to the full cache of at most this, in nats. Needs a profile.
     profile: file of the profile; None = kv_profile.json in the model's folder, if it is there, and for contexts, whose
@@ -164,6 +170,11 @@ class CacheConfig:
     def is_planned(self) -> bool:
         """Whether a plan says how many tokens stay, and at which precision."""
         return bool(self._budgets)
+
+    @property
+    def has_default_budget(self) -> bool:
+        """Whether a policy that says nothing of how much stays has a plan of DEFAULT_BUDGET."""
+        return not self.is_planned and (self.key_precision, self.value_precision) == ("u8", "u8")
 
     @property
     def _budgets(self) -> list[str]:
@@ -245,6 +256,12 @@ def parse_budget(value: Any) -> float:
             raise CrushError(f"budget must be a fraction such as 1/8 or 0.125, got {value!r}") from None
     check_fraction("budget", found)
     return float(found)
+
+
+def budget_text(budget: float) -> str:
+    """A budget as people write it: 1/6 where it is one over a whole number, else a decimal. `parse_budget` reads it."""
+    parts = round(1 / budget)
+    return f"1/{parts}" if math.isclose(1 / parts, budget, rel_tol=1e-9) else repr(budget)
 
 
 def _layer_pairs(shared: Any) -> tuple[tuple[int, int], ...]:

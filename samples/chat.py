@@ -2,6 +2,7 @@
 
     python samples/chat.py                               # the default model
     python samples/chat.py ./my-model < questions.txt
+    python samples/chat.py ./my-model --budget 1/6       # the cache in a sixth of the bytes of bf16
 
 Type one question a line; an empty line ends.
 """
@@ -16,9 +17,10 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="folder of an exported model; the default model if omitted")
     parser.add_argument("--system", default="You answer in one short sentence.")
     parser.add_argument("--max-new-tokens", type=int, default=60)
+    parser.add_argument("--budget", help="bytes of the KV cache over those of bf16, as 1/6; all stays if omitted")
     args = parser.parse_args()
 
-    pipe = ov_kvcrush.LLMPipeline(args.model)
+    pipe = ov_kvcrush.LLMPipeline(args.model, cache_config={"budget": args.budget})
     history = ov_kvcrush.ChatHistory()
     history.append({"role": "system", "content": args.system})
     while True:

@@ -16,10 +16,11 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="folder of an exported model; the default model if omitted")
     parser.add_argument("--prompt", action="append", help="may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=60)
+    parser.add_argument("--budget", help="bytes of the KV cache over those of bf16, as 1/6; all stays if omitted")
     args = parser.parse_args()
     prompts = args.prompt or ["What is the capital of France? Answer in one sentence."]
 
-    pipe = ov_kvcrush.LLMPipeline(args.model)
+    pipe = ov_kvcrush.LLMPipeline(args.model, cache_config={"budget": args.budget})
     results = pipe.generate(prompts, max_new_tokens=args.max_new_tokens, do_sample=False)
 
     for prompt, text in zip(prompts, results.texts, strict=True):

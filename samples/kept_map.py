@@ -8,6 +8,7 @@ Attention comes from the model's own outputs `attention_scores.<layer>`, in plai
 """
 
 import argparse
+import math
 import tempfile
 from pathlib import Path
 
@@ -15,12 +16,20 @@ import numpy as np
 import openvino_genai
 
 from model_export import export_model
-from ov_kvcrush import CrushError
+from ov_kvcrush import CrushError, native
+from ov_kvcrush.config import parse_budget
+from ov_kvcrush.kvcache.planning import LEAST_TOKENS
 from ov_kvcrush.model.default import default_gguf
+from ov_kvcrush.model.fingerprints import model_fingerprint
 from ov_kvcrush.model.graph.score_outputs import read_scores_model
 from ov_kvcrush.model.info import ModelInfo
 from ov_kvcrush.model.plugin import open_core
 from ov_kvcrush.policies.base import CacheState, HeadState, Policy
+from ov_kvcrush.policies.budgets.planned import planned
+from ov_kvcrush.policies.plans.geometry import CacheGeometry
+from ov_kvcrush.policies.plans.plan import CachePlan
+from ov_kvcrush.policies.plans.planner import BytePlanner
+from ov_kvcrush.policies.plans.profile import PROFILE_NAME, read_profile
 from ov_kvcrush.policies.registry import build, describe
 
 DEFAULT_WINDOW = 32
@@ -39,6 +48,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="exported with --attention-scores; the default model if omitted")
     parser.add_argument("--policies", default="kvcrush,snapkv,streaming_llm", help="names, with commas between them")
     parser.add_argument("--kept", type=float, default=0.25, help="fraction of the tokens that a head keeps on average")
+    parser.add_argument("--budget", type=parse_budget, help="instead: a plan of so many of the bytes of bf16, as 1/6")
     parser.add_argument("--text", type=Path, help="a text file; a built-in text if omitted")
     parser.add_argument("--max-tokens", type=int, default=1024, help="read no more of the text than this")
     parser.add_argument("--out", type=Path, default=Path("kept_map.png"), help="the picture: .png, .svg or .pdf")
@@ -63,6 +73,9 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     ids = openvino_genai.Tokenizer(str(folder)).encode(text).input_ids.data[0][: args.max_tokens].astype(np.int64)
     if len(ids) < 2:
         raise CrushError(f"text must have at least 2 tokens, got {len(ids)}")
+    if args.budget:
+        plan = plan_of(folder, info, args.budget, len(ids))
+        policies = {name: planned(policy, plan) for name, policy in policies.items()}
     attention = attention_of(folder, ids, info.attention_scores)
     maps = {name: kept_map(policy, attention, info.num_kv_heads) for name, policy in policies.items()}
     for name, kept in maps.items():
@@ -93,6 +106,19 @@ def policy_of(name: str, kept: float, window: int) -> Policy:
             f"export the model with --attention-scores {inputs.window} for it"
         )
     return policy
+
+
+def plan_of(folder: Path, info: ModelInfo, budget: float, length: int) -> CachePlan:
+    """How many tokens each KV head keeps of `length`: by the model's profile, else as many in each."""
+
+    def tile_bytes(key: str, value: str, head_size: int) -> int:
+        return native.tile_bytes(key, value, head_size, math.gcd(32, head_size))
+
+    heads = (info.num_kv_heads,) * info.num_layers
+    path = folder / PROFILE_NAME
+    profile = read_profile(path, model_fingerprint(folder), heads) if path.is_file() else None
+    geometry = CacheGeometry((info.k_head_size,) * sum(heads), "bf16", 32, LEAST_TOKENS, tile_bytes)
+    return BytePlanner(geometry, heads, profile, budget).plan(length)
 
 
 def attention_of(folder: Path, ids: np.ndarray, window: int) -> list[np.ndarray]:

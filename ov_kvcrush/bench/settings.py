@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ov_kvcrush.cli.parse import Property, check_at_least, check_numbers
-from ov_kvcrush.config import ENGINES, PRECISIONS, parse_budget
+from ov_kvcrush.config import ENGINES, PRECISIONS, CacheConfig
 from ov_kvcrush.errors import CrushError, ModelError
 from ov_kvcrush.genai.eviction import closest_genai_eviction
 from ov_kvcrush.kvcache.block_pool import blocks_for
@@ -81,9 +81,9 @@ class BenchSettings:
         check_choice("against", self.against, RIVALS)
         self._check_policy()
         if self.budget is not None:
-            parse_budget(self.budget)
-            if self.key_precision or self.value_precision:
-                raise CrushError("--key-precision and --value-precision must be left out with --budget, got both")
+            named = {"key_precision": self.key_precision, "value_precision": self.value_precision}
+            given = {name: value for name, value in named.items() if value is not None}
+            CacheConfig.from_options({"budget": self.budget, **given})
         check_precisions(self.key_precision, self.value_precision, self.properties)
         longest = max(self.contexts)
         if self.context_length is not None and longest + self.new_tokens > self.context_length:

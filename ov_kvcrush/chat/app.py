@@ -21,8 +21,8 @@ from ov_kvcrush.chat.output import AnswerWriter, Messages, json_line, stats_line
 from ov_kvcrush.chat.reader import is_interactive, one_prompt
 from ov_kvcrush.chat.session import Session, length_note, tell_kept
 from ov_kvcrush.cli.policy_options import (
+    BUDGET_HELP,
     NAME_OR_LIST,
-    BudgetOption,
     KeptOption,
     KeptTokensOption,
     OtherOptions,
@@ -30,7 +30,7 @@ from ov_kvcrush.cli.policy_options import (
     explain_if_asked,
     list_policies,
 )
-from ov_kvcrush.config import PRECISIONS, check_engine
+from ov_kvcrush.config import DEFAULT_BUDGET, PRECISIONS, check_engine
 from ov_kvcrush.contexts.context import DEFAULT_CONTEXT_POLICY
 from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.model.default import DEFAULT_MODEL_NAME
@@ -129,7 +129,7 @@ def parse(
         typer.Option(
             metavar="FILE",
             help="Go on from this text, compressed as --policy, --kept, --kept-tokens, --min-tokens and "
-            f"--policy-option say, by default with {DEFAULT_CONTEXT_POLICY} to 25 % but at least 128 tokens; the chat "
+            f"--policy-option say, by default with {DEFAULT_CONTEXT_POLICY} to the default of --budget; the chat "
             "behind it has the chat's defaults. Or go on from a .kvc file that --save-context wrote; those options are "
             "for the chat behind it then.",
         ),
@@ -172,15 +172,24 @@ def parse(
             "free memory. With engine genai whole GiB: a multiple of 1024.",
         ),
     ] = None,
-    budget: BudgetOption = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="F",
+            help=f"{BUDGET_HELP} Default, where neither policy nor precisions are given: {DEFAULT_BUDGET}, which costs "
+            "less than a quarter of the tokens in u8; without a profile it is one setting for all heads, and costs "
+            "more. With engine genai none.",
+        ),
+    ] = None,
     policy: Annotated[
         str | None,
         typer.Option(
             metavar=NAME_OR_LIST,
             callback=explain_if_asked,
             is_eager=True,
-            help="What stays in the KV cache of a long text; none keeps everything. Default: "
-            f"{DEFAULT_CHAT_POLICY}; of a --context {DEFAULT_CONTEXT_POLICY}; with engine genai none.",
+            help="Which tokens stay in the KV cache of a long text; none keeps everything. Default: "
+            f"{DEFAULT_CHAT_POLICY}; of a --context {DEFAULT_CONTEXT_POLICY}; with engine genai none. How many: as "
+            "--budget says, or with a policy and no --budget as --kept does.",
         ),
     ] = None,
     kept: KeptOption = None,
@@ -212,7 +221,8 @@ def parse(
     """What the arguments ask for. Raises CrushError naming the first that cannot be used."""
     cache = (key_precision, value_precision, max_kv_mb)
     wanted = PolicyOptions(policy, kept, kept_tokens, min_tokens, tuple(policy_options or ()))
-    wish = context_wish(context, save_context, wanted, system=system, engine=engine, device=device)
+    is_open = wanted.is_empty and key_precision is None and value_precision is None
+    wish = context_wish(context, save_context, wanted, is_open=is_open, system=system, engine=engine, device=device)
     of_chat = PolicyOptions() if wish and wish.text is not None else wanted
     options = ChatOptions(
         model, system, max_new_tokens, temperature, top_p, seed, engine, device, *cache, of_chat, budget

@@ -21,6 +21,7 @@ from ov_kvcrush.contexts.file import BEGINNING
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipelines.llm import LLMPipeline
 from ov_kvcrush.policies.base import Policy
+from ov_kvcrush.policies.registry import as_policy
 
 SUFFIX = ".kvc"
 MAX_TEXT_BYTES = MAX_STDIN_BYTES
@@ -78,10 +79,18 @@ class ContextFigures:
 
 
 def context_wish(
-    file: str | None, save_to: str | None, policy: PolicyOptions, *, system: str, engine: str | None, device: str
+    file: str | None,
+    save_to: str | None,
+    policy: PolicyOptions,
+    *,
+    is_open: bool,
+    system: str,
+    engine: str | None,
+    device: str,
 ) -> ContextWish | None:
     """What the arguments ask for; None without --context.
 
+    is_open: nothing says how much stays or in which precision, so the default budget holds.
     Raises RequestError or CrushError: for arguments that do not go together, a file that is neither a text nor a saved
     context, settings that the policy of a text has not, and a file that cannot be written.
     """
@@ -95,7 +104,8 @@ def context_wish(
         raise RequestError(f"context must be left out with engine='genai', which holds no contexts, got {file!r}")
     text = read_context_file(Path(file))
     target = None if save_to is None else check_target("save_context", Path(save_to))
-    chosen = None if text is None else policy.build(policy.name or DEFAULT_CONTEXT_POLICY)
+    by_default = as_policy(DEFAULT_CONTEXT_POLICY) if is_open else policy.build(policy.name or DEFAULT_CONTEXT_POLICY)
+    chosen = None if text is None else by_default
     return ContextWish(Path(file), text, chosen, target)
 
 

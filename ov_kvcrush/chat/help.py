@@ -46,7 +46,7 @@ ov_kvcrush-chat --kept-tokens 512 --show-kept --prompt "Who is the thief?" < sto
 
 ov_kvcrush-chat --policy snapkv --policy-option window=64 --kept 0.1 --min-tokens 2048
 
-[dim]# A manual, compressed to 25 % and asked; written as well, to be asked again without reading it[/dim]
+[dim]# A manual, compressed to a sixth of its bytes and asked; written as well, to be asked again unread[/dim]
 
 ov_kvcrush-chat --context manual.txt --save-context manual.kvc --prompt "How is the filter changed?"
 

@@ -16,16 +16,14 @@ from ov_kvcrush.utils.checks import key_values
 LIST = "help"  # in place of a policy's name: say which there are
 NAME_OR_LIST = f"NAME|{LIST}"
 
-BudgetOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="F",
-        help="Bytes of the cache over those of bf16, as 1/8: a plan says how many tokens each head keeps, and at which "
-        "precision (see ov_kvcrush-profile).",
-    ),
-]
+BUDGET_HELP = (
+    "Bytes of the cache over those of bf16, as 1/8: a plan says how many tokens each head keeps, and at which "
+    "precision (see ov_kvcrush-profile)."
+)
+BudgetOption = Annotated[str | None, typer.Option(metavar="F", help=BUDGET_HELP)]
 KeptOption = Annotated[
-    float | None, typer.Option(metavar="F", help="Keep this fraction of the text, in (0, 1]. Default: 0.25.")
+    float | None,
+    typer.Option(metavar="F", help="Keep this fraction of the text, in (0, 1]; 0.25 where only a policy is named."),
 ]
 KeptTokensOption = Annotated[
     int | None, typer.Option(metavar="N", help="Instead: keep N tokens, however long the text.")
@@ -49,6 +47,11 @@ class PolicyOptions:
     kept_tokens: int | None = None
     min_tokens: int | None = None
     others: tuple[str, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was said."""
+        return self == PolicyOptions()
 
     def settings(self) -> Settings:
         """All that were given. Raises CrushError for a text without key or value, and for a key that is given twice."""

@@ -13,7 +13,7 @@ from ov_kvcrush.core.outputs import KeptTokens
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.policies.base import Policy
-from ov_kvcrush.policies.registry import DEFAULT_KEPT, PolicyLike, Settings, as_policy, build, name_of, settings_of
+from ov_kvcrush.policies.registry import PolicyLike, Settings, as_policy, build, name_of, settings_of
 from ov_kvcrush.prompts.context import ContextText
 
 DEFAULT_CONTEXT_POLICY = "kvzip"
@@ -86,7 +86,10 @@ class Context:
 
     @property
     def policy(self) -> Settings | None:
-        """Name and settings of what chose the tokens; None if all of them stay."""
+        """Name and settings of what chose the tokens; None if all of them stay.
+
+        Without kept and kept_tokens where nobody said how much stays (`CacheConfig.budget`).
+        """
         return None if self._policy is None else settings_of(self._policy)
 
     @property
@@ -209,9 +212,12 @@ class Context:
 
 
 def context_policy(policy: PolicyLike, kept: float | None) -> Policy:
-    """What `compress` compresses by: KVzip by default. Raises CrushError if both say how much stays."""
+    """What `compress` compresses by: KVzip by default, with a DefaultBudget where neither says how much stays.
+
+    Raises CrushError if both do.
+    """
     if policy is None:
-        return build(DEFAULT_CONTEXT_POLICY, kept=DEFAULT_KEPT if kept is None else kept)
+        policy = DEFAULT_CONTEXT_POLICY
     if kept is None:
         chosen = as_policy(policy)
         assert chosen is not None

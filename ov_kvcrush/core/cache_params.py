@@ -7,10 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
-from ov_kvcrush.core.eviction import NO_REPLAY_PROMPT, Choice, ReplayPrompt
+from ov_kvcrush.core.eviction import NO_REPLAY_PROMPT, Choice, EvictionSpec, ReplayPrompt
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.policies.base import Policy
-from ov_kvcrush.policies.plans.plan import CachePlan
 
 Span = tuple[int, int]  # [begin, end) of a prompt's tokens
 
@@ -19,12 +18,7 @@ class KVTarget(Protocol):
     """An engine that takes KV of a prompt which it, or one that shares its staging blocks, has prefilled."""
 
     def commit_snapshot(
-        self,
-        blocks: np.ndarray,
-        num_tokens: int,
-        policy: Policy | None,
-        choice: Choice | None,
-        plan: CachePlan | None,
+        self, blocks: np.ndarray, num_tokens: int, eviction: EvictionSpec | None, choice: Choice | None
     ) -> KVSnapshot: ...
 
 

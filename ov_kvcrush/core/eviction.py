@@ -42,7 +42,7 @@ class EvictionSpec:
     replay_prompt, num_prompt_tokens: for a policy that reads the prompt twice.
     base: tokens of a context that the prompt begins with and that the policy does not choose from; the budget is for
     what follows. base_kept: what a head holds of these, on average. begun: what a head holds of the context behind
-    the base when the request starts, on average. plan: shares the policy's budget.
+    the base when the request starts, on average. plan: shares the policy's budget, and says in which precisions.
     """
 
     policy: Policy
@@ -56,8 +56,8 @@ class EvictionSpec:
 
     @property
     def window(self) -> int:
-        """Query rows to be captured."""
-        return self.policy.inputs.window
+        """Query rows to be captured: none where a plan keeps all tokens."""
+        return self.policy.inputs.window if self.policy.evicts else 0
 
     @property
     def head(self) -> int:

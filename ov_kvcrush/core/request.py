@@ -105,8 +105,8 @@ class Request(StreamedRequest):
     """A prompt, how to sample it, and the sequences that grow from it.
 
     ids: int64 (S,), checked by the engine before. decode: tokens -> text, for stop strings only. keep_kv: leave the KV
-    in the prefix cache at the end. eviction: None = all tokens stay. fan_out: caches to be made from its prefill, each
-    with its eviction and its target; nothing is left of the request itself then. plan: None = the cache's precisions.
+    in the prefix cache at the end. eviction: None = all tokens stay as they are. fan_out: caches to be made from its
+    prefill, each with its eviction and its target; nothing is left of the request itself then.
     """
 
     def __init__(
@@ -120,10 +120,8 @@ class Request(StreamedRequest):
         cache: CacheParams = DEFAULT_CACHE_PARAMS,
         fan_out: tuple[tuple[EvictionSpec | None, KVTarget], ...] = (),
         options: RequestOptions = DEFAULT_REQUEST_OPTIONS,
-        plan: CachePlan | None = None,
     ) -> None:
         super().__init__(request_id, options)
-        self.plan = plan
         self.params = params
         self.decode = decode
         self.keep_kv = keep_kv
@@ -149,8 +147,13 @@ class Request(StreamedRequest):
         return max(self.params.num_return_sequences - len(self.sequences), 0)
 
     @property
+    def plan(self) -> CachePlan | None:
+        """How many tokens each head keeps, at which precision; None = the cache's precisions."""
+        return self.eviction.plan if self.eviction else None
+
+    @property
     def evictions(self) -> list[EvictionSpec]:
-        """Its own eviction and those of its fan-out, as far as they evict."""
+        """Its own eviction and those of its fan-out."""
         return [x for x in (self.eviction, *(eviction for eviction, _ in self.fan_out)) if x]
 
     @property

@@ -13,7 +13,7 @@ import openvino_genai as ov_genai
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.core.cache_params import DEFAULT_CACHE_PARAMS, CacheParams
 from ov_kvcrush.core.engine_thread import EngineThread
-from ov_kvcrush.core.eviction import Choice
+from ov_kvcrush.core.eviction import Choice, EvictionSpec
 from ov_kvcrush.core.outputs import PipelineMetrics, StepSeconds
 from ov_kvcrush.core.request import Request, Sequence
 from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
@@ -29,6 +29,7 @@ from ov_kvcrush.errors import CrushError, OutOfMemory, QueueFull, RequestError
 from ov_kvcrush.kvcache.factory import make_kv_cache_manager
 from ov_kvcrush.kvcache.manager import KVCacheManager
 from ov_kvcrush.kvcache.planning import (
+    DefaultPlans,
     default_policy,
     find_profile,
     make_context_planner,
@@ -38,7 +39,6 @@ from ov_kvcrush.kvcache.planning import (
 from ov_kvcrush.model.fingerprints import NOT_SHARED
 from ov_kvcrush.model.load import LoadedModel
 from ov_kvcrush.policies.base import Policy
-from ov_kvcrush.policies.plans.plan import CachePlan
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +80,10 @@ class Engine:
         planner = make_planner(model, cache_config, profile)
         policy = cache_config.eviction_policy or (default_policy(profile) if planner else None)
         of_contexts = make_context_planner(model, cache_config, planner)
-        self._input = InputProcessor(model, self.cache, config, policy, defaults, decode, planner, of_contexts)
+        default_plans = DefaultPlans(model, cache_config)
+        self._input = InputProcessor(
+            model, self.cache, config, policy, defaults, decode, planner, of_contexts, default_plans
+        )
         self._output = OutputProcessor(self.scheduler, self.cache, self.requests, self._add_lock, self.snapshots.own)
         self._num_steps = 0
         self._usage_sum = 0.0
@@ -254,15 +257,10 @@ class Engine:
         self.thread.call(self.cache.clear_prefixes)
 
     def commit_snapshot(
-        self,
-        blocks: np.ndarray,
-        num_tokens: int,
-        policy: Policy | None,
-        choice: Choice | None,
-        plan: CachePlan | None = None,
+        self, blocks: np.ndarray, num_tokens: int, eviction: EvictionSpec | None, choice: Choice | None
     ) -> KVSnapshot:
         """Take what was chosen (None = all) of a prompt on the shared staging blocks. Raises StoreFull."""
-        return self.snapshots.commit(blocks, num_tokens, policy, choice, plan)
+        return self.snapshots.commit(blocks, num_tokens, eviction, choice)
 
     def load_snapshot(self, arrays: SnapshotArrays, policy: Policy | None, base: int, base_kept: int) -> KVSnapshot:
         """KV from arrays. Raises ContextFileError for what the store could not have made, OutOfMemory without room."""

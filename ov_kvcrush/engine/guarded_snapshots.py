@@ -12,13 +12,12 @@ from functools import partial
 import numpy as np
 
 from ov_kvcrush.core.engine_thread import EngineThread
-from ov_kvcrush.core.eviction import Choice
+from ov_kvcrush.core.eviction import Choice, EvictionSpec
 from ov_kvcrush.core.request import Request
 from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
 from ov_kvcrush.errors import ContextFileError
 from ov_kvcrush.kvcache.snapshots import SnapshotStore
 from ov_kvcrush.policies.base import Policy
-from ov_kvcrush.policies.plans.plan import CachePlan
 
 
 class GuardedSnapshots:
@@ -55,15 +54,10 @@ class GuardedSnapshots:
         return snapshot.holder not in self._holders.get(snapshot.store_id, ())
 
     def commit(
-        self,
-        blocks: np.ndarray,
-        num_tokens: int,
-        policy: Policy | None,
-        choice: Choice | None,
-        plan: CachePlan | None = None,
+        self, blocks: np.ndarray, num_tokens: int, eviction: EvictionSpec | None, choice: Choice | None
     ) -> KVSnapshot:
         """A snapshot of what was chosen of a staged prompt. Raises StoreFull. Called within a step."""
-        return self.own(self._held().commit(blocks, num_tokens, policy, choice, plan))
+        return self.own(self._held().commit(blocks, num_tokens, eviction, choice))
 
     def fork_snapshot(self, snapshot: KVSnapshot) -> KVSnapshot:
         """The same KV for one more holder."""

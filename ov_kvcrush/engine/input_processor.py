@@ -18,6 +18,7 @@ from ov_kvcrush.core.sampling_params import SamplingParams, refuse_unsupported
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.kvcache.manager import KVCacheManager
+from ov_kvcrush.kvcache.planning import DefaultPlans
 from ov_kvcrush.model.load import LoadedModel
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.budgets.planned import planned
@@ -33,8 +34,9 @@ class InputProcessor:
     """Checks requests against one model and one cache.
 
     defaults: the model's generation config; its end-of-sequence tokens hold where a request names none. policy: of
-    requests that name none. planner: None = a policy's own budget, and the cache's precisions. context_planner: of
-    prompts whose question comes after compression; None = `planner`.
+    requests that name none. planner: for all requests with a policy; None = `default_plans` for those whose policy
+    names no budget, for others the policy's own, and the cache's precisions. context_planner: likewise, of prompts
+    whose question comes after compression.
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class InputProcessor:
         policy: Policy | None,
         defaults: ov_genai.GenerationConfig,
         decode: Decode,
-        planner: BytePlanner | None = None,
-        context_planner: BytePlanner | None = None,
+        planner: BytePlanner | None,
+        context_planner: BytePlanner | None,
+        default_plans: DefaultPlans,
     ) -> None:
         self._planner = planner
-        self._context_planner = context_planner or planner
+        self._context_planner = context_planner
+        self._default_plans = default_plans
         self._model = model
         self._cache = cache
         self._config = config
@@ -88,7 +92,7 @@ class InputProcessor:
                 f"num_return_sequences must be at most max_num_seqs={self._config.max_num_seqs}, "
                 f"got {sampling.num_return_sequences}"
             )
-        return Request(request_id, ids, sampling, self._decode, keep_kv, eviction, params, fan_out, options, plan)
+        return Request(request_id, ids, sampling, self._decode, keep_kv, eviction, params, fan_out, options)
 
     def check_prompt(
         self, ids: np.ndarray, eviction: EvictionSpec | None = None, context: KVSnapshot | None = None
@@ -128,21 +132,24 @@ class InputProcessor:
         return min(capacity, self._model.context_length or capacity)
 
     def plan_for(self, policy: Policy | None, num_tokens: int, *, asks: bool) -> CachePlan | None:
-        """The plan of a prompt; None without a planner, and where a request wants no policy.
+        """The plan of a prompt; None where none was asked for, and where a request wants no policy.
 
         asks: whether the prompt ends with its question. What reads a prompt twice does not choose by that.
         """
         if policy is None or isinstance(policy, KeepAll):
             return None
-        planner = self._planner if asks and not policy.inputs.replay else self._context_planner
-        return None if planner is None else planner.plan(num_tokens)
+        is_known = asks and not policy.inputs.replay
+        planner = self._planner if is_known else self._context_planner
+        if planner is not None:
+            return planner.plan(num_tokens)
+        return self._default_plans.plan(policy, num_tokens, "known" if is_known else "unknown")
 
     def _eviction(self, params: CacheParams, num_tokens: int, plan: CachePlan | None) -> EvictionSpec | None:
-        """What a request with a prompt of `num_tokens` asks for, or the engine was told; None if all tokens stay."""
+        """What a request with a prompt of `num_tokens` asks for, or the engine was told; None if all stays as it is."""
         policy = params.policy or self._policy
         if plan and policy:
             policy = planned(policy, plan)
-        if policy is None or not policy.evicts:
+        if policy is None or not (policy.evicts or plan):
             return None
         if self._cache.snapshots is None:
             raise RequestError(f"policy must be 'none' with attention='paged', got {name_of(policy)!r}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from ov_kvcrush.config import ENGINES, PRECISIONS
+from ov_kvcrush.config import ENGINES, PRECISIONS, budget_text
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.utils.checks import (
     check_choice,
@@ -22,6 +22,7 @@ from ov_kvcrush.utils.checks import (
 QUERIES = ("aware", "agnostic")
 FULL = "none"  # the policy that keeps everything
 AVERAGE = "average"
+PLAN = "plan"  # in place of precisions that a plan chooses
 _BITS = {"f32": 32, "bf16": 16, "f16": 16, "u8": 8, "u4": 4, "u2": 2}
 
 
@@ -30,7 +31,8 @@ class Setting:
     """One configuration of engine, policy, budget and precisions.
 
     policy: "none" = the full cache. policy_settings: settings of the policy other than its budget. kept, kept_tokens:
-    the budget, as a fraction of the prompt or as a number of tokens; the full cache has neither.
+    the budget, as a fraction of the prompt or as a number of tokens; budget: as bytes over those of bf16, whose plan
+    chooses the precisions, so that those here are u8. The full cache has none of them.
     query: "aware" = the policy sees the question, "agnostic" = it sees the context alone.
     Raises CrushError for other values.
     """
@@ -43,6 +45,7 @@ class Setting:
     kept: float | None = None
     kept_tokens: int | None = None
     policy_settings: Mapping[str, Any] = field(default_factory=dict)
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("engine", self.engine, ENGINES)
@@ -55,29 +58,44 @@ class Setting:
             check_fraction("kept", self.kept)
         if self.kept_tokens is not None:
             check_integer("kept_tokens", self.kept_tokens, 1)
-        if (self.kept is not None) + (self.kept_tokens is not None) != (self.policy != FULL):
-            rule = "left out" if self.policy == FULL else "given, or kept_tokens instead"
+        if self.budget is not None:
+            check_fraction("budget", self.budget)
+            if (self.key_precision, self.value_precision) != ("u8", "u8"):
+                raise CrushError(f"key_precision and value_precision must be u8 with a budget, got {self._stored}")
+        amounts = (self.kept, self.kept_tokens, self.budget)
+        if sum(amount is not None for amount in amounts) != (self.policy != FULL):
+            rule = "left out" if self.policy == FULL else "given, or kept_tokens or budget instead,"
             raise CrushError(
-                f"kept must be {rule} with policy {self.policy!r}, got kept={self.kept} and "
-                f"kept_tokens={self.kept_tokens}"
+                f"kept must be {rule} with policy {self.policy!r}, got kept={self.kept}, "
+                f"kept_tokens={self.kept_tokens} and budget={self.budget}"
             )
 
     @property
     def precisions(self) -> str:
-        """Precisions as "keys/values"."""
+        """Precisions as "keys/values"; PLAN with a budget."""
+        return self._stored if self.budget is None else PLAN
+
+    @property
+    def _stored(self) -> str:
         return f"{self.key_precision}/{self.value_precision}"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings of the policy, kept_tokens among them."""
-        asked = {} if self.kept_tokens is None else {"kept_tokens": self.kept_tokens}
+        """Settings of the policy, kept_tokens or budget among them."""
+        asked: dict[str, Any] = {} if self.kept_tokens is None else {"kept_tokens": self.kept_tokens}
+        if self.budget is not None:
+            asked["budget"] = budget_text(self.budget)
         return {**self.policy_settings, **asked}
 
     @property
     def key(self) -> str:
         """A name that is the same for equal settings in every run, and differs for others."""
         values = {name: _canonical(value) for name, value in asdict(self).items()}
+        if self.budget is None:  # runs from before there were budgets have no such field
+            del values["budget"]
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+        if self.budget is not None:
+            return f"{self.engine}-{self.policy}-{PLAN}-{self.budget:.4g}-{self.query}-{digest}"
         budget = "full" if self.policy == FULL else f"{self.kept or self.kept_tokens:g}"
         return f"{self.engine}-{self.policy}-{budget}-{self.key_precision}-{self.value_precision}-{self.query}-{digest}"
 
@@ -131,7 +149,12 @@ class Prediction:
 
 
 def bits(precisions: str) -> int:
-    """Bits of one key element plus one value element, without scales. Raises CrushError unless it is "keys/values"."""
+    """Bits of one key element plus one value element, without scales; 0 for PLAN.
+
+    Raises CrushError unless it is "keys/values".
+    """
+    if precisions == PLAN:
+        return 0
     names = precisions.split("/")
     for name in names:
         check_choice("precisions", name, PRECISIONS)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ov_kvcrush.config import parse_budget
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.records import AVERAGE, FULL, Prediction, PredictionKey, Setting, bits
 from ov_kvcrush.utils.checks import (
@@ -28,11 +29,12 @@ _TAILS = (0.025, 0.975)
 class ResultRow:
     """One setting on one task, or on the average of all tasks (task = "average": mean of the tasks' means).
 
-    kept: requested fraction, 1.0 = full cache, None if tokens were requested (settings["kept_tokens"]).
+    kept: requested fraction, 1.0 = full cache, None if tokens (settings["kept_tokens"]) or bytes (settings["budget"],
+    such as "1/6") were requested.
     n: number of items. score: mean over items of the mean over an item's questions. full_score: score of the full
     cache of the same engine, at the highest precision that ran. difference: score - full_score; low, high: its 95 %
     interval, by a paired bootstrap over items within tasks. kept_tokens: mean over items. bytes_per_prompt_token: sum
-    of bytes / sum of prompt tokens. precisions: "keys/values".
+    of bytes / sum of prompt tokens. precisions: "keys/values", or PLAN.
     """
 
     suite: str
@@ -59,6 +61,8 @@ class ResultRow:
         bits(self.precisions)
         if self.kept is not None:
             check_fraction("kept", self.kept)
+        elif "budget" in self.settings:
+            parse_budget(self.settings["budget"])
         else:
             check_integer("settings['kept_tokens']", self.settings.get("kept_tokens"), 1)
         check_integer("n", self.n, 1)

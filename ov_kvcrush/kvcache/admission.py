@@ -6,7 +6,7 @@ from ov_kvcrush import native
 from ov_kvcrush.core.eviction import EvictionSpec
 from ov_kvcrush.core.request import Sequence
 from ov_kvcrush.kvcache.block_pool import blocks_for
-from ov_kvcrush.kvcache.planning import precisions_of
+from ov_kvcrush.kvcache.planning import precisions_of, same_precisions
 from ov_kvcrush.kvcache.replay import ROWS, replay_blocks
 from ov_kvcrush.kvcache.sequence_kv import SequenceKV
 from ov_kvcrush.policies.registry import name_of
@@ -17,12 +17,13 @@ _MAX_TOKENS = 1 << 31  # a text whose cache does not grow can be as long as the 
 class Admission:
     """Promises of the store's bytes.
 
-    num_blocks, bytes_per_block: of the staging pool. chunk: rows of one step, at most. prefilling: sequences that have
-    not taken all the bytes promised to them.
+    num_heads: KV heads of all layers. num_blocks, bytes_per_block: of the staging pool. chunk: rows of one step, at
+    most. prefilling: sequences that have not taken all the bytes promised to them.
     """
 
-    def __init__(self, store: native.Store, num_blocks: int, bytes_per_block: int, chunk: int) -> None:
+    def __init__(self, store: native.Store, num_heads: int, num_blocks: int, bytes_per_block: int, chunk: int) -> None:
         self._store = store
+        self._num_heads = num_heads
         self._num_blocks = num_blocks
         self._bytes_per_block = bytes_per_block
         self._chunk = chunk
@@ -67,11 +68,16 @@ class Admission:
 
     def _bytes_for(self, length: int, eviction: EvictionSpec | None, num_evicted: int = 0) -> int:
         """The most bytes that the store holds of one text of `length` tokens, which came without num_evicted."""
-        most = eviction.peak_tokens(length, self._chunk, num_evicted) if eviction else length - num_evicted
-        of_heads = eviction.peak_of_heads(length, self._chunk, num_evicted) if eviction else None
-        if eviction is None or eviction.plan is None or of_heads is None:
-            return self._store.bytes_for(max(most, 0))
-        return self._store.bytes_for(of_heads, precisions_of(eviction.plan))
+        if eviction is None:
+            return self._store.bytes_for(max(length - num_evicted, 0))
+        most = max(eviction.peak_tokens(length, self._chunk, num_evicted), 0)
+        of_heads = eviction.peak_of_heads(length, self._chunk, num_evicted)
+        tokens = most if of_heads is None else of_heads
+        needed = self._store.bytes_for(tokens, precisions_of(eviction.plan) if eviction.plan else None)
+        if eviction.policy.tiers:  # any number of the tokens may be in the first one
+            first = same_precisions(eviction.policy.tiers[0], self._num_heads)
+            needed = max(needed, self._store.bytes_for(tokens, first))
+        return needed
 
     def _all_bytes_for(self, length: int, eviction: EvictionSpec | None, num_evicted: int) -> int:
         """`_bytes_for`, and the queries that are captured for the eviction."""

@@ -64,7 +64,9 @@ class CrushKVCache:
         self.staging = staging
         self.policy_seconds = 0.0
         # What is made of these has no reference to this object: the store goes with it, not with the garbage collector.
-        self._admission = Admission(store, staging.pool.num_blocks, staging.tensors.bytes_per_block, chunk)
+        num_heads = sum(num_kv_heads for _, num_kv_heads in heads)
+        blocks = staging.pool.num_blocks, staging.tensors.bytes_per_block
+        self._admission = Admission(store, num_heads, *blocks, chunk)
         self.prefixes: PrefixCache[KVSnapshot] = PrefixCache(
             lambda kept: store.release(kept.store_id), max_prefixes, serves_all_of
         )

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from ov_kvcrush import native
-from ov_kvcrush.config import PRECISIONS, CacheConfig
+from ov_kvcrush.config import DEFAULT_BUDGET, PRECISIONS, CacheConfig, parse_budget
 from ov_kvcrush.core.eviction import Choice
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.model.fingerprints import model_fingerprint
 from ov_kvcrush.model.load import LoadedModel
-from ov_kvcrush.policies.base import Policy
+from ov_kvcrush.policies.base import DefaultBudget, Policy
 from ov_kvcrush.policies.plans.geometry import CacheGeometry
 from ov_kvcrush.policies.plans.plan import CachePlan
 from ov_kvcrush.policies.plans.planner import BytePlanner
@@ -22,6 +22,11 @@ from ov_kvcrush.policies.plans.profile import PROFILE_NAME, UNKNOWN_PROFILE_NAME
 from ov_kvcrush.policies.registry import as_policy
 
 _log = logging.getLogger(__name__)
+_NO_PROFILE = (
+    "the budget is met by one setting for all KV heads: no %s beside the model; ov_kvcrush-profile makes one, which "
+    "loses less in as many bytes",
+    PROFILE_NAME,
+)
 
 LEAST_TOKENS = 36  # sinks and recent tokens, which always stay
 
@@ -29,6 +34,11 @@ LEAST_TOKENS = 36  # sinks and recent tokens, which always stay
 def precisions_of(plan: CachePlan) -> np.ndarray:
     """uint8 (heads, 2): the codecs of keys and values of each head: the store numbers them as PRECISIONS does."""
     return np.array([(PRECISIONS.index(head.key), PRECISIONS.index(head.value)) for head in plan.flat], np.uint8)
+
+
+def same_precisions(pair: tuple[str, str], num_heads: int) -> np.ndarray:
+    """uint8 (heads, 2): the codecs of one pair of keys and values for all heads."""
+    return np.tile(np.array([[PRECISIONS.index(part) for part in pair]], np.uint8), (num_heads, 1))
 
 
 def tiers_of(choice: Choice | None) -> dict[str, np.ndarray]:
@@ -93,17 +103,12 @@ def make_planner(model: LoadedModel, config: CacheConfig, profile: KVProfile | N
         return None
     if model.attention != "crush":
         raise CrushError("budget must be left out where the native library is missing: nothing is compressed then")
-    heads = [layer.num_kv_heads for layer in model.layers]
     assert config.budget is None or isinstance(config.budget, float)
     planner = BytePlanner(
-        geometry_of(model, config), heads, profile, config.budget, config.budget_bytes, config.quality
+        geometry_of(model, config), _heads(model), profile, config.budget, config.budget_bytes, config.quality
     )
     if profile is None:
-        _log.warning(
-            "the budget is met by one setting for all KV heads: no %s beside the model; ov_kvcrush-profile makes one, "
-            "which loses less in as many bytes",
-            PROFILE_NAME,
-        )
+        _log.warning(*_NO_PROFILE)
     return planner
 
 
@@ -115,3 +120,34 @@ def make_context_planner(model: LoadedModel, config: CacheConfig, planner: ByteP
     if planner is None or config.profile is not None or _beside(model, UNKNOWN_PROFILE_NAME) is None:
         return planner
     return make_planner(model, config, find_profile(model, config, "unknown"))
+
+
+class DefaultPlans:
+    """Plans of requests whose policy names no budget, at DEFAULT_BUDGET. The profile is read when the first one comes.
+
+    Raises CrushError then for a profile beside the model that is not the model's.
+    """
+
+    def __init__(self, model: LoadedModel, config: CacheConfig) -> None:
+        self._model = model
+        self._config = config
+        self._is_off = model.attention != "crush" or not config.has_default_budget
+        self._planners: dict[str, BytePlanner] = {}  # by use
+
+    def plan(self, policy: Policy, num_tokens: int, use: str) -> CachePlan | None:
+        """By the profile of a use; None where the policy's own budget holds, or the prompt is too short to evict from."""
+        least = policy.budget.min_tokens
+        if self._is_off or not isinstance(policy.budget, DefaultBudget) or num_tokens <= least:
+            return None
+        if use not in self._planners:
+            profile = find_profile(self._model, self._config, use)
+            budget = parse_budget(DEFAULT_BUDGET)
+            geometry = geometry_of(self._model, self._config)
+            self._planners[use] = BytePlanner(geometry, _heads(self._model), profile, budget)
+            if profile is None:  # nobody asked for a budget: no warning
+                _log.info(*_NO_PROFILE)
+        return self._planners[use].plan(num_tokens, least)
+
+
+def _heads(model: LoadedModel) -> list[int]:
+    return [layer.num_kv_heads for layer in model.layers]

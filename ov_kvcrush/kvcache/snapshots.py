@@ -10,13 +10,12 @@ from dataclasses import replace
 import numpy as np
 
 from ov_kvcrush import native
-from ov_kvcrush.core.eviction import Choice, EvictionState, PerHead
+from ov_kvcrush.core.eviction import Choice, EvictionSpec, EvictionState, PerHead
 from ov_kvcrush.core.snapshot import FrozenPerHead, KVSnapshot, SnapshotArrays
 from ov_kvcrush.errors import ContextFileError, OutOfMemory
 from ov_kvcrush.kvcache.planning import precisions_of
 from ov_kvcrush.kvcache.room import Room
 from ov_kvcrush.policies.base import Policy
-from ov_kvcrush.policies.plans.plan import CachePlan
 
 
 class SnapshotStore:
@@ -38,18 +37,15 @@ class SnapshotStore:
         return KVSnapshot(weakref.ref(self), store_id, state, policy, num_tokens, captured_rows)
 
     def commit(
-        self,
-        blocks: np.ndarray,
-        num_tokens: int,
-        policy: Policy | None,
-        choice: Choice | None,
-        plan: CachePlan | None = None,
+        self, blocks: np.ndarray, num_tokens: int, eviction: EvictionSpec | None, choice: Choice | None
     ) -> KVSnapshot:
         """A snapshot of what was chosen of a prompt on staging blocks, whichever manager prefilled it.
 
+        eviction: by what it was chosen, with the plan that says the precisions.
         It may take what cached prefixes have, but nothing that prompts were promised here. Raises StoreFull.
         """
-        store_id = self._store.create(0, precisions_of(plan) if plan else None)
+        policy = eviction.policy if eviction else None
+        store_id = self._store.create(0, precisions_of(eviction.plan) if eviction and eviction.plan else None)
         try:
             self._store.attach_prefill(store_id, blocks, num_tokens)
             self._fill(store_id, choice)

@@ -73,9 +73,7 @@ def commit_for_each(
     for eviction, target in request.fan_out:
         if eviction not in choices:
             choices[eviction] = choose(eviction)
-        policy = eviction.policy if eviction else None
-        plan = eviction.plan if eviction else None
-        made = target.commit_snapshot(blocks, sequence.num_cached, policy, choices[eviction], plan)
+        made = target.commit_snapshot(blocks, sequence.num_cached, eviction, choices[eviction])
         request.fan_out_snapshots.append(made)
 
 

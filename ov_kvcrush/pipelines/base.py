@@ -149,7 +149,10 @@ class PipelineBase:
 
         text: a str, which questions follow in the same message; or a ChatHistory or a list of messages.
         policy: what stays, as CacheConfig.policy; None = KVzip, which reads the text twice. "none" keeps all.
-        kept: the fraction that stays, where policy is a name or None; None = 0.25.
+        kept: the fraction that stays, where policy is a name or None. None = what the policy says; where that says
+            nothing, a plan of a sixth of the bf16 cache's bytes: so many tokens of each KV head, at such precisions, as
+            the model's profile finds to lose least, or one setting for all of them without a profile. In the precisions
+            that a pipeline names, 0.25.
         protect: passages of the text, or spans (begin, end) of its tokens, that stay.
         progress: called with the number of tokens that were read and that of all; both readings count.
         The same text with the same policy shares the bytes of a context that there is already.

@@ -181,6 +181,14 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class DefaultBudget(Budget):
+    """The budget of a policy whose caller named none: how it is met is the engine's choice.
+
+    A plan of `config.DEFAULT_BUDGET` takes its place where the cache can be planned; else it is what it says.
+    """
+
+
+@dataclass(frozen=True)
 class Component(ABC):
     """A scorer, a budget allocator or a policy: frozen, its fields are its settings."""
 
@@ -257,6 +265,11 @@ class Policy(Component):
     def evicts(self) -> bool:
         """Whether it ever evicts anything."""
         return self.budget.kept_tokens is not None or self.budget.kept not in (None, 1)
+
+    @property
+    def tiers(self) -> tuple[tuple[str, str], ...]:
+        """Precisions of keys and values that its tokens are stored in, most bits first; () = as the cache stores."""
+        return ()
 
     def protected(self, length: int, spans: Iterable[tuple[int, int]] = ()) -> np.ndarray:
         """bool (length,): sinks, recent tokens, and the caller's spans [begin, end)."""

@@ -6,11 +6,11 @@ To add one, add its row to `POLICIES` (docs/policies.md, "Add a policy").
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from ov_kvcrush.errors import CrushError, did_you_mean
-from ov_kvcrush.policies.base import Budget, BudgetAllocator, Component, Policy, Scorer
+from ov_kvcrush.policies.base import Budget, BudgetAllocator, Component, DefaultBudget, Policy, Scorer
 from ov_kvcrush.policies.budgets.ada_kv import AdaKV
 from ov_kvcrush.policies.budgets.global_threshold import GlobalThreshold
 from ov_kvcrush.policies.budgets.kv_compress import PageAllocator
@@ -37,7 +37,9 @@ SettingValue = int | float | str | None
 Settings = dict[str, SettingValue]
 PolicyLike = Policy | str | Mapping[str, SettingValue] | None  # itself, its name, its settings with the name among them
 
-DEFAULT_KEPT = 0.25
+DEFAULT_KEPT = 0.25  # where nobody says how much stays, and no plan takes its place
+_SAYS_HOW_MANY = {"kept", "kept_tokens", "split"}  # settings that a plan, which nobody asked for, would contradict
+_OWN_SHARES = ("pyramidkv", "adakv", "kv_compress", "leankv")  # these names say how a budget is shared and spent
 _FIELDS = {"scorer": "scorer", "split": "allocator"}  # setting that chooses a component: field of the policy with it
 
 
@@ -167,13 +169,21 @@ def build(name: str, **settings: SettingValue) -> Policy:
 
 
 def as_policy(value: PolicyLike) -> Policy | None:
-    """A policy, one by its name, one by its settings with the name among them, or None. Raises CrushError otherwise."""
+    """A policy, one by its name, one by its settings with the name among them, or None. Raises CrushError otherwise.
+
+    One by name or settings that do not say how much stays has a DefaultBudget.
+    """
     if value is None or isinstance(value, Policy):
         return value
     if isinstance(value, str):
-        return build(value)
+        value = {"name": value}
     if isinstance(value, Mapping) and isinstance(value.get("name"), str):
-        return build(str(value["name"]), **{key: setting for key, setting in value.items() if key != "name"})
+        name, settings = str(value["name"]), {key: setting for key, setting in value.items() if key != "name"}
+        policy = build(name, **settings)
+        given = {key for key, setting in settings.items() if setting is not None}
+        if not policy.evicts or name in _OWN_SHARES or given & _SAYS_HOW_MANY:
+            return policy
+        return replace(policy, budget=DefaultBudget(policy.budget.kept, None, policy.budget.min_tokens))
     raise CrushError(f"policy must be a Policy, a name, or settings with a 'name', got {value!r}")
 
 
@@ -194,8 +204,8 @@ def describe(name: str) -> Description:
 def settings_of(policy: Policy) -> Settings:
     """Its name and all its settings, as JSON has them: `build(**settings_of(policy))` equals the policy.
 
-    A policy that was put together without a budget is said to keep all, kept=1.0. Raises CrushError for one that no
-    name makes.
+    A policy that was put together without a budget is said to keep all, kept=1.0. One with a DefaultBudget says
+    nothing of how much stays, so `as_policy` makes it again. Raises CrushError for one that no name makes.
     """
     name = next(_names_of(policy), None)
     if name is None:
@@ -206,7 +216,8 @@ def settings_of(policy: Policy) -> Settings:
     values.update({setting: components[setting].name for setting in recipe.open})
     if values["kept"] is None and values["kept_tokens"] is None and "kept" in recipe.presets:
         values["kept"] = 1.0
-    return {"name": name, **{key: values[key] for key in recipe.defaults(values)}}
+    unsaid = _SAYS_HOW_MANY if isinstance(policy.budget, DefaultBudget) else ()
+    return {"name": name, **{key: values[key] for key in recipe.defaults(values) if key not in unsaid}}
 
 
 def name_of(policy: Policy) -> str:

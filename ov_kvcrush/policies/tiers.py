@@ -57,6 +57,10 @@ class LeanKV(Policy):
     def inputs(self) -> Inputs:
         return self.scorer.inputs | self.allocator.inputs
 
+    @property
+    def tiers(self) -> tuple[tuple[str, str], ...]:
+        return _pair("high", self.high), _pair("low", self.low)
+
     def select(self, state: CacheState, tokens: int) -> Selection:
         scores = [self.scorer.score(layer, index, state.length) for index, layer in enumerate(state.layers)]
         counts = self.allocator.allocate(state, scores, tokens)
@@ -68,7 +72,7 @@ class LeanKV(Policy):
             ]
             kept.append(chosen)
             tiers.append(self._tiers([values[i] for values, i in zip(layer_scores, chosen, strict=True)]))
-        return Selection(kept, tiers=tiers, precisions=(_pair("high", self.high), _pair("low", self.low)))
+        return Selection(kept, tiers=tiers, precisions=self.tiers)
 
     def _tiers(self, scores: list[np.ndarray]) -> list[np.ndarray]:
         """[K] uint8: 0 for the highest scores of the layer, 1 for the others."""

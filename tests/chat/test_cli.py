@@ -33,7 +33,8 @@ from ov_kvcrush.chat.reader import Message, MessageReader, one_prompt
 from ov_kvcrush.chat.session import Session
 from ov_kvcrush.cli.policy_options import PolicyOptions
 from ov_kvcrush.core.outputs import KeptTokens
-from ov_kvcrush.policies.registry import build, describe, names
+from ov_kvcrush.policies.base import DefaultBudget
+from ov_kvcrush.policies.registry import as_policy, build, describe, names
 
 ROOT = Path(__file__).parents[2]
 CHAT = [sys.executable, "-m", "ov_kvcrush.chat.app"]
@@ -337,7 +338,6 @@ def test_options_of_the_cache_reach_the_engine_that_runs() -> None:
 
 
 POLICIES = {
-    "by default": (PolicyOptions(), {"kept": 0.25, "min_tokens": 1024}),
     "fraction": (PolicyOptions(kept=0.5), {"kept": 0.5, "min_tokens": 1024}),
     "tokens": (PolicyOptions(kept_tokens=64), {"kept_tokens": 64, "min_tokens": 64}),
     "tokens and floor": (PolicyOptions(kept_tokens=64, min_tokens=99), {"kept_tokens": 64, "min_tokens": 99}),
@@ -354,6 +354,18 @@ POLICIES = {
 def test_the_chat_s_policy(case: tuple[PolicyOptions, dict[str, Any]], name: str | None) -> None:
     options, settings = case
     assert ChatOptions(policy=replace(options, name=name)).eviction_policy() == build("kvcrush", **settings)
+
+
+def test_a_chat_that_is_told_nothing_has_the_default_budget() -> None:
+    policy = as_policy({"name": "kvcrush", "min_tokens": 1024})
+    assert policy is not None
+    assert type(policy.budget) is DefaultBudget
+    assert ChatOptions().eviction_policy() == ChatOptions(max_kv_mb=64).eviction_policy() == policy
+    assert ChatOptions(budget="1/8").cache_config() == CacheConfig(budget="1/8", policy=policy)
+    whole = build("kvcrush", min_tokens=1024)
+    named = [{"policy": PolicyOptions("kvcrush")}, {"key_precision": "u8"}, {"value_precision": "u4"}]
+    assert [ChatOptions(**given).eviction_policy() for given in named] == [whole] * 3  # type: ignore[arg-type]
+    assert ChatOptions(engine="genai").eviction_policy() is None
 
 
 @pytest.mark.parametrize("options", [PolicyOptions("none"), PolicyOptions("snapkv", kept=1.0)])

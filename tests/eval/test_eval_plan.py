@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import pytest
 
-from ov_kvcrush.eval.runs.plan import BASELINES, Planned, PlanOptions, left_out, make_plan
+from ov_kvcrush.errors import CrushError
+from ov_kvcrush.eval.cli.options import SuiteArguments, shared_options
+from ov_kvcrush.eval.runs.plan import BASELINES, DEFAULT_POLICY, Planned, PlanOptions, caches_of, left_out, make_plan
 
 MIXED = PlanOptions(
     policies=("snapkv", "kvzip"),
@@ -98,3 +101,49 @@ def test_nothing_is_said_where_nothing_is_left_out() -> None:
     assert left_out(asked, make_plan(asked)) == []
     assert left_out(ours, make_plan(ours)) == []
     assert left_out(theirs, make_plan(theirs)) == ["openvino_genai has no kvzip: they are left out"]
+
+
+def test_each_budget_is_a_setting_of_each_policy_whatever_the_precisions() -> None:
+    asked = replace(MIXED, budgets=(1 / 6, 1 / 9))
+    plan = make_plan(asked)
+    budgeted = [p for p in plan if p.setting.budget is not None]
+    assert {(p.setting.policy, p.setting.query, p.setting.budget) for p in budgeted} == {
+        (name, query, budget)
+        for name in ("snapkv", "kvzip", *BASELINES)
+        for query in MIXED.queries
+        for budget in asked.budgets
+    }
+    assert len({p.setting.key for p in plan}) == len(plan)
+    assert all(p.policy.evicts for p in budgeted)
+    # They change nothing of the others.
+    assert [p for p in plan if p not in budgeted] == make_plan(MIXED)
+    caches = caches_of(plan)
+    assert [caches[key].budget for key in caches] == [key[2] for key in caches]
+    assert set(caches) == {("u8", "u8", None), ("u4", "u2", None), ("u8", "u8", 1 / 6), ("u8", "u8", 1 / 9)}
+
+
+def test_budgets_alone_are_those_of_the_default_policy() -> None:
+    plan = make_plan(PlanOptions(budgets=(1 / 6,), precisions=(("u4", "u4"),), baselines=False))
+    assert [(p.setting.policy, p.setting.precisions, p.setting.budget) for p in plan] == [
+        ("none", "u4/u4", None),
+        (DEFAULT_POLICY, "plan", 1 / 6),
+    ]
+
+
+def test_openvino_genai_has_no_budgets_and_is_not_asked() -> None:
+    asked = PlanOptions(policies=("snapkv",), kept=(0.25,), budgets=(1 / 6, 0.15), engines=("crush", "genai"))
+    plan = make_plan(asked)
+    assert not [p for p in plan if p.setting.engine == "genai" and p.setting.budget is not None]
+    assert left_out(asked, plan) == ["openvino_genai has no budget 1/6, budget 0.15: their rows are of ov_kvcrush only"]
+    with pytest.raises(CrushError, match=r"--budget must be left out with --engine genai, .* got 1/6, 0.15"):
+        replace(asked, engines=("genai",))
+
+
+@pytest.mark.parametrize("given", [["1/6,1/9"], ["1/6", "1/9"], ["1/6", "1/9,0.25,1/6"]])
+def test_budgets_come_in_lists_or_one_by_one(given: list[str]) -> None:
+    defaults = {name: one.default for name, one in inspect.signature(shared_options).parameters.items()}
+    found = SuiteArguments.of({**defaults, "budget": given}).plan.budgets
+    assert found[:2] == (1 / 6, 1 / 9)
+    assert len(found) == len(set(found))
+    with pytest.raises(CrushError, match=r"budget must be a fraction such as 1/8 or 0\.125, got 'x'"):
+        SuiteArguments.of({**defaults, "budget": ["1/6,x"]})

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.records import AVERAGE, Prediction, Setting
+from ov_kvcrush.eval.records import AVERAGE, Prediction, Setting, bits
 from ov_kvcrush.eval.report.tables import by_task, kept_label, policy_label, row_label, sorted_rows, summary
 from ov_kvcrush.eval.statistics import ResultRow, bootstrap_means, full_cache_of, generator, interval, result_rows
 
@@ -162,13 +162,36 @@ def test_keys_tell_settings_apart_and_nothing_else() -> None:
     assert FULL.key == "crush-none-full-bf16-bf16-aware-" + FULL.key[-10:]
 
 
+def test_a_budget_has_a_name_and_rows_of_its_own() -> None:
+    sixth = replace(KVCRUSH, kept=None, budget=1 / 6)
+    assert (sixth.precisions, sixth.settings["budget"], bits(sixth.precisions)) == ("plan", "1/6", 0)
+    assert sixth.key.startswith("crush-kvcrush-plan-0.1667-aware-")
+    assert len({sixth.key, KVCRUSH.key, replace(sixth, budget=1 / 9).key}) == 3
+    settings = (FULL, replace(KVCRUSH, kept=None, kept_tokens=9), KVCRUSH, replace(sixth, budget=0.15), sixth)
+    rows = [row for row in result_rows(answers(settings), settings, "ruler") if row.task == AVERAGE]
+    assert [row.settings.get("budget") for row in rows] == [None] * 3 + ["0.15", "1/6"]
+    assert [row.kept for row in rows[3:]] == [None, None]
+    shown = [(kept_label(row), row.precisions) for row in sorted_rows(rows)]
+    assert shown == [
+        ("100 %", "bf16/bf16"), ("25 %", "u8/u8"), ("9 tokens", "u8/u8"), ("1/6 of bf16", "plan"),
+        ("0.15 of bf16", "plan"),
+    ]  # fmt: skip
+    assert {policy_label(row) for row in rows} == {"full", "kvcrush"}
+
+
 BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "engine": ({"engine": "crash"}, "engine must be one of crush, genai, got 'crash'"),
     "query": ({"query": "blind"}, "query must be one of aware, agnostic"),
     "precision": ({"key_precision": "u9"}, "key_precision must be one of"),
     "fraction": ({"kept": 1.5}, "kept must be a fraction"),
-    "both": ({"kept_tokens": 5}, "kept must be given, or kept_tokens instead with policy 'kvcrush', got kept=0.25"),
-    "neither": ({"kept": None}, "kept must be given, or kept_tokens instead"),
+    "both": ({"kept_tokens": 5}, "kept must be given, or kept_tokens or budget instead, with policy 'kvcrush'"),
+    "fraction and bytes": ({"budget": 0.1}, "got kept=0.25, kept_tokens=None and budget=0.1"),
+    "neither": ({"kept": None}, "kept must be given, or kept_tokens or budget instead"),
+    "bytes": ({"kept": None, "budget": 2}, "budget must be a fraction"),
+    "bytes in precisions": (
+        {"kept": None, "budget": 0.1, "key_precision": "u4"},
+        "key_precision and value_precision must be u8 with a budget, got u4/u8",
+    ),
     "full": ({"policy": "none"}, "kept must be left out with policy 'none'"),
     "settings": ({"policy_settings": [1]}, "policy_settings must be an object"),
     "name": ({"policy": ""}, "policy must be a string that is not empty"),
@@ -184,7 +207,7 @@ def test_bad_setting_is_refused(case: str) -> None:
 
 BAD_ANSWERS: dict[str, tuple[Callable[[list[Prediction]], list[Prediction]], str]] = {
     "none": (lambda made: [], "must have at least one answer"),
-    "one missing": (lambda made: made[:-1], r"got none for question 2 of 'code-5' \(code\) under genai-kvcrush"),
+    "one missing": (lambda made: made[:-1], r"got none for question 2 of 'code-5' \(code\) under crush-snapkv-plan"),
     "one twice": (lambda made: [*made, made[0]], "answer a question once"),
     "other setting": (lambda made: [replace(made[0], setting_key="x")], "setting_key must be one of"),
 }
@@ -213,7 +236,7 @@ def test_a_number_that_is_none_is_refused(name: str, value: Any) -> None:
 def test_tables_have_full_first_then_most_kept_and_the_incumbent_beside() -> None:
     rows = result_rows(answers(), SETTINGS, "ruler", resamples=50)
     chosen = [row for row in rows if row.task == AVERAGE]
-    expected = [row_label(SETTINGS[i]) for i in (0, 1, 7, 4, 2, 3, 8, 6, 5)]
+    expected = [row_label(SETTINGS[i]) for i in (0, 1, 7, 4, 2, 3, 8, 6, 5, 9)]
     assert [row_label(row) for row in sorted_rows(chosen)] == expected
     assert sorted_rows(chosen[::-1]) == sorted_rows(chosen)
     grid = summary(rows)

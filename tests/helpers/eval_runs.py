@@ -22,6 +22,7 @@ SETTINGS = (
     Setting(engine="crush", policy="random", kept=0.1, **U8),
     Setting(engine="genai", policy="none", **U8),
     Setting(engine="genai", policy="kvcrush", kept=0.25, **U8),
+    Setting(engine="crush", policy="snapkv", budget=1 / 6, **U8),
 )
 MACHINE = {
     "cpu": "a CPU",

@@ -17,7 +17,7 @@ from native_stores import require_native
 from ov_kvcrush import native
 from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.policies.base import CacheState, HeadState
-from ov_kvcrush.policies.budgets.planned import Planned, planned
+from ov_kvcrush.policies.budgets.planned import Planned, chooses_alike, planned
 from ov_kvcrush.policies.plans.costs import cost_table
 from ov_kvcrush.policies.plans.geometry import CacheGeometry
 from ov_kvcrush.policies.plans.plan import PLAN_PRECISIONS, CachePlan, HeadPlan
@@ -25,7 +25,7 @@ from ov_kvcrush.policies.plans.planner import BytePlanner
 from ov_kvcrush.policies.plans.prediction import settled_for
 from ov_kvcrush.policies.plans.profile import ALL_CHOICES, HEAD_CHOICES, KVProfile, Rung, TextCosts, read_profile
 from ov_kvcrush.policies.plans.solver import cheapest_bytes, solve
-from ov_kvcrush.policies.registry import build
+from ov_kvcrush.policies.registry import as_policy, build
 
 HEADS = (2, 2, 1)
 
@@ -52,9 +52,7 @@ def profile(seed: int = 0, texts: int = 3, heads: tuple[int, ...] = HEADS) -> KV
         singles = {name: rng.exponential(0.01, sum(heads)) for name in HEAD_CHOICES}
         together = {name: float(rng.exponential(0.05)) for name in ALL_CHOICES}
         made.append(TextCosts(f"text {index}", 1000, 32, singles, together))
-    rungs = tuple(
-        Rung(1 / size, np.array([0.001, 0.002, 0.01]) * size, 1 / size, 0.5) for size in (3.0, 5.5, 8.0, 16.0)
-    )
+    rungs = tuple(Rung(np.array([0.001, 0.002, 0.01]) * size, 1 / size, 0.5) for size in (3.0, 5.5, 8.0, 16.0))
     return KVProfile("abc", heads, {"name": "snapkv"}, tuple(made), rungs, {"command": "test"})
 
 
@@ -127,7 +125,8 @@ def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
         ({"model": "other"}, "its fingerprint must be abc..., got other"),
         ({"texts": []}, "texts must hold at least one text"),
         ({"texts": [{"name": "x"}]}, "profile must be as ov_kvcrush-profile writes it"),
-        ({"rungs": [{"cost": 1, "of_bf16": 0.1, "excess_power": 1, "kl": [1]}]}, "costs must be 3 finite numbers"),
+        ({"rungs": [{"of_bf16": 0.1, "excess_power": 1, "kl": [1]}]}, "costs must be 3 finite numbers"),
+        ({"rungs": [{"of_bf16": -1, "excess_power": 1, "kl": [1] * 3}]}, "rungs must have finite sizes and powers"),
     ],
 )
 def test_a_profile_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -135,6 +134,13 @@ def test_a_profile_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str
     path.write_text(json.dumps({**profile().to_json(), **change}))
     with pytest.raises(CrushError, match=message):
         read_profile(path, "abc", HEADS)
+
+
+def test_a_profile_whose_plans_name_a_cost_is_read_as_one_without(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    written = profile().to_json()
+    path.write_text(json.dumps({**written, "rungs": [{"cost": 0.5, **rung} for rung in written["rungs"]]}))
+    assert read_profile(path, "abc", HEADS).to_json() == written
 
 
 def test_no_file_is_no_profile(tmp_path: Path) -> None:
@@ -184,6 +190,27 @@ def test_without_a_profile_one_setting_holds_for_all_heads() -> None:
     assert plan.predicted_kl is None
 
 
+@pytest.mark.parametrize("found", [None, profile()], ids=["ladder", "profile"])
+def test_a_floor_is_within_every_budget_and_fades_with_the_length(found: KVProfile | None) -> None:
+    planner = BytePlanner(GEOMETRY, HEADS, found, 1 / 6)
+    floor = 1024
+    whole = GEOMETRY.sizes([HeadPlan(1.0, "u8", "u8")], floor).sum()
+
+    def taken(length: int, *floors: int) -> float:
+        plan = planner.plan(length, *floors)
+        options = tuple(dict.fromkeys(plan.flat))
+        sizes = GEOMETRY.sizes(options, length)
+        return float(sum(sizes[head, options.index(one)] for head, one in enumerate(plan.flat)))
+
+    for length in (1024, 1100, 1500, 2500, 4000, 8000):
+        limit = max(whole, GEOMETRY.full_bytes(length) / 6)
+        assert taken(length) <= taken(length, floor) <= limit
+    if found is None:
+        assert set(planner.plan(1024, floor).flat) == {HeadPlan(1.0, "u8", "u8")}
+    assert taken(1500, floor) > 1.2 * taken(1500)
+    assert planner.plan(8000, floor) == planner.plan(8000)
+
+
 def test_what_no_choice_meets_is_refused_with_the_smallest() -> None:
     with pytest.raises(CrushError, match=r"budget must be at least 1/\d+ of the bf16 cache, got 1/1000"):
         BytePlanner(GEOMETRY, HEADS, profile(), 1 / 1000)
@@ -225,6 +252,21 @@ def test_planned_heads_keep_their_fractions() -> None:
     assert (np.array(counts) <= [1000, 100, 500, 500, 150]).all()
     assert (np.array(counts) >= [1000, 97, 495, 495, 147]).all()
     assert isinstance(policy.allocator, Planned)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["kvcrush", "kvzip", "snapkv"])
+def test_policies_choose_alike_whatever_their_plans_but_not_beside_named_numbers(name: str) -> None:
+    plans = [CachePlan.of([HeadPlan(kept)] * 5, HEADS, None, "x") for kept in (0.5, 0.25)]
+    open_one, named = as_policy(name), build(name, kept=0.25)
+    assert open_one is not None
+    one, other = (planned(open_one, plan) for plan in plans)
+    assert chooses_alike(one, other)
+    assert chooses_alike(one, open_one)
+    assert chooses_alike(open_one, one)
+    assert not chooses_alike(one, named)
+    assert not chooses_alike(open_one, named)
+    assert not chooses_alike(one, planned(replace(open_one, sink_tokens=5), plans[1]))
+    assert not chooses_alike(one, None)
 
 
 def test_equal_plans_make_equal_policies() -> None:

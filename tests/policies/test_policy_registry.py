@@ -15,7 +15,7 @@ from policy_states import POLICIES
 
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies import registry
-from ov_kvcrush.policies.base import Budget, BudgetAllocator, Inputs, Policy
+from ov_kvcrush.policies.base import Budget, BudgetAllocator, DefaultBudget, Inputs, Policy
 from ov_kvcrush.policies.budgets.global_threshold import GlobalThreshold
 from ov_kvcrush.policies.budgets.kv_compress import PageAllocator
 from ov_kvcrush.policies.budgets.pyramid_kv import PyramidKV
@@ -242,8 +242,53 @@ def test_a_policy_is_given_as_itself_by_name_or_by_settings() -> None:
     policy = build("h2o", window=9)
     assert as_policy(None) is None
     assert as_policy(policy) is policy
-    assert as_policy("h2o") == build("h2o")
+    assert as_policy({"name": "h2o", "kept": 0.25}) == build("h2o")
     assert as_policy(settings_of(policy)) == policy
     for wrong in (3, {"window": 9}, ["h2o"]):
         with pytest.raises(CrushError, match="policy must be a Policy, a name, or settings with a 'name', got"):
             as_policy(wrong)  # type: ignore[arg-type]
+
+
+SILENT = [
+    "kvcrush",
+    "kvzip",
+    {"name": "snapkv", "window": 8},
+    {"name": "h2o", "kept": None, "kept_tokens": None},
+    {"name": "kvcrush", "min_tokens": 1024},
+]
+SAID: list[Any] = [
+    {"name": "kvcrush", "kept": 0.25},
+    {"name": "kvzip", "kept_tokens": 64},
+    {"name": "kvcrush", "split": "ada"},
+    build("kvcrush"),
+    "pyramidkv",
+    "adakv",
+    "kv_compress",
+    "leankv",
+    "none",
+]
+
+
+@pytest.mark.parametrize("value", SILENT, ids=str)
+def test_a_name_or_settings_that_do_not_say_how_much_stays_have_the_default_budget(value: Any) -> None:
+    policy = as_policy(value)
+    assert policy is not None
+    name, settings = (value, {}) if isinstance(value, str) else (value["name"], {**value})
+    settings.pop("name", None)
+    named = build(name, **settings)
+    # The numbers are those of the same policy built, for who cannot plan; it is another one all the same.
+    assert policy.budget == DefaultBudget(0.25, None, named.budget.min_tokens)
+    assert policy.budget != named.budget
+    assert replace(policy, budget=named.budget) == named
+    told = json.loads(json.dumps(settings_of(policy)))
+    assert not {"kept", "kept_tokens"} & set(told)
+    assert as_policy(told) == policy
+    assert name_of(policy) == name
+
+
+@pytest.mark.parametrize("value", SAID, ids=str)
+def test_who_says_how_much_stays_or_how_it_is_shared_has_that(value: Any) -> None:
+    policy = as_policy(value)
+    assert policy is not None
+    assert type(policy.budget) is Budget
+    assert as_policy(settings_of(policy)) == policy

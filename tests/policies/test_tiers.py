@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
+from eviction_runs import add, make_engine, prompt, read_prompt, run, tokens
 from native_stores import require_native
 
 from ov_kvcrush import CacheConfig, CrushError, LLMPipeline
 from ov_kvcrush.core.cache_params import CacheParams
-from ov_kvcrush.policies.base import CacheState, HeadState
+from ov_kvcrush.core.eviction import EvictionSpec
+from ov_kvcrush.policies.base import CacheState, HeadState, Policy
 from ov_kvcrush.policies.registry import build, settings_of
 
 Folder = Callable[[str], Path]
@@ -83,3 +85,29 @@ def test_lower_tiers_take_fewer_bytes_and_answers_go_on(tiny_ir: Folder) -> None
     tokens = pipe.generate(ov.Tensor(ids[None, :]), policy=policy, max_new_tokens=100, ignore_eos=True).tokens[0]
     assert len(tokens) == 100
     assert pipe._backend.cache.usage().used_bytes == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("high", ["bf16/bf16", "bf16/u8"])
+def test_a_prompt_is_promised_the_bytes_of_its_most_precise_tier(high: str, tiny_ir: Folder) -> None:
+    require_native()
+    stored = {"key_precision": "u4", "value_precision": "u4"}
+    probe = make_engine(tiny_ir("llama"), stored).cache
+    policy = build("leankv", kept=0.5, high=high, low="u2/u2", high_share=1.0)
+
+    def needed(policy: Policy) -> int:
+        """Bytes of the smallest store that does not refuse a prompt of 900 tokens."""
+        return probe._admission._all_bytes_for(901, EvictionSpec(policy), 0)  # type: ignore[attr-defined,no-any-return]
+
+    without = needed(build("adakv", kept=0.5))
+    assert needed(policy) > without
+    # Tiers below the store's own precisions are no reason to promise less: what is not chosen from yet has those.
+    assert needed(build("leankv", kept=0.5, high="u2/u2", low="u2/u2")) == without
+    tight = make_engine(tiny_ir("llama"), {**stored, "max_bytes": needed(policy) - 1})
+    with pytest.raises(CrushError, match="prompt must fit into the KV store"):
+        add(tight, 0, prompt(900), policy)
+    engine = make_engine(tiny_ir("llama"), {**stored, "max_bytes": needed(policy)})
+    handle = add(engine, 0, prompt(900), policy, new_tokens=4)
+    read_prompt(engine, handle)
+    assert without < engine.cache.usage().used_bytes <= needed(policy)
+    run(engine)
+    assert len(tokens(handle)[0]) == 4

@@ -14,6 +14,10 @@ def test_greedy_generation(smollm2: Path) -> None:
     assert re.search(r"\d+ tokens in, \d+ tokens out", out)
 
 
+def test_greedy_generation_in_a_budget_of_bytes(smollm2: Path) -> None:
+    assert re.search(r"Answer: \S", run_sample("greedy_generation.py", str(smollm2), "--budget", "1/4"))
+
+
 def test_chat(smollm2: Path) -> None:
     out = run_sample("chat.py", str(smollm2), stdin="My name is Anna.\nWhat is my name?\n")
     assert len(re.findall(r"Model: \S", out)) == 2

@@ -108,8 +108,7 @@ def measure_plans(
     rungs = []
     for size in RUNGS:
         power = min(POWERS, key=lambda p: float(of_plan[size, p].mean()))
-        plan, cost = plans[size, power]
-        rungs.append(Rung(cost, of_plan[size, power], planner.settled(plan), power))
+        rungs.append(Rung(of_plan[size, power], planner.settled(plans[size, power][0]), power))
     best = budgets[int(kl[len(plans) :].mean(axis=1).argmin())]
     return replace(profile, rungs=tuple(rungs), baklava=best)
 

@@ -53,6 +53,7 @@ _EXAMPLES = {
     ),
     "longbench": (
         "my-model --data LongBench --length 8192 --policy kvcrush,snapkv --kept 0.25 --engine crush,genai",
+        "my-model --data LongBench --length 8192 --policy kvcrush --kept 0.25 --budget 1/6,1/9",
         "my-model --data LongBench --task qasper,trec --policy kvcrush --key-precision u8,u4 --value-precision u4,u4",
     ),
     "scbench": (
@@ -76,8 +77,11 @@ the question; [bold]agnostic[/bold]: it sees the context alone. openvino_genai, 
 prompts, so it is aware; it runs kvcrush, snapkv and h2o of its own, at as many tokens, in u8 and u4."""
 
 _ALL = """\
-Beside policies that evict, random and streaming_llm run as floors, at every --kept and --kept-tokens and --query, in \
-the first precision; --no-floors leaves them out.
+--budget 1/6,1/9 gives every policy so many bytes of the bf16 cache: a plan from the model's profile, or without one \
+one setting for all heads, says how many tokens each head keeps, in which precisions. openvino_genai has no such thing.
+
+Beside policies that evict, random and streaming_llm run as floors, at every --kept, --kept-tokens, --budget and \
+--query, in the first precision; --no-floors leaves them out.
 
 Every answer is written at once into the folder --out: a run that was stopped goes on with the same command."""
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ov_kvcrush.cli.parse import parse_numbers, parse_properties
-from ov_kvcrush.config import PRECISIONS
+from ov_kvcrush.config import PRECISIONS, parse_budget
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.benchmarks.sizing import DEFAULT_SEED
 from ov_kvcrush.eval.benchmarks.suites import SuiteOptions
@@ -32,8 +32,16 @@ def shared_options(
     policy: Annotated[
         str, typer.Option(metavar="P[,P...]", help="NAME or NAME:KEY=VALUE;KEY=VALUE; the full cache is always there.")
     ] = "",
-    kept: Annotated[str, typer.Option(metavar="F[,F...]", help="Kept fractions, in (0, 1]. Default: 0.25.")] = "",
+    kept: Annotated[str, typer.Option(metavar="F[,F...]", help="Kept fractions. Default: 0.25, or --budget.")] = "",
     kept_tokens: Annotated[str, typer.Option(metavar="N[,N...]", help="Kept tokens, instead or beside.")] = "",
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="F[,F...]",
+            help="Bytes of the cache over those of bf16, as 1/6, instead or beside: a plan for each policy, kvcrush if "
+            "none is named; see ov_kvcrush-profile. Repeatable.",
+        ),
+    ] = None,
     policy_options: Annotated[
         list[str] | None,
         typer.Option("--policy-option", metavar="KEY=VALUE", help="A setting of all policies; repeatable."),
@@ -141,6 +149,7 @@ class SuiteArguments:
             policies=_words(given["policy"]),
             kept=_fractions("kept", given["kept"]),
             kept_tokens=parse_numbers("kept-tokens", given["kept_tokens"]) if given["kept_tokens"] else (),
+            budgets=tuple(dict.fromkeys(parse_budget(part) for text in given["budget"] or () for part in _words(text))),
             policy_options=tuple(given["policy_options"] or ()),
             precisions=pairs(_listed("key-precision", given), _listed("value-precision", given)),
             queries=_listed("query", given),

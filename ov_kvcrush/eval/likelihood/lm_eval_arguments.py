@@ -8,7 +8,7 @@ from typing import Any
 
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.errors import CrushError, RequestError, did_you_mean
-from ov_kvcrush.policies.registry import as_policy, describe
+from ov_kvcrush.policies.registry import build, describe
 from ov_kvcrush.utils.checks import check_integer
 
 # Policies have a setting of the same name.
@@ -89,7 +89,7 @@ def sort_arguments(arguments: Mapping[str, Any]) -> Configs:
     policy = arguments.get("policy") or "none"  # lm_eval reads policy=none as None
     _check_settings(str(policy), settings, [*own_names, *_CACHE, *_SCHEDULER, "policy"])
     if policy != "none" or settings:
-        cache["policy"] = as_policy({"name": policy, **settings})
+        cache["policy"] = build(str(policy), **settings)
     return Configs(
         own=Arguments(**own),
         cache=CacheConfig(**cache) if cache else None,

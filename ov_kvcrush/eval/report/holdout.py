@@ -183,7 +183,8 @@ def _choose(group: list[Judged]) -> Iterable[HoldoutChoice]:
 
 
 def _group(row: ResultRow) -> tuple[object, ...]:
-    return row.engine, row.kept, row.settings.get("kept_tokens"), row.precisions, row.query
+    amounts = row.kept, row.settings.get("kept_tokens"), row.settings.get("budget")
+    return row.engine, *amounts, row.precisions, row.query
 
 
 def _gain(one: Judged) -> float:

@@ -10,12 +10,13 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ov_kvcrush.config import ENGINES
+from ov_kvcrush.config import ENGINES, parse_budget
 from ov_kvcrush.eval.records import AVERAGE, FULL, Setting, bits
 from ov_kvcrush.eval.statistics import ResultRow
 
 # Their scores are nats; all others go from 0 to 1 and are shown in percent.
 _NATS = ("perplexity",)
+_AMOUNTS = ("kept_tokens", "budget")  # among the settings of a row, but not of its policy
 
 Labelled = ResultRow | Setting
 
@@ -88,11 +89,10 @@ def sorted_rows(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """Full caches first, then by what was kept, most first, and policy; openvino_genai's beside ours."""
 
     def place(row: ResultRow) -> tuple[object, ...]:
-        kept = (row.kept is None, -(row.kept or row.settings["kept_tokens"]))
         engine = ENGINES.index(row.engine) if row.engine in ENGINES else len(ENGINES)
         return (
             row.policy != FULL,
-            *kept,
+            *_amount(row),
             row.policy,
             _options(row),
             engine,
@@ -112,7 +112,9 @@ def policy_label(row: Labelled) -> str:
 
 
 def kept_label(row: Labelled) -> str:
-    """The requested budget: a percentage or a number of tokens."""
+    """The requested budget: a percentage, a number of tokens, or bytes."""
+    if row.kept is None and "budget" in row.settings:
+        return f"{row.settings['budget']} of bf16"
     return f"{row.settings['kept_tokens']} tokens" if row.kept is None else f"{100 * row.kept:g} %"
 
 
@@ -143,8 +145,17 @@ def in_percent(suite: str) -> bool:
 
 
 def _options(row: Labelled) -> str:
-    own = ", ".join(f"{name}={value}" for name, value in sorted(row.settings.items()) if name != "kept_tokens")
+    own = ", ".join(f"{name}={value}" for name, value in sorted(row.settings.items()) if name not in _AMOUNTS)
     return f" ({own})" if own else ""
+
+
+def _amount(row: ResultRow) -> tuple[int, float]:
+    """Order of the requested budgets: fractions, then tokens, then bytes; the largest first."""
+    if row.kept is not None:
+        return 0, -row.kept
+    if "budget" in row.settings:
+        return 2, -parse_budget(row.settings["budget"])
+    return 1, -row.settings["kept_tokens"]
 
 
 def _score(row: ResultRow) -> str:

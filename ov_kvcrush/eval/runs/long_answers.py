@@ -18,7 +18,7 @@ from ov_kvcrush.eval.likelihood.forcing import ForcedEngine
 from ov_kvcrush.eval.likelihood.pipeline import ScoringPipeline
 from ov_kvcrush.eval.runs.answers import Answer, greedy
 from ov_kvcrush.eval.runs.genai import GenaiRuns
-from ov_kvcrush.eval.runs.plan import Planned, caches_of, grouped, precisions_of
+from ov_kvcrush.eval.runs.plan import CacheKey, Planned, cache_of, caches_of, grouped, precisions_of
 from ov_kvcrush.eval.runs.prompts import ItemPrompts, QuestionPrompt
 from ov_kvcrush.genai.eviction import GenaiEviction, closest_genai_eviction
 from ov_kvcrush.pipelines.backend import Handle
@@ -27,9 +27,7 @@ from ov_kvcrush.pipelines.backend import Handle
 class LongRuns:
     """Our own engine on one model. All settings of a question and a precision run in one batch."""
 
-    def __init__(
-        self, model: Path, caches: Mapping[tuple[str, str], CacheConfig], properties: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, model: Path, caches: Mapping[CacheKey, CacheConfig], properties: Mapping[str, Any]) -> None:
         self._pipeline = ScoringPipeline(model, "CPU", "crush", next(iter(caches.values())), None, dict(properties))
         self._engines = {name: self._pipeline.make_engine(cache, SUITE) for name, cache in caches.items()}
 
@@ -37,8 +35,8 @@ class LongRuns:
         """Answers to all questions of an item. Policies see the whole prompt, question included."""
         for asked in prompts.asked:
             ids = np.concatenate([prompts.ids, asked.ids])
-            for same in grouped(planned, precisions_of):
-                yield from self._batch(task, asked, ids, self._engines[precisions_of(same[0].setting)], same)
+            for same in grouped(planned, cache_of):
+                yield from self._batch(task, asked, ids, self._engines[cache_of(same[0].setting)], same)
 
     def _batch(
         self, task: Task, asked: QuestionPrompt, ids: np.ndarray, engine: ForcedEngine, planned: Sequence[Planned]

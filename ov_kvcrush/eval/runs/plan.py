@@ -7,20 +7,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ov_kvcrush.cli.policy_options import PolicyOptions
-from ov_kvcrush.config import ENGINES, PRECISIONS, CacheConfig
+from ov_kvcrush.config import ENGINES, PRECISIONS, CacheConfig, budget_text
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.records import FULL, QUERIES, Setting
 from ov_kvcrush.genai.eviction import closest_genai_eviction
 from ov_kvcrush.model.plugin import paged_precisions
 from ov_kvcrush.policies.base import Policy
-from ov_kvcrush.policies.registry import Settings, build, describe, names
+from ov_kvcrush.policies.registry import DEFAULT_KEPT, Settings, build, describe, names
 from ov_kvcrush.utils.checks import check_choice, check_fraction
 
 # Policies that openvino_genai has a method of the same name for.
 GENAI_POLICIES = ("kvcrush", "snapkv", "h2o")
 # Policies that every other one has to beat; run beside all others.
 BASELINES = ("random", "streaming_llm")
+DEFAULT_POLICY = "kvcrush"  # of budgets without a policy
 _MANY_TOKENS = 1 << 20
+
+CacheKey = tuple[str, str, float | None]  # precisions of keys and values, budget
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,17 @@ class Planned:
 class PlanOptions:
     """Lists of what is compared; all with all, but for precisions, which are pairs.
 
-    policies: NAME or NAME:KEY=VALUE;KEY=VALUE. kept: fractions; kept_tokens: numbers of tokens instead or beside.
-    policy_options: KEY=VALUE for all policies. precisions: keys and values. baselines: run BASELINES
-    too, unless they are among the policies: on our engine, at the first precisions, if any policy evicts.
+    policies: NAME or NAME:KEY=VALUE;KEY=VALUE; with budgets and without policies DEFAULT_POLICY. kept: fractions;
+    kept_tokens: numbers of tokens instead or beside; budgets: bytes over those of bf16 instead or beside, on our engine
+    alone, whose plans choose the precisions. policy_options: KEY=VALUE for all policies. precisions: keys and values.
+    baselines: run BASELINES too, unless they are among the policies: on our engine, at the first precisions, if any
+    policy evicts.
     """
 
     policies: tuple[str, ...] = ()
     kept: tuple[float, ...] = ()
     kept_tokens: tuple[int, ...] = ()
+    budgets: tuple[float, ...] = ()
     policy_options: tuple[str, ...] = ()
     precisions: tuple[tuple[str, str], ...] = (("u8", "u8"),)
     queries: tuple[str, ...] = ("aware",)
@@ -59,6 +65,18 @@ class PlanOptions:
             check_choice("--engine", engine, ENGINES)
         for kept in self.kept:
             check_fraction("--kept", kept)
+        for budget in self.budgets:
+            check_fraction("--budget", budget)
+        if self.budgets and "crush" not in self.engines:
+            raise CrushError(
+                f"--budget must be left out with --engine genai, whose cache has one type for all heads, got "
+                f"{', '.join(map(budget_text, self.budgets))}; compare it by --key-precision and --value-precision"
+            )
+
+    @property
+    def specs(self) -> tuple[str, ...]:
+        """The policies that run."""
+        return self.policies or ((DEFAULT_POLICY,) if self.budgets else ())
 
 
 def make_plan(options: PlanOptions) -> list[Planned]:
@@ -68,7 +86,7 @@ def make_plan(options: PlanOptions) -> list[Planned]:
     CrushError for an unknown policy, setting or precision.
     """
     found: dict[str, Planned] = {}
-    specs = [_parse(spec, options.policy_options) for spec in options.policies]
+    specs = [_parse(spec, options.policy_options) for spec in options.specs]
     evicting = [policy for name, own in specs for policy in _with_budgets(name, own, options)]
     full = Planned(_setting(FULL, {}), build(FULL))
     baselines = _baselines(specs, evicting, options)
@@ -91,15 +109,17 @@ def make_plan(options: PlanOptions) -> list[Planned]:
 
 
 def left_out(options: PlanOptions, plan: Sequence[Planned]) -> list[str]:
-    """A line for each requested policy or precision that openvino_genai does not have; none if it does not run."""
+    """A line for the policies, precisions and budgets that openvino_genai does not have; none if it does not run."""
     if "genai" not in options.engines:
         return []
-    asked = dict.fromkeys(_parse(spec, options.policy_options)[0] for spec in options.policies)
+    asked = dict.fromkeys(_parse(spec, options.policy_options)[0] for spec in options.specs)
     policies = [name for name in asked if name not in (FULL, *GENAI_POLICIES)]
     able = {precisions_of(planned.setting) for planned in plan if planned.setting.engine == "genai"}
     precisions = dict.fromkeys("/".join(p) for p in options.precisions if p not in able)
     what = "their rows are of ov_kvcrush only" if "crush" in options.engines else "they are left out"
-    return [f"openvino_genai has no {', '.join(missing)}: {what}" for missing in (policies, precisions) if missing]
+    budgets = [f"budget {budget_text(budget)}" for budget in options.budgets]
+    lists = (policies, precisions, budgets)
+    return [f"openvino_genai has no {', '.join(missing)}: {what}" for missing in lists if missing]
 
 
 def pairs(key: Sequence[str], value: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -126,11 +146,16 @@ def precisions_of(setting: Setting) -> tuple[str, str]:
     return setting.key_precision, setting.value_precision
 
 
-def caches_of(plan: Sequence[Planned]) -> dict[tuple[str, str], CacheConfig]:
-    """Our engine's cache for each of the precisions in the plan, in the order in which they first appear."""
+def cache_of(setting: Setting) -> CacheKey:
+    """What tells our engine's caches apart: precisions of keys and values, and the budget."""
+    return setting.key_precision, setting.value_precision, setting.budget
+
+
+def caches_of(plan: Sequence[Planned]) -> dict[CacheKey, CacheConfig]:
+    """Our engine's cache for each of the precisions and budgets, in the order in which they first appear."""
     return {
-        (key, value): CacheConfig(key_precision=key, value_precision=value, attention="crush")
-        for key, value in dict.fromkeys(precisions_of(planned.setting) for planned in plan)
+        (key, value, budget): CacheConfig(key_precision=key, value_precision=value, budget=budget, attention="crush")
+        for key, value, budget in dict.fromkeys(cache_of(planned.setting) for planned in plan)
     }
 
 
@@ -161,12 +186,16 @@ def _with_budgets(name: str, own: Settings, options: PlanOptions) -> Iterator[Pl
         return
     budgets: list[Settings] = [{"kept": kept} for kept in options.kept]
     budgets += [{"kept_tokens": tokens, "min_tokens": tokens} for tokens in options.kept_tokens]
-    for budget in budgets or [{"kept": 0.25}]:
-        asked = {key: value for key, value in budget.items() if key != "min_tokens"}
-        yield Planned(_setting(name, {**own, **asked}), build(name, **{**budget, **own}))
+    if not budgets and not options.budgets:
+        budgets = [{"kept": DEFAULT_KEPT}]
+    for amount in budgets:
+        asked = {key: value for key, value in amount.items() if key != "min_tokens"}
+        yield Planned(_setting(name, {**own, **asked}), build(name, **{**amount, **own}))
+    for budget in options.budgets:  # how many tokens is the plan's: the policy says which
+        yield Planned(_setting(name, own, budget), build(name, **own))
 
 
-def _setting(name: str, settings: Settings) -> Setting:
+def _setting(name: str, settings: Settings, budget: float | None = None) -> Setting:
     """A setting of our engine in u8, "aware"; `_add` replaces engine, precisions and query."""
     own = dict(settings)
     kept, kept_tokens = own.pop("kept", None), own.pop("kept_tokens", None)
@@ -180,11 +209,12 @@ def _setting(name: str, settings: Settings) -> Setting:
         kept=kept,
         kept_tokens=kept_tokens,
         policy_settings=own,
+        budget=budget,
     )
 
 
 def _add(found: dict[str, Planned], planned: Planned, engine: str, precisions: tuple[str, str], query: str) -> None:
-    key, value = precisions
+    key, value = precisions if planned.setting.budget is None else ("u8", "u8")
     setting = replace(planned.setting, engine=engine, key_precision=key, value_precision=value, query=query)
     found.setdefault(setting.key, Planned(setting, planned.policy))
 
@@ -194,7 +224,7 @@ def _distinct_for_genai(evicting: Sequence[Planned]) -> list[Planned]:
     found: dict[str, Planned] = {}
     for planned in evicting:
         s = planned.setting
-        if s.policy in GENAI_POLICIES:
+        if s.policy in GENAI_POLICIES and s.budget is None:
             same = f"{closest_genai_eviction(planned.policy, _MANY_TOKENS)} {s.kept} {s.kept_tokens}"
             found.setdefault(same, planned)
     return list(found.values())

@@ -59,7 +59,7 @@ class RunConfig:
         settings = value.get("settings") if isinstance(value, dict) else None
         if not isinstance(settings, list):
             raise CrushError(f"{where}: settings must be a list, got {settings!r}")
-        made = tuple(from_json(Setting, setting, f"{where}: settings[{i}]") for i, setting in enumerate(settings))
+        made = tuple(_setting(setting, f"{where}: settings[{i}]") for i, setting in enumerate(settings))
         return from_json(cls, {**value, "settings": made}, where)
 
     def differences(self, other: RunConfig) -> list[str]:
@@ -74,6 +74,11 @@ class RunConfig:
         found.update({f"options.{name}": value for name, value in whole["options"].items()})
         found.update({f"environment.{name}": whole["environment"].get(name) for name in _DECISIVE})
         return found
+
+
+def _setting(value: Any, where: str) -> Setting:
+    """A setting; runs from before there were budgets have none."""
+    return from_json(Setting, {"budget": None, **value} if isinstance(value, dict) else value, where)
 
 
 def from_json(cls: type[T], value: Any, where: str) -> T:

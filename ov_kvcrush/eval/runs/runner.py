@@ -21,7 +21,7 @@ from ov_kvcrush.eval.records import Prediction
 from ov_kvcrush.eval.runs.answers import Answer, generation_config
 from ov_kvcrush.eval.runs.genai import GenaiRuns
 from ov_kvcrush.eval.runs.long_answers import long_runs
-from ov_kvcrush.eval.runs.plan import Planned, caches_of, grouped, precisions_of
+from ov_kvcrush.eval.runs.plan import CacheKey, Planned, cache_of, caches_of, grouped, precisions_of
 from ov_kvcrush.eval.runs.prompts import ItemPrompts, QuestionPrompt
 from ov_kvcrush.eval.runs.run_folder import Run, RunFolder
 from ov_kvcrush.eval.statistics import result_rows
@@ -80,14 +80,12 @@ def run_suite(
 
 
 class CrushRuns:
-    """Our own engine on one model, with a store for each of the precisions.
+    """Our own engine on one model, with a store for each of the precisions and budgets.
 
-    caches: by precisions. Each store is as large as if it were alone: half of the memory that is free now.
+    caches: by `cache_of`. Each store is as large as if it were alone: half of the memory that is free now.
     """
 
-    def __init__(
-        self, model: Path, caches: Mapping[tuple[str, str], CacheConfig], properties: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, model: Path, caches: Mapping[CacheKey, CacheConfig], properties: Mapping[str, Any]) -> None:
         first, *others = caches
         self._reader = LLMPipeline(model, "CPU", dict(properties), cache_config=caches[first])
         self._pipelines = {first: self._reader, **{name: self._reader.with_cache(caches[name]) for name in others}}
@@ -112,9 +110,9 @@ class CrushRuns:
         answers: dict[tuple[str, int], Answer] = {}
         with ExitStack() as stack:
             contexts = self._compress(context, head, planned, stack)
-            for same in grouped(planned, precisions_of):
+            for same in grouped(planned, cache_of):
                 batch = [_Question(p, a, contexts[p.setting.key], ids) for p in same for a, ids in questions]
-                for answer in self._answer(task, self._pipelines[precisions_of(same[0].setting)], batch):
+                for answer in self._answer(task, self._pipelines[cache_of(same[0].setting)], batch):
                     answers[answer.planned.setting.key, answer.asked.index] = answer
         yield from (answers[p.setting.key, a.index] for p in planned for a, _ in questions)
 
@@ -125,7 +123,7 @@ class CrushRuns:
         made: dict[str, Context] = {}
         for replay in second:
             now = [p for p, own in zip(planned, replays, strict=True) if (second[0] if own is None else own) == replay]
-            homes = [self._pipelines[precisions_of(p.setting)] for p in now]
+            homes = [self._pipelines[cache_of(p.setting)] for p in now]
             contexts = self._reader.compress_ids(ids, [p.policy for p in now], pipelines=homes, head=head)
             made.update((p.setting.key, stack.enter_context(c)) for p, c in zip(now, contexts, strict=True))
         return made

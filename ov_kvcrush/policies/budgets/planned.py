@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ov_kvcrush.policies.base import Budget, BudgetAllocator, CacheState, Policy, Scores
+from ov_kvcrush.policies.base import Budget, BudgetAllocator, CacheState, DefaultBudget, Policy, Scores
 from ov_kvcrush.policies.budgets.allocation import Bounds, by_layer
 from ov_kvcrush.policies.plans.plan import CachePlan
 
@@ -34,15 +34,23 @@ class Planned(BudgetAllocator):
 
 
 def chooses_alike(policy: Policy, other: Policy | None) -> bool:
-    """Whether both choose tokens by the same rule: they are equal, or both planned, whatever the plans.
+    """Whether both choose tokens by the same rule: they are equal, or plans say how many stay, whatever the plans.
 
-    Plans of one budget differ with the length of the text: a conversation goes on under the plan of its new length.
+    Plans of one budget differ with the length of the text: a conversation goes on under the plan of its new length, and
+    one that began too short for the default budget under its first.
     """
     if policy == other:
         return True
-    if other is None or not all(isinstance(getattr(x, "allocator", None), Planned) for x in (policy, other)):
+    if other is None or not (_is_planned(policy) and _is_planned(other)):
         return False
-    return replace(policy, budget=other.budget, allocator=other.allocator) == other  # type: ignore[call-arg,attr-defined]
+    changes: dict[str, object] = {"budget": other.budget}
+    if hasattr(policy, "allocator") and hasattr(other, "allocator"):
+        changes["allocator"] = other.allocator
+    return replace(policy, **changes) == other  # type: ignore[arg-type]
+
+
+def _is_planned(policy: Policy) -> bool:
+    return isinstance(policy.budget, DefaultBudget) or isinstance(getattr(policy, "allocator", None), Planned)
 
 
 def planned(policy: Policy, plan: CachePlan) -> Policy:

@@ -44,7 +44,7 @@ class BytePlanner:
         self._budget_bytes = budget_bytes
         self._quality = quality
         self._tables: dict[float, CostTable] = {}
-        self._plans: dict[int, CachePlan] = {}
+        self._plans: dict[tuple[int, int], CachePlan] = {}
         if quality is not None and (profile is None or not profile.rungs):
             raise CrushError(
                 f"quality must be asked of a model with a profile, got {quality:g} without one; ov_kvcrush-profile "
@@ -58,14 +58,19 @@ class BytePlanner:
                     f"budget must be at least 1/{int(1 / least)} of the bf16 cache, got 1/{1 / budget:.4g}"
                 )
 
-    def plan(self, length: int) -> CachePlan:
-        """For a text of `length` tokens. Raises RequestError where budget_bytes are too few, naming the fewest."""
+    def plan(self, length: int, floor: int = 0) -> CachePlan:
+        """For a text of `length` tokens. floor: so many tokens in u8 are within every budget.
+
+        Raises RequestError where budget_bytes are too few, naming the fewest.
+        """
+        floor = min(floor, length)
         length = max(length, _SHORTEST)
-        if length not in self._plans:
+        key = length, floor
+        if key not in self._plans:
             if len(self._plans) >= 256:  # lengths
                 self._plans.clear()
-            self._plans[length] = self._solve(length)
-        return self._plans[length]
+            self._plans[key] = self._solve(length, floor)
+        return self._plans[key]
 
     def plan_of(self, settled: float, excess_power: float) -> tuple[CachePlan, float]:
         """The plan of a settled size, and its cost in the profile's table. Needs a profile."""
@@ -85,8 +90,9 @@ class BytePlanner:
             self._tables[excess_power] = cost_table(self._profile, excess_power)
         return self._tables[excess_power]
 
-    def _solve(self, length: int) -> CachePlan:
+    def _solve(self, length: int, floor: int) -> CachePlan:
         limit = self._budget_bytes or (self._budget or 1.0) * self._geometry.full_bytes(length)
+        limit = max(limit, self._geometry.sizes([HeadPlan(1.0, "u8", "u8")], floor).sum() if floor else 0.0)
         if self._profile is None:
             return self._from_ladder(length, limit)
         if self._quality is not None:

@@ -46,11 +46,10 @@ class TextCosts:
 class Rung:
     """A plan that was solved from the costs and measured on the same texts.
 
-    cost: its cost as the solver sees it with `excess_power`, which of some did best on the texts (see `cost_table`).
-    kl: float64 (texts,), measured. of_bf16: its bytes over those of bf16.
+    kl: float64 (texts,), measured. of_bf16: its bytes over those of bf16. excess_power: of the costs that it was solved
+    from, which of some did best on the texts (see `cost_table`).
     """
 
-    cost: float
     kl: np.ndarray
     of_bf16: float
     excess_power: float = 0.5
@@ -102,7 +101,6 @@ class KVProfile:
             ],
             "rungs": [
                 {
-                    "cost": rung.cost,
                     "of_bf16": rung.of_bf16,
                     "excess_power": rung.excess_power,
                     "kl": [round(float(x), 7) for x in rung.kl],
@@ -151,11 +149,11 @@ def _parse(found: dict[str, Any], num_heads: int) -> KVProfile:
     if not texts:
         raise ValueError("texts must hold at least one text")
     rungs = tuple(
-        Rung(float(rung["cost"]), _numbers(rung["kl"], len(texts)), float(rung["of_bf16"]), float(rung["excess_power"]))
+        Rung(_numbers(rung["kl"], len(texts)), float(rung["of_bf16"]), float(rung["excess_power"]))
         for rung in found["rungs"]
     )
-    if any(not math.isfinite(x) or x < 0 for rung in rungs for x in (rung.cost, rung.of_bf16, rung.excess_power)):
-        raise ValueError("rungs must have finite costs")
+    if any(not math.isfinite(x) or x < 0 for rung in rungs for x in (rung.of_bf16, rung.excess_power)):
+        raise ValueError("rungs must have finite sizes and powers")
     use = found.get("use", USES[0])
     if use not in USES:
         raise ValueError(f"use must be one of {', '.join(USES)}, got {use!r}")
