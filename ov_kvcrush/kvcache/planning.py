@@ -135,7 +135,7 @@ class DefaultPlans:
         self._planners: dict[str, BytePlanner] = {}  # by use
 
     def plan(self, policy: Policy, num_tokens: int, use: str) -> CachePlan | None:
-        """By the profile of a use; None where the policy's own budget holds, or the prompt is too short to evict from."""
+        """By the profile of a use; None where the policy's own budget holds, or the prompt is short."""
         least = policy.budget.min_tokens
         if self._is_off or not isinstance(policy.budget, DefaultBudget) or num_tokens <= least:
             return None
