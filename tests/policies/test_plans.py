@@ -232,7 +232,7 @@ def test_nine_of_ten_new_texts_keep_a_quality(rng: np.random.Generator, count: i
     kept = []
     for _ in range(200):
         factors = np.exp(rng.normal(size=count + 20))  # how much plans cost each text, old ones and new ones
-        rungs = tuple(Rung(0.0, factors[:count] * 1e-4 / size, size) for size in 2.0 ** -np.arange(16))
+        rungs = tuple(Rung(factors[:count] * 1e-4 / size, size) for size in 2.0 ** -np.arange(16))
         size = settled_for(replace(profile(), rungs=rungs), 0.01)
         kept.append(np.mean(factors[count:] * 1e-4 / size <= 0.01))
     assert np.mean(kept) >= 0.9 - 4 * np.std(kept) / np.sqrt(len(kept))

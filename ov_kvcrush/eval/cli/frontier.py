@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +33,8 @@ HELP = f"""\
 KL divergence to the full cache over bytes: plans of MODEL's profile ({PROFILE_NAME}) beside uniform settings.
 
 Each text is read once, the full cache answers it greedily, and every other cache is given the same tokens. Texts are \
-the "prompt" fields of the jsonl files in --data, such as MiniLongBench's; they must not be those of the profile.
+the "prompt" fields of the jsonl files in --data, such as MiniLongBench's; they must not be those of the profile. \
+A run that was interrupted goes on with the texts that its --json file lacks.
 
 [bold]Example[/bold]
 
@@ -73,20 +77,23 @@ def frontier_command(
         if profile is None:
             raise CrushError(f"model must have a profile, got none in {str(model)!r}; ov_kvcrush-profile makes it")
         renderer, policy = PromptRenderer(model), default_policy(profile)
-        sharing = [_sharing_meter(model, count, own, console) for count in counts]
-        done: list[FrontierRow] = []
-        with progress(len(texts), console) as report:
+        run = {"model": profile.model, "tokens": tokens, "answer_tokens": answer_tokens, "shared_layers": list(counts)}
+        done = _Done.resume(json_path, run, profile)
+        left = [(name, text) for name, text in texts if name not in done.names]
+        sharing = [_sharing_meter(model, count, own, console) for count in counts if left]
+        with progress(len(left), console) as report:
 
             def told(name: str, rows: list[FrontierRow]) -> None:
-                done.extend(rows)
+                done.rows.extend(rows)
+                done.names.append(name)
                 report(name)
                 if json_path is not None:  # an interrupted run keeps what it has
-                    write_json(json_path, _report(done, profile))
+                    write_json(json_path, done.report())
 
-            measure_frontier(meter, profile, policy, renderer, texts, tokens, answer_tokens, told, sharing)
-        Console().print(_table(summary(done)))
+            measure_frontier(meter, profile, policy, renderer, left, tokens, answer_tokens, told, sharing)
+        Console().print(_table(summary(done.rows)))
         if json_path is not None:
-            write_json(json_path, _report(done, profile))
+            write_json(json_path, done.report())
     except CrushError as error:
         console.print(Text(f"error: {error}", style="red"))
         raise typer.Exit(2) from None
@@ -99,14 +106,37 @@ def _sharing_meter(model: Path, count: int, properties: dict[str, Any], console:
     return CacheMeter(model, properties, CacheConfig(shared_layers=shared))
 
 
-def _report(rows: list[FrontierRow], profile: KVProfile) -> dict[str, Any]:
-    return {
-        "command": shlex.join(["ov_kvcrush-eval", *sys.argv[1:]]),
-        "environment": describe_environment(),
-        "profile": dict(profile.made_with or {}),
-        "settings": summary(rows),
-        "rows": [row.__dict__ for row in rows],
-    }
+@dataclass(frozen=True, eq=False)
+class _Done:
+    """What is measured. run: settings that rows of one file share. names: texts, those with too short answers too."""
+
+    run: Mapping[str, Any]
+    profile: KVProfile
+    rows: list[FrontierRow] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    @classmethod
+    def resume(cls, path: Path | None, run: Mapping[str, Any], profile: KVProfile) -> _Done:
+        """What an interrupted run with the same settings and profile left in its file; else nothing."""
+        try:
+            found = json.loads(path.read_text("utf-8")) if path is not None else {}
+            if found.get("run") == run and found.get("profile") == (profile.made_with or {}):
+                return cls(run, profile, [FrontierRow(**row) for row in found["rows"]], list(found["texts"]))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            pass
+        return cls(run, profile)
+
+    def report(self) -> dict[str, Any]:
+        """What the file holds."""
+        return {
+            "command": shlex.join(["ov_kvcrush-eval", *sys.argv[1:]]),
+            "environment": describe_environment(),
+            "run": dict(self.run),
+            "profile": dict(self.profile.made_with or {}),
+            "texts": self.names,
+            "settings": summary(self.rows),
+            "rows": [row.__dict__ for row in self.rows],
+        }
 
 
 def _table(rows: list[dict[str, float | str]]) -> Table:

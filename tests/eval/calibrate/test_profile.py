@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -153,6 +154,25 @@ def test_the_frontier_compares_plans_and_uniform_settings(profiled: Path, tmp_pa
     if json.loads(out.read_text())["rows"]:  # a random model may end its answer at once
         names = {row["setting"] for row in json.loads(out.read_text())["rows"]}
         assert {"plan 1/8.0", "quality 0.05", "0.5 u4/u4", "baklava 0.5 u4/u4", "kvsharer 1 u4/u2"} <= names
+
+
+def test_an_interrupted_frontier_goes_on(profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [json.dumps({"prompt": word * 100}) for word in ("once upon a time ", "there was a king ")]
+    data, out = tmp_path / "texts.jsonl", tmp_path / "frontier.json"
+    arguments = ["frontier", str(profiled), "--data", str(tmp_path), "--tokens", "400", "--json", str(out)]
+    data.write_text("\n".join(texts))
+    assert CliRunner().invoke(eval_app, [*arguments, "--per-file", "1"]).exit_code == 0
+    first = json.loads(out.read_text())
+    read = []
+    own = CacheMeter.read
+    monkeypatch.setattr(
+        CacheMeter, "read", lambda self, ids, *args, **more: read.append(ids) or own(self, ids, *args, **more)
+    )
+    assert CliRunner().invoke(eval_app, [*arguments, "--per-file", "2"]).exit_code == 0
+    both = json.loads(out.read_text())
+    assert len(read) == 1
+    assert both["texts"] == ["texts:0", "texts:1"]
+    assert both["rows"][: len(first["rows"])] == first["rows"]
 
 
 def test_layers_that_share_cost_their_bytes_less(tiny_ir: Folder) -> None:
