@@ -163,11 +163,14 @@ def test_an_interrupted_frontier_goes_on(profiled: Path, tmp_path: Path, monkeyp
     data.write_text("\n".join(texts))
     assert CliRunner().invoke(eval_app, [*arguments, "--per-file", "1"]).exit_code == 0
     first = json.loads(out.read_text())
-    read = []
+    read: list[np.ndarray] = []
     own = CacheMeter.read
-    monkeypatch.setattr(
-        CacheMeter, "read", lambda self, ids, *args, **more: read.append(ids) or own(self, ids, *args, **more)
-    )
+
+    def counted(self: CacheMeter, ids: np.ndarray, *others: Any, **more: Any) -> Any:
+        read.append(ids)
+        return own(self, ids, *others, **more)
+
+    monkeypatch.setattr(CacheMeter, "read", counted)
     assert CliRunner().invoke(eval_app, [*arguments, "--per-file", "2"]).exit_code == 0
     both = json.loads(out.read_text())
     assert len(read) == 1
