@@ -20,7 +20,7 @@ from ov_kvcrush.cli.environment import describe_environment
 from ov_kvcrush.cli.parse import check_numbers, parse_numbers, parse_properties
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.calibrate.frontier import FrontierRow, measure_frontier, read_texts, summary
+from ov_kvcrush.eval.calibrate.frontier import FrontierRow, against_uniform, measure_frontier, read_texts, summary
 from ov_kvcrush.eval.calibrate.kv_sharer import find_shared_layers
 from ov_kvcrush.eval.calibrate.meter import CacheMeter
 from ov_kvcrush.eval.calibrate.prompts import calibration_prompts
@@ -91,7 +91,7 @@ def frontier_command(
                     write_json(json_path, done.report())
 
             measure_frontier(meter, profile, policy, renderer, left, tokens, answer_tokens, told, sharing)
-        Console().print(_table(summary(done.rows)))
+        Console().print(_table(summary(done.rows)), _against_table(against_uniform(done.rows)))
         if json_path is not None:
             write_json(json_path, done.report())
     except CrushError as error:
@@ -135,6 +135,7 @@ class _Done:
             "profile": dict(self.profile.made_with or {}),
             "texts": self.names,
             "settings": summary(self.rows),
+            "against_uniform": against_uniform(self.rows),
             "rows": [row.__dict__ for row in self.rows],
         }
 
@@ -148,5 +149,17 @@ def _table(rows: list[dict[str, float | str]]) -> Table:
             str(row["setting"]), f"1/{1 / float(row['of_bf16']):.2f}",
             f"{row['mean']:.4f} ({row['low']:.4f}-{row['high']:.4f})", f"{row['median']:.4f}", f"{row['q90']:.4f}",
             f"{row['same_top']:.3f}", f"{row['predicted']:.4f}", str(row["texts"]),
+        )  # fmt: skip
+    return table
+
+
+def _against_table(rows: list[dict[str, float | str]]) -> Table:
+    table = Table(title="the same beside the best uniform settings in as many bytes, interpolated")
+    for name in ("setting", "bytes of bf16", "mean", "uniform", "ratio (95 %)"):
+        table.add_column(name, justify="left" if name == "setting" else "right")
+    for row in rows:
+        table.add_row(
+            str(row["setting"]), f"1/{1 / float(row['of_bf16']):.2f}", f"{row['mean']:.4f}", f"{row['uniform']:.4f}",
+            f"{row['ratio']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
         )  # fmt: skip
     return table
