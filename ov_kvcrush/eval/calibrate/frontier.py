@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,17 +49,44 @@ class FrontierRow:
 def read_texts(folder: Path, per_file: int) -> Iterator[tuple[str, str]]:
     """Name and prompt of the first items of each jsonl file with a field "prompt", the files in turn.
 
+    A folder in it with contexts.jsonl and items.jsonl is such a file, too: each context with its first question.
     Raises CrushError without any file.
     """
-    files = sorted(folder.glob("*.jsonl"))
-    if not files:
+    tasks = {path.stem: _rows(path) for path in sorted(folder.glob("*.jsonl"))}
+    for path in sorted(folder.glob("*/contexts.jsonl")):
+        tasks[path.parent.name] = _asked(path, path.with_name("items.jsonl"))
+    if not tasks:
         raise CrushError(f"data must be a folder with jsonl files, got {str(folder)!r}")
-    lines = [(path.stem, path.read_text("utf-8").splitlines()) for path in files]
+    found = {name: list(itertools.islice(rows, per_file)) for name, rows in tasks.items()}
     for index in range(per_file):
-        for name, of_file in lines:
-            row = json.loads(of_file[index]) if index < len(of_file) else None
-            if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+        for name, rows in found.items():
+            row = rows[index] if index < len(rows) else None
+            if row and isinstance(row.get("prompt"), str):
                 yield f"{name}:{index}", row["prompt"]
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a jsonl file. Raises CrushError naming the line for anything else."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line) if line.strip() else {}
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number} is none")
+                if row:
+                    yield row
+    except (OSError, ValueError) as error:
+        raise CrushError(f"data must hold JSON objects, one a line, got {str(path)!r}: {error}") from None
+
+
+def _asked(contexts: Path, items: Path) -> Iterator[dict[str, Any]]:
+    questions: dict[Any, Any] = {}
+    for row in _rows(items):
+        questions.setdefault(row.get("context_id"), row.get("question"))
+    for row in _rows(contexts):
+        question = questions.get(row.get("context_id"))
+        if question is not None:
+            yield {"prompt": f"{row.get('context')}\n\n{question}"}
 
 
 def measure_frontier(

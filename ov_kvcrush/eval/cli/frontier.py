@@ -33,7 +33,8 @@ HELP = f"""\
 KL divergence to the full cache over bytes: plans of MODEL's profile ({PROFILE_NAME}) beside uniform settings.
 
 Each text is read once, the full cache answers it greedily, and every other cache is given the same tokens. Texts are \
-the "prompt" fields of the jsonl files in --data, such as MiniLongBench's; they must not be those of the profile. \
+the "prompt" fields of the jsonl files in --data, such as MiniLongBench's, and the contexts, each with its first \
+question, of folders with contexts.jsonl and items.jsonl; they must not be those of the profile. \
 A run that was interrupted goes on with the texts that its --json file lacks.
 
 [bold]Example[/bold]
@@ -49,7 +50,7 @@ def add_frontier(app: typer.Typer) -> None:
 
 def frontier_command(
     model: Annotated[Path, typer.Argument(help="Folder of an exported model with a profile.")],
-    data: Annotated[Path, typer.Option(metavar="FOLDER", help="jsonl files with a field prompt.")],
+    data: Annotated[Path, typer.Option(metavar="FOLDER", help="jsonl files with a field prompt, or such folders.")],
     per_file: Annotated[int, typer.Option(metavar="N", help="Texts of each file, its first ones.")] = 5,
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of a prompt; longer ones lose their middle.")] = 2048,
     answer_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of the answer that are compared.")] = 32,

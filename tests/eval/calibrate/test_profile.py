@@ -19,6 +19,7 @@ from ov_kvcrush import CacheConfig, CrushError, LLMPipeline
 from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.eval.calibrate.app import app
 from ov_kvcrush.eval.calibrate.baklava import head_changes
+from ov_kvcrush.eval.calibrate.frontier import read_texts
 from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant
 from ov_kvcrush.eval.cli.app import app as eval_app
 from ov_kvcrush.kvcache.planning import find_profile
@@ -176,6 +177,24 @@ def test_an_interrupted_frontier_goes_on(profiled: Path, tmp_path: Path, monkeyp
     assert len(read) == 1
     assert both["texts"] == ["texts:0", "texts:1"]
     assert both["rows"][: len(first["rows"])] == first["rows"]
+
+
+def test_contexts_are_read_with_their_first_question(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "one"}\n\n{"prompt": "two"}\n{"other": 1}\n')
+    task = tmp_path / "task"
+    task.mkdir()
+    rows = [{"context_id": x, "context": f"text {x}"} for x in "pqr"]
+    (task / "contexts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = [{"context_id": x, "question": f"{x}{n}?"} for n in (1, 2) for x in "pr"]
+    (task / "items.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    found = list(read_texts(tmp_path, 3))
+    expected = [("a:0", "one"), ("task:0", "text p\n\np1?"), ("a:1", "two"), ("task:1", "text r\n\nr1?")]
+    assert found == expected
+    (tmp_path / "b.jsonl").write_text("[1]")
+    with pytest.raises(CrushError, match="data must hold JSON objects, one a line, got .*line 1 is none"):
+        list(read_texts(tmp_path, 1))
+    with pytest.raises(CrushError, match="data must be a folder with jsonl files"):
+        list(read_texts(tmp_path / "none", 1))
 
 
 def test_layers_that_share_cost_their_bytes_less(tiny_ir: Folder) -> None:
