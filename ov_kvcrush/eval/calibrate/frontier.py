@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -161,10 +161,10 @@ def _of_sharing(meter: CacheMeter, read: ReadPrompt, name: str, full_bytes: floa
 
 
 def against_uniform(rows: Sequence[FrontierRow]) -> list[dict[str, float | str]]:
-    """All but uniform settings beside the best uniform ones in as many bytes; most bytes first.
+    """All but uniform settings beside the best uniform one that takes at least as many bytes; most bytes first.
 
-    "uniform" is interpolated between those settings that no other beats in bytes and in mean, logarithms of both; NaN
-    outside of them. "ratio" of the means has a bootstrap interval of 95 % over texts.
+    The best: of those that no other beats in bytes and in mean the next larger one, which favours it. "ratio" of the
+    means has a bootstrap interval of 95 % over texts. Settings that take more than any uniform one are left out.
     """
     texts = list(dict.fromkeys(row.text for row in rows))
     kl: dict[str, np.ndarray] = {}
@@ -174,41 +174,31 @@ def against_uniform(rows: Sequence[FrontierRow]) -> list[dict[str, float | str]]
         if len(of) == len(texts):
             kl[setting] = np.array([of[text].kl for text in texts])
             sizes[setting] = float(np.mean([row.of_bf16 for row in of.values()]))
-    uniform = [name for name in kl if name[0].isdigit()]
-    others = sorted((name for name in kl if not name[0].isdigit()), key=lambda name: -sizes[name])
-    drawn = np.random.default_rng(0).integers(0, len(texts), (1000, len(texts)))
+    best: list[str] = []  # fewest bytes first
+    for name in sorted((name for name in kl if name[0].isdigit()), key=lambda name: sizes[name]):
+        if not best or kl[name].mean() < kl[best[-1]].mean():
+            best.append(name)
+    drawn = np.random.default_rng(0).integers(0, len(texts), (2000, len(texts)))
     found: list[dict[str, float | str]] = []
-    for name in others:
-
-        def at_equal_bytes(chosen: np.ndarray, name: str = name) -> tuple[float, float]:
-            means = {other: float(kl[other][chosen].mean()) for other in uniform}
-            return float(kl[name][chosen].mean()), _interpolated(sizes, means, sizes[name])
-
-        mean, best = at_equal_bytes(np.arange(len(texts)))
-        ratios = [ours / theirs for ours, theirs in map(at_equal_bytes, drawn)]
-        low, high = np.quantile(ratios, [0.025, 0.975])
+    for name in sorted((name for name in kl if not name[0].isdigit()), key=lambda name: -sizes[name]):
+        rival = next((other for other in best if sizes[other] >= sizes[name]), None)
+        if rival is None:
+            continue
+        ratios = kl[name][drawn].mean(axis=1) / np.maximum(kl[rival][drawn].mean(axis=1), 1e-12)
         found.append(
             {
                 "setting": name,
                 "of_bf16": sizes[name],
-                "mean": mean,
-                "uniform": best,
-                "ratio": mean / best,
-                "low": float(low),
-                "high": float(high),
+                "mean": float(kl[name].mean()),
+                "uniform": rival,
+                "uniform_of_bf16": sizes[rival],
+                "uniform_mean": float(kl[rival].mean()),
+                "ratio": float(kl[name].mean() / max(kl[rival].mean(), 1e-12)),
+                "low": float(np.quantile(ratios, 0.025)),
+                "high": float(np.quantile(ratios, 0.975)),
             }
         )
     return found
-
-
-def _interpolated(sizes: Mapping[str, float], means: Mapping[str, float], size: float) -> float:
-    """Mean of the best settings at a size, by those that are better than all of fewer bytes."""
-    points: list[tuple[float, float]] = []
-    for name in sorted(means, key=lambda name: sizes[name]):
-        if not points or means[name] < points[-1][1]:
-            points.append((sizes[name], max(means[name], 1e-9)))
-    at, values = np.log(np.array(points)).T
-    return float(np.exp(np.interp(np.log(size), at, values, left=np.nan, right=np.nan)))
 
 
 def summary(rows: Sequence[FrontierRow]) -> list[dict[str, float | str]]:

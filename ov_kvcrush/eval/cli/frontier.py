@@ -155,12 +155,13 @@ def _table(rows: list[dict[str, float | str]]) -> Table:
 
 
 def _against_table(rows: list[dict[str, float | str]]) -> Table:
-    table = Table(title="the same beside the best uniform settings in as many bytes, interpolated")
-    for name in ("setting", "bytes of bf16", "mean", "uniform", "ratio (95 %)"):
-        table.add_column(name, justify="left" if name == "setting" else "right")
+    table = Table(title="the same beside the best uniform setting of at least as many bytes")
+    for name in ("setting", "bytes of bf16", "mean", "uniform", "its bytes", "its mean", "ratio (95 %)"):
+        table.add_column(name, justify="left" if name in ("setting", "uniform") else "right")
     for row in rows:
         table.add_row(
-            str(row["setting"]), f"1/{1 / float(row['of_bf16']):.2f}", f"{row['mean']:.4f}", f"{row['uniform']:.4f}",
+            str(row["setting"]), f"1/{1 / float(row['of_bf16']):.2f}", f"{row['mean']:.4f}",
+            str(row["uniform"]), f"1/{1 / float(row['uniform_of_bf16']):.2f}", f"{row['uniform_mean']:.4f}",
             f"{row['ratio']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
         )  # fmt: skip
     return table

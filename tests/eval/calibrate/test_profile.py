@@ -19,7 +19,7 @@ from ov_kvcrush import CacheConfig, CrushError, LLMPipeline
 from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.eval.calibrate.app import app
 from ov_kvcrush.eval.calibrate.baklava import head_changes
-from ov_kvcrush.eval.calibrate.frontier import read_texts
+from ov_kvcrush.eval.calibrate.frontier import FrontierRow, against_uniform, read_texts
 from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant
 from ov_kvcrush.eval.cli.app import app as eval_app
 from ov_kvcrush.kvcache.planning import find_profile
@@ -177,6 +177,16 @@ def test_an_interrupted_frontier_goes_on(profiled: Path, tmp_path: Path, monkeyp
     assert len(read) == 1
     assert both["texts"] == ["texts:0", "texts:1"]
     assert both["rows"][: len(first["rows"])] == first["rows"]
+
+
+def test_settings_stand_beside_uniform_ones_of_no_fewer_bytes() -> None:
+    kl = {"1 u8/u8": 0.01, "0.5 u8/u8": 0.2, "0.7 u4/u4": 0.1, "1 u2/u2": 0.3, "plan 1/8.0": 0.05, "leankv x": 0.4}
+    size = {"1 u8/u8": 0.5, "0.5 u8/u8": 0.3, "0.7 u4/u4": 0.25, "1 u2/u2": 0.1, "plan 1/8.0": 0.2, "leankv x": 0.6}
+    rows = [FrontierRow(name, text, kl[name] * (1 + n), 1, size[name]) for name in kl for n, text in enumerate("abc")]
+    (found,) = against_uniform(rows)
+    assert (found["setting"], found["uniform"]) == ("plan 1/8.0", "0.7 u4/u4")  # u8/u8 has more bytes and costs more
+    for name in ("ratio", "low", "high"):
+        assert found[name] == pytest.approx(0.5)
 
 
 def test_contexts_are_read_with_their_first_question(tmp_path: Path) -> None:
