@@ -180,11 +180,13 @@ def test_bad_files_and_moments(pipe: LLMPipeline, folder: Path, tmp_path: Path) 
     path.with_suffix(".bad").write_bytes(data)
     with pytest.raises(ContextFileError):
         Context.load(path.with_suffix(".bad"), pipe)
+    too_few = context.nbytes - 1
     context.close()
     with pytest.raises(RequestError, match="context must be open"):
         context.save(path)
+    small = make_pipe(folder, max_bytes=too_few)
     with pytest.raises(OutOfMemory):
-        Context.load(path, make_pipe(folder, max_bytes=40_000))
+        Context.load(path, small)
     genai = LLMPipeline(folder, engine="genai")
     with pytest.raises(ContextFileError, match="engine='crush', got 'genai'"):
         Context.load(path, genai)
