@@ -203,12 +203,12 @@ def captured_bytes(engine: Engine, line: Any) -> int:
 
 
 def bytes_of(positions: np.ndarray, recent_tokens: int = 16, group_size: int = 32) -> int:
-    """Of a head of the engine `quantised`: tiles of 32 tokens, in float32 from the recent window on."""
+    """Of a head of the engine `quantised`: tiles of 32 tokens, in bf16 from the recent window on."""
     num_target = max(0, len(positions) - recent_tokens) // 32
     total = 0
     for tile in range(-(-len(positions) // 32)):
         places = positions[32 * tile : 32 * tile + 32]
-        precisions = ("u8", "u4") if tile < num_target else ("f32", "f32")
+        precisions = ("u8", "u4") if tile < num_target else ("bf16", "bf16")
         total += native.tile_bytes(*precisions, HEAD_SIZE, group_size, must_list(places))
     return total
 
