@@ -295,18 +295,6 @@ private:
     alignas(ALIGNMENT) uint8_t value_bytes_[TILE * TILE];  // of 32 channels
 };
 
-void attend_float(const AttendArgs& a, const VisibleTile* chunk, int n, const VisibleTile* after, int num_after) {
-    const uint8_t *tiles[CHUNK], *next[CHUNK];
-    for (int i = 0; i < n; ++i) tiles[i] = chunk[i].tile;
-    for (int i = 0; i < num_after; ++i) next[i] = after[i].tile;
-    AttendArgs args = a;
-    args.tiles = tiles;
-    args.num_tiles = static_cast<size_t>(n);
-    args.next_tiles = next;
-    args.num_next = static_cast<size_t>(num_after);
-    KERNELS_AVX512.attend(args);
-}
-
 void attend(const AttendArgs& a) {
     const RowBounds rows(a);
     VisibleTile chunks[2][CHUNK];
@@ -327,7 +315,7 @@ void attend(const AttendArgs& a) {
             if (AmxAttend::supports(*chunk[i].layout))
                 amx.run(chunk + i, end - i, rows, prefetcher);
             else
-                attend_float(a, chunk + i, end - i, chunks[side ^ 1], num_prefetched);
+                attend_visible(KERNELS_AVX512.attend, a, chunk + i, end - i, chunks[side ^ 1], num_prefetched);
         }
         n = num_next;
     }

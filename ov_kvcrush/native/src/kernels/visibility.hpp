@@ -32,11 +32,10 @@ public:
         open();
     }
     void step() {
-        for (int i = 0; i < lines_ && line_ != end_; ++i) {
-            I::prefetch(line_);
-            line_ += ALIGNMENT;
-            if (line_ == end_) open();
-        }
+        if (line_ == end_) return;
+        const uint8_t* stop = end_ - line_ > lines_ * static_cast<int>(ALIGNMENT) ? line_ + lines_ * ALIGNMENT : end_;
+        for (; line_ != stop; line_ += ALIGNMENT) I::prefetch(line_);
+        if (line_ == end_) open();
     }
 
 private:
@@ -90,6 +89,20 @@ int collect_next(const AttendArgs& a, VisibleTile* out) {
     for (; n < CHUNK && static_cast<size_t>(n) < a.num_next; ++n)
         out[n] = {a.next_tiles[n], &layout(a.next_tiles[n]), false};
     return n;
+}
+
+// Attention over visible tiles by other kernels, which look at them again.
+inline void attend_visible(void (*attend)(const AttendArgs&), const AttendArgs& a, const VisibleTile* chunk, int n,
+                           const VisibleTile* after, int num_after) {
+    const uint8_t *tiles[CHUNK], *next[CHUNK];
+    for (int i = 0; i < n; ++i) tiles[i] = chunk[i].tile;
+    for (int i = 0; i < num_after; ++i) next[i] = after[i].tile;
+    AttendArgs args = a;
+    args.tiles = tiles;
+    args.num_tiles = static_cast<size_t>(n);
+    args.next_tiles = next;
+    args.num_next = static_cast<size_t>(num_after);
+    attend(args);
 }
 
 template <class I>
