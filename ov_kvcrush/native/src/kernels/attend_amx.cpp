@@ -7,6 +7,7 @@
 // products over 64 tokens, took 1.3 times as long. Codes in the L1 cache would save 0.1 of it, but to prefetch them
 // there costs more.
 #include "kernels/amx_digits.hpp"
+#include "kernels/forward.hpp"
 #include "kernels/visibility.hpp"
 
 namespace crush {
@@ -321,23 +322,9 @@ void attend(const AttendArgs& a) {
     }
 }
 
-// The rest gains nothing from tile registers. (Functions forward it, since KERNELS_AVX512 may be initialised after
-// KERNELS_AMX.)
-void scores(const uint8_t* const* tiles, size_t num_tiles, const float* q, int rows, float* s, size_t stride) {
-    KERNELS_AVX512.scores(tiles, num_tiles, q, rows, s, stride);
-}
-void softmax(float* s, size_t n) { KERNELS_AVX512.softmax(s, n); }
-void encode(uint8_t* tile, const float* k, size_t k_stride, const float* v, size_t v_stride, int count) {
-    KERNELS_AVX512.encode(tile, k, k_stride, v, v_stride, count);
-}
-void decode(const uint8_t* tile, float* k, float* v) { KERNELS_AVX512.decode(tile, k, v); }
-void append_token(uint8_t* tile, int slot, const float* k, const float* v) {
-    KERNELS_AVX512.append_token(tile, slot, k, v);
-}
-
 }  // namespace
 
-const Kernels KERNELS_AMX = {
-    "amx", &attend, &scores, &softmax, &encode, &decode, &append_token, &staged_scores_amx, &prefill_amx};
+// The rest gains nothing from tile registers.
+const Kernels KERNELS_AMX = forward<KERNELS_AVX512>("amx", &attend, &staged_scores_amx, &prefill_amx);
 
 }  // namespace crush

@@ -1,15 +1,18 @@
-// Attention of a few query rows over quantised tiles by products of 16-bit integers, two at a time (vpmaddwd or vpdpwssd):
+// Attention of a few query rows over quantised tiles by products of pairs of 16-bit integers (vpmaddwd or vpdpwssd):
 // codes are one factor; the other (q * key scale, p * value scale) is rounded to 16 bits. docs/kv_store.md bounds the
-// error. N is a Pairs* struct. (No standard library: see attend_impl.hpp)
+// error. N is a Pairs* struct: pairs_avx2.hpp, pairs_avx512.hpp. (No standard library: see attend_impl.hpp)
 //
-// The four codes of one byte each in a dword (a quad: neighbouring channels of a key, tokens of a value) are two
-// products of pairs: of bytes 0 and 2, which one mask leaves in the words of the dword, and of bytes 1 and 3, which one
-// shift does.
-//
-// Sums are exact. Integers are at most 32767 and codes at most 255, so a key's sum is at most 256 channels * 255 *
-// 32767 = 2139029760 < 2^31, and that of values likewise over 256 tokens: then it is added to the float32 one.
+// Cost of a tile for 7 rows of 64 channels, u8: 896 products of zmm registers, 128 instructions that part the bytes,
+// 400 that prepare the integers and take powers. At two a cycle they would take 300 ns; it is 450 (Xeon of the Cascade
+// Lake family, 2.4 GHz, L2 cache). The kernels of attend_impl.hpp convert each code and multiply one number at a time.
+// Time relative to theirs on the same registers, u8/u8 and u4/u4, for 7 rows of 64 channels, 3 of 64, 6 of 128:
+//   AVX2 vpmaddwd 0.72 to 0.77, 0.74, 0.71; AVX-VNNI 0.60 to 0.65, 0.6, 0.59; AVX-512 vpmaddwd 0.78 to 0.92, 0.66 to
+//   0.79, 0.78 to 0.85; AVX512-VNNI 0.62 to 0.67, 0.52 to 0.59, 0.55 to 0.61
+// (AVX-VNNI by its instructions in their AVX512VL encoding.) With prefetches through TilePrefetcher it takes 1.1 times
+// as long.
 #pragma once
 
+#include "kernels/pair_sums.hpp"
 #include "kernels/visibility.hpp"
 
 namespace crush {
@@ -19,34 +22,11 @@ template <class N>
 class PairAttend {
     using I = typename N::I;
     using V = typename I::V;
-    using W = typename N::W;
     static constexpr int MAX_HEAD = 256;
     // Adding it leaves the nearest integer, in two's complement, at the end of the mantissa.
     static constexpr float MAGIC = 0xc00000p0f, RANGE = 32766.f;
     static constexpr float FLOOR = -1e30f;
     static constexpr float MAX_INVERSE = 1e25f;  // of a step: keeps q . min finite
-    static constexpr int MAX_CODES = 256;        // products of u8 codes that a sum can take
-
-    // Integers of some rows for 32 channels or tokens. Where those lie that are multiplied with a quad: see `word`.
-    struct Block {
-        alignas(ALIGNMENT) uint32_t of[MAX_ROWS][TILE / 2];
-    };
-    // Sums of M rows and U units of columns, in two parts where one cannot take products as fast as they come.
-    template <int M, int U>
-    struct Sums {
-        static constexpr int SPLIT = N::SUMS_PER_UNIT * M * U < N::MIN_SUMS ? 2 : 1;
-        W of[SPLIT][M][U];
-
-        __attribute__((always_inline)) Sums() {
-#pragma GCC unroll 2
-            for (int k = 0; k < SPLIT; ++k)
-#pragma GCC unroll 8
-                for (int r = 0; r < M; ++r)
-#pragma GCC unroll 2
-                    for (int u = 0; u < U; ++u) of[k][r][u] = N::zero();
-        }
-        W total(int r, int u) const { return SPLIT == 2 ? N::add(of[0][r][u], of[SPLIT - 1][r][u]) : of[0][r][u]; }
-    };
     template <int M>
     struct Int {
         static constexpr int value = M;
@@ -67,8 +47,7 @@ public:
 
     // Tiles of one layout. `after`: tiles to prefetch meanwhile.
     void run(const VisibleTile* tiles, int n, const RowBounds& rows, const VisibleTile* after, int num_after) {
-        for (int i = 0; i < n; ++i)
-            ahead_[i] = i < num_after ? address(after[i].tile) - address(tiles[i].tile) : 0;
+        for (int i = 0; i < n; ++i) ahead_[i] = i < num_after ? address(after[i].tile) - address(tiles[i].tile) : 0;
         scale_queries(tiles, n);
         for_codec(tiles[0].layout->key, [&](auto bits) {
             for (int i = 0; i < n; ++i)
@@ -80,17 +59,12 @@ public:
             if (tiles[i].masked) mask<I>(tiles[i], rows, rows_, scores_[0] + i * TILE);
         softmax(n * TILE);
         for_codec(tiles[0].layout->value, [&](auto bits) {
-            for_row_blocks([&](auto m, int first) {
-                add_groups<decltype(m)::value, decltype(bits)::value>(tiles, n, first);
-            });
+            for_row_blocks(
+                [&](auto m, int first) { add_groups<decltype(m)::value, decltype(bits)::value>(tiles, n, first); });
         });
     }
 
 private:
-    static uintptr_t address(const uint8_t* p) { return reinterpret_cast<uintptr_t>(p); }
-    static void prefetch(const uint8_t* p, uintptr_t ahead) {
-        I::prefetch(reinterpret_cast<const uint8_t*>(address(p) + ahead));
-    }
     // f(Int<bits of the codes>)
     template <class F>
     static void for_codec(Codec codec, F f) {
@@ -161,23 +135,24 @@ private:
         constexpr int U = N::BLOCK_UNITS;
         const TileLayout& l = *v.layout;
         const uintptr_t ahead = row == 0 ? ahead_[i] : 0;
-        Block q[MAX_HEAD / TILE];
+        PairBlock q[MAX_HEAD / TILE];
         float bias[MAX_ROWS];
         split_queries<M>(v, row, ahead, q, bias);
         for (int unit = 0; unit < TILE / 16; unit += U) {
-            Sums<M, U> sums;
-            add_products<M, U, BITS>(sums, v.tile + l.key_codes + 64 * unit, 4 * TILE, q, l.head_size / 16, ahead);
+            PairSums<N, M, U> sums;
+            sums.template add<BITS>(v.tile + l.key_codes + 64 * unit, 4 * TILE, q, size_ / 16, ahead);
 #pragma GCC unroll 8
             for (int r = 0; r < M; ++r)
 #pragma GCC unroll 2
                 for (int u = 0; u < U; ++u)
                     I::store(scores_[row + r] + i * TILE + 16 * (unit + u),
-                             I::fma(N::to_float(sums.total(r, u)), I::set1(step_[row + r]), I::set1(bias[r])));
+                             I::fma(sums.total(r, u), I::set1(step_[row + r]), I::set1(bias[r])));
         }
     }
     // The integers q * scale; bias: q . min
     template <int M>
-    __attribute__((always_inline)) void split_queries(const VisibleTile& v, int row, uintptr_t ahead, Block* to, float* bias) const {
+    __attribute__((always_inline)) void split_queries(const VisibleTile& v, int row, uintptr_t ahead, PairBlock* to,
+                                                      float* bias) const {
         const TileLayout& l = *v.layout;
         const V magic = I::set1(MAGIC);
         V dot[(M + 3) / 4 * 4];
@@ -185,8 +160,8 @@ private:
         for (V& x : dot) x = I::set1(0);
         for (int c = 0; c < size_; c += TILE, ++to) {
             V scale[2], min[2];
-            prefetch(v.tile + l.key_scale + 2 * c, ahead);
-            prefetch(v.tile + l.key_min + 2 * c, ahead);
+            prefetch_ahead<I>(v.tile + l.key_scale + 2 * c, ahead);
+            prefetch_ahead<I>(v.tile + l.key_min + 2 * c, ahead);
             load_split(v.tile + l.key_scale + 2 * c, c + 16 < size_, scale[0], scale[1]);
             load_split(v.tile + l.key_min + 2 * c, c + 16 < size_, min[0], min[1]);
 #pragma GCC unroll 8
@@ -201,54 +176,6 @@ private:
         for (int r = 0; r < M; ++r) bias[r] *= step_[row + r];
     }
 
-    // Where the integers for quad i of 16 channels or tokens begin, those for bytes 0 and 2 of its codes; those for
-    // bytes 1 and 3 follow.
-    static const uint32_t* word(const Block* blocks, int unit, int row, int i) {
-        return blocks[unit / 2].of[row] + 2 * (unit % 2) + 4 * i;
-    }
-
-    // sums += products of M rows of integers with U units of 16 columns of codes, over 16 * `units` channels or tokens.
-    // Rows of dwords are `stride` bytes apart.
-    template <int M, int U, int BITS>
-    __attribute__((always_inline)) static void add_products(Sums<M, U>& sums, const uint8_t* codes, int stride,
-                                                            const Block* blocks, int units, uintptr_t ahead) {
-        constexpr int QUADS = 8 / BITS;  // in a dword
-        for (int unit = 0; unit < units; ++unit) {
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i += QUADS, codes += stride) {
-                W dwords[U];
-#pragma GCC unroll 2
-                for (int u = 0; u < U; ++u) {
-                    dwords[u] = N::load(codes + 64 * u);
-                    prefetch(codes + 64 * u, ahead);
-                }
-                add_quad<M, U, BITS, 0>(sums, dwords, word(blocks, unit, 0, i));
-                if constexpr (QUADS > 1) add_quad<M, U, BITS, 1>(sums, dwords, word(blocks, unit, 0, i + 1));
-                if constexpr (QUADS > 2) add_quad<M, U, BITS, 2>(sums, dwords, word(blocks, unit, 0, i + 2));
-                if constexpr (QUADS > 2) add_quad<M, U, BITS, 3>(sums, dwords, word(blocks, unit, 0, i + 3));
-            }
-        }
-    }
-    template <int M, int U, int BITS, int QUAD>
-    __attribute__((always_inline)) static void add_quad(Sums<M, U>& sums, const W (&dwords)[U], const uint32_t* words) {
-        W codes[2][U];
-#pragma GCC unroll 2
-        for (int u = 0; u < U; ++u) {
-            codes[0][u] = N::template field<BITS, BITS * QUAD>(dwords[u]);
-            codes[1][u] = N::template field<BITS, BITS * QUAD + 8>(dwords[u]);
-        }
-#pragma GCC unroll 2
-        for (int k = 0; k < 2; ++k)
-#pragma GCC unroll 8
-            for (int r = 0; r < M; ++r) {
-                const W x = N::pair(words[r * (TILE / 2) + k]);
-#pragma GCC unroll 2
-                for (int u = 0; u < U; ++u) {
-                    W& sum = sums.of[k % sums.SPLIT][r][u];
-                    sum = N::add_products(sum, codes[k][u], x);
-                }
-            }
-    }
     // scores_[r] = 2^(score - the row's maximum over these n tokens), split tile by tile. Sets keep_, the factor of all
     // earlier sums, and weight_, the factor of these tokens. A row that sees none of them has maximum FLOOR, so all its
     // powers are 0.
@@ -319,8 +246,8 @@ private:
         for (V& x : dot) x = I::set1(0);
         for (int i = 0; i < n; ++i) {
             V scale[2], min[2];
-            prefetch(tiles[i].tile + l.value_scale + group, row == 0 ? ahead_[i] : 0);
-            prefetch(tiles[i].tile + l.value_min + group, row == 0 ? ahead_[i] : 0);
+            prefetch_ahead<I>(tiles[i].tile + l.value_scale + group, row == 0 ? ahead_[i] : 0);
+            prefetch_ahead<I>(tiles[i].tile + l.value_min + group, row == 0 ? ahead_[i] : 0);
             load_split(tiles[i].tile + l.value_scale + group, true, scale[0], scale[1]);
             load_split(tiles[i].tile + l.value_min + group, true, min[0], min[1]);
             for (V& x : scale) x = I::mul(x, factor);
@@ -338,14 +265,14 @@ private:
     // acc of U units of channels from c on
     template <int M, int U, int BITS>
     __attribute__((noinline)) void add_values(const VisibleTile* tiles, int n, int row, int c) {
-        constexpr int AT_ONCE = BITS == 8 ? MAX_CODES / TILE : CHUNK;
+        constexpr int AT_ONCE = BITS == 8 ? MAX_PRODUCTS / TILE : CHUNK;
         const TileLayout& l = *tiles[0].layout;
         for (int i = 0; i < n;) {
             const bool starts = i == 0;
-            Sums<M, U> sums;
+            PairSums<N, M, U> sums;
             for (const int end = i + AT_ONCE < n ? i + AT_ONCE : n; i < end; ++i)
-                add_products<M, U, BITS>(sums, tiles[i].tile + l.value_codes + 4 * c, 4 * l.head_size, &weights_[i], 2,
-                                         row == 0 ? ahead_[i] : 0);
+                sums.template add<BITS>(tiles[i].tile + l.value_codes + 4 * c, 4 * size_, &weights_[i], 2,
+                                        row == 0 ? ahead_[i] : 0);
 #pragma GCC unroll 8
             for (int r = 0; r < M; ++r) {
                 const float weight = weight_[row + r];
@@ -354,7 +281,7 @@ private:
 #pragma GCC unroll 2
                 for (int u = 0; u < U; ++u) {
                     float* acc = args_.acc + (row + r) * size_ + c + 16 * u;
-                    I::store(acc, I::fma(N::to_float(sums.total(r, u)), factor, I::fma(I::load(acc), keep, mins)));
+                    I::store(acc, I::fma(sums.total(r, u), factor, I::fma(I::load(acc), keep, mins)));
                 }
             }
         }
@@ -362,14 +289,14 @@ private:
 
     const AttendArgs& args_;
     const int rows_, size_;
-    float step_[MAX_ROWS];                   // unit of a row of q_in_steps_
+    float step_[MAX_ROWS];                     // unit of a row of q_in_steps_
     float keep_[MAX_ROWS], weight_[MAX_ROWS];  // see softmax
     float min_sum_[MAX_ROWS], weight_step_;
-    uintptr_t ahead_[CHUNK];  // from the bytes of a tile to those to prefetch
+    uintptr_t ahead_[CHUNK];                               // from the bytes of a tile to those to prefetch
     alignas(ALIGNMENT) float log2_q_[MAX_ROWS][MAX_HEAD];  // q * softmax scale * log2(e), split
     alignas(ALIGNMENT) float q_in_steps_[MAX_ROWS][MAX_HEAD];
     alignas(ALIGNMENT) float scores_[MAX_ROWS][STRIDE];
-    Block weights_[CHUNK];
+    PairBlock weights_[CHUNK];
 };
 
 // Tiles of float codecs go to FLOAT.

@@ -25,9 +25,11 @@ struct Forward {
 };
 
 template <const Kernels& BASE>
-constexpr Kernels forward_to(const char* isa, void (*attend)(const AttendArgs&)) {
+constexpr Kernels forward(const char* isa, void (*attend)(const AttendArgs&),
+                          void (*staged_scores)(const StagedScores&) = nullptr,
+                          void (*prefill)(const Prefill&) = nullptr) {
     using F = Forward<BASE>;
-    return {isa, attend, &F::scores, &F::softmax, &F::encode, &F::decode, &F::append_token, nullptr, nullptr};
+    return {isa, attend, &F::scores, &F::softmax, &F::encode, &F::decode, &F::append_token, staged_scores, prefill};
 }
 
 }  // namespace

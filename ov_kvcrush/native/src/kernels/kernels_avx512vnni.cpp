@@ -5,6 +5,7 @@
 namespace crush {
 
 extern const Kernels KERNELS_AVX512, KERNELS_AVX512VNNI;
-const Kernels KERNELS_AVX512VNNI = forward_to<KERNELS_AVX512>("avx512vnni", &attend_pairs<PairsAvx512Vnni, &Forward<KERNELS_AVX512>::attend>);
+const Kernels KERNELS_AVX512VNNI =
+    forward<KERNELS_AVX512>("avx512vnni", &attend_pairs<PairsAvx512Vnni, &Forward<KERNELS_AVX512>::attend>);
 
 }  // namespace crush

@@ -5,6 +5,7 @@
 namespace crush {
 
 extern const Kernels KERNELS_AVX2, KERNELS_AVXVNNI;
-const Kernels KERNELS_AVXVNNI = forward_to<KERNELS_AVX2>("avxvnni", &attend_pairs<PairsAvxVnni, &Forward<KERNELS_AVX2>::attend>);
+const Kernels KERNELS_AVXVNNI =
+    forward<KERNELS_AVX2>("avxvnni", &attend_pairs<PairsAvxVnni, &Forward<KERNELS_AVX2>::attend>);
 
 }  // namespace crush

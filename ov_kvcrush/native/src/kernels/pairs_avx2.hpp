@@ -11,7 +11,7 @@ struct PairsAvx2 {
     using V = I::V;
     static constexpr int BLOCK_ROWS = I::BLOCK_ROWS, BLOCK_UNITS = I::BLOCK_UNITS;
     static constexpr int SUMS_PER_UNIT = 2;  // registers of 16 columns
-    static constexpr int MIN_SUMS = 1;  // additions take one cycle: a sum can take a product each cycle
+    static constexpr int MIN_SUMS = 1;       // additions take one cycle: a sum can take a product each cycle
 
     struct W {
         __m256i a, b;

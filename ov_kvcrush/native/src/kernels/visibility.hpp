@@ -32,10 +32,11 @@ public:
         open();
     }
     void step() {
-        if (line_ == end_) return;
-        const uint8_t* stop = end_ - line_ > lines_ * static_cast<int>(ALIGNMENT) ? line_ + lines_ * ALIGNMENT : end_;
-        for (; line_ != stop; line_ += ALIGNMENT) I::prefetch(line_);
-        if (line_ == end_) open();
+        for (int i = 0; i < lines_ && line_ != end_; ++i) {
+            I::prefetch(line_);
+            line_ += ALIGNMENT;
+            if (line_ == end_) open();
+        }
     }
 
 private:
