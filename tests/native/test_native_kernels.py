@@ -301,7 +301,7 @@ def test_values_of_any_size_keep_their_precision(isa: str, value: float) -> None
     cache.store.append(seq, 0, k, v * np.float32(value), 0)
     cache.store.quantize_aged(seq)
     q = gaussian(rng, 1, 64)
-    assert_attends(cache, isa, [(seq, 0, 1, 89)], q)
+    assert_attends(cache, [(seq, 0, 1, 89)], q)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -3,13 +3,9 @@
 // error. N is a Pairs* struct: pairs_avx2.hpp, pairs_avx512.hpp. (No standard library: see attend_impl.hpp)
 //
 // Cost of a tile for 7 rows of 64 channels, u8: 896 products of zmm registers, 128 instructions that part the bytes,
-// 400 that prepare the integers and take powers. At two a cycle they would take 300 ns; it is 450 (Xeon of the Cascade
-// Lake family, 2.4 GHz, L2 cache). The kernels of attend_impl.hpp convert each code and multiply one number at a time.
-// Time relative to theirs on the same registers, u8/u8 and u4/u4, for 7 rows of 64 channels, 3 of 64, 6 of 128:
-//   AVX2 vpmaddwd 0.72 to 0.77, 0.74, 0.71; AVX-VNNI 0.60 to 0.65, 0.6, 0.59; AVX-512 vpmaddwd 0.78 to 0.92, 0.66 to
-//   0.79, 0.78 to 0.85; AVX512-VNNI 0.62 to 0.67, 0.52 to 0.59, 0.55 to 0.61
-// (AVX-VNNI by its instructions in their AVX512VL encoding.) With prefetches through TilePrefetcher it takes 1.1 times
-// as long.
+// 400 that prepare the integers and take powers. At two a cycle they would take 300 ns; it is 470 (Xeon of the Cascade
+// Lake family, 2.4 GHz, L2 cache), and 840 with the kernels of attend_impl.hpp, which convert each code and multiply
+// one number at a time; from memory 670 and 920, without prefetches 1100. docs/kv_store.md has more figures.
 #pragma once
 
 #include "kernels/pair_sums.hpp"

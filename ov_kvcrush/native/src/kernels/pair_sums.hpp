@@ -28,7 +28,7 @@ struct PairBlock {
 static inline uintptr_t address(const uint8_t* p) { return reinterpret_cast<uintptr_t>(p); }
 // Prefetches what lies `ahead` bytes behind p, in another tile.
 template <class I>
-void prefetch_ahead(const uint8_t* p, uintptr_t ahead) {
+__attribute__((always_inline)) inline void prefetch_ahead(const uint8_t* p, uintptr_t ahead) {
     I::prefetch(reinterpret_cast<const uint8_t*>(address(p) + ahead));
 }
 
