@@ -154,7 +154,8 @@ class Store:
 
 def info() -> dict[str, Any]:
     """`isa` (kernels in use), `isas` (all that may be used, slowest first), `isa_cap` (OV_KVCRUSH_ISA, "" = none),
-    `openvino` (version). Raises ValueError if OV_KVCRUSH_ISA is not scalar, avx2, avx512 or amx."""
+    `openvino` (version). Raises ValueError if OV_KVCRUSH_ISA is not scalar, avx2, avxvnni, avx512, avx512vnni or
+    amx."""
 
 def can_prefill(layers: list[tuple[int, int, int, int, float]], staging: str, isa: str = "") -> bool:
     """Whether `Store.prefill` reads prompts of all these layers, so that they can do without PagedAttention: they are

@@ -29,6 +29,8 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang" AND CMAKE_SYSTEM_PROCESSOR MATCHES 
     kernels/attend_amx.cpp
     kernels/kernels_avx2.cpp
     kernels/kernels_avx512.cpp
+    kernels/kernels_avx512vnni.cpp
+    kernels/kernels_avxvnni.cpp
     kernels/prefill_amx.cpp
     kernels/sampling_avx2.cpp
     kernels/sampling_avx512.cpp
@@ -36,6 +38,10 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang" AND CMAKE_SYSTEM_PROCESSOR MATCHES 
   )
   set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/kernels_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
   set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/kernels_avx512.cpp PROPERTIES COMPILE_OPTIONS
+    "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx2;-mfma;-mf16c")
+  # Products of VNNI are inline assembly.
+  set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/kernels_avxvnni.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
+  set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/kernels_avx512vnni.cpp PROPERTIES COMPILE_OPTIONS
     "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx2;-mfma;-mf16c")
   set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/sampling_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
   set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/sampling_avx512.cpp PROPERTIES COMPILE_OPTIONS

@@ -121,10 +121,12 @@ class Cache:
         return out.reshape(q.shape).astype(np.float32)
 
     def rounding(self, index: int, spans: Sequence[Span], q: Array) -> float:
-        """How far `attend` may be off because scaled queries are 16-bit integers, as docs/kv_store.md says; AMX only.
+        """How far `attend` may be off because scaled queries are 16-bit integers, as docs/kv_store.md says.
 
-        Five standard deviations of a logit's error, at the largest value.
+        Five standard deviations of a logit's error, at the largest value. Scalar kernels round nothing.
         """
+        if self.store.isa == "scalar":
+            return 0.0
         shape = self.layers[index]
         rows = np.abs(q.reshape(len(q), shape.num_heads, shape.head_size))
         most = 0.0

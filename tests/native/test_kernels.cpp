@@ -194,11 +194,10 @@ std::vector<double> probabilities(const TestHead& head, const float* q, const La
     return probabilities(head.k, head.positions, q, shape, row_position);
 }
 
-// How far the attention of a row over quantised tiles may be off because scaled queries are 16-bit integers, with AMX:
-// five standard deviations of a logit's error, at the largest value. See DIGITS_ERROR in native_stores.py.
+// How far the attention of a row over quantised tiles may be off because scaled queries are 16-bit integers: five standard deviations of a logit's error, at the largest value. See DIGITS_ERROR in native_stores.py.
 double rounding(const Kernels& kernels, Codec key, Codec value, const TestHead& head, const float* q,
                 const LayerShape& shape) {
-    if (std::string(kernels.isa) != "amx" || !is_quantised(key) || !is_quantised(value)) return 0;
+    if (std::string(kernels.isa) == "scalar" || !is_quantised(key) || !is_quantised(value)) return 0;
     const size_t size = static_cast<size_t>(shape.head_size);
     double most = 0, largest = 0;
     for (size_t c = 0; c < size; ++c) {

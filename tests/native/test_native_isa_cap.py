@@ -10,7 +10,7 @@ import sys
 import pytest
 from native_stores import ISAS, layer, require_native
 
-NAMES = ["scalar", "avx2", "avx512", "amx"]
+NAMES = ["scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "amx"]
 PROGRAM = f"""
 import json
 from ov_kvcrush import native
@@ -60,7 +60,7 @@ def test_no_kernels_above_the_cap_are_used(cap: str) -> None:
 
 
 def test_an_unknown_cap_is_an_error_each_time() -> None:
-    message = "OV_KVCRUSH_ISA must be one of scalar, avx2, avx512, amx, got sse9"
+    message = f"OV_KVCRUSH_ISA must be one of {', '.join(NAMES)}, got sse9"
     assert seen_with("sse9") == {"error": message, "again": message}
 
 

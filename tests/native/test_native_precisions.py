@@ -62,7 +62,7 @@ def test_heads_of_any_precisions_attend_as_the_reference(isa: str, n: int, recen
     for index, shape in enumerate(cache.layers):
         q = gaussian(rng, 5, shape.num_heads * shape.head_size)
         expected = cache.attention(index, spans, q)
-        rounding = cache.rounding(index, spans, q) if isa == "amx" else 0
+        rounding = cache.rounding(index, spans, q)
         atol = 1e-4 * float(np.abs(expected).max(initial=0)) + rounding
         np.testing.assert_allclose(cache.store.attend(index, spans, q), expected, rtol=0, atol=atol)
 

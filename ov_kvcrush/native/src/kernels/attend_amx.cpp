@@ -7,6 +7,7 @@
 // products over 64 tokens, took 1.3 times as long. Codes in the L1 cache would save 0.1 of it, but to prefetch them
 // there costs more.
 #include "kernels/amx_digits.hpp"
+#include "kernels/forward.hpp"
 #include "kernels/visibility.hpp"
 
 namespace crush {
@@ -295,18 +296,6 @@ private:
     alignas(ALIGNMENT) uint8_t value_bytes_[TILE * TILE];  // of 32 channels
 };
 
-void attend_float(const AttendArgs& a, const VisibleTile* chunk, int n, const VisibleTile* after, int num_after) {
-    const uint8_t *tiles[CHUNK], *next[CHUNK];
-    for (int i = 0; i < n; ++i) tiles[i] = chunk[i].tile;
-    for (int i = 0; i < num_after; ++i) next[i] = after[i].tile;
-    AttendArgs args = a;
-    args.tiles = tiles;
-    args.num_tiles = static_cast<size_t>(n);
-    args.next_tiles = next;
-    args.num_next = static_cast<size_t>(num_after);
-    KERNELS_AVX512.attend(args);
-}
-
 void attend(const AttendArgs& a) {
     const RowBounds rows(a);
     VisibleTile chunks[2][CHUNK];
@@ -327,29 +316,15 @@ void attend(const AttendArgs& a) {
             if (AmxAttend::supports(*chunk[i].layout))
                 amx.run(chunk + i, end - i, rows, prefetcher);
             else
-                attend_float(a, chunk + i, end - i, chunks[side ^ 1], num_prefetched);
+                attend_visible(KERNELS_AVX512.attend, a, chunk + i, end - i, chunks[side ^ 1], num_prefetched);
         }
         n = num_next;
     }
 }
 
-// The rest gains nothing from tile registers. (Functions forward it, since KERNELS_AVX512 may be initialised after
-// KERNELS_AMX.)
-void scores(const uint8_t* const* tiles, size_t num_tiles, const float* q, int rows, float* s, size_t stride) {
-    KERNELS_AVX512.scores(tiles, num_tiles, q, rows, s, stride);
-}
-void softmax(float* s, size_t n) { KERNELS_AVX512.softmax(s, n); }
-void encode(uint8_t* tile, const float* k, size_t k_stride, const float* v, size_t v_stride, int count) {
-    KERNELS_AVX512.encode(tile, k, k_stride, v, v_stride, count);
-}
-void decode(const uint8_t* tile, float* k, float* v) { KERNELS_AVX512.decode(tile, k, v); }
-void append_token(uint8_t* tile, int slot, const float* k, const float* v) {
-    KERNELS_AVX512.append_token(tile, slot, k, v);
-}
-
 }  // namespace
 
-const Kernels KERNELS_AMX = {
-    "amx", &attend, &scores, &softmax, &encode, &decode, &append_token, &staged_scores_amx, &prefill_amx};
+// The rest gains nothing from tile registers.
+const Kernels KERNELS_AMX = forward<KERNELS_AVX512>("amx", &attend, &staged_scores_amx, &prefill_amx);
 
 }  // namespace crush

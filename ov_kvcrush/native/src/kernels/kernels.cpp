@@ -14,7 +14,7 @@ namespace crush {
 
 extern const Kernels KERNELS_SCALAR;
 #if defined(__x86_64__)
-extern const Kernels KERNELS_AVX2, KERNELS_AVX512, KERNELS_AMX;
+extern const Kernels KERNELS_AVX2, KERNELS_AVXVNNI, KERNELS_AVX512, KERNELS_AVX512VNNI, KERNELS_AMX;
 #endif
 
 namespace {
@@ -38,17 +38,27 @@ std::vector<const Kernels*> available() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx2) all.push_back(&KERNELS_AVX2);
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        all.push_back(&KERNELS_AVX512);
-    if (all.back() == &KERNELS_AVX512 && may_use_amx()) all.push_back(&KERNELS_AMX);
+    if (avx2 && __builtin_cpu_supports("avxvnni")) all.push_back(&KERNELS_AVXVNNI);
+    if (avx512) all.push_back(&KERNELS_AVX512);
+    if (avx512 && __builtin_cpu_supports("avx512vnni")) all.push_back(&KERNELS_AVX512VNNI);
+    if (avx512 && may_use_amx()) all.push_back(&KERNELS_AMX);
 #endif
     return all;
 }
 
 constexpr const char* CAP = "OV_KVCRUSH_ISA";
-constexpr const char* ISA_NAMES[] = {"scalar", "avx2", "avx512", "amx"};  // slowest first
+// slowest first
+constexpr const char* ISA_NAMES[] = {"scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "amx"};
+
+template <class Names>
+std::string join(const Names& names) {
+    std::string all;
+    for (const std::string name : names) all += (all.empty() ? "" : ", ") + name;
+    return all;
+}
 
 size_t rank_of(const std::string& isa) {
     return static_cast<size_t>(std::find(std::begin(ISA_NAMES), std::end(ISA_NAMES), isa) - ISA_NAMES);
@@ -65,7 +75,7 @@ struct Choice {
         cap = value;
         const size_t most = rank_of(cap);
         if (most == std::size(ISA_NAMES))
-            throw std::invalid_argument(std::string(CAP) + " must be one of scalar, avx2, avx512, amx, got " + cap);
+            throw std::invalid_argument(std::string(CAP) + " must be one of " + join(ISA_NAMES) + ", got " + cap);
         const auto above = [&](const Kernels* k) { return rank_of(k->isa) > most; };
         all.erase(std::remove_if(all.begin(), all.end(), above), all.end());
     }
@@ -81,12 +91,10 @@ const Choice& choice() {
 const Kernels& kernels(const std::string& isa) {
     const std::vector<const Kernels*>& all = choice().all;
     if (isa.empty()) return *all.back();
-    std::string names;
     for (const Kernels* k : all) {
         if (isa == k->isa) return *k;
-        names += (names.empty() ? "" : ", ") + std::string(k->isa);
     }
-    throw std::invalid_argument("isa must be one of " + names + " on this CPU" +
+    throw std::invalid_argument("isa must be one of " + join(available_isas()) + " on this CPU" +
                                 (isa_cap().empty() ? "" : std::string(" within ") + CAP + "=" + isa_cap()) + ", got " +
                                 isa);
 }

@@ -97,8 +97,8 @@ struct Kernels {
 // The environment variable OV_KVCRUSH_ISA names the best kernels that may be used; it is read at the first call of one
 // of these functions. Each of them throws std::invalid_argument if it is not a name of kernels.
 
-// The best kernels of this CPU, or those of a name ("scalar", "avx2", "avx512", "amx"). Throws std::invalid_argument
-// with the names this CPU can run for any other one.
+// The best kernels of this CPU, or those of a name ("scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "amx"). Throws
+// std::invalid_argument with the names this CPU can run for any other one.
 const Kernels& kernels(const std::string& isa = "");
 std::vector<std::string> available_isas();  // slowest first
 std::string isa_cap();                      // "" = all may be used

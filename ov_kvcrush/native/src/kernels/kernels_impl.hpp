@@ -8,9 +8,9 @@ namespace crush {
 namespace {
 
 template <class I>
-constexpr Kernels make_kernels() {
+constexpr Kernels make_kernels(void (*attend)(const AttendArgs&) = &AttendImpl<I>::attend) {
     return {I::NAME,
-            &AttendImpl<I>::attend,
+            attend,
             &AttendImpl<I>::scores,
             &AttendImpl<I>::softmax,
             &CodecImpl<I>::encode,

@@ -100,8 +100,10 @@ struct SimdAvx512 {
         const __mmask16 keep = _mm512_mask_cmple_epi32_mask(above, at, _mm512_set1_epi32(high));
         return _mm512_mask_blend_ps(keep, set1(-__builtin_inff()), x);
     }
-    // to the L2 cache
-    static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+    // To the L2 cache. (Not inlined early, GCC takes it for a function without effect and drops calls of it.)
+    __attribute__((always_inline)) static void prefetch(const uint8_t* p) {
+        _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+    }
 
 private:
     static __m256i load_256(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }

@@ -92,6 +92,20 @@ int collect_next(const AttendArgs& a, VisibleTile* out) {
     return n;
 }
 
+// Attention over visible tiles by other kernels, which look at them again.
+inline void attend_visible(void (*attend)(const AttendArgs&), const AttendArgs& a, const VisibleTile* chunk, int n,
+                           const VisibleTile* after, int num_after) {
+    const uint8_t *tiles[CHUNK], *next[CHUNK];
+    for (int i = 0; i < n; ++i) tiles[i] = chunk[i].tile;
+    for (int i = 0; i < num_after; ++i) next[i] = after[i].tile;
+    AttendArgs args = a;
+    args.tiles = tiles;
+    args.num_tiles = static_cast<size_t>(n);
+    args.next_tiles = next;
+    args.num_next = static_cast<size_t>(num_after);
+    attend(args);
+}
+
 template <class I>
 void mask(const VisibleTile& v, const RowBounds& rows, int num_rows, float* s) {
     int32_t at[TILE];
