@@ -90,7 +90,8 @@ def _cache_of(job: dict[str, Any]) -> tuple[CacheConfig, Storage]:
     reason = native.why_unavailable()
     if reason is None:
         stored = cache.with_properties(job["properties"])[0]
-        storage = Storage("CrushAttention", stored.key_precision, stored.value_precision)
+        key, value = ("plan", "plan") if cache.is_planned else (stored.key_precision, stored.value_precision)
+        storage = Storage("CrushAttention", key, value)
         return replace(cache, attention="crush"), storage
     if cache != CacheConfig():
         raise CrushError(
