@@ -3,8 +3,8 @@
 Their groups of 32 mean `scale * q - minimum`; the converter stores `scale * (q - zero)` with `zero = minimum / scale`
 rounded to a whole number in 0..15. What rounding leaves is the same for all 32 weights of a group, so a product loses
 `scale * (zero - rounded)` times the sum of the group's inputs: a MatMul 32 times as small gives it back. Zero points in
-float16 are exact, too, but the CPU plugin then has no integer product (openvino 2026.4): Qwen2.5-Coder-1.5B Q4_K_M takes
-245 and 242 ms a token with them, 224 and 214 so (2 cores of an Intel Xeon, 2.5 GHz, AVX-512 with VNNI, 128 tokens).
+float16 are exact, too, but the CPU plugin then has no integer product (openvino 2026.4): Qwen2.5-Coder-1.5B Q4_K_M
+takes 245 and 242 ms a token with them, 224 and 214 so (2 cores of an Intel Xeon, 2.5 GHz, AVX-512 with VNNI).
 """
 
 from __future__ import annotations
