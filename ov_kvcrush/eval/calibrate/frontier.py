@@ -5,18 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.calibrate.measure import baklava_variant, variant_of
+from ov_kvcrush.eval.calibrate.measure import baklava_variant, keeping, variant_of
 from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant, ReadPrompt
 from ov_kvcrush.eval.calibrate.rendering import PromptRenderer
 from ov_kvcrush.kvcache.planning import geometry_of
-from ov_kvcrush.policies.base import Budget, Policy
+from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.plans.planner import BytePlanner
 from ov_kvcrush.policies.plans.profile import KVProfile
 from ov_kvcrush.policies.registry import build
@@ -135,8 +135,7 @@ def _of_text(
         plan = planner.plan(read.num_tokens)
         named.append((label, plan.predicted_kl or float("nan"), variant_of(read, plan, policy)))
     for fraction in FRACTIONS:
-        budget = Budget(kept=fraction, min_tokens=policy.budget.min_tokens)
-        kept = read.select(replace(policy, budget=budget)) if fraction < 1 else None
+        kept = read.select(keeping(policy, fraction)) if fraction < 1 else None
         for key, value in PRECISIONS:
             variant = CacheVariant(meter.uniform(key, value), kept)
             named.append((f"{fraction:g} {key}/{value}", float("nan"), variant))

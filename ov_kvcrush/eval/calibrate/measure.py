@@ -16,7 +16,7 @@ from ov_kvcrush.eval.calibrate import baklava
 from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant, ReadPrompt
 from ov_kvcrush.kvcache.planning import geometry_of, precisions_of
 from ov_kvcrush.model.fingerprints import model_fingerprint
-from ov_kvcrush.policies.base import Budget, Policy
+from ov_kvcrush.policies.base import Budget, BudgetAllocator, Policy
 from ov_kvcrush.policies.budgets.head_profile import HeadProfile
 from ov_kvcrush.policies.budgets.planned import planned
 from ov_kvcrush.policies.budgets.uniform import Uniform
@@ -67,7 +67,7 @@ def measure_text(
 ) -> TextCosts:
     """What each choice costs on one prompt. policy: which tokens an evicted head keeps."""
     with prompt.read(meter, answer_tokens, policy, ends) as read:
-        kept = {name: read.select(_keeping(policy, _number(name))) for name in ALL_CHOICES if name.startswith("kept.")}
+        kept = {name: read.select(keeping(policy, _number(name))) for name in ALL_CHOICES if name.startswith("kept.")}
         base = _measure(read, [CacheVariant(meter.uniform(_BASE, _BASE))], prompt.name, told)[0]
         together = _measure(read, [_in_all(meter, name, kept) for name in ALL_CHOICES], prompt.name, told)
         heads = {}
@@ -98,7 +98,7 @@ def measure_plans(
     found = []
     for prompt in prompts:
         with prompt.read(meter, answer_tokens, policy, ends) as read:
-            variants = [variant_of(read, plan, policy) for plan, _ in plans.values()]
+            variants = [variant_of(read, plan, policy) for plan in plans.values()]
             variants += [
                 baklava_variant(meter, read, policy, budget, baklava.KEPT, (_BASE, _BASE)) for budget in budgets
             ]
@@ -108,7 +108,7 @@ def measure_plans(
     rungs = []
     for size in RUNGS:
         power = min(POWERS, key=lambda p: float(of_plan[size, p].mean()))
-        rungs.append(Rung(of_plan[size, power], planner.settled(plans[size, power][0]), power))
+        rungs.append(Rung(of_plan[size, power], planner.settled(plans[size, power]), power))
     best = budgets[int(kl[len(plans) :].mean(axis=1).argmin())]
     return replace(profile, rungs=tuple(rungs), baklava=best)
 
@@ -117,11 +117,7 @@ def baklava_variant(
     meter: CacheMeter, read: ReadPrompt, policy: Policy, heads: HeadProfile, kept: float, precisions: tuple[str, str]
 ) -> CacheVariant:
     """A cache whose heads keep what BaKlaVa's budgets say."""
-    budget = Budget(kept=kept, min_tokens=policy.budget.min_tokens)
-    changes: dict[str, Any] = {"budget": budget}
-    if hasattr(policy, "allocator"):
-        changes["allocator"] = heads
-    return CacheVariant(meter.uniform(*precisions), read.select(replace(policy, **changes)))
+    return CacheVariant(meter.uniform(*precisions), read.select(keeping(policy, kept, heads)))
 
 
 def variant_of(read: ReadPrompt, plan: CachePlan, policy: Policy) -> CacheVariant:
@@ -149,9 +145,12 @@ def _measure(read: ReadPrompt, variants: Sequence[CacheVariant], name: str, told
     return np.array(found)
 
 
-def _keeping(policy: Policy, fraction: float) -> Policy:
-    """The policy with a fraction of every head, whatever its split: a plan says of each head how much it keeps."""
-    split: dict[str, Any] = {"allocator": Uniform()} if hasattr(policy, "allocator") else {}
+def keeping(policy: Policy, fraction: float, allocator: BudgetAllocator | None = None) -> Policy:
+    """The policy with a fraction of the tokens and another split than its own: by default each head keeps as much.
+
+    A plan says of each head how much it keeps.
+    """
+    split: dict[str, Any] = {"allocator": allocator or Uniform()} if hasattr(policy, "allocator") else {}
     return replace(policy, budget=Budget(kept=fraction, min_tokens=policy.budget.min_tokens), **split)
 
 

@@ -72,12 +72,12 @@ class BytePlanner:
             self._plans[key] = self._solve(length, floor)
         return self._plans[key]
 
-    def plan_of(self, settled: float, excess_power: float) -> tuple[CachePlan, float]:
-        """The plan of a settled size, and its cost in the profile's table. Needs a profile."""
+    def plan_of(self, settled: float, excess_power: float) -> CachePlan:
+        """The plan of a settled size. Needs a profile."""
         table = self._table(excess_power)
         sizes = self._geometry.settled_sizes(table.options)
         chosen = solve(table.costs, sizes, settled * self._geometry.full_settled())
-        return self._made(table.options, chosen), float(table.costs[np.arange(len(chosen)), chosen].sum())
+        return self._made(table.options, chosen)
 
     def settled(self, plan: CachePlan) -> float:
         """Bytes of a token that left the recent window over those of bf16."""
@@ -97,7 +97,7 @@ class BytePlanner:
             return self._from_ladder(length, limit)
         if self._quality is not None:
             settled = settled_for(self._profile, self._quality)
-            return self.plan_of(settled, self._power(settled))[0]
+            return self.plan_of(settled, self._power(settled))
         table = self._table(self._power(limit / self._geometry.full_bytes(length)))
         sizes = self._geometry.sizes(table.options, length)
         self._check_bytes(sizes, limit, length)
