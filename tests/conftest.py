@@ -9,6 +9,7 @@ from pathlib import Path
 
 import covering  # noqa: F401, registers the profiles
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from tiny_models import tiny_model
 
@@ -45,31 +46,37 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function from a kind (see tiny_models.KINDS) to its Hugging Face folder, built once per session."""
-    folders: dict[str, Path] = {}
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Return a function from a name and what fills a folder to that folder, which one worker of the run fills once."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    def build(kind: str) -> Path:
-        if kind not in folders:
-            folders[kind] = tiny_model(kind, tmp_path_factory.mktemp("hf") / kind)
-        return folders[kind]
+    def fill(name: str, make: Callable[[Path], object]) -> Path:
+        folder = shared / name
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
+                if not folder.exists():
+                    part = folder.with_name(f"{folder.name}.part")
+                    make(part)
+                    part.rename(folder)
+        return folder
 
-    return build
+    return fill
 
 
 @pytest.fixture(scope="session")
-def tiny_ir(tiny_hf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function from a kind to its exported fp32 OpenVINO folder, exported once per session."""
-    folders: dict[str, Path] = {}
+def tiny_hf(once: Callable[[str, Callable[[Path], object]], Path]) -> Callable[[str], Path]:
+    """Return a function from a kind (see tiny_models.KINDS) to its Hugging Face folder, built once per run."""
+    return lambda kind: once(f"hf/{kind}", lambda folder: tiny_model(kind, folder))
 
-    def build(kind: str) -> Path:
-        if kind not in folders:
-            out = tmp_path_factory.mktemp("ir") / kind
-            export_model(tiny_hf(kind), out, weight_format="fp32")
-            folders[kind] = out
-        return folders[kind]
 
-    return build
+@pytest.fixture(scope="session")
+def tiny_ir(
+    tiny_hf: Callable[[str], Path], once: Callable[[str, Callable[[Path], object]], Path]
+) -> Callable[[str], Path]:
+    """Return a function from a kind to its exported fp32 OpenVINO folder, exported once per run."""
+    return lambda kind: once(f"ir/{kind}", lambda out: export_model(tiny_hf(kind), out, weight_format="fp32"))
 
 
 @pytest.fixture(scope="session")

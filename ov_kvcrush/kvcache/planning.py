@@ -18,6 +18,7 @@ from ov_kvcrush.policies.base import DefaultBudget, Policy
 from ov_kvcrush.policies.plans.geometry import CacheGeometry
 from ov_kvcrush.policies.plans.plan import CachePlan
 from ov_kvcrush.policies.plans.planner import BytePlanner
+from ov_kvcrush.policies.plans.prediction import FEWEST_TEXTS
 from ov_kvcrush.policies.plans.profile import PROFILE_NAME, UNKNOWN_PROFILE_NAME, KVProfile, read_profile
 from ov_kvcrush.policies.registry import as_policy
 
@@ -26,6 +27,10 @@ _NO_PROFILE = (
     "the budget is met by one setting for all KV heads: no %s beside the model; ov_kvcrush-profile makes one, which "
     "loses less in as many bytes",
     PROFILE_NAME,
+)
+_FEW_TEXTS = (
+    "quality is kept by about %d of %d texts, not by nine of ten: the profile has %d calibration prompts; "
+    "ov_kvcrush-profile --texts %d makes a better one"
 )
 
 LEAST_TOKENS = 36  # sinks and recent tokens, which always stay
@@ -109,6 +114,8 @@ def make_planner(model: LoadedModel, config: CacheConfig, profile: KVProfile | N
     )
     if profile is None:
         _log.warning(*_NO_PROFILE)
+    elif config.quality is not None and (texts := len(profile.rungs[0].kl)) < FEWEST_TEXTS:
+        _log.warning(_FEW_TEXTS, texts, texts + 1, texts, FEWEST_TEXTS)
     return planner
 
 

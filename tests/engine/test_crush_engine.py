@@ -124,11 +124,14 @@ def test_sequences_of_one_request_share_the_prompt(tiny_ir: Callable[[str], Path
 
 def test_quantised_store_answers_like_the_exact_one_on_a_real_model(smollm2: Path) -> None:
     question = "What is the capital of France? Answer in one sentence."
-    answers = {
-        precision: LLMPipeline(
-            smollm2, cache_config={"key_precision": precision, "value_precision": precision, "recent_tokens": 0}
-        ).generate(question, max_new_tokens=20)
+    configs = {
+        precision: {"key_precision": precision, "value_precision": precision, "recent_tokens": 0}
         for precision in ("f32", "bf16", "u8", "u4")
+    }
+    pipe = LLMPipeline(smollm2, cache_config=configs["f32"])
+    answers = {
+        precision: pipe.with_cache(config).generate(question, max_new_tokens=12)
+        for precision, config in configs.items()
     }
     assert all("Paris" in answer for answer in answers.values()), answers
 
@@ -206,13 +209,13 @@ def test_process_grows_by_what_the_store_says(smollm2: Path) -> None:
             engine.step()
         return rss_bytes()
 
-    hold_prompts(5)  # kernels are compiled and activations are allocated, those of as many prompts
+    hold_prompts(3)  # kernels are compiled and activations are allocated, those of as many prompts
     run(engine)
     gc.collect()
     before = rss_bytes()
-    growth, held = hold_prompts(5) - before, engine.metrics().kv_cache_size_in_bytes
+    growth, held = hold_prompts(3) - before, engine.metrics().kv_cache_size_in_bytes
     run(engine)
-    assert held > 200e6
+    assert held > 140e6
     assert abs(growth - held) < 0.1 * held, (growth, held)
 
 

@@ -17,8 +17,9 @@ pytestmark = pytest.mark.numerics
 # Without the last one the plugin quantises the activations of compressed layers to int8 in groups of 32: a difference
 # of 1e-5 between two orders of summation then becomes 0.5 in a logit wherever a value crosses a rounding border.
 F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-LENGTHS = (5, 17, 33, 64, 200, 513, 1000, 3000)
+LENGTHS = (5, 33, 64, 200, 513, 1000)
 CHUNK = 512
+NEW_TOKENS = 40  # the blocks of some answers end within them
 
 
 def text_ids(folder: Path, count: int) -> np.ndarray:
@@ -52,17 +53,17 @@ def run_together(pipe: ContinuousBatchingPipeline, prompts: list[np.ndarray], ne
 
 def test_greedy_tokens_equal_openvino_genai(smollm2: Path, prompts: list[np.ndarray]) -> None:
     ours = ContinuousBatchingPipeline(smollm2, SchedulerConfig(max_num_batched_tokens=CHUNK), properties=F32)
-    answers = [run_together(ours, [p], 64)[0] for p in prompts]
+    answers = [run_together(ours, [p], NEW_TOKENS)[0] for p in prompts]
     del ours
     scheduler = ov_genai.SchedulerConfig()
     scheduler.max_num_batched_tokens = CHUNK
     stock = ov_genai.ContinuousBatchingPipeline(str(smollm2), scheduler, "CPU", F32)
-    config = GenerationConfig(max_new_tokens=64, ignore_eos=True)
+    config = GenerationConfig(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     for ids, answer in zip(prompts, answers, strict=True):
         handle = stock.add_request(0, ov.Tensor(ids[None].copy()), config)
         while stock.has_non_finished_requests():
             stock.step()
-        assert len(answer) == 64
+        assert len(answer) == NEW_TOKENS
         assert answer == handle.read_all()[0].generated_ids, f"prompt of {len(ids)} tokens"
 
 
@@ -81,9 +82,9 @@ def test_batch_equals_single(new_tokens: int, smollm2: Path) -> None:
     assert pipe.get_metrics().num_preemptions == 0
     assert pipe.get_metrics().num_used_blocks == 0
 
-    # Less than half of the blocks that all 16 need together: sequences lose their KV and compute it again.
+    # A quarter of the blocks that all 16 need together, whoever comes first: sequences lose their KV and compute it again.
     # max_step_ms=0: on a slow machine shorter chunks let the first answers end before the last prompts begin.
-    config = SchedulerConfig(max_num_batched_tokens=128, num_kv_blocks=24, max_step_ms=0)
+    config = SchedulerConfig(max_num_batched_tokens=128, num_kv_blocks=12, max_step_ms=0)
     small = ContinuousBatchingPipeline(smollm2, config, properties=F32)
     assert run_together(small, prompts, new_tokens) == alone
     assert small.get_metrics().num_preemptions > 0
@@ -114,6 +115,6 @@ def test_chunk_size_does_not_change_tokens(smollm2: Path, prompts: list[np.ndarr
     answers = []
     for chunk in (37, 1000):
         pipe = ContinuousBatchingPipeline(smollm2, SchedulerConfig(max_num_batched_tokens=chunk), properties=F32)
-        answers.append(run_together(pipe, prompts[4:6], 24))
+        answers.append(run_together(pipe, prompts[3:5], 16))
         del pipe
     assert answers[0] == answers[1]

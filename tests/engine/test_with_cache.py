@@ -255,7 +255,7 @@ def test_store_without_room_leaves_the_others_as_they_were(pipe: LLMPipeline) ->
     assert answers(tight, held) == answer
     made = pipe.compress_ids(IDS, [POLICIES[2]] * 4, pipelines=homes)
     with pytest.raises(OutOfMemory, match="prompt and answer must fit into the KV store beside what is there"):
-        answers(tight, made[2:3])
+        answers(tight, made[2:3], question=IDS)
     del held
     assert all(answers(home, [context]) for home, context in zip(homes, made, strict=True))
     del made

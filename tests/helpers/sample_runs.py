@@ -15,7 +15,7 @@ def run_sample(name: str, *arguments: str, stdin: str = "") -> str:
     command = [sys.executable, str(ROOT / "samples" / name), *arguments]
     environment = {**os.environ, "PYTHONPATH": search}
     done = subprocess.run(
-        command, input=stdin, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=120
+        command, input=stdin, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

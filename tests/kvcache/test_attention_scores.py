@@ -80,7 +80,7 @@ def test_scores_of_a_prompt_read_through_the_store_are_the_same(
     assert_equal(scores_of(engine, ids, watch), eager_attentions(tiny_hf(kind), ids), watch)
 
 
-@pytest.fixture(scope="module", params=[10, *rarely(30)], ids=lambda layers: f"{layers} layers")
+@pytest.fixture(scope="module", params=[4, *rarely(30)], ids=lambda layers: f"{layers} layers")
 def smollm2_hf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first layers of SmolLM2, or all 30, as a Hugging Face folder in float32.
 

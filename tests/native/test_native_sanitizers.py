@@ -19,18 +19,18 @@ COMPILER = shutil.which("g++") or shutil.which("clang++") or ""
 # With an allocation per tile, the address sanitizer sees reads beyond a tile; threads are to meet in the real arena.
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DCRUSH_ARENA_MALLOC"],
-    "thread": ["-fsanitize=thread"],
+    "thread": ["-fsanitize=thread", "-DCRUSH_SCALAR_ONLY"],  # threads meet in the store, not within a kernel
 }
 # Failing allocations are counted, so they fail in one thread.
 CASES = [(n, p) for n in SANITIZERS for p in PROGRAMS if (n, p.stem) != ("thread", "test_failures")]
 
 
-def core() -> dict[Path, list[str]]:
+def core(flags: list[str]) -> dict[Path, list[str]]:
     """The sources that need neither OpenVINO nor Python, with the instruction set that each is compiled for."""
     text = (NATIVE / "core.cmake").read_text()
     names = text.split("set(CRUSH_CORE_SOURCES", 1)[1].split(")", 1)[0].split()
     options = dict(re.findall(r'SOURCE_DIR\}/([\w/]+\.cpp) PROPERTIES COMPILE_OPTIONS\s+"([^"]+)"', text))
-    if platform.machine().lower() in ("x86_64", "amd64"):
+    if platform.machine().lower() in ("x86_64", "amd64") and "-DCRUSH_SCALAR_ONLY" not in flags:
         names = [*options, *names]  # those take longest
     return {NATIVE / "src" / name: options[name].split(";") if name in options else [] for name in names}
 
@@ -57,11 +57,11 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], F
     made: dict[tuple[str, Path], Future[Path]] = {}
     for name, flags in SANITIZERS.items():
         folder = tmp_path_factory.mktemp(name)
-        for source, own_flags in (core() | {program: [] for program in PROGRAMS}).items():
+        for source, own_flags in (core(flags) | {program: [] for program in PROGRAMS}).items():
             made[name, source] = threads.submit(compiled, source, folder, [*flags, *own_flags])
 
     def linked_and_run(name: str, program: Path) -> str:
-        objects = [made[name, source].result() for source in (*core(), program)]
+        objects = [made[name, source].result() for source in (*core(SANITIZERS[name]), program)]
         target = objects[-1].with_suffix("")
         run(COMPILER, *SANITIZERS[name], "-pthread", *objects, "-o", target)
         return run(target)

@@ -14,6 +14,7 @@ import numpy as np
 from ov_kvcrush.policies.plans.profile import KVProfile, Rung
 
 _KEEP = 0.9  # of the texts keep a quality that is asked for
+FEWEST_TEXTS = 9  # of a profile, for that to be so: the largest of n bounds n / (n + 1) of the texts to come
 _LEAST = 1e-5  # nats
 
 
@@ -34,8 +35,8 @@ def settled_for(profile: KVProfile, quality: float) -> float:
     """The smallest settled size at which nine of ten new texts are predicted to have a KL divergence of `quality`.
 
     The bound of split conformal prediction (Vovk et al., "Algorithmic Learning in a Random World", 2005): a new text
-    is below the k-th smallest of n like it with a probability of k / (n + 1). With fewer than nine texts that is below
-    0.9 for the largest, which stands then.
+    is below the k-th smallest of n like it with a probability of k / (n + 1). With fewer than FEWEST_TEXTS that is
+    below 0.9 for the largest, which stands then.
     Above all that was measured it is the largest measured size, below all the smallest.
     """
     sizes, values = _curve(profile, _bound)

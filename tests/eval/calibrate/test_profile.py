@@ -88,12 +88,14 @@ def test_a_budget_answers_and_tells_its_plan(profiled: Path) -> None:
     assert pipe._backend.cache.usage().used_bytes == 0  # type: ignore[attr-defined]
 
 
-def test_a_quality_takes_fewer_bytes_when_less_is_asked(profiled: Path) -> None:
+def test_a_quality_takes_fewer_bytes_when_less_is_asked(profiled: Path, caplog: pytest.LogCaptureFixture) -> None:
     used = [
         kv_bytes(LLMPipeline(profiled, "CPU", cache_config=CacheConfig(quality=quality)), LENGTH)[0]
         for quality in (1e-6, 10.0)
     ]
     assert used[0] > used[1]
+    texts = len(json.loads((profiled / PROFILE_NAME).read_text())["texts"])
+    assert f"kept by about {texts} of {texts + 1} texts" in caplog.text
 
 
 def test_a_profile_of_another_model_is_refused(profiled: Path, tiny_ir: Folder) -> None:

@@ -5,7 +5,7 @@
 #include <iterator>
 #include <stdexcept>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(CRUSH_X86) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -13,13 +13,13 @@
 namespace crush {
 
 extern const Kernels KERNELS_SCALAR;
-#if defined(__x86_64__)
+#if defined(CRUSH_X86)
 extern const Kernels KERNELS_AVX2, KERNELS_AVXVNNI, KERNELS_AVX512, KERNELS_AVX512VNNI, KERNELS_AMX;
 #endif
 
 namespace {
 
-#if defined(__x86_64__)
+#if defined(CRUSH_X86)
 // A process must ask Linux for permission to use the tile registers.
 bool may_use_amx() {
 #if defined(__linux__)
@@ -35,7 +35,7 @@ bool may_use_amx() {
 // Slowest first.
 std::vector<const Kernels*> available() {
     std::vector<const Kernels*> all{&KERNELS_SCALAR};
-#if defined(__x86_64__)
+#if defined(CRUSH_X86)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -6,6 +6,12 @@
 
 #include "kernels/tile.hpp"
 
+// Whether there are kernels above the scalar ones, which run on every x86-64. CRUSH_SCALAR_ONLY leaves them out: they take
+// most of the time to compile, and what a test says of the store holds without them.
+#if defined(__x86_64__) && !defined(CRUSH_SCALAR_ONLY)
+#define CRUSH_X86
+#endif
+
 namespace crush {
 
 constexpr int MAX_ROWS = 8;  // query rows that one kernel call takes: they share one pass over the tiles

@@ -9,13 +9,13 @@
 namespace crush {
 
 extern const SamplingKernels SAMPLING_SCALAR;
-#if defined(__x86_64__)
+#if defined(CRUSH_X86)
 extern const SamplingKernels SAMPLING_AVX2, SAMPLING_AVX512;
 #endif
 
 const SamplingKernels& sampling_kernels(const std::string& isa) {
     const std::string name = kernels(isa).isa;
-#if defined(__x86_64__)
+#if defined(CRUSH_X86)
     if (name == "avx2") return SAMPLING_AVX2;
     if (name != "scalar") return SAMPLING_AVX512;
 #endif
