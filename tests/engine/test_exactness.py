@@ -82,7 +82,7 @@ def test_batch_equals_single(new_tokens: int, smollm2: Path) -> None:
     assert pipe.get_metrics().num_preemptions == 0
     assert pipe.get_metrics().num_used_blocks == 0
 
-    # A quarter of the blocks that all 16 need together, whoever comes first: sequences lose their KV and compute it again.
+    # A quarter of the blocks that all 16 need together: sequences lose their KV and compute it again, whoever is first.
     # max_step_ms=0: on a slow machine shorter chunks let the first answers end before the last prompts begin.
     config = SchedulerConfig(max_num_batched_tokens=128, num_kv_blocks=12, max_step_ms=0)
     small = ContinuousBatchingPipeline(smollm2, config, properties=F32)
