@@ -19,6 +19,19 @@ def parse_numbers(option: str, text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
+def parse_words(text: str) -> tuple[str, ...]:
+    """Return what stands between the commas of "a, b", without repetitions."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def parse_fractions(option: str, text: str) -> tuple[float, ...]:
+    """Return the numbers of "0.5,0.25", without repetitions. Raises CrushError naming the option."""
+    try:
+        return tuple(dict.fromkeys(float(part) for part in parse_words(text)))
+    except ValueError:
+        raise CrushError(f"--{option} must be numbers separated by commas, got {text!r}") from None
+
+
 def parse_properties(texts: Iterable[str], **named: str | None) -> dict[str, Property]:
     """Return OpenVINO properties from KEY=VALUE texts and from options with a name of their own.
 

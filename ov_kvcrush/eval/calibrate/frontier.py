@@ -30,8 +30,30 @@ LEAN = (
     (0.35, "u4/u4", "u4/u2"), (0.25, "u8/u4", "u4/u2"),
 )  # fmt: skip
 BAKLAVA = ((0.7, "u4", "u2"), (0.5, "u4", "u4"), (0.35, "u4", "u4"), (0.25, "u4", "u4"))
+METHODS = ("plan", "quality", "uniform", "leankv", "baklava")
 SHARING = (("u8", "u8"), ("u4", "u4"), ("u4", "u2"))
 _LEAST_ANSWER = 8  # tokens: a shorter answer is no measure
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What each text's caches are. methods: some of METHODS. fractions: of the tokens that uniform settings keep.
+
+    Raises CrushError for a method or a fraction that there is not.
+    """
+
+    methods: tuple[str, ...] = METHODS
+    fractions: tuple[float, ...] = FRACTIONS
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in METHODS:
+                raise CrushError(f"methods must be some of {', '.join(METHODS)}, got {method!r}")
+        if not self.methods:
+            raise CrushError(f"methods must be some of {', '.join(METHODS)}, got none")
+        for fraction in self.fractions:
+            if not 0 < fraction <= 1:
+                raise CrushError(f"fractions must be in (0, 1], got {fraction:g}")
 
 
 @dataclass(frozen=True)
@@ -99,6 +121,7 @@ def measure_frontier(
     answer_tokens: int,
     told: Callable[[str, list[FrontierRow]], None],
     sharing: Sequence[CacheMeter] = (),
+    compared: Compared = Compared(),
 ) -> list[FrontierRow]:
     """Plans and uniform settings on every text; those with answers that are too short to compare are left out.
 
@@ -112,7 +135,7 @@ def measure_frontier(
             if len(answer.rows) < _LEAST_ANSWER:
                 told(name, [])
                 continue
-            found = list(_of_text(meter, profile, policy, read, name))
+            found = list(_of_text(meter, profile, policy, read, name, compared))
         full_bytes = geometry_of(meter.model, meter.config).full_bytes(len(ids))
         for other in sharing:
             with other.read(ids, answer_tokens, policy, renderer.ends, answer) as read:
@@ -123,26 +146,29 @@ def measure_frontier(
 
 
 def _of_text(
-    meter: CacheMeter, profile: KVProfile, policy: Policy, read: ReadPrompt, name: str
+    meter: CacheMeter, profile: KVProfile, policy: Policy, read: ReadPrompt, name: str, compared: Compared
 ) -> Iterator[FrontierRow]:
     geometry = geometry_of(meter.model, meter.config)
     full_bytes = geometry.full_bytes(read.num_tokens)
     named: list[tuple[str, float, CacheVariant]] = []
     heads = profile.num_kv_heads
-    asked = [(f"plan 1/{1 / budget:.1f}", BytePlanner(geometry, heads, profile, budget)) for budget in BUDGETS]
-    asked += [(f"quality {quality:g}", BytePlanner(geometry, heads, profile, quality=quality)) for quality in QUALITIES]
+    asked: list[tuple[str, BytePlanner]] = []
+    if "plan" in compared.methods:
+        asked += [(f"plan 1/{1 / budget:.1f}", BytePlanner(geometry, heads, profile, budget)) for budget in BUDGETS]
+    if "quality" in compared.methods:
+        asked += [(f"quality {kl:g}", BytePlanner(geometry, heads, profile, quality=kl)) for kl in QUALITIES]
     for label, planner in asked:
         plan = planner.plan(read.num_tokens)
         named.append((label, plan.predicted_kl or float("nan"), variant_of(read, plan, policy)))
-    for fraction in FRACTIONS:
+    for fraction in compared.fractions if "uniform" in compared.methods else ():
         kept = read.select(keeping(policy, fraction)) if fraction < 1 else None
         for key, value in PRECISIONS:
             variant = CacheVariant(meter.uniform(key, value), kept)
             named.append((f"{fraction:g} {key}/{value}", float("nan"), variant))
-    for fraction, high, low in LEAN:
+    for fraction, high, low in LEAN if "leankv" in compared.methods else ():
         lean = build("leankv", kept=fraction, high=high, low=low)
         named.append((f"leankv {fraction:g} {high} {low}", float("nan"), read.tiered(lean)))
-    if profile.baklava is not None:
+    if profile.baklava is not None and "baklava" in compared.methods:
         for fraction, *pair in BAKLAVA:
             variant = baklava_variant(meter, read, policy, profile.baklava, fraction, (pair[0], pair[1]))
             named.append((f"baklava {fraction:g} {pair[0]}/{pair[1]}", float("nan"), variant))

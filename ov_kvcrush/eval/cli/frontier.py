@@ -17,10 +17,19 @@ from rich.text import Text
 
 from ov_kvcrush.cli.console import progress
 from ov_kvcrush.cli.environment import describe_environment
-from ov_kvcrush.cli.parse import check_numbers, parse_numbers, parse_properties
+from ov_kvcrush.cli.parse import check_numbers, parse_fractions, parse_numbers, parse_properties, parse_words
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.calibrate.frontier import FrontierRow, against_uniform, measure_frontier, read_texts, summary
+from ov_kvcrush.eval.calibrate.frontier import (
+    FRACTIONS,
+    METHODS,
+    Compared,
+    FrontierRow,
+    against_uniform,
+    measure_frontier,
+    read_texts,
+    summary,
+)
 from ov_kvcrush.eval.calibrate.kv_sharer import find_shared_layers
 from ov_kvcrush.eval.calibrate.meter import CacheMeter
 from ov_kvcrush.eval.calibrate.prompts import calibration_prompts
@@ -55,6 +64,12 @@ def frontier_command(
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of a prompt; longer ones lose their middle.")] = 2048,
     answer_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of the answer that are compared.")] = 32,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write all rows.")] = None,
+    methods: Annotated[
+        str, typer.Option(metavar="NAME,...", help="What to measure; each cache takes a pass over the answer.")
+    ] = ",".join(METHODS),
+    fractions: Annotated[
+        str, typer.Option(metavar="F,...", help="Fractions of the tokens that uniform settings keep.")
+    ] = ",".join(map("{:g}".format, FRACTIONS)),
     shared_layers: Annotated[
         str,
         typer.Option(metavar="N,...", help="Also numbers of layers that read another's keys and values (KVSharer)."),
@@ -73,12 +88,15 @@ def frontier_command(
         counts = parse_numbers("shared-layers", shared_layers) if shared_layers else ()
         if shared_layers:
             check_numbers("shared-layers", counts)
+        compared = Compared(parse_words(methods), parse_fractions("fractions", fractions))
         meter = CacheMeter(model, own)
         profile = find_profile(meter.model, meter.config)
         if profile is None:
             raise CrushError(f"model must have a profile, got none in {str(model)!r}; ov_kvcrush-profile makes it")
         renderer, policy = PromptRenderer(model), default_policy(profile)
         run = {"model": profile.model, "tokens": tokens, "answer_tokens": answer_tokens, "shared_layers": list(counts)}
+        if compared != Compared():
+            run |= {"methods": list(compared.methods), "fractions": list(compared.fractions)}
         done = _Done.resume(json_path, run, profile)
         left = [(name, text) for name, text in texts if name not in done.names]
         sharing = [_sharing_meter(model, count, own, console) for count in counts if left]
@@ -91,7 +109,7 @@ def frontier_command(
                 if json_path is not None:  # an interrupted run keeps what it has
                     write_json(json_path, done.report())
 
-            measure_frontier(meter, profile, policy, renderer, left, tokens, answer_tokens, told, sharing)
+            measure_frontier(meter, profile, policy, renderer, left, tokens, answer_tokens, told, sharing, compared)
         Console().print(_table(summary(done.rows)), _against_table(against_uniform(done.rows)))
         if json_path is not None:
             write_json(json_path, done.report())

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ov_kvcrush.cli.parse import parse_numbers, parse_properties
+from ov_kvcrush.cli.parse import parse_fractions, parse_numbers, parse_properties, parse_words
 from ov_kvcrush.config import PRECISIONS, parse_budget
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.benchmarks.sizing import DEFAULT_SEED
@@ -139,17 +139,19 @@ class SuiteArguments:
             lengths=parse_numbers("length", given["length"]) if given["length"] else (),
             limit=given["limit"],
             seed=given["seed"],
-            tasks=_words(given.get("task", "")),
+            tasks=parse_words(given.get("task", "")),
             data=given.get("data"),
             haystack=given.get("haystack"),
-            depths=_fractions("depth", given.get("depth", "")),
+            depths=parse_fractions("depth", given.get("depth", "")),
             multi_turn=given.get("multi_turn", False),
         )
         plan = PlanOptions(
-            policies=_words(given["policy"]),
-            kept=_fractions("kept", given["kept"]),
+            policies=parse_words(given["policy"]),
+            kept=parse_fractions("kept", given["kept"]),
             kept_tokens=parse_numbers("kept-tokens", given["kept_tokens"]) if given["kept_tokens"] else (),
-            budgets=tuple(dict.fromkeys(parse_budget(part) for text in given["budget"] or () for part in _words(text))),
+            budgets=tuple(
+                dict.fromkeys(parse_budget(part) for text in given["budget"] or () for part in parse_words(text))
+            ),
             policy_options=tuple(given["policy_options"] or ()),
             precisions=pairs(_listed("key-precision", given), _listed("value-precision", given)),
             queries=_listed("query", given),
@@ -178,20 +180,9 @@ def _parameters(options: Callable[..., None]) -> list[inspect.Parameter]:
     return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in found]
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
 def _listed(option: str, given: dict[str, Any]) -> tuple[str, ...]:
     """Words of a list; repeats stay."""
     words = tuple(part.strip() for part in given[option.replace("-", "_")].split(",") if part.strip())
     if not words:
         raise CrushError(f"--{option} must be at least one, got none")
     return words
-
-
-def _fractions(option: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(dict.fromkeys(float(part) for part in _words(text)))
-    except ValueError:
-        raise CrushError(f"--{option} must be numbers separated by commas, got {text!r}") from None

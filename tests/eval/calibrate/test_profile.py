@@ -19,7 +19,7 @@ from ov_kvcrush import CacheConfig, CrushError, LLMPipeline
 from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.eval.calibrate.app import app
 from ov_kvcrush.eval.calibrate.baklava import head_changes
-from ov_kvcrush.eval.calibrate.frontier import FrontierRow, against_uniform, read_texts
+from ov_kvcrush.eval.calibrate.frontier import PRECISIONS, FrontierRow, against_uniform, read_texts
 from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant
 from ov_kvcrush.eval.cli.app import app as eval_app
 from ov_kvcrush.kvcache.planning import find_profile
@@ -158,6 +158,16 @@ def test_the_frontier_compares_plans_and_uniform_settings(profiled: Path, tmp_pa
     if json.loads(out.read_text())["rows"]:  # a random model may end its answer at once
         names = {row["setting"] for row in json.loads(out.read_text())["rows"]}
         assert {"plan 1/8.0", "quality 0.05", "0.5 u4/u4", "baklava 0.5 u4/u4", "kvsharer 1 u4/u2"} <= names
+        few = [*arguments[:-2], "--methods", "plan, uniform", "--fractions", "0.5"]
+        assert CliRunner().invoke(eval_app, few).exit_code == 0
+        uniform = {f"0.5 {key}/{value}" for key, value in PRECISIONS}
+        assert {row["setting"] for row in json.loads(out.read_text())["rows"]} == uniform | {
+            name for name in names if name.startswith("plan")
+        }
+    for wrong in (["--methods", "plan,x"], ["--methods", ""], ["--fractions", "0"], ["--fractions", "x"]):
+        result = CliRunner().invoke(eval_app, [*arguments, *wrong])
+        assert result.exit_code == 2
+        assert wrong[0][2:] in result.output
 
 
 def test_an_interrupted_frontier_goes_on(profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
