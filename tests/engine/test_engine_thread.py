@@ -350,7 +350,7 @@ def test_process_that_ends_while_a_daemon_generates_ends_in_peace(folder: Path) 
         assert begun.wait(60)
         print("over")
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (0, "over\n"), done.stderr[-2000:]
 
 
