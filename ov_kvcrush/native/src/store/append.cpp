@@ -180,6 +180,7 @@ void Store::append_head(Head& head, const float* k, const float* v, size_t strid
                 kernels_->append_token(tile, slot + t, first_k + row, first_v + row);
             }
         }
+        if (slot + count == TILE) kernels_->write_mean(tile);
         head.num_tokens += count;
         i += count;
     }
