@@ -221,6 +221,27 @@ def test_files_are_the_same_with_and_without(mine: float, theirs: float) -> None
         assert_same(decode(other, loaded, 950, 60), decode(cache, seq, 950, 60))
 
 
+def test_rows_that_follow_together_are_grouped_among_themselves() -> None:
+    """Those of a turn or an extension, when they leave the recent window; the others stay where they are."""
+    cache = Cache(*SHAPES, recent="bf16", key="f32", value="f32", recall_tokens=96)
+    seq, rng = read_prompt(cache, 600), np.random.default_rng(4)
+    before = [cache.tokens(seq, index, 0) for index in range(len(SHAPES))]
+    cache.append(seq, rng, 300, 600)
+    appended = [cache.tokens(seq, index, 0) for index in range(len(SHAPES))]
+    cache.store.quantize_aged(seq)
+    first, last = 600 // TILE * TILE - TILE, (900 - 32) // TILE * TILE
+    for index, shape in enumerate(cache.layers):
+        k, v, positions = cache.tokens(seq, index, 0)
+        order = np.argsort(positions, kind="stable")
+        for a, b in zip((k, v, positions), appended[index], strict=True):
+            np.testing.assert_array_equal(a[order], b[np.argsort(appended[index][2], kind="stable")])
+        np.testing.assert_array_equal(positions[:first], before[index][2][:first])
+        np.testing.assert_array_equal(positions[last:], np.arange(last, 900))
+        moved = positions[first:last]
+        np.testing.assert_array_equal(np.sort(moved), np.arange(first, last))
+        assert (np.diff(moved) > 0).all() == bool(shape.window)
+
+
 def test_bytes_are_those_of_means_and_of_positions() -> None:
     """Each tile has its mean; what a prompt takes is at most what was said before it came."""
     plain, cache = Cache(*SHAPES), Cache(*SHAPES, recall_tokens=96)

@@ -193,11 +193,37 @@ private:
         if (what < 22) return reload(id);
         if (what < 34) return compact(id);
         if (setting_.mixed && what < 37) return store_.set_precisions(id, wanted(1).precisions);
-        if (what < 46) return store_.quantize_aged(id);
+        if (what < 46) return quantize_aged(id);
         if (what < 50) return bad_calls(id);
         append(id);
         if (pick(4) == 0 && models_.count(id)) check_tokens(id);
         if (pick(4) == 0 && models_.count(id)) check_recall(id);
+    }
+
+    void quantize_aged(int32_t id) {
+        store_.quantize_aged(id);
+        if (!setting_.recall) return;
+        for (size_t h = 0, first = 2; h < models_[id].heads.size(); ++h) {
+            // The same tokens, maybe in other tiles. A position may be there more than once: then by what is stored.
+            std::vector<Token>& tokens = models_[id].heads[h];
+            const HeadTokens stored = store_.read(id, h >= first, h >= first ? h - first : h);
+            const size_t width = head_sizes_[h];
+            CHECK(stored.positions.size() == tokens.size());
+            std::vector<Token> sorted;
+            std::vector<bool> taken(tokens.size());
+            for (size_t i = 0; i < tokens.size(); ++i) {
+                for (size_t j = 0; j <= tokens.size(); ++j) {
+                    CHECK(j < tokens.size());
+                    if (taken[j] || tokens[j].position != stored.positions[i]) continue;
+                    if (!near(stored.k[i * width], number(tokens[j].id, 0, false))) continue;
+                    taken[j] = true;
+                    sorted.push_back(tokens[j]);
+                    break;
+                }
+            }
+            tokens = std::move(sorted);
+        }
+        check_tokens(id);
     }
 
     void release(int32_t id) {

@@ -242,6 +242,8 @@ class ReferenceStore:
         growth = 0
         free = self.max_bytes - self.nbytes if self.max_bytes else 2**63
         for head, target in zip(self._sequences[seq].heads, self._sequences[seq].precisions, strict=True):
+            change = self._quantize_grouped(head, target)
+            growth += max(0, change)
             while head.num_target < num_target_tiles(head.num_tokens, self.recent_tokens):
                 old = head.tiles[head.num_target]
                 if target != self.recent:
@@ -253,6 +255,22 @@ class ReferenceStore:
                     head.tiles[head.num_target] = new
                 head.num_target += 1
         return growth <= free
+
+    def _quantize_grouped(self, head: Head, target: tuple[str, str]) -> int:
+        """Tiles that are due, grouped by their keys if there are several and all of them fit. Return their growth."""
+        end = num_target_tiles(head.num_tokens, self.recent_tokens)
+        begin, num_due = head.num_target, end - head.num_target
+        if target == self.recent or num_due < 2 or not self._groups(head.layer, head.num_tokens):
+            return 0
+        k, v, positions = (x[TILE * begin : TILE * end] for x in head.tokens())
+        order = group_tiles(positions, np.zeros(len(k), np.uint8), k, num_due)
+        new = self._tiles(head.layer, [target] * num_due, k[order], v[order], positions[order])
+        freed = sum(0 if self._is_shared(tile) else tile.num_bytes for tile in head.tiles[begin:end])
+        change = sum(tile.num_bytes for tile in new) - freed
+        if not self._fits(change):
+            return 0
+        head.tiles[begin:end], head.num_target = new, end
+        return change
 
     def attach_prefill(self, seq: int, tokens: list[tuple[Array, Array]]) -> None:
         """A prompt for `adopt`: keys and values (n, K * D) of each layer, as the staging blocks hold them."""

@@ -125,14 +125,7 @@ Store::CompactPlan Store::plan_compact(size_t h, const Head& head, const Kept& k
     const int64_t num_new = plan.num_target - num_whole;
     const bool group = groups(h, kept.size());
     if (kept.tiers || group) arrange(others, num_new);
-    if (group) {
-        group_tiles(others, num_new, head_size(h), [&](const std::vector<MovedToken>& run, float* to) {
-            std::vector<int32_t> indices;
-            for (const MovedToken& token : run) indices.push_back(token.index);
-            TokenRows rows{head_size(h), to, nullptr, nullptr};
-            read_tokens(head, indices, rows);
-        });
-    }
+    if (group) group_tokens(h, head, others, num_new);
 
     const MovedToken* const last = others.data() + others.size();
     for (const MovedToken* i = others.data(); i < last;) {
@@ -176,6 +169,25 @@ void Store::read_tokens(const Head& head, const std::vector<int32_t>& indices, T
         std::copy_n(buffer->v, to.width, to.v + i * to.width);
         to.positions[i] = buffer->positions[0];
     }
+}
+
+void Store::group_tokens(size_t h, const Head& head, std::vector<MovedToken>& tokens, int64_t num_tiles) const {
+    group_tiles(tokens, num_tiles, head_size(h), [&](const std::vector<MovedToken>& run, float* to) {
+        std::vector<int32_t> indices;
+        for (const MovedToken& token : run) indices.push_back(token.index);
+        TokenRows rows{head_size(h), to, nullptr, nullptr};
+        read_tokens(head, indices, rows);
+    });
+}
+
+std::vector<int32_t> Store::grouped_order(size_t h, const Head& head, int64_t begin, int64_t end) const {
+    PositionReader reader(head.tiles);
+    std::vector<MovedToken> tokens;
+    for (int64_t i = begin * TILE; i < end * TILE; ++i) tokens.push_back({static_cast<int32_t>(i), reader.read(i), 0});
+    group_tokens(h, head, tokens, end - begin);
+    std::vector<int32_t> order;
+    for (const MovedToken& token : tokens) order.push_back(token.index);
+    return order;
 }
 
 void Store::write_compact(const Head& head, CompactPlan& plan, const Claim& claim) const {

@@ -157,7 +157,8 @@ public:
     int64_t free_slots(int32_t id) const;
     // append_locked, with the lock.
     void append(int32_t id, size_t layer, const float* k, const float* v, int64_t n, int64_t first_position);
-    // Encodes tokens that have left the recent window of each head into target tiles. Never fails: a tile
+    // Encodes tokens that have left the recent window of each head into target tiles; with recall, those of several
+    // tiles are grouped by their keys. Never fails: a tile
     // that cannot be replaced within the limit, or for want of memory, stays as it is until the next call.
     void quantize_aged(int32_t id);
 
@@ -305,6 +306,9 @@ private:
     CompactPlan plan_compact(size_t head, const Head&, const Kept&) const;
     void plan_new(size_t head, CodecPair, const MovedToken*, int64_t count, CompactPlan&) const;
     void read_tokens(const Head&, const std::vector<int32_t>& indices, TokenRows& to) const;
+    // Cached indices of the tokens of tiles [begin, end), in the order of tiles by their keys.
+    std::vector<int32_t> grouped_order(size_t head, const Head&, int64_t begin, int64_t end) const;
+    void group_tokens(size_t head, const Head&, std::vector<MovedToken>&, int64_t num_tiles) const;
     void write_compact(const Head&, CompactPlan&, const Claim&) const;
     void read_records(size_t head, const DumpedHead&, const uint8_t* tiles, std::vector<Record>&) const;
     void fill_tile(const Record&, uint8_t* tile) const;
