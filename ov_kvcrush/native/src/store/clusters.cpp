@@ -23,6 +23,7 @@ public:
         : keys_(keys),
           size_(size),
           order_(count),
+          moved_(count),
           along_(count),
           sample_(SAMPLE * size),
           direction_(size),
@@ -53,10 +54,14 @@ private:
             return x != y ? x < y : a < b;
         };
         const auto from = order_.begin() + static_cast<std::ptrdiff_t>(begin);
-        const auto middle = from + static_cast<std::ptrdiff_t>(first), to = from + static_cast<std::ptrdiff_t>(count);
-        std::nth_element(from, middle, to, before);
-        std::sort(from, middle);
-        std::sort(middle, to);
+        const auto to = from + static_cast<std::ptrdiff_t>(count);
+        std::copy(from, to, moved_.begin());
+        const auto middle = moved_.begin() + static_cast<std::ptrdiff_t>(first);
+        std::nth_element(moved_.begin(), middle, moved_.begin() + static_cast<std::ptrdiff_t>(count), before);
+        const int32_t pivot = *middle;  // the first of the second half
+        size_t low = 0, high = first;
+        for (size_t i = begin; i < end; ++i) moved_[before(order_[i], pivot) ? low++ : high++] = order_[i];
+        std::copy_n(moved_.begin(), count, from);
         split(begin, begin + first);
         split(begin + first, end);
     }
@@ -103,14 +108,14 @@ private:
         float lanes[LANES] = {};
         for (size_t c = 0; c < size_; c += LANES)
             for (size_t i = 0; i < LANES; ++i) lanes[i] += a[c + i] * b[c + i];
-        for (size_t half = LANES / 2; half; half /= 2)
-            for (size_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-        return lanes[0];
+        for (size_t i = 0; i < 8; ++i) lanes[i] += lanes[i + 8];
+        for (size_t i = 0; i < 4; ++i) lanes[i] += lanes[i + 4];
+        return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
     }
 
     const float* keys_;
     const size_t size_;
-    std::vector<int32_t> order_;
+    std::vector<int32_t> order_, moved_;
     std::vector<float> along_;  // by token
     std::vector<float> sample_, direction_, next_;
 };
