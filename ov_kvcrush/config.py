@@ -18,6 +18,7 @@ from ov_kvcrush.utils.checks import check_choice, check_fraction, check_integer,
 ENGINES = ("crush", "genai")
 PRECISIONS = ("f32", "bf16", "f16", "u8", "u4", "u2")
 DEFAULT_BUDGET = "1/6"  # of the bf16 cache: where tokens are to be evicted and nobody says how many stay
+LEAST_RECALL = 64  # tokens: two tiles
 ATTENTIONS = ("auto", "crush", "paged")
 OWN_SCHEDULER_FIELDS = ("max_step_ms", "max_waiting")  # openvino_genai's SchedulerConfig has no such thing
 _PRECISION_PROPERTIES = ("KV_CACHE_PRECISION", "KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION")
@@ -115,6 +116,10 @@ class CacheConfig:
         (KVSharer, arXiv 2410.18517): a mapping from layer to layer, kept as pairs in order, such as
         `eval/calibrate/kv_sharer.py` finds. Both must have the same heads, head size and sliding window, and a layer
         that is read reads none. The model is loaded with them, so a pipeline made by `with_cache` has the first's.
+    recall_tokens: tokens that a decode step reads of each KV head, beside the first ones of the text and the recent
+        window: those of the tiles whose mean keys its queries are closest to (docs/recall.md). Everything stays
+        stored. An integer of at least 64, or a fraction below 1 of what the head holds, as 0.1 or "1/8"; None = all.
+        Steps of more than four rows of a sequence read everything.
     attention: "crush" = the store; "paged" = OpenVINO's own PagedAttention, with none of the above; "auto" = "crush"
         where the native library is there, else "paged".
     """
@@ -133,6 +138,7 @@ class CacheConfig:
     budget_bytes: int = 0
     quality: float | None = None
     profile: str | Path | None = None
+    recall_tokens: int | float | str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", as_policy(self.policy))
@@ -146,6 +152,10 @@ class CacheConfig:
         if self.group_size % 16:
             raise CrushError(f"group_size must be a multiple of 16, got {self.group_size}")
         self._check_budget()
+        if self.recall_tokens is not None:
+            object.__setattr__(self, "recall_tokens", parse_recall(self.recall_tokens))
+            if self.attention == "paged":
+                raise CrushError("recall_tokens must be left out with attention='paged', which has no store")
 
     def _check_budget(self) -> None:
         check_integer("budget_bytes", self.budget_bytes, 0)
@@ -226,6 +236,8 @@ class CacheConfig:
             where = f"where the native library is missing: {reason}" if reason else "with attention='paged'"
             raise CrushError(f"shared_layers must be left out {where}, got {dict(self.sharing)}")
         if reason:
+            if self.recall_tokens is not None:
+                raise CrushError(f"recall_tokens must be left out where the native library is missing: {reason}")
             if self.eviction_policy and self.eviction_policy.evicts:
                 raise CrushError(f"policy must be 'none' where the native library is missing: {reason}")
             warnings.warn(
@@ -256,6 +268,23 @@ def parse_budget(value: Any) -> float:
             raise CrushError(f"budget must be a fraction such as 1/8 or 0.125, got {value!r}") from None
     check_fraction("budget", found)
     return float(found)
+
+
+def parse_recall(value: Any) -> int | float:
+    """Tokens, an integer of at least 64, or a fraction below 1, also as text: "2048", "1/8". Raises CrushError."""
+    found = value
+    if isinstance(value, str):
+        try:
+            number = Fraction(value.replace(" ", ""))
+        except (ValueError, ZeroDivisionError):
+            number = Fraction(0)
+        found = int(number) if number.denominator == 1 else float(number)
+    is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
+    if not is_number or not (0 < found < 1 or (isinstance(found, int) and found >= LEAST_RECALL)):
+        raise CrushError(
+            f"recall_tokens must be an integer of at least {LEAST_RECALL} or a fraction below 1, got {value!r}"
+        )
+    return int(found) if isinstance(found, int) else float(found)
 
 
 def budget_text(budget: float) -> str:

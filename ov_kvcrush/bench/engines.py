@@ -85,7 +85,7 @@ def _cache_of(job: dict[str, Any]) -> tuple[CacheConfig, Storage]:
     wanted = {"key_precision": job["key_precision"], "value_precision": job["value_precision"]}
     wanted["max_bytes"] = job["max_kv_bytes"] or None
     wanted["policy"] = job["policy"]
-    wanted["budget"] = job.get("budget")
+    wanted |= {"budget": job.get("budget"), "recall_tokens": job.get("recall_tokens")}
     cache = CacheConfig(**{name: value for name, value in wanted.items() if value is not None})
     reason = native.why_unavailable()
     if reason is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ov_kvcrush.cli.parse import Property, check_at_least, check_numbers
-from ov_kvcrush.config import ENGINES, PRECISIONS, CacheConfig
+from ov_kvcrush.config import ENGINES, PRECISIONS, CacheConfig, parse_recall
 from ov_kvcrush.errors import CrushError, ModelError
 from ov_kvcrush.genai.eviction import closest_genai_eviction
 from ov_kvcrush.kvcache.block_pool import blocks_for
@@ -47,6 +47,7 @@ class BenchSettings:
         its default.
     max_kv_mb: limit of our store in MiB, None = by the free memory; other engines get what the cell needs.
     budget: bytes of our cache over those of bf16, as CacheConfig.budget; None = by precisions and policy.
+    recall_tokens: what our decode steps read, as CacheConfig.recall_tokens; None = everything.
     policy: what stays in our cache, None = everything. Of the others "genai-policy" alone evicts: as many tokens.
     Raises CrushError naming the option, its rule and the value.
     """
@@ -67,6 +68,7 @@ class BenchSettings:
     max_kv_mb: int | None = None
     policy: Policy | None = None
     budget: str | None = None
+    recall_tokens: str | None = None
 
     def __post_init__(self) -> None:
         for option, values in (("context", self.contexts), ("batch", self.batches)):
@@ -84,6 +86,8 @@ class BenchSettings:
             named = {"key_precision": self.key_precision, "value_precision": self.value_precision}
             given = {name: value for name, value in named.items() if value is not None}
             CacheConfig.from_options({"budget": self.budget, **given})
+        if self.recall_tokens is not None:
+            parse_recall(self.recall_tokens)
         check_precisions(self.key_precision, self.value_precision, self.properties)
         longest = max(self.contexts)
         if self.context_length is not None and longest + self.new_tokens > self.context_length:
@@ -139,6 +143,7 @@ class BenchSettings:
             "max_kv_bytes": (self.max_kv_mb or 0) << 20,
             "policy": None if self.policy is None else settings_of(self.policy),
             "budget": self.budget,
+            "recall_tokens": self.recall_tokens,
             "max_num_seqs": max(cell.batch, 256),
             "context": cell.context,
             "batch": cell.batch,

@@ -27,6 +27,7 @@ from ov_kvcrush.cli.policy_options import (
     KeptTokensOption,
     OtherOptions,
     PolicyOptions,
+    RecallOption,
     explain_if_asked,
     list_policies,
 )
@@ -181,6 +182,7 @@ def parse(
             "more. With engine genai none.",
         ),
     ] = None,
+    recall_tokens: RecallOption = None,
     policy: Annotated[
         str | None,
         typer.Option(
@@ -225,7 +227,7 @@ def parse(
     wish = context_wish(context, save_context, wanted, is_open=is_open, system=system, engine=engine, device=device)
     of_chat = PolicyOptions() if wish and wish.text is not None else wanted
     options = ChatOptions(
-        model, system, max_new_tokens, temperature, top_p, seed, engine, device, *cache, of_chat, budget
+        model, system, max_new_tokens, temperature, top_p, seed, engine, device, *cache, of_chat, budget, recall_tokens
     )
     return Task(options, prompt, stats, json, show_kept, wish)
 

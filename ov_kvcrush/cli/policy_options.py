@@ -20,6 +20,11 @@ BUDGET_HELP = (
     "Bytes of the cache over those of bf16, as 1/8: a plan says how many tokens each head keeps, and at which "
     "precision (see ov_kvcrush-profile)."
 )
+RECALL_HELP = (
+    "Tokens that each step of an answer reads of each KV head, at least 64, or a fraction of what it holds, as 1/8: "
+    "those that its query needs most; all stay stored."
+)
+RecallOption = Annotated[str | None, typer.Option(metavar="N", help=RECALL_HELP)]
 BudgetOption = Annotated[str | None, typer.Option(metavar="F", help=BUDGET_HELP)]
 KeptOption = Annotated[
     float | None,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from ov_kvcrush.config import ENGINES, PRECISIONS, budget_text
+from ov_kvcrush.config import ENGINES, PRECISIONS, budget_text, parse_recall
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.utils.checks import (
     check_choice,
@@ -33,6 +33,7 @@ class Setting:
     policy: "none" = the full cache. policy_settings: settings of the policy other than its budget. kept, kept_tokens:
     the budget, as a fraction of the prompt or as a number of tokens; budget: as bytes over those of bf16, whose plan
     chooses the precisions, so that those here are u8. The full cache has none of them.
+    recall_tokens: what a decode step reads, as in CacheConfig; None = everything.
     query: "aware" = the policy sees the question, "agnostic" = it sees the context alone.
     Raises CrushError for other values.
     """
@@ -46,6 +47,7 @@ class Setting:
     kept_tokens: int | None = None
     policy_settings: Mapping[str, Any] = field(default_factory=dict)
     budget: float | None = None
+    recall_tokens: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("engine", self.engine, ENGINES)
@@ -62,6 +64,9 @@ class Setting:
             check_fraction("budget", self.budget)
             if (self.key_precision, self.value_precision) != ("u8", "u8"):
                 raise CrushError(f"key_precision and value_precision must be u8 with a budget, got {self._stored}")
+        if self.recall_tokens is not None:
+            parse_recall(self.recall_tokens)
+            check_choice("engine", self.engine, ENGINES[:1])
         amounts = (self.kept, self.kept_tokens, self.budget)
         if sum(amount is not None for amount in amounts) != (self.policy != FULL):
             rule = "left out" if self.policy == FULL else "given, or kept_tokens or budget instead,"
@@ -81,18 +86,21 @@ class Setting:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings of the policy, kept_tokens or budget among them."""
+        """Settings of the policy, kept_tokens or budget among them, and recall_tokens."""
         asked: dict[str, Any] = {} if self.kept_tokens is None else {"kept_tokens": self.kept_tokens}
         if self.budget is not None:
             asked["budget"] = budget_text(self.budget)
+        if self.recall_tokens is not None:
+            asked["recall_tokens"] = self.recall_tokens
         return {**self.policy_settings, **asked}
 
     @property
     def key(self) -> str:
         """A name that is the same for equal settings in every run, and differs for others."""
         values = {name: _canonical(value) for name, value in asdict(self).items()}
-        if self.budget is None:  # runs from before there were budgets have no such field
-            del values["budget"]
+        for name in ("budget", "recall_tokens"):  # runs from before there were such fields have none
+            if values[name] is None:
+                del values[name]
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
         if self.budget is not None:
             return f"{self.engine}-{self.policy}-{PLAN}-{self.budget:.4g}-{self.query}-{digest}"

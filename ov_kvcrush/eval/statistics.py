@@ -101,11 +101,12 @@ def result_rows(
 
 
 def full_cache_of(setting: Setting, settings: Sequence[Setting]) -> Setting:
-    """The full cache to compare with: same engine, the same query if there is one, then the highest precision.
+    """The full cache to compare with: same engine, all of it read, the same query if there is one, then most bits.
 
     Raises CrushError if there is none.
     """
-    found = [other for other in settings if (other.engine, other.policy) == (setting.engine, FULL)]
+    wanted = (setting.engine, FULL, None)
+    found = [other for other in settings if (other.engine, other.policy, other.recall_tokens) == wanted]
     if not found:
         raise CrushError(f"settings must have the full cache of engine {setting.engine!r} to compare with, got none")
     return min(found, key=lambda full: (full.query != setting.query, -bits(full.precisions)))

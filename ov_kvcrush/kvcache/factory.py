@@ -11,6 +11,7 @@ from ov_kvcrush.kvcache.crush import CrushKVCache
 from ov_kvcrush.kvcache.manager import KVCacheManager
 from ov_kvcrush.kvcache.paged import PagedKVCache
 from ov_kvcrush.kvcache.planning import recent_precision
+from ov_kvcrush.kvcache.recall import recall_of
 from ov_kvcrush.kvcache.staging import Staging
 from ov_kvcrush.model.load import LoadedModel
 from ov_kvcrush.utils.process_memory import free_memory_bytes
@@ -69,6 +70,7 @@ def _make_store(model: LoadedModel, scheduler: SchedulerConfig, cache: CacheConf
             recent_tokens=cache.recent_tokens,
             group_size=cache.group_size,
             max_bytes=max_bytes,
+            recall_tokens=recall_of(cache),
         )
 
     measure = make(0)

@@ -70,8 +70,13 @@ def geometry_of(model: LoadedModel, config: CacheConfig) -> CacheGeometry:
     def tile_bytes(key: str, value: str, head_size: int) -> int:
         return native.tile_bytes(key, value, head_size, math.gcd(config.group_size, head_size))
 
+    def more_bytes(head_size: int) -> int:  # a mean, and a list of positions
+        plain = native.tile_bytes("u8", "u8", head_size, 16)
+        return native.tile_bytes("u8", "u8", head_size, 16, listed=True, with_mean=True) - plain
+
+    more = {} if config.recall_tokens is None else {"more_bytes": more_bytes}
     sizes = tuple(layer.head_size for layer in model.layers for _ in range(layer.num_kv_heads))
-    return CacheGeometry(sizes, recent_precision(model, config), config.recent_tokens, LEAST_TOKENS, tile_bytes)
+    return CacheGeometry(sizes, recent_precision(model, config), config.recent_tokens, LEAST_TOKENS, tile_bytes, **more)
 
 
 def find_profile(model: LoadedModel, config: CacheConfig, use: str = "known") -> KVProfile | None:

@@ -42,10 +42,14 @@ class Store:
         group_size: int,
         max_bytes: int = 0,
         isa: str = "",
+        recall_tokens: float = 0,
     ) -> None:
         """layers: (H, K, D, sliding window in tokens or 0, softmax scale) each. Precisions: f32, bf16, f16, u8, u4, u2;
         the newest `recent_tokens` of a head stay in `recent`. group_size: channels that share a scale of the values.
-        max_bytes: hard limit of `nbytes`, 0 = none. isa: kernels to use, "" = the best of this CPU."""
+        max_bytes: hard limit of `nbytes`, 0 = none. isa: kernels to use, "" = the best of this CPU.
+        recall_tokens: tokens that steps of up to four rows read of a head, beside the tiles of the text's first four
+        and the recent ones, or a fraction below 1 of what it holds; 0 = all. Then full tiles have the mean of their
+        keys, and those of a prompt hold tokens whose keys are alike, where not all of them would be read."""
 
     @property
     def id(self) -> int:
@@ -125,6 +129,10 @@ class Store:
     ) -> Float32:
         """Rows of staged prompts, spans as for attend: k, v (T, K * D) are written to the staging blocks, and q
         (T, H * D) attends to all of its prompt up to the row itself, giving (T, H * D)."""
+    def recalled(self, layer: int, span: tuple[int, int, int, int], q: Float32) -> list[Int32]:
+        """Numbers of the tiles that rows of q (T, H * D) read of each KV head, ascending; none: all of them."""
+    def means(self, seq: int, layer: int, head: int) -> Float32:
+        """Mean keys (tiles, D) of the tiles before the recent window, where there is recall."""
     def scores(self, seq: int, layer: int, q: Float32, positions: Int32, reduce: str) -> Float32:
         """q (W, H * D) at positions (W,): softmax of each query head over all tokens, reduced over the rows by "mean",
         "max" or "sum_squares". Flat: for each KV head (H / K, S). Of a staged sequence: over the staged tokens."""
@@ -161,7 +169,9 @@ def can_prefill(layers: list[tuple[int, int, int, int, float]], staging: str, is
     """Whether `Store.prefill` reads prompts of all these layers, so that they can do without PagedAttention: they are
     staged as bf16, and there is a kernel (AMX; head sizes that are multiples of 32)."""
 
-def tile_bytes(key: str, value: str, head_size: int, group_size: int, listed: bool = False) -> int: ...
+def tile_bytes(
+    key: str, value: str, head_size: int, group_size: int, listed: bool = False, with_mean: bool = False
+) -> int: ...
 def encode_decode(
     key: str, value: str, group_size: int, k: Float32, v: Float32, isa: str = ""
 ) -> tuple[Float32, Float32]:

@@ -13,15 +13,21 @@ set(CRUSH_CORE_SOURCES
   store/arena.cpp
   store/capture.cpp
   store/claim.cpp
+  store/clusters.cpp
   store/compact.cpp
   store/precisions.cpp
   store/prefill.cpp
+  store/recall.cpp
   store/registry.cpp
   store/serialize.cpp
   store/staging.cpp
   store/store.cpp
   store/tokens.cpp
 )
+# Its results are the same on every CPU.
+if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+  set_source_files_properties(${CRUSH_SOURCE_DIR}/store/clusters.cpp PROPERTIES COMPILE_OPTIONS "-ffp-contract=off")
+endif()
 # Each instruction set has a file of its own; which of them runs is decided at run time. kernels/kernels.cpp asks for them
 # in the same case.
 if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang" AND CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")

@@ -353,6 +353,11 @@ BAD_OPTIONS = {
         "--against must be one of genai, genai-policy, got 'genei' (did you mean 'genai'?)",
     ),
     "unknown policy": (("--policy", "kvcrash"), "got 'kvcrash' (did you mean 'kvcrush'?)"),
+    "recall of too little": (("--recall-tokens", "32"), "recall_tokens must be an integer of at least 64"),
+    "recall of attention alone": (
+        ("--recall-tokens", "64", "--attention"),
+        "--recall-tokens must be left out with --attention",
+    ),
     "budget without policy": (("--kept", "0.5"), "--kept must be left out without --policy"),
     "setting without policy": (("--policy-option", "a=1"), "--policy-option must be left out without --policy"),
     "two budgets": (
@@ -468,6 +473,12 @@ def test_environment_is_json() -> None:
     environment = describe_environment()
     assert json.loads(json.dumps(environment)) == environment
     assert environment["threads"] >= 1
+
+
+def test_the_job_says_what_is_recalled(smollm2: Path) -> None:
+    chosen = BenchSettings.for_model(smollm2, recall_tokens="512")
+    cache, _ = engines._cache_of(chosen.worker_job("crush", Cell(8, 1)))
+    assert cache.recall_tokens == 512
 
 
 def test_types_need_the_native_library(monkeypatch: pytest.MonkeyPatch, smollm2: Path) -> None:

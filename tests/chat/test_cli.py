@@ -217,6 +217,14 @@ BAD_ARGUMENTS = {
         ["--prompt", "x", "--engine", "genai", "--kept-tokens", "64"],
         "policy must be given with kept_tokens: engine='genai' has none by default",
     ),
+    "recall of nothing": (
+        ["--prompt", "x", "--recall-tokens", "32"],
+        "recall_tokens must be an integer of at least 64",
+    ),
+    "recall with genai": (
+        ["--prompt", "x", "--engine", "genai", "--recall-tokens", "64"],
+        "recall_tokens must be left out with engine='genai', got 64",
+    ),
     "policy that genai has not": (
         ["--prompt", "x", "--engine", "genai", "--policy", "tova"],
         "policy must be one of snapkv, h2o, kvcrush, got 'tova'",
@@ -362,6 +370,7 @@ def test_a_chat_that_is_told_nothing_has_the_default_budget() -> None:
     assert type(policy.budget) is DefaultBudget
     assert ChatOptions().eviction_policy() == ChatOptions(max_kv_mb=64).eviction_policy() == policy
     assert ChatOptions(budget="1/8").cache_config() == CacheConfig(budget="1/8", policy=policy)
+    assert ChatOptions(recall_tokens="1/8").cache_config() == CacheConfig(recall_tokens=0.125, policy=policy)
     whole = build("kvcrush", min_tokens=1024)
     named = [{"policy": PolicyOptions("kvcrush")}, {"key_precision": "u8"}, {"value_precision": "u4"}]
     assert [ChatOptions(**given).eviction_policy() for given in named] == [whole] * 3  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import pytest
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.cli.options import SuiteArguments, shared_options
 from ov_kvcrush.eval.runs.plan import BASELINES, DEFAULT_POLICY, Planned, PlanOptions, caches_of, left_out, make_plan
+from ov_kvcrush.eval.statistics import full_cache_of
 
 MIXED = PlanOptions(
     policies=("snapkv", "kvzip"),
@@ -119,7 +120,32 @@ def test_each_budget_is_a_setting_of_each_policy_whatever_the_precisions() -> No
     assert [p for p in plan if p not in budgeted] == make_plan(MIXED)
     caches = caches_of(plan)
     assert [caches[key].budget for key in caches] == [key[2] for key in caches]
-    assert set(caches) == {("u8", "u8", None), ("u4", "u2", None), ("u8", "u8", 1 / 6), ("u8", "u8", 1 / 9)}
+    assert set(caches) == {
+        ("u8", "u8", None, None),
+        ("u4", "u2", None, None),
+        ("u8", "u8", 1 / 6, None),
+        ("u8", "u8", 1 / 9, None),
+    }
+
+
+def test_recall_is_one_more_setting_of_the_full_cache_and_each_policy() -> None:
+    asked = replace(MIXED, recalls=(2048, 0.1))
+    plan = make_plan(asked)
+    recalled = [p for p in plan if p.setting.recall_tokens is not None]
+    assert [p for p in plan if p not in recalled] == make_plan(MIXED)
+    plain = {replace(p.setting, recall_tokens=None).key for p in recalled}
+    assert plain == {p.setting.key for p in make_plan(MIXED) if p.setting.policy not in BASELINES}
+    assert len(recalled) == 2 * len(plain)
+    assert len({p.setting.key for p in plan}) == len(plan)
+    for key, cache in caches_of(plan).items():
+        assert cache.recall_tokens == key[3]
+    full = [p.setting for p in plan if p.setting.policy == "none"]
+    assert all(full_cache_of(setting, full).recall_tokens is None for setting in full)
+
+
+def test_openvino_genai_reads_everything() -> None:
+    with pytest.raises(CrushError, match="--recall-tokens must be left out with --engine genai"):
+        PlanOptions(recalls=(64,), engines=("genai",))
 
 
 def test_budgets_alone_are_those_of_the_default_policy() -> None:

@@ -67,8 +67,9 @@ void greedy(size_t n, const std::function<void(size_t)>& task) {
 constexpr size_t LAYERS = 2, HEADS = 2, WIDTH = 32;
 constexpr int64_t PROMPT = 104;
 
-StoreConfig config_of(size_t max_bytes) {
+StoreConfig config_of(size_t max_bytes, double recall = 0) {
     StoreConfig c;
+    c.recall.fraction = recall;
     c.layers = {{4, HEADS, WIDTH, 0, 0.2f}, {4, HEADS, WIDTH, 0, 0.2f}};
     c.key = c.value = Codec::u8;
     c.max_bytes = max_bytes;
@@ -104,7 +105,7 @@ struct Scene {
     int32_t id, twin, staged, open;
     std::vector<float> rows = std::vector<float>(64 * 4 * WIDTH, 0.5f);
 
-    explicit Scene(const ParallelFor& parallel) : store(config_of(4000000), parallel), blocks(store) {
+    Scene(const ParallelFor& parallel, double recall) : store(config_of(4000000, recall), parallel), blocks(store) {
         id = store.create(4);
         store.attach_prefill(id, blocks.ids, PROMPT);
         store.commit_prefill(id);
@@ -223,11 +224,11 @@ std::vector<Operation> operations() {
     };
 }
 
-void test_failing_allocations(const ParallelFor& parallel, const char* pool) {
+void test_failing_allocations(const ParallelFor& parallel, const char* pool, double recall = 0) {
     for (const Operation& operation : operations()) {
         int failures = 0;
         for (long n = 0;; ++n) {
-            Scene scene(parallel);
+            Scene scene(parallel, recall);
             const std::vector<double> before = scene.state();
             bool failed = false;
             allocations_left = n;
@@ -375,6 +376,7 @@ void test_captured_rows_are_counted() {
 int main() {
     test_failing_allocations(serial, "serial");
     test_failing_allocations(greedy, "greedy");
+    test_failing_allocations(serial, "serial, with recall", 0.2);
     test_memory_follows_what_is_kept();
     test_memory_stays_within_the_limit();
     test_captured_rows_are_counted();

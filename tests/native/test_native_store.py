@@ -73,12 +73,22 @@ class Stores(RuleBasedStateMachine):
         recent_tokens=st.sampled_from([0, 1, 32, 40, 64]),
         max_bytes=st.sampled_from([0, 0, 150_000, 300_000]),
         n=st.sampled_from([1, 100, 200]),
+        recall=st.sampled_from([0, 0, 64, 0.1]),
         seed=st.integers(0, 2**32 - 1),
     )
-    def begin(self, precisions: tuple[str, str, str], recent_tokens: int, max_bytes: int, n: int, seed: int) -> None:
+    def begin(
+        self, precisions: tuple[str, str, str], recent_tokens: int, max_bytes: int, n: int, recall: float, seed: int
+    ) -> None:
         key, value, recent = precisions
-        options = {"key": key, "value": value, "recent": recent, "recent_tokens": recent_tokens, "max_bytes": max_bytes}
-        shapes = [layer(4, 2, 32), layer(2, 1, 48)]
+        options = {
+            "key": key,
+            "value": value,
+            "recent": recent,
+            "recent_tokens": recent_tokens,
+            "max_bytes": max_bytes,
+            "recall_tokens": recall,
+        }
+        shapes = [layer(4, 2, 32), layer(2, 1, 48), *([layer(1, 1, 16, window=50)] if recall else [])]
         self.cache = Cache(*shapes, **options)
         self.mine = self.cache.store
         self.theirs = ReferenceStore(layers=shapes, **{**DEFAULTS, **options})
@@ -207,7 +217,7 @@ class Stores(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.twins) < MAX_SEQUENCES)
     @rule(
-        n=st.integers(1, 150),
+        n=st.integers(1, 300),
         staged_as=st.sampled_from(FLOATS),
         density=st.none() | st.floats(0, 1),
         promised=st.sampled_from([0, 0, 10_000]),

@@ -10,6 +10,7 @@
 #include <iterator>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <set>
 #include <string>
@@ -71,6 +72,7 @@ struct Setting {
     float tolerance;  // of numbers in -1..1 after some rewrites; 0 = exact
     const char* isa;
     bool mixed = false;  // sequences have precisions of their own, and tiers
+    int64_t recall = 0;  // tokens that a step reads
 };
 
 class Traffic {
@@ -106,6 +108,7 @@ private:
         c.group_size = 32;
         c.max_bytes = s.max_bytes;
         c.isa = s.isa;
+        c.recall.tokens = s.recall;
         return c;
     }
 
@@ -190,10 +193,37 @@ private:
         if (what < 22) return reload(id);
         if (what < 34) return compact(id);
         if (setting_.mixed && what < 37) return store_.set_precisions(id, wanted(1).precisions);
-        if (what < 46) return store_.quantize_aged(id);
+        if (what < 46) return quantize_aged(id);
         if (what < 50) return bad_calls(id);
         append(id);
         if (pick(4) == 0 && models_.count(id)) check_tokens(id);
+        if (pick(4) == 0 && models_.count(id)) check_recall(id);
+    }
+
+    void quantize_aged(int32_t id) {
+        store_.quantize_aged(id);
+        if (!setting_.recall) return;
+        for (size_t h = 0, first = 2; h < models_[id].heads.size(); ++h) {
+            // The same tokens, maybe in other tiles. A position may be there more than once: then by what is stored.
+            std::vector<Token>& tokens = models_[id].heads[h];
+            const HeadTokens stored = store_.read(id, h >= first, h >= first ? h - first : h);
+            const size_t width = head_sizes_[h];
+            CHECK(stored.positions.size() == tokens.size());
+            std::vector<Token> sorted;
+            std::vector<bool> taken(tokens.size());
+            for (size_t i = 0; i < tokens.size(); ++i) {
+                for (size_t j = 0; j <= tokens.size(); ++j) {
+                    CHECK(j < tokens.size());
+                    if (taken[j] || tokens[j].position != stored.positions[i]) continue;
+                    if (!near(stored.k[i * width], number(tokens[j].id, 0, false))) continue;
+                    taken[j] = true;
+                    sorted.push_back(tokens[j]);
+                    break;
+                }
+            }
+            tokens = std::move(sorted);
+        }
+        check_tokens(id);
     }
 
     void release(int32_t id) {
@@ -204,7 +234,7 @@ private:
 
     void commit_prefill(int32_t id) {
         std::vector<int32_t> blocks;
-        for (int i = 1 + pick(4); i > 0; --i) blocks.push_back(pick(NUM_BLOCKS));
+        for (int i = 1 + pick(setting_.recall ? 10 : 4); i > 0; --i) blocks.push_back(pick(NUM_BLOCKS));
         const int n = static_cast<int>(blocks.size()) * TILE - pick(TILE);
         store_.attach_prefill(id, blocks, n);
         check_staged_views(id, blocks, n);
@@ -236,15 +266,18 @@ private:
         Model& model = models_[id];
         model.next_position = n;
         for (size_t h = 0; h < kept.size(); ++h) {
-            if (own.tiers) order_by_position(id, h, kept[h]);
+            if (own.tiers || setting_.recall) order_by_position(id, h, kept[h]);
             for (const int32_t t : kept[h]) {
                 model.heads[h].push_back(
                     {static_cast<uint32_t>(blocks[static_cast<size_t>(t / TILE)] * TILE + t % TILE), t});
             }
         }
         if (mixed) check_precisions_of(id, own);
-        if (all && !mixed) CHECK(store_.nbytes_of(id) == store_.bytes_for(n));
-        if (all && mixed && !own.tiers) CHECK(store_.nbytes_of(id) == store_.bytes_for(n, &own.precisions));
+        if (all && !own.tiers) {
+            // Tiles whose tokens are grouped may list their positions.
+            const size_t most = store_.bytes_for(n, mixed ? &own.precisions : nullptr), held = store_.nbytes_of(id);
+            CHECK(setting_.recall ? held <= most : held == most);
+        }
         check_tokens(id);
     }
 
@@ -315,7 +348,10 @@ private:
         bool whole = true;
         for (const auto& head : model.heads) {
             shortest = std::min(shortest, head.size());
-            for (size_t i = 0; i < head.size(); ++i) whole = whole && head[i].position == static_cast<int32_t>(i);
+            std::vector<int32_t> positions;
+            for (const Token& token : head) positions.push_back(token.position);
+            if (setting_.recall) std::sort(positions.begin(), positions.end());
+            for (size_t i = 0; i < head.size(); ++i) whole = whole && positions[i] == static_cast<int32_t>(i);
         }
         if (pick(2)) {
             const size_t before = store_.nbytes();
@@ -329,8 +365,16 @@ private:
         try {
             Model twin;
             twin.next_position = length;
-            for (const auto& head : model.heads) twin.heads.emplace_back(head.begin(), head.begin() + length);
             const int32_t made = store_.fork(id, length);
+            for (size_t h = 0; h < model.heads.size(); ++h) {
+                std::vector<int32_t> places(static_cast<size_t>(length));
+                std::iota(places.begin(), places.end(), 0);
+                order_by_position(made, h, places);
+                std::map<int32_t, Token> by_position;
+                for (const Token& token : model.heads[h]) by_position[token.position] = token;
+                twin.heads.emplace_back();
+                for (const int32_t place : places) twin.heads.back().push_back(by_position.at(place));
+            }
             models_[made] = std::move(twin);
             check_tokens(made);
         } catch (const StoreFull&) {
@@ -507,6 +551,31 @@ private:
         }
     }
 
+    // Steps of a few rows read tiles that are there, and give numbers.
+    void check_recall(int32_t id) {
+        const std::lock_guard<std::mutex> lock(store_.mutex());
+        const Sequence& sequence = store_.sequence_locked(id);
+        for (size_t layer = 0, first = 0; layer < 2; ++layer) {
+            const LayerShape& shape = store_.config().layers[layer];
+            const RowSpan span{&sequence, 1, static_cast<size_t>(1 + pick(RECALL_ROWS + 1)),
+                               static_cast<int32_t>(sequence.next_position)};
+            const size_t width = static_cast<size_t>(shape.num_heads * shape.head_size), rows = 1 + span.num_rows;
+            std::vector<float> q(rows * width), out(rows * width, 7.f);
+            for (float& x : q) x = static_cast<float>(pick(2001)) / 100.f - 10.f;
+            const auto chosen = store_.recalled_locked(span, layer, q.data());
+            for (size_t h = 0; h < chosen.size(); ++h) {
+                const auto num_tiles = (sequence.heads[first + h].num_tokens + TILE - 1) / TILE;
+                CHECK(std::is_sorted(chosen[h].begin(), chosen[h].end(), std::less_equal<int32_t>()));
+                if (chosen[h].empty()) continue;
+                CHECK(chosen[h].front() >= 0 && chosen[h].back() < num_tiles);
+                CHECK(static_cast<int64_t>(chosen[h].size()) < num_tiles);
+            }
+            store_.attend_locked(layer, {span}, q.data(), out.data(), 2);
+            for (size_t i = width; i < out.size(); ++i) CHECK(std::isfinite(out[i]));
+            first += chosen.size();
+        }
+    }
+
     void check_staged_views(int32_t id, const std::vector<int32_t>& blocks, int n) {
         const std::lock_guard<std::mutex> lock(store_.mutex());
         for (size_t layer = 0; layer < 2; ++layer) {
@@ -620,6 +689,9 @@ void test_traffic(int steps) {
         {"f32 behind f16: tiles grow when they settle, limited", Codec::f32, Codec::f32, Codec::f16, 32, 200000, 0.005f,
          ""},
         {"u4 and u2, limited", Codec::u4, Codec::u2, Codec::f16, 64, 100000, 4.f, ""},
+        {"u8 with recall", Codec::u8, Codec::u8, Codec::bf16, 32, 0, 0.06f, "", false, 64},
+        {"recall, scalar, limited", Codec::bf16, Codec::u8, Codec::bf16, 0, 200000, 0.06f, "scalar", false, 64},
+        {"mixed with recall, limited", Codec::u8, Codec::u4, Codec::f16, 40, 200000, 4.f, "", true, 96},
         {"mixed beside bf16", Codec::u8, Codec::u4, Codec::bf16, 32, 0, 4.f, "", true},
         {"mixed beside f32, limited", Codec::u8, Codec::u4, Codec::f32, 1, 200000, 4.f, "", true},
         {"mixed, scalar, limited", Codec::u8, Codec::u4, Codec::f16, 40, 150000, 4.f, "scalar", true},

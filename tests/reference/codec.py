@@ -5,6 +5,7 @@ Letters: H query heads, K KV heads, D channels of a head, S cached tokens of a K
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,8 +100,10 @@ def encode_decode(key: str, value: str, group_size: int, k: Array, v: Array) -> 
     return back_k, round_trip(v.reshape(n, head_size // group_size, group_size), value).reshape(n, head_size)
 
 
-def tile_bytes(key: str, value: str, head_size: int, group_size: int, listed: bool = False) -> int:
-    """Bytes of a tile: header; codes, scales, minima of keys; those of values; positions if they are listed.
+def tile_bytes(
+    key: str, value: str, head_size: int, group_size: int, listed: bool = False, with_mean: bool = False
+) -> int:
+    """Bytes of a tile: header; mean key; codes, scales, minima of keys; those of values; positions if listed.
 
     Parts are multiples of 64.
     """
@@ -109,6 +112,8 @@ def tile_bytes(key: str, value: str, head_size: int, group_size: int, listed: bo
         return -(-n // 64) * 64
 
     num_bytes = 64 + round64(TILE * head_size * BITS[key] // 8) + round64(TILE * head_size * BITS[value] // 8)
+    if with_mean:
+        num_bytes += round64(2 * head_size)
     if key in QUANTISED:
         num_bytes += 2 * round64(2 * head_size)
     if value in QUANTISED:
@@ -120,6 +125,12 @@ def must_list(positions: Array) -> bool:
     """Whether a tile of tokens at these positions (n,) lists them: they do not ascend, or more than one gap is far."""
     gaps = np.diff(positions)
     return bool((gaps < 1).any() or (gaps > MAX_GAP).sum() > 1)
+
+
+def num_recalled(recall_tokens: float, num_tokens: int) -> int:
+    """Ranked tiles that a step reads of a head: of so many tokens, or of a fraction of what it holds."""
+    tokens = math.ceil(recall_tokens * num_tokens) if recall_tokens < 1 else int(recall_tokens)
+    return -(-tokens // TILE)
 
 
 def num_target_tiles(num_tokens: int, recent_tokens: int) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from reference.clusters import group_tiles
 from reference.codec import (
     BITS,
     TILE,
@@ -19,6 +20,7 @@ from reference.codec import (
     Layer,
     encode_decode,
     must_list,
+    num_recalled,
     num_target_tiles,
     tile_bytes,
     to_float,
@@ -124,7 +126,9 @@ class ReferenceStore:
         recent_tokens: int,
         group_size: int,
         max_bytes: int = 0,
+        recall_tokens: float = 0,
     ) -> None:
+        self.recall_tokens = recall_tokens
         self.layers = [Layer(*layer) for layer in layers]
         self.target, self.recent = (key, value), (recent, recent)
         self.recent_tokens, self.group_size, self.max_bytes = recent_tokens, group_size, max_bytes
@@ -157,7 +161,8 @@ class ReferenceStore:
         for layer, n, pair in zip(self.heads, numbers, precisions or self._defaults(), strict=True):
             num_target = num_target_tiles(n, self.recent_tokens)
             num_recent = -(-(n - TILE * num_target) // TILE)
-            num_bytes += num_target * self._bytes(layer, pair) + num_recent * self._bytes(layer, self.recent)
+            num_bytes += num_target * self._bytes(layer, pair, self._groups(layer, n))
+            num_bytes += num_recent * self._bytes(layer, self.recent)
         return num_bytes
 
     def tokens(self, seq: int, layer: int, head: int) -> tuple[Array, Array, Array]:
@@ -194,10 +199,19 @@ class ReferenceStore:
         heads = [Head(h.layer, list(h.tiles), h.num_target) for h in source.heads]
         twin = Cached(heads, source.next_position, source.precisions)
         if num_tokens is not None:
-            for head in twin.heads:
-                if head.num_tokens < num_tokens or (head.tokens()[2] != np.arange(head.num_tokens)).any():
+            orders = [head.tokens()[2] for head in heads]
+            for positions in orders:
+                found = np.sort(positions) if self.recall_tokens else positions
+                if len(positions) < num_tokens or (found != np.arange(len(positions))).any():
                     raise ValueError("num_tokens must be a number of tokens of which every head holds all")
-                self._cut(head, num_tokens)
+            if all((positions == np.arange(len(positions))).all() for positions in orders):
+                for head in heads:
+                    self._cut(head, num_tokens)
+            else:
+                kept = [np.flatnonzero(positions < num_tokens) for positions in orders]
+                ladders = [[pair] for pair in twin.precisions]
+                parts = zip(heads, kept, ladders, strict=True)
+                twin.heads = [self._compacted(*part, None)[0] for part in parts]
             twin.next_position = num_tokens
         self._check_room(self._bytes_of([h for s in (*self._sequences.values(), twin) for h in s.heads]) - self.nbytes)
         return self._add(twin)
@@ -228,6 +242,8 @@ class ReferenceStore:
         growth = 0
         free = self.max_bytes - self.nbytes if self.max_bytes else 2**63
         for head, target in zip(self._sequences[seq].heads, self._sequences[seq].precisions, strict=True):
+            change = self._quantize_grouped(head, target)
+            growth += max(0, change)
             while head.num_target < num_target_tiles(head.num_tokens, self.recent_tokens):
                 old = head.tiles[head.num_target]
                 if target != self.recent:
@@ -239,6 +255,22 @@ class ReferenceStore:
                     head.tiles[head.num_target] = new
                 head.num_target += 1
         return growth <= free
+
+    def _quantize_grouped(self, head: Head, target: tuple[str, str]) -> int:
+        """Tiles that are due, grouped by their keys if there are several and all of them fit. Return their growth."""
+        end = num_target_tiles(head.num_tokens, self.recent_tokens)
+        begin, num_due = head.num_target, end - head.num_target
+        if target == self.recent or num_due < 2 or not self._groups(head.layer, head.num_tokens):
+            return 0
+        k, v, positions = (x[TILE * begin : TILE * end] for x in head.tokens())
+        order = group_tiles(positions, np.zeros(len(k), np.uint8), k, num_due)
+        new = self._tiles(head.layer, [target] * num_due, k[order], v[order], positions[order])
+        freed = sum(0 if self._is_shared(tile) else tile.num_bytes for tile in head.tiles[begin:end])
+        change = sum(tile.num_bytes for tile in new) - freed
+        if not self._fits(change):
+            return 0
+        head.tiles[begin:end], head.num_target = new, end
+        return change
 
     def attach_prefill(self, seq: int, tokens: list[tuple[Array, Array]]) -> None:
         """A prompt for `adopt`: keys and values (n, K * D) of each layer, as the staging blocks hold them."""
@@ -268,6 +300,9 @@ class ReferenceStore:
                 if tiers:
                     order, best = arrange(index, tiers.of[len(heads)], num_target)
                     index, targets = index[order], [ladders[len(heads)][tier] for tier in best]
+                if self._groups(layer, len(index)):
+                    of = tiers.of[len(heads)][order] if tiers else np.zeros(len(index), np.uint8)
+                    index = index[group_tiles(index, of, k[index, i], num_target)]
                 head.tiles = self._tiles(layer, targets, k[index, i], v[index, i], index.astype(np.int32))
                 heads.append(head)
         self._check_room(self._bytes_of(heads) - self._bytes_of(cached.heads), keep_free)
@@ -310,7 +345,12 @@ class ReferenceStore:
 
     def _bytes(self, layer: Layer, precision: tuple[str, str], listed: bool = False) -> int:
         group_size = math.gcd(self.group_size, layer.head_size)
-        return tile_bytes(*precision, layer.head_size, group_size, listed)
+        return tile_bytes(*precision, layer.head_size, group_size, listed, with_mean=self.recall_tokens > 0)
+
+    def _groups(self, layer: Layer, num_tokens: int) -> bool:
+        """Whether so many tokens of a head are put into tiles by their keys."""
+        asked = num_target_tiles(num_tokens, self.recent_tokens) - 1
+        return self.recall_tokens > 0 and not layer.window and asked > num_recalled(self.recall_tokens, num_tokens)
 
     def _bytes_of(self, heads: Iterable[Head]) -> int:
         heads = list(heads)
@@ -410,8 +450,8 @@ class ReferenceStore:
     def _compacted(self, head: Head, kept: Array, ladder: Precisions, tiers: Array | None) -> tuple[Head, Array]:
         """The head with the kept tokens only, and their old indices."""
         tier_of = dict(zip(kept.tolist(), [0] * len(kept) if tiers is None else tiers.tolist(), strict=True))
-        groups = [{tier_of.get(t) for t in range(TILE * i, TILE * i + TILE)} for i in range(head.num_target)]
-        whole = {i: ladder[min(tier)] for i, tier in enumerate(groups) if len(tier) == 1 and None not in tier}
+        of_tiles = [{tier_of.get(t) for t in range(TILE * i, TILE * i + TILE)} for i in range(head.num_target)]
+        whole = {i: ladder[min(tier)] for i, tier in enumerate(of_tiles) if len(tier) == 1 and None not in tier}
         fitting = [
             i for i, target in whole.items() if lower(head.tiles[i].precision, target) == head.tiles[i].precision
         ]
@@ -420,10 +460,14 @@ class ReferenceStore:
         rest = kept[~np.isin(kept // TILE, list(whole))]
         num_target = max(len(whole), num_target_tiles(len(kept), self.recent_tokens))
         targets = [ladder[0]] * (num_target - len(whole))
-        if tiers is not None:
-            of_rest = np.array([tier_of[int(t)] for t in rest], int)
+        groups = self._groups(head.layer, len(kept))
+        if tiers is not None or groups:
+            of_rest = np.array([tier_of[int(t)] for t in rest], np.uint8)
             order, best = arrange(head.tokens()[2][rest], of_rest, len(targets))
-            rest, targets = rest[order], [ladder[tier] for tier in best]
+            rest, of_rest, targets = rest[order], of_rest[order], [ladder[tier] for tier in best]
+        if groups:
+            k, _, positions = head.tokens()
+            rest = rest[group_tiles(positions[rest], of_rest, k[rest], len(targets))]
         tiles = [self._lowered(head.layer, head.tiles[i], target) for i, target in whole.items()]
         k, v, positions = (x[rest] for x in head.tokens())
         for i, new in enumerate(self._tiles(head.layer, targets, k, v, positions)):

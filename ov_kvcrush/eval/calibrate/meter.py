@@ -154,7 +154,18 @@ class CacheMeter:
         return logits
 
     def run(self, stored: Sequence[int], tokens: np.ndarray, position: int, skip: int = 0) -> np.ndarray:
-        """Logits float32 (B, T - skip, vocabulary), a view: the same T tokens behind each of B stored sequences."""
+        """Logits float32 (B, T - skip, vocabulary), maybe a view: the same T tokens behind each of B stored sequences.
+
+        With recall one by one from `skip` on, since steps of many rows read everything.
+        """
+        if self.config.recall_tokens is None or len(tokens) - skip <= 1:
+            return self._run(stored, tokens, position, skip)
+        rows = [self._run(stored, tokens[: skip + 1], position, skip).copy()]
+        for i in range(skip + 1, len(tokens)):
+            rows.append(self._run(stored, tokens[i : i + 1], position + i, 0).copy())
+        return np.concatenate(rows, axis=1)
+
+    def _run(self, stored: Sequence[int], tokens: np.ndarray, position: int, skip: int) -> np.ndarray:
         count = len(tokens)
         total = count * len(stored)
         entries = []

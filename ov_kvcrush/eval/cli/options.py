@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ov_kvcrush.cli.parse import parse_fractions, parse_numbers, parse_properties, parse_words
-from ov_kvcrush.config import PRECISIONS, parse_budget
+from ov_kvcrush.config import PRECISIONS, parse_budget, parse_recall
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.benchmarks.sizing import DEFAULT_SEED
 from ov_kvcrush.eval.benchmarks.suites import SuiteOptions
@@ -42,6 +42,14 @@ def shared_options(
             "none is named; see ov_kvcrush-profile. Repeatable.",
         ),
     ] = None,
+    recall_tokens: Annotated[
+        str,
+        typer.Option(
+            metavar="N[,N...]",
+            help="Tokens that each step of an answer reads of a head, at least 64, or a fraction as 1/8: one more row "
+            "each for the full cache and every policy.",
+        ),
+    ] = "",
     policy_options: Annotated[
         list[str] | None,
         typer.Option("--policy-option", metavar="KEY=VALUE", help="A setting of all policies; repeatable."),
@@ -152,6 +160,7 @@ class SuiteArguments:
             budgets=tuple(
                 dict.fromkeys(parse_budget(part) for text in given["budget"] or () for part in parse_words(text))
             ),
+            recalls=tuple(dict.fromkeys(parse_recall(part) for part in parse_words(given["recall_tokens"]))),
             policy_options=tuple(given["policy_options"] or ()),
             precisions=pairs(_listed("key-precision", given), _listed("value-precision", given)),
             queries=_listed("query", given),

@@ -23,7 +23,7 @@ BASELINES = ("random", "streaming_llm")
 DEFAULT_POLICY = "kvcrush"  # of budgets without a policy
 _MANY_TOKENS = 1 << 20
 
-CacheKey = tuple[str, str, float | None]  # precisions of keys and values, budget
+CacheKey = tuple[str, str, float | None, float | None]  # precisions of keys and values, budget, recall
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class PlanOptions:
 
     policies: NAME or NAME:KEY=VALUE;KEY=VALUE; with budgets and without policies DEFAULT_POLICY. kept: fractions;
     kept_tokens: numbers of tokens instead or beside; budgets: bytes over those of bf16 instead or beside, on our engine
-    alone, whose plans choose the precisions. policy_options: KEY=VALUE for all policies. precisions: keys and values.
+    alone, whose plans choose the precisions. recalls: tokens that decode steps read, as in CacheConfig: each is one
+    more setting of our engine for the full cache and every policy, but for baselines. policy_options: KEY=VALUE for all
+    policies. precisions: keys and values.
     baselines: run BASELINES too, unless they are among the policies: on our engine, at the first precisions, if any
     policy evicts.
     """
@@ -49,6 +51,7 @@ class PlanOptions:
     kept: tuple[float, ...] = ()
     kept_tokens: tuple[int, ...] = ()
     budgets: tuple[float, ...] = ()
+    recalls: tuple[float, ...] = ()
     policy_options: tuple[str, ...] = ()
     precisions: tuple[tuple[str, str], ...] = (("u8", "u8"),)
     queries: tuple[str, ...] = ("aware",)
@@ -67,6 +70,11 @@ class PlanOptions:
             check_fraction("--kept", kept)
         for budget in self.budgets:
             check_fraction("--budget", budget)
+        if self.recalls and "crush" not in self.engines:
+            raise CrushError(
+                "--recall-tokens must be left out with --engine genai, which reads everything, got "
+                f"{', '.join(map(str, self.recalls))}"
+            )
         if self.budgets and "crush" not in self.engines:
             raise CrushError(
                 f"--budget must be left out with --engine genai, whose cache has one type for all heads, got "
@@ -95,6 +103,9 @@ def make_plan(options: PlanOptions) -> list[Planned]:
             for query in options.queries:
                 for planned in (full, *evicting, *(baselines if precisions == options.precisions[0] else ())):
                     _add(found, planned, "crush", precisions, query)
+                for recall in options.recalls:
+                    for planned in (full, *evicting):
+                        _add(found, planned, "crush", precisions, query, recall)
     if "genai" in options.engines:
         able = [p for p in options.precisions if paged_precisions(*p, {})]
         if not able:
@@ -147,15 +158,17 @@ def precisions_of(setting: Setting) -> tuple[str, str]:
 
 
 def cache_of(setting: Setting) -> CacheKey:
-    """What tells our engine's caches apart: precisions of keys and values, and the budget."""
-    return setting.key_precision, setting.value_precision, setting.budget
+    """What tells our engine's caches apart: precisions of keys and values, the budget and the recall."""
+    return setting.key_precision, setting.value_precision, setting.budget, setting.recall_tokens
 
 
 def caches_of(plan: Sequence[Planned]) -> dict[CacheKey, CacheConfig]:
-    """Our engine's cache for each of the precisions and budgets, in the order in which they first appear."""
+    """Our engine's cache for each `cache_of`, in the order in which they first appear."""
     return {
-        (key, value, budget): CacheConfig(key_precision=key, value_precision=value, budget=budget, attention="crush")
-        for key, value, budget in dict.fromkeys(cache_of(planned.setting) for planned in plan)
+        (key, value, budget, recall): CacheConfig(
+            key_precision=key, value_precision=value, budget=budget, recall_tokens=recall, attention="crush"
+        )
+        for key, value, budget, recall in dict.fromkeys(cache_of(planned.setting) for planned in plan)
     }
 
 
@@ -213,9 +226,18 @@ def _setting(name: str, settings: Settings, budget: float | None = None) -> Sett
     )
 
 
-def _add(found: dict[str, Planned], planned: Planned, engine: str, precisions: tuple[str, str], query: str) -> None:
+def _add(
+    found: dict[str, Planned],
+    planned: Planned,
+    engine: str,
+    precisions: tuple[str, str],
+    query: str,
+    recall: float | None = None,
+) -> None:
     key, value = precisions if planned.setting.budget is None else ("u8", "u8")
-    setting = replace(planned.setting, engine=engine, key_precision=key, value_precision=value, query=query)
+    setting = replace(
+        planned.setting, engine=engine, key_precision=key, value_precision=value, query=query, recall_tokens=recall
+    )
     found.setdefault(setting.key, Planned(setting, planned.policy))
 
 

@@ -77,8 +77,9 @@ class RunConfig:
 
 
 def _setting(value: Any, where: str) -> Setting:
-    """A setting; runs from before there were budgets have none."""
-    return from_json(Setting, {"budget": None, **value} if isinstance(value, dict) else value, where)
+    """A setting; runs from before there were budgets and recall have none."""
+    later = {"budget": None, "recall_tokens": None}
+    return from_json(Setting, {**later, **value} if isinstance(value, dict) else value, where)
 
 
 def from_json(cls: type[T], value: Any, where: str) -> T:

@@ -14,11 +14,16 @@ _TILE = 32  # tokens
 TileBytes = Callable[[str, str, int], int]  # key precision, value precision, head size
 
 
+def _nothing(head_size: int) -> int:
+    return 0
+
+
 @dataclass(frozen=True)
 class CacheGeometry:
     """head_sizes: D of each KV head of all layers. recent: precision of the recent window of `recent_tokens` tokens.
 
-    least: tokens that a head keeps in any case. tile_bytes: of a tile of 32 tokens.
+    least: tokens that a head keeps in any case. tile_bytes: of a tile of 32 tokens. more_bytes: what each tile of this
+    cache has beyond that, at most, by the head size; a cache that is compared with has none of it.
     """
 
     head_sizes: tuple[int, ...]
@@ -26,6 +31,7 @@ class CacheGeometry:
     recent_tokens: int
     least: int
     tile_bytes: TileBytes
+    more_bytes: Callable[[int], int] = _nothing
 
     def sizes(self, options: Sequence[HeadPlan], length: int) -> np.ndarray:
         """float64 (N, O): bytes of each head with each option, of a text of `length` tokens."""
@@ -49,10 +55,11 @@ class CacheGeometry:
         return float(sum(self.tile_bytes("bf16", "bf16", size) for size in self.head_sizes))
 
     def _tiles(self, options: Sequence[HeadPlan], size: int) -> np.ndarray:
-        return np.array([self.tile_bytes(option.key, option.value, size) for option in options], np.float64)
+        held = [self.tile_bytes(option.key, option.value, size) + self.more_bytes(size) for option in options]
+        return np.array(held, np.float64)
 
     def _recent(self, size: int) -> int:
-        return self.tile_bytes(self.recent, self.recent, size)
+        return self.tile_bytes(self.recent, self.recent, size) + self.more_bytes(size)
 
     def _by_head(self, of_size: Callable[[int], np.ndarray]) -> np.ndarray:
         found = {size: of_size(size) for size in set(self.head_sizes)}

@@ -19,6 +19,10 @@ struct Forward {
         BASE.encode(tile, k, k_stride, v, v_stride, count);
     }
     static void decode(const uint8_t* tile, float* k, float* v) { BASE.decode(tile, k, v); }
+    static void write_mean(uint8_t* tile) { BASE.write_mean(tile); }
+    static void rank(const uint8_t* const* tiles, size_t num_tiles, const float* q, int rows, float* s, size_t stride) {
+        BASE.rank(tiles, num_tiles, q, rows, s, stride);
+    }
     static void append_token(uint8_t* tile, int slot, const float* k, const float* v) {
         BASE.append_token(tile, slot, k, v);
     }
@@ -29,7 +33,8 @@ constexpr Kernels forward(const char* isa, void (*attend)(const AttendArgs&),
                           void (*staged_scores)(const StagedScores&) = nullptr,
                           void (*prefill)(const Prefill&) = nullptr) {
     using F = Forward<BASE>;
-    return {isa, attend, &F::scores, &F::softmax, &F::encode, &F::decode, &F::append_token, staged_scores, prefill};
+    return {isa,      attend,           &F::scores,    &F::softmax, &F::encode, &F::decode, &F::write_mean,
+            &F::rank, &F::append_token, staged_scores, prefill};
 }
 
 }  // namespace

@@ -16,6 +16,7 @@ namespace crush {
 
 constexpr int MAX_ROWS = 8;  // query rows that one kernel call takes: they share one pass over the tiles
 constexpr int CHUNK = 16;    // tiles of one softmax step: their scores stay in the L1 cache
+constexpr float RANK_BOUND = 1e30f;
 
 // Rows of queries of one KV head against tiles [0, num_tiles). Row r sees tokens with
 //   position <= row_position[r], and position > row_position[r] - window if window > 0.
@@ -92,6 +93,10 @@ struct Kernels {
     void (*encode)(uint8_t* tile, const float* k, size_t k_stride, const float* v, size_t v_stride, int count);
     // k, v [32, D] of all slots.
     void (*decode)(const uint8_t* tile, float* k, float* v);
+    // Write the mean of the keys of a full tile, as they decode, where its layout has one.
+    void (*write_mean)(uint8_t* tile);
+    // s[r * stride + i] = q_r . mean of tile i, within +-RANK_BOUND whatever the tiles hold.
+    void (*rank)(const uint8_t* const* tiles, size_t num_tiles, const float* q, int rows, float* s, size_t stride);
     // Write one token into `slot` of a tile with float codecs (f32, bf16, f16).
     void (*append_token)(uint8_t* tile, int slot, const float* k, const float* v);
     // Null where there is none: then staged keys are scored as tiles.

@@ -3,6 +3,7 @@
 
 #include "kernels/attend_impl.hpp"
 #include "kernels/codec_impl.hpp"
+#include "kernels/recall_impl.hpp"
 
 namespace crush {
 namespace {
@@ -15,6 +16,8 @@ constexpr Kernels make_kernels(void (*attend)(const AttendArgs&) = &AttendImpl<I
             &AttendImpl<I>::softmax,
             &CodecImpl<I>::encode,
             &CodecImpl<I>::decode,
+            &RecallImpl<I>::write_mean,
+            &RecallImpl<I>::rank,
             &CodecImpl<I>::append_token,
             nullptr,
             nullptr};

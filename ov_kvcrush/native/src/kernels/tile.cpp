@@ -20,7 +20,7 @@ uint32_t place(uint32_t& end, int bytes) {
 
 }  // namespace
 
-TileLayout make_layout(Codec key, Codec value, int head_size, int group_size, bool listed) {
+TileLayout make_layout(Codec key, Codec value, int head_size, int group_size, bool listed, bool with_mean) {
     require(head_size >= 16 && head_size <= 256 && head_size % 16 == 0, "head_size", "a multiple of 16 in 16..256",
             head_size);
     if (is_quantised(value))
@@ -35,6 +35,7 @@ TileLayout make_layout(Codec key, Codec value, int head_size, int group_size, bo
     const int key_params = is_quantised(key) ? 2 * head_size : 0;
     const int value_params = is_quantised(value) ? 2 * TILE * (head_size / group_size) : 0;
     uint32_t end = sizeof(TileHeader);
+    l.mean = with_mean ? place(end, 2 * head_size) : 0;
     l.key_codes = place(end, TILE * head_size * code_bits(key) / 8);
     l.key_scale = place(end, key_params);
     l.key_min = place(end, key_params);

@@ -23,6 +23,7 @@ static constexpr int code_shift(Codec codec, int i) { return 8 * (i % 4) + code_
 
 // Where the parts of a tile lie: bytes from its start. Parts in this order, each at a multiple of 64 bytes:
 //   header        TileHeader, 64 bytes
+//   mean          f16 [D], with means only: of the keys as they decode, once all 32 are there
 //   key codes     channels by tokens, see below
 //   key scale/min f16 [D] each, quantised keys only: per channel within the tile, as KIVI. key = min + code * scale
 //   value codes   tokens by channels, see below
@@ -39,12 +40,13 @@ struct TileLayout {
     int head_size;   // D: a multiple of 16, 16..256
     int group_size;  // channels that share a scale of the values: a multiple of 16 that divides D (unused by float
                      // values)
+    uint32_t mean;   // 0 = there is none
     uint32_t key_codes, key_scale, key_min, value_codes, value_scale, value_min, positions;
     uint32_t bytes;  // of the whole tile
 };
 
 // Throws std::invalid_argument for a head size or group size out of the rules above.
-TileLayout make_layout(Codec key, Codec value, int head_size, int group_size, bool listed);
+TileLayout make_layout(Codec key, Codec value, int head_size, int group_size, bool listed, bool with_mean = false);
 
 struct alignas(ALIGNMENT) TileHeader {
     std::atomic<uint32_t> refs;  // owners; only an exclusive owner writes

@@ -76,7 +76,7 @@ private:
     // Rows of fresh prompts that bypass PagedAttention. A layer that does not append has the keys and values of the one
     // that does as its inputs: writing them again changes nothing.
     void prefill_rows() {
-        std::vector<PrefillSpan> spans;
+        std::vector<RowSpan> spans;
         for (const PlanEntry& e : plan_.entries) {
             if (e.kind != PlanEntry::prefill) continue;
             spans.push_back({&store_.sequence_locked(e.sequence), static_cast<size_t>(e.row_begin),
@@ -88,8 +88,7 @@ private:
 
     // Rows over the store: appends their keys and values, unless an earlier layer of the step has, then attends.
     void attend_stored_rows() {
-        std::vector<std::vector<HeadView>> views;
-        std::vector<AttendSpan> spans;
+        std::vector<RowSpan> spans;
         for (const PlanEntry& e : plan_.entries) {
             if (e.kind != PlanEntry::stored) continue;
             Sequence& sequence = store_.sequence_locked(e.sequence);
@@ -97,12 +96,11 @@ private:
                 store_.append_locked(sequence, layer_, at(1, e.row_begin), at(2, e.row_begin), e.num_rows,
                                      e.first_position);
             }
-            views.push_back(store_.views_locked(sequence, layer_));
-            spans.push_back({views.back().data(), static_cast<size_t>(e.row_begin), static_cast<size_t>(e.num_rows),
-                             e.first_position});
+            spans.push_back(
+                {&sequence, static_cast<size_t>(e.row_begin), static_cast<size_t>(e.num_rows), e.first_position});
         }
         if (spans.empty()) return;
-        attend(store_.kernels(), shape_, spans, at(0, 0), outputs_[0].data<float>(), num_threads(), parallel_for());
+        store_.attend_locked(layer_, spans, at(0, 0), outputs_[0].data<float>(), num_threads());
     }
 
     void capture_queries() {

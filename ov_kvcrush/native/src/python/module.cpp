@@ -54,7 +54,8 @@ NB_MODULE(_crush, m) {
     m.def("can_prefill",
           nb::overload_cast<const std::vector<LayerArgument>&, const std::string&, const std::string&>(&can_prefill),
           "layers"_a, "staging"_a, "isa"_a = "");
-    m.def("tile_bytes", &tile_bytes, "key"_a, "value"_a, "head_size"_a, "group_size"_a, "listed"_a = false);
+    m.def("tile_bytes", &tile_bytes, "key"_a, "value"_a, "head_size"_a, "group_size"_a, "listed"_a = false,
+          "with_mean"_a = false);
     m.def("encode_decode", &encode_decode, "key"_a, "value"_a, "group_size"_a, "k"_a, "v"_a, "isa"_a = "");
 
     m.def("draw_rows", &draw_rows, "rows"_a, "params"_a, "isa"_a = "");
@@ -62,9 +63,9 @@ NB_MODULE(_crush, m) {
     using S = PyStore;
     nb::class_<S>(m, "Store")
         .def(nb::init<const std::vector<LayerArgument>&, const std::string&, const std::string&, const std::string&,
-                      int64_t, int64_t, int64_t, const std::string&>(),
+                      int64_t, int64_t, int64_t, const std::string&, double>(),
              nb::kw_only(), "layers"_a, "key"_a, "value"_a, "recent"_a, "recent_tokens"_a, "group_size"_a,
-             "max_bytes"_a = 0, "isa"_a = "")
+             "max_bytes"_a = 0, "isa"_a = "", "recall_tokens"_a = 0)
         .def_prop_ro("id", &S::id)
         .def_prop_ro("isa", &S::isa)
         .def_prop_ro("nbytes", &S::nbytes)
@@ -91,6 +92,8 @@ NB_MODULE(_crush, m) {
         .def("load", &S::load, "heads"_a, "tiles"_a, "capture_rows"_a = 0, "promised"_a = 0)
         .def("attend", &S::attend, "layer"_a, "spans"_a, "q"_a)
         .def("prefill", &S::prefill, "layer"_a, "spans"_a, "q"_a, "k"_a, "v"_a)
+        .def("recalled", &S::recalled, "layer"_a, "span"_a, "q"_a)
+        .def("means", &S::means, "seq"_a, "layer"_a, "head"_a)
         .def("scores", &S::scores, "seq"_a, "layer"_a, "q"_a, "positions"_a, "reduce"_a)
         .def("set_capture", &S::set_capture, "seq"_a, "capture_rows"_a)
         .def("captured", &S::captured, "seq"_a, "layer"_a)

@@ -32,6 +32,14 @@ void check_spans(const std::vector<PyStore::Span>& spans, int64_t num_rows) {
     }
 }
 
+std::vector<RowSpan> row_spans(const Store& store, const std::vector<PyStore::Span>& spans) {
+    std::vector<RowSpan> rows;
+    for (const auto& [seq, begin, count, first_position] : spans)
+        rows.push_back({&store.sequence_locked(to_id(seq)), static_cast<size_t>(begin), static_cast<size_t>(count),
+                        static_cast<int32_t>(first_position)});
+    return rows;
+}
+
 Reduce reduce_of(const std::string& name) {
     if (name == "mean") return Reduce::mean;
     if (name == "max") return Reduce::max;
@@ -51,14 +59,7 @@ Output<float> PyStore::attend(int64_t layer, const std::vector<Span>& spans, con
     {
         const ReleaseGil release;
         const std::lock_guard<std::mutex> lock(s->mutex());
-        std::vector<std::vector<HeadView>> views;
-        std::vector<AttendSpan> attend_spans;
-        for (const auto& [seq, begin, count, first_position] : spans) {
-            views.push_back(s->views_locked(s->sequence_locked(to_id(seq)), static_cast<size_t>(layer)));
-            attend_spans.push_back({views.back().data(), static_cast<size_t>(begin), static_cast<size_t>(count),
-                                    static_cast<int32_t>(first_position)});
-        }
-        crush::attend(s->kernels(), shape, attend_spans, queries, out.data(), num_threads(), parallel_for());
+        s->attend_locked(static_cast<size_t>(layer), row_spans(*s, spans), queries, out.data(), num_threads());
     }
     return to_numpy(std::move(out), {num_rows, static_cast<size_t>(query_width(shape))});
 }
@@ -75,13 +76,41 @@ Output<float> PyStore::prefill(int64_t layer, const std::vector<Span>& spans, co
     {
         const ReleaseGil release;
         const std::lock_guard<std::mutex> lock(s->mutex());
-        std::vector<PrefillSpan> attend_spans;
-        for (const auto& [seq, begin, count, first_position] : spans)
-            attend_spans.push_back({&s->sequence_locked(to_id(seq)), static_cast<size_t>(begin),
-                                    static_cast<size_t>(count), static_cast<int32_t>(first_position)});
-        s->prefill_locked(static_cast<size_t>(layer), attend_spans, queries, keys, values, out.data(), num_threads());
+        s->prefill_locked(static_cast<size_t>(layer), row_spans(*s, spans), queries, keys, values, out.data(),
+                          num_threads());
     }
     return to_numpy(std::move(out), {static_cast<size_t>(num_rows), static_cast<size_t>(query_width(shape))});
+}
+
+std::vector<Output<int32_t>> PyStore::recalled(int64_t layer, const Span& span, const Input& q) const {
+    const auto s = store();
+    const float* queries = data_of<float>(q, "q", {ANY, query_width(layer_shape(*s, layer))});
+    check_spans({span}, static_cast<int64_t>(q.shape(0)));
+    std::vector<std::vector<int32_t>> tiles;
+    {
+        const ReleaseGil release;
+        const std::lock_guard<std::mutex> lock(s->mutex());
+        tiles = s->recalled_locked(row_spans(*s, {span}).front(), static_cast<size_t>(layer), queries);
+    }
+    std::vector<Output<int32_t>> arrays;
+    for (std::vector<int32_t>& of_head : tiles) {
+        const size_t n = of_head.size();
+        arrays.push_back(to_numpy(std::move(of_head), {n}));
+    }
+    return arrays;
+}
+
+Output<float> PyStore::means(int64_t seq, int64_t layer, int64_t head) const {
+    const auto s = store();
+    const auto width = static_cast<size_t>(layer_shape(*s, layer).head_size);
+    const size_t h = to_size("head", head);
+    std::vector<float> numbers;
+    {
+        const ReleaseGil release;
+        numbers = s->means(to_id(seq), static_cast<size_t>(layer), h);
+    }
+    const size_t n = numbers.size() / width;
+    return to_numpy(std::move(numbers), {n, width});
 }
 
 Output<float> PyStore::scores(int64_t seq, int64_t layer, const Input& q, const Input& positions,

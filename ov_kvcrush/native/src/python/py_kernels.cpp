@@ -10,10 +10,10 @@
 
 namespace crush {
 
-size_t tile_bytes(const std::string& key, const std::string& value, int64_t head_size, int64_t group_size,
-                  bool listed) {
+size_t tile_bytes(const std::string& key, const std::string& value, int64_t head_size, int64_t group_size, bool listed,
+                  bool with_mean) {
     return make_layout(codec_of("key", key), codec_of("value", value), to_int("head_size", head_size),
-                       to_int("group_size", group_size), listed)
+                       to_int("group_size", group_size), listed, with_mean)
         .bytes;
 }
 

@@ -1,6 +1,7 @@
 #include "python/py_store.hpp"
 
 #include <climits>
+#include <cmath>
 
 #include "op/threads.hpp"
 #include "python/arguments.hpp"
@@ -11,9 +12,22 @@ namespace {
 
 using ReleaseGil = nanobind::gil_scoped_release;
 
+// 0, a fraction below 1, or a number of tokens.
+RecallConfig recall_of(double tokens) {
+    RecallConfig recall;
+    if (tokens > 0 && tokens < 1) {
+        recall.fraction = tokens;
+    } else {
+        require(tokens == 0 || (tokens >= 64 && tokens <= INT_MAX && tokens == std::floor(tokens)),
+                "recall_tokens must be 0, a fraction below 1 or a number of tokens of at least 64", tokens);
+        recall.tokens = static_cast<int64_t>(tokens);
+    }
+    return recall;
+}
+
 StoreConfig make_config(const std::vector<LayerArgument>& layers, const std::string& key, const std::string& value,
                         const std::string& recent, int64_t recent_tokens, int64_t group_size, int64_t max_bytes,
-                        const std::string& isa) {
+                        const std::string& isa, double recall_tokens) {
     StoreConfig c;
     for (const LayerArgument& layer : layers) c.layers.push_back(layer_shape_of(layer));
     c.key = codec_of("key", key);
@@ -23,6 +37,7 @@ StoreConfig make_config(const std::vector<LayerArgument>& layers, const std::str
     c.group_size = to_int("group_size", group_size);
     c.max_bytes = to_size("max_bytes", max_bytes);
     c.isa = isa;
+    c.recall = recall_of(recall_tokens);
     return c;
 }
 
@@ -70,9 +85,10 @@ const T* pointer(const std::optional<T>& value) {
 
 PyStore::PyStore(const std::vector<LayerArgument>& layers, const std::string& key, const std::string& value,
                  const std::string& recent, int64_t recent_tokens, int64_t group_size, int64_t max_bytes,
-                 const std::string& isa)
-    : store_(std::make_shared<Store>(make_config(layers, key, value, recent, recent_tokens, group_size, max_bytes, isa),
-                                     parallel_for())),
+                 const std::string& isa, double recall_tokens)
+    : store_(std::make_shared<Store>(
+          make_config(layers, key, value, recent, recent_tokens, group_size, max_bytes, isa, recall_tokens),
+          parallel_for())),
       id_(StoreRegistry::add(store_)),
       staging_(layers.size()) {}
 

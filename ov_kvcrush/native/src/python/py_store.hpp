@@ -21,7 +21,7 @@ public:
 
     PyStore(const std::vector<LayerArgument>& layers, const std::string& key, const std::string& value,
             const std::string& recent, int64_t recent_tokens, int64_t group_size, int64_t max_bytes,
-            const std::string& isa);
+            const std::string& isa, double recall_tokens);
     ~PyStore();
     PyStore(const PyStore&) = delete;
     PyStore& operator=(const PyStore&) = delete;
@@ -55,6 +55,8 @@ public:
     Output<float> attend(int64_t layer, const std::vector<Span>& spans, const Input& q) const;
     Output<float> prefill(int64_t layer, const std::vector<Span>& spans, const Input& q, const Input& k,
                           const Input& v);
+    std::vector<Output<int32_t>> recalled(int64_t layer, const Span&, const Input& q) const;
+    Output<float> means(int64_t seq, int64_t layer, int64_t head) const;
     Output<float> scores(int64_t seq, int64_t layer, const Input& q, const Input& positions,
                          const std::string& reduce) const;
     void set_capture(int64_t seq, int64_t capture_rows);

@@ -180,6 +180,7 @@ void Store::append_head(Head& head, const float* k, const float* v, size_t strid
                 kernels_->append_token(tile, slot + t, first_k + row, first_v + row);
             }
         }
+        if (slot + count == TILE) kernels_->write_mean(tile);
         head.num_tokens += count;
         i += count;
     }
@@ -199,6 +200,7 @@ void Store::quantize_aged(int32_t id) {
 void Store::quantize_aged_locked(Sequence& sequence) {
     struct Due {
         size_t head, index;
+        std::vector<int32_t> tokens;  // cached indices; none: those of this tile, in their order
     };
     std::vector<Due> due;
     Claim claim(arena_);
@@ -207,6 +209,30 @@ void Store::quantize_aged_locked(Sequence& sequence) {
         const int64_t num_tiles = num_target_tiles(head.num_tokens);
         const CodecPair target = sequence.precisions[h];
         if (target == recent_) head.num_target = std::max(head.num_target, num_tiles);
+        // Several at once are rows of a text that goes on: they are grouped among themselves, if all of them fit.
+        if (num_tiles - head.num_target > 1 && groups(h, head.num_tokens)) {
+            const std::vector<int32_t> order = grouped_order(h, head, head.num_target, num_tiles);
+            std::vector<const TileLayout*> layouts;
+            size_t add = 0, freed = 0;
+            PositionReader reader(head.tiles);
+            for (size_t i = 0; i < order.size(); i += TILE) {
+                int32_t positions[TILE];
+                for (size_t t = 0; t < TILE; ++t) positions[t] = reader.read(order[i + t]);
+                layouts.push_back(&layout_for(h, target, must_list(positions, TILE)));
+                add += layouts.back()->bytes;
+                const uint8_t* tile = head.tiles[static_cast<size_t>(head.num_target) + i / TILE];
+                freed += shared(tile) ? 0 : layout(tile).bytes;
+            }
+            if (arena_.fits(claim.added() + add, claim.removed() + freed)) {
+                for (size_t i = 0; i < layouts.size(); ++i) {
+                    const auto from = order.begin() + static_cast<std::ptrdiff_t>(i * TILE);
+                    due.push_back({h, static_cast<size_t>(head.num_target) + i, {from, from + TILE}});
+                    claim.add(*layouts[i]);
+                }
+                claim.remove_bytes(freed);
+                continue;
+            }
+        }
         for (int64_t i = head.num_target; i < num_tiles; ++i) {
             const uint8_t* tile = head.tiles[static_cast<size_t>(i)];
             int32_t positions[TILE];
@@ -214,7 +240,7 @@ void Store::quantize_aged_locked(Sequence& sequence) {
             const TileLayout& to = layout_for(h, target, must_list(positions, TILE));
             const size_t freed = shared(tile) ? 0 : layout(tile).bytes;
             if (!arena_.fits(claim.added() + to.bytes, claim.removed() + freed)) break;
-            due.push_back({h, static_cast<size_t>(i)});
+            due.push_back({h, static_cast<size_t>(i), {}});
             claim.add(to);
             claim.remove_bytes(freed);
         }
@@ -223,7 +249,9 @@ void Store::quantize_aged_locked(Sequence& sequence) {
     run_parallel(due.size(), [&](size_t i) {
         const auto reader = std::make_unique<TokenReader>(*kernels_, sequence.heads[due[i].head].tiles);
         const auto buffer = std::make_unique<TokenBuffer>();
-        for (size_t t = 0; t < TILE; ++t) reader->read(static_cast<int64_t>(due[i].index * TILE + t), *buffer);
+        for (size_t t = 0; t < TILE; ++t)
+            reader->read(due[i].tokens.empty() ? static_cast<int64_t>(due[i].index * TILE + t) : due[i].tokens[t],
+                         *buffer);
         write_tile(*kernels_, claim.tile(i), claim.layout(i), *buffer);
     });
     for (size_t i = 0; i < due.size(); ++i) {

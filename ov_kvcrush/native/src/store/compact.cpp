@@ -1,7 +1,9 @@
 // Sequences made of others: compact keeps the tokens of a selection, fork shares tiles.
 #include <algorithm>
+#include <numeric>
 #include <string>
 
+#include "store/recall.hpp"
 #include "store/require.hpp"
 #include "store/store.hpp"
 #include "store/tokens.hpp"
@@ -50,6 +52,12 @@ struct Store::CompactPlan {
     size_t first_new = 0;          // number of its first new tile in the claim
     int64_t num_tokens = 0, num_target = 0;
     size_t remove = 0;  // bytes of tiles that lose their last owner
+};
+
+struct Store::TokenRows {
+    size_t width;
+    float *k, *v;  // [tokens, width]; v may be null, and positions are then
+    int32_t* positions;
 };
 
 struct Store::Kept {
@@ -114,7 +122,10 @@ Store::CompactPlan Store::plan_compact(size_t h, const Head& head, const Kept& k
     }
     const auto num_whole = static_cast<int64_t>(plan.tiles.size());
     plan.num_target = std::max(num_whole, num_target_tiles(kept.size()));
-    if (kept.tiers) arrange(others, plan.num_target - num_whole);
+    const int64_t num_new = plan.num_target - num_whole;
+    const bool group = groups(h, kept.size());
+    if (kept.tiers || group) arrange(others, num_new);
+    if (group) group_tokens(h, head, others, num_new);
 
     const MovedToken* const last = others.data() + others.size();
     for (const MovedToken* i = others.data(); i < last;) {
@@ -143,14 +154,65 @@ Store::CompactPlan Store::plan_compact(size_t h, const Head& head, const Kept& k
     return plan;
 }
 
+// Reads tokens in any order, each tile once.
+void Store::read_tokens(const Head& head, const std::vector<int32_t>& indices, TokenRows& to) const {
+    std::vector<size_t> order(indices.size());
+    std::iota(order.begin(), order.end(), size_t{0});
+    std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return indices[a] < indices[b]; });
+    const auto reader = std::make_unique<TokenReader>(*kernels_, head.tiles);
+    const auto buffer = std::make_unique<TokenBuffer>();
+    for (const size_t i : order) {
+        buffer->count = 0;
+        reader->read(indices[i], *buffer);
+        std::copy_n(buffer->k, to.width, to.k + i * to.width);
+        if (!to.v) continue;
+        std::copy_n(buffer->v, to.width, to.v + i * to.width);
+        to.positions[i] = buffer->positions[0];
+    }
+}
+
+void Store::group_tokens(size_t h, const Head& head, std::vector<MovedToken>& tokens, int64_t num_tiles) const {
+    group_tiles(tokens, num_tiles, head_size(h), [&](const std::vector<MovedToken>& run, float* to) {
+        std::vector<int32_t> indices;
+        for (const MovedToken& token : run) indices.push_back(token.index);
+        TokenRows rows{head_size(h), to, nullptr, nullptr};
+        read_tokens(head, indices, rows);
+    });
+}
+
+std::vector<int32_t> Store::grouped_order(size_t h, const Head& head, int64_t begin, int64_t end) const {
+    PositionReader reader(head.tiles);
+    std::vector<MovedToken> tokens;
+    for (int64_t i = begin * TILE; i < end * TILE; ++i) tokens.push_back({static_cast<int32_t>(i), reader.read(i), 0});
+    group_tokens(h, head, tokens, end - begin);
+    std::vector<int32_t> order;
+    for (const MovedToken& token : tokens) order.push_back(token.index);
+    return order;
+}
+
 void Store::write_compact(const Head& head, CompactPlan& plan, const Claim& claim) const {
     if (plan.unchanged) return;
     const auto reader = std::make_unique<TokenReader>(*kernels_, head.tiles);
     const auto buffer = std::make_unique<TokenBuffer>();
+    // Where tiles take tokens from all over the old ones, these are decoded once, not for each token.
+    const bool scattered = !plan.moved.empty() && !std::is_sorted(plan.moved.begin(), plan.moved.end());
+    const size_t width = scattered ? static_cast<size_t>(layout(head.tiles[0]).head_size) : 0;
+    std::vector<float> k(plan.moved.size() * width), v(k.size());
+    std::vector<int32_t> positions(scattered ? plan.moved.size() : 0);
+    if (scattered) {
+        TokenRows rows{width, k.data(), v.data(), positions.data()};
+        read_tokens(head, plan.moved, rows);
+    }
     for (size_t i = 0; i < plan.moved.size(); i += TILE) {
         buffer->count = 0;
         const size_t end = std::min(plan.moved.size(), i + TILE), tile = plan.first_new + i / TILE;
-        for (size_t t = i; t < end; ++t) reader->read(plan.moved[t], *buffer);
+        for (size_t t = i; t < end && !scattered; ++t) reader->read(plan.moved[t], *buffer);
+        if (scattered) {
+            buffer->count = static_cast<int>(end - i);
+            std::copy(k.begin() + i * width, k.begin() + end * width, buffer->k);
+            std::copy(v.begin() + i * width, v.begin() + end * width, buffer->v);
+            std::copy(positions.begin() + i, positions.begin() + end, buffer->positions);
+        }
         write_tile(*kernels_, claim.tile(tile), claim.layout(tile), *buffer);
     }
     plan.result.reserve(plan.tiles.size());
@@ -162,7 +224,10 @@ void Store::write_compact(const Head& head, CompactPlan& plan, const Claim& clai
 
 std::vector<int32_t> Store::compact(int32_t id, const Selection& selection, const Wanted* given) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    Sequence& sequence = sequence_locked(id);
+    return compact_locked(sequence_locked(id), selection, given);
+}
+
+std::vector<int32_t> Store::compact_locked(Sequence& sequence, const Selection& selection, const Wanted* given) {
     check_selection(selection, [&](size_t h) { return sequence.heads[h].num_tokens; });
     const Wanted wanted = wanted_of(sequence, given, selection.num_indices);
     Precisions precisions = wanted.best();
@@ -205,19 +270,39 @@ std::vector<int32_t> Store::compact(int32_t id, const Selection& selection, cons
 
 // -- fork -------------------------------------------------------------------------------------------------------------
 
-void Store::check_prefix(const Sequence& sequence, int64_t num_tokens) const {
+bool Store::check_prefix(const Sequence& sequence, int64_t num_tokens) const {
+    bool ascend = true;
     for (const Head& head : sequence.heads) {
         require(num_tokens >= 0 && num_tokens <= head.num_tokens,
                 "num_tokens must be in 0.." + std::to_string(head.num_tokens), num_tokens);
         PositionReader reader(head.tiles);
+        std::vector<bool> seen(static_cast<size_t>(head.num_tokens));
         for (int64_t i = 0; i < head.num_tokens; ++i) {
             const int32_t p = reader.read(i);
+            const bool is_next = p == i, is_new = p < head.num_tokens && !seen[static_cast<size_t>(p)];
             require(
-                p == i,
+                config_.recall.is_on() ? is_new : is_next,
                 "num_tokens must be left out for a sequence with tokens dropped: a head must hold positions 0, 1, ...",
                 p);
+            seen[static_cast<size_t>(p)] = true;
+            ascend = ascend && is_next;
         }
     }
+    return ascend;
+}
+
+// The same where tokens are grouped: those that stay are compacted, since few tiles hold none of the others.
+void Store::truncate_grouped(Sequence& forked, int64_t num_tokens) {
+    std::vector<int64_t> offsets{0};
+    std::vector<int32_t> indices;
+    for (const Head& head : forked.heads) {
+        PositionReader reader(head.tiles);
+        for (int64_t i = 0; i < head.num_tokens; ++i) {
+            if (reader.read(i) < num_tokens) indices.push_back(static_cast<int32_t>(i));
+        }
+        offsets.push_back(static_cast<int64_t>(indices.size()));
+    }
+    compact_locked(forked, {offsets.data(), offsets.size(), indices.data(), indices.size()});
 }
 
 // Gives `forked` the positions below num_tokens: full tiles are shared, a truncated one is written anew.
@@ -261,13 +346,13 @@ int32_t Store::fork(int32_t id, std::optional<int64_t> num_tokens) {
     forked.precisions = sequence.precisions;
     forked.capture_rows = sequence.capture_rows;
     forked.next_position = num_tokens.value_or(sequence.next_position);
-    if (num_tokens) {
-        check_prefix(sequence, *num_tokens);
-        forked.captures.resize(sequence.captures.size());
+    const bool is_grouped = num_tokens && !check_prefix(sequence, *num_tokens);
+    if (num_tokens) forked.captures.resize(sequence.captures.size());
+    if (num_tokens && !is_grouped) {
         forked.heads.resize(sequence.heads.size());
         truncate(forked, sequence, *num_tokens, claim);
     } else {
-        forked.captures = sequence.captures;
+        if (!num_tokens) forked.captures = sequence.captures;
         forked.heads = sequence.heads;
         for (Head& head : forked.heads) head.tiles.resize(static_cast<size_t>((head.num_tokens + TILE - 1) / TILE));
     }
@@ -277,7 +362,16 @@ int32_t Store::fork(int32_t id, std::optional<int64_t> num_tokens) {
     }
     for (size_t i = 0; i < claim.num_tiles(); ++i) header(claim.tile(i)).refs.fetch_sub(1);  // they had one owner
     claim.commit();
-    return ++last_id_;
+    ++last_id_;
+    if (is_grouped) {
+        try {
+            truncate_grouped(forked, *num_tokens);
+        } catch (...) {
+            release_locked(last_id_);
+            throw;
+        }
+    }
+    return last_id_;
 }
 
 }  // namespace crush

@@ -19,7 +19,7 @@ void write_rows(const float* from, size_t stride, size_t count, size_t size, uin
 
 // The rows of one KV head that are computed together.
 struct Task {
-    const PrefillSpan* span;
+    const RowSpan* span;
     uint8_t *const *keys, *const *values;  // blocks of the head
     size_t head, first, count;
 };
@@ -31,7 +31,7 @@ bool can_prefill(const Kernels& kernels, const LayerShape& shape, Codec staging)
            shape.num_heads / shape.num_kv_heads <= PREFILL_MAX_COLUMNS;
 }
 
-void Store::prefill_locked(size_t layer, const std::vector<PrefillSpan>& spans, const float* q, const float* k,
+void Store::prefill_locked(size_t layer, const std::vector<RowSpan>& spans, const float* q, const float* k,
                            const float* v, float* out, int num_threads) const {
     const LayerShape& shape = config_.layers[layer];
     const Staging& staging = layouts_[layer].staging;
@@ -44,7 +44,7 @@ void Store::prefill_locked(size_t layer, const std::vector<PrefillSpan>& spans, 
 
     std::vector<std::vector<uint8_t*>> blocks;  // for each span: keys of each head, then values of each head
     std::vector<Task> tasks;
-    for (const PrefillSpan& span : spans) {
+    for (const RowSpan& span : spans) {
         check_staged(*span.sequence, layer);
         const int64_t end = int64_t{span.first_position} + static_cast<int64_t>(span.num_rows);
         require(end <= span.sequence->staged_tokens,

@@ -255,7 +255,7 @@ void Store::read_records(size_t h, const DumpedHead& row, const uint8_t* tiles, 
     require(from.left == 0, "tiles must hold nothing beyond the records of a head", from.left);
 }
 
-void Store::fill_tile(const Record& record, uint8_t* tile) {
+void Store::fill_tile(const Record& record, uint8_t* tile) const {
     make_empty(tile, *record.layout);
     header(tile).count = record.count;
     for (int i = 0; i < record.count; ++i) set_position(tile, i, record.positions[i]);
@@ -265,6 +265,7 @@ void Store::fill_tile(const Record& record, uint8_t* tile) {
         from += bytes;
     });
     check_scales(tile);
+    if (record.count == TILE) kernels_->write_mean(tile);
 }
 
 int32_t Store::load(const std::vector<DumpedHead>& rows, const uint8_t* tiles, size_t num_bytes, int64_t capture_rows,

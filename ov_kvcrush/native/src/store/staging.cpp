@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "kernels/half.hpp"
+#include "store/recall.hpp"
 #include "store/require.hpp"
 #include "store/store.hpp"
 #include "store/tokens.hpp"
@@ -187,11 +188,25 @@ void Store::read_staged(const Sequence& sequence, size_t layer, size_t head, con
     to.count = count;
 }
 
+void Store::read_staged_keys(const Sequence& sequence, size_t h, const std::vector<MovedToken>& tokens,
+                             float* to) const {
+    const size_t layer = layer_of_[h], num_heads = first_head_[layer + 1] - first_head_[layer];
+    const Staging& staging = layouts_[layer].staging;
+    const size_t row_bytes = head_size(h) * bytes_per_number(staging.codec);
+    for (const MovedToken& token : tokens) {
+        const auto block = static_cast<size_t>(sequence.staged_blocks[static_cast<size_t>(token.index / TILE)]);
+        const size_t row =
+            (block * num_heads + h - first_head_[layer]) * TILE + static_cast<size_t>(token.index % TILE);
+        widen(staging.codec, staging.keys + row * row_bytes, head_size(h), to);
+        to += head_size(h);
+    }
+}
+
 // In chunks of 32, each of which becomes a tile.
 struct Store::Chunks {
     const int32_t* indices = nullptr;  // null: all, 0, 1, 2, ...
     int64_t num_tokens = 0;
-    std::vector<int32_t> arranged;  // what `indices` names, with tiers
+    std::vector<int32_t> arranged;  // what `indices` names, with tiers or where they are grouped
     std::vector<uint8_t> tiers;     // of the first chunks, with tiers
 
     int64_t size() const { return (num_tokens + TILE - 1) / TILE; }
@@ -203,12 +218,20 @@ struct Store::Chunks {
             to[i] = indices ? indices[chunk * TILE + i] : static_cast<int32_t>(chunk * TILE + i);
         }
     }
-    void sort(const uint8_t* tier_of, int64_t num_target) {
+    // By tiers, unless they are null, and then by `group`, if it is there, which moves tokens between tiles of a tier.
+    void sort(const uint8_t* tier_of, int64_t num_target, const std::function<void(std::vector<MovedToken>&)>& group) {
+        if (!tier_of && !group) return;
         std::vector<MovedToken> tokens;
         tokens.reserve(static_cast<size_t>(num_tokens));
-        for (int64_t i = 0; i < num_tokens; ++i) tokens.push_back({indices[i], indices[i], tier_of[i]});
-        arrange(tokens, num_target);
-        for (int64_t i = 0; i < num_target; ++i) tiers.push_back(best_tier(tokens.data() + i * TILE, TILE));
+        for (int64_t i = 0; i < num_tokens; ++i) {
+            const int32_t index = indices ? indices[i] : static_cast<int32_t>(i);
+            tokens.push_back({index, index, tier_of ? tier_of[i] : uint8_t{0}});
+        }
+        if (tier_of) {
+            arrange(tokens, num_target);
+            for (int64_t i = 0; i < num_target; ++i) tiers.push_back(best_tier(tokens.data() + i * TILE, TILE));
+        }
+        if (group) group(tokens);
         for (const MovedToken& token : tokens) arranged.push_back(token.index);
         indices = arranged.data();
     }
@@ -242,12 +265,19 @@ void Store::commit_prefill(int32_t id, const Selection* selection, size_t promis
     const size_t num_heads = sequence.heads.size();
     std::vector<Chunks> chunks(num_heads);
     run_parallel(num_heads, [&](size_t h) {
-        chunks[h].num_tokens = sequence.staged_tokens;
-        if (!selection) return;
-        const int64_t begin = selection->offsets[h];
-        chunks[h].indices = selection->indices + begin;
-        chunks[h].num_tokens = selection->offsets[h + 1] - begin;
-        if (wanted.tiers) chunks[h].sort(wanted.tiers + begin, num_target_tiles(chunks[h].num_tokens));
+        const int64_t begin = selection ? selection->offsets[h] : 0;
+        chunks[h].num_tokens = selection ? selection->offsets[h + 1] - begin : sequence.staged_tokens;
+        if (selection) chunks[h].indices = selection->indices + begin;
+        const int64_t num_target = num_target_tiles(chunks[h].num_tokens);
+        std::function<void(std::vector<MovedToken>&)> group;
+        if (groups(h, chunks[h].num_tokens)) {
+            group = [&](std::vector<MovedToken>& tokens) {
+                group_tiles(tokens, num_target, head_size(h), [&](const std::vector<MovedToken>& run, float* to) {
+                    read_staged_keys(sequence, h, run, to);
+                });
+            };
+        }
+        chunks[h].sort(wanted.tiers ? wanted.tiers + begin : nullptr, num_target, group);
     });
     Claim claim(arena_);
     std::vector<size_t> first;  // [heads + 1]: number of the first tile of each in the claim

@@ -33,6 +33,9 @@ Store::Store(StoreConfig config, ParallelFor parallel)
     require(!c.layers.empty(), "layers must hold at least one layer", 0);
     require(!is_quantised(c.recent), "recent must be f32, bf16 or f16", code_bits(c.recent));
     require(c.recent_tokens >= 0, "recent_tokens must be at least 0", c.recent_tokens);
+    require(c.recall.tokens == 0 || c.recall.tokens >= 64, "recall_tokens must be at least 64", c.recall.tokens);
+    require(c.recall.fraction >= 0 && c.recall.fraction < 1,
+            "recall_tokens must be a number of tokens, or a fraction below 1", c.recall.fraction);
     require(c.group_size >= 16 && c.group_size % 16 == 0, "group_size must be a multiple of 16", c.group_size);
     first_head_.push_back(0);
     for (const LayerShape& shape : c.layers) {
@@ -43,7 +46,7 @@ Store::Store(StoreConfig config, ParallelFor parallel)
             for (int value = 0; value < NUM_CODECS; ++value) {
                 for (const bool listed : {false, true}) {
                     l.of[key][value][listed] = make_layout(static_cast<Codec>(key), static_cast<Codec>(value),
-                                                           shape.head_size, group, listed);
+                                                           shape.head_size, group, listed, c.recall.is_on());
                 }
             }
         }
@@ -123,6 +126,10 @@ Precisions Store::precisions(int32_t id) const {
 
 void Store::release(int32_t id) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    release_locked(id);
+}
+
+void Store::release_locked(int32_t id) {
     Sequence& sequence = sequence_locked(id);
     size_t freed = drop_rings(sequence);
     for (const Head& head : sequence.heads) {
@@ -227,13 +234,15 @@ size_t Store::bytes_for(const std::vector<int64_t>& num_tokens, const Wanted* gi
         }
         const int64_t num_recent = sum - num_target_tiles(sum) * TILE;
         bytes += static_cast<size_t>((num_recent + TILE - 1) / TILE) * layout_for(h, recent_, false).bytes;
+        // Tiles of tokens that are grouped may all have to list their positions.
+        const bool listed = groups(h, sum);
         // Tokens of the tiers up to here, less the recent ones, which are taken from the first tiers.
         int64_t seen = 0, begin = 0;
         for (size_t t = 0; t < wanted.num_tiers; ++t) {
             seen += of_tier[t];
             const int64_t end = std::max<int64_t>(0, seen - num_recent);
-            bytes += static_cast<size_t>(num_tier_tiles(begin, end)) *
-                     layout_for(h, wanted.of_head(h)[t], false).bytes;
+            bytes +=
+                static_cast<size_t>(num_tier_tiles(begin, end)) * layout_for(h, wanted.of_head(h)[t], listed).bytes;
             begin = end;
         }
     }

@@ -27,6 +27,18 @@ struct StoreFull : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// How many of a head's tokens a decode step reads, beside sinks and the recent window: those of the tiles whose mean
+// keys its queries are closest to (after ClusterKV, arXiv 2412.03213). Off: all.
+struct RecallConfig {
+    int64_t tokens = 0;   // at least 64
+    double fraction = 0;  // instead: of what the head holds, above 0 and below 1
+
+    bool is_on() const { return tokens > 0 || fraction > 0; }
+    int64_t num_tiles(int64_t num_tokens) const;  // ranked tiles that are read of a head with so many tokens
+};
+constexpr int RECALL_ROWS = 4;  // the most rows of a step that are ranked; steps with more read everything
+constexpr int SINK_TOKENS = 4;  // the first of the text: their tiles are always read
+
 struct StoreConfig {
     std::vector<LayerShape> layers;
     Codec key = Codec::u8, value = Codec::u8;  // of target tiles, unless a sequence has precisions of its own
@@ -35,6 +47,7 @@ struct StoreConfig {
     int group_size = 32;   // channels per scale of quantised values; a layer with another D takes gcd(group_size, D)
     size_t max_bytes = 0;  // hard limit of nbytes; 0 = none
     std::string isa;       // "" = the best
+    RecallConfig recall;   // on: tiles have means, and those of a prompt hold tokens whose keys are alike
 };
 
 // Which tokens of each (layer, KV head) to keep: indices[offsets[l * K + h] .. offsets[l * K + h + 1]), ascending.
@@ -98,8 +111,8 @@ struct Dump {
     std::vector<uint8_t> tiles;  // of all heads, one after the other; see store/serialize.cpp
 };
 
-// Rows of a staged prompt in one step: num_rows rows from row_begin on, at positions first_position, ...
-struct PrefillSpan {
+// Rows of a sequence in one step: num_rows rows from row_begin on, at positions first_position, ...
+struct RowSpan {
     const Sequence* sequence;
     size_t row_begin, num_rows;
     int32_t first_position;
@@ -132,8 +145,8 @@ public:
     void release(int32_t id);
     // A new sequence that shares all tiles with this one. With num_tokens it has only the positions below num_tokens:
     // every head must hold exactly the positions 0..n-1, n >= num_tokens, and the tile that is truncated is decoded
-    // into a new tile of the recent codec. Throws StoreFull where that tile does not fit. Captured queries are shared,
-    // unless num_tokens is given: then there are none.
+    // into a new tile of the recent codec; where tokens are grouped by their keys, it is compacted. Throws StoreFull
+    // where that tile does not fit. Captured queries are shared, unless num_tokens is given: then there are none.
     int32_t fork(int32_t id, std::optional<int64_t> num_tokens = std::nullopt);
 
     // Allocates slots for num_tokens more tokens in every head, and room for their captured queries: new tiles, and a
@@ -144,7 +157,8 @@ public:
     int64_t free_slots(int32_t id) const;
     // append_locked, with the lock.
     void append(int32_t id, size_t layer, const float* k, const float* v, int64_t n, int64_t first_position);
-    // Encodes tokens that have left the recent window of each head into target tiles. Never fails: a tile
+    // Encodes tokens that have left the recent window of each head into target tiles; with recall, those of several
+    // tiles are grouped by their keys. Never fails: a tile
     // that cannot be replaced within the limit, or for want of memory, stays as it is until the next call.
     void quantize_aged(int32_t id);
 
@@ -215,10 +229,17 @@ public:
                          std::vector<int32_t>& positions) const;
     // Writes rows k, v [rows, K * D] of staged prompts to their blocks, and attends with q [rows, H * D] to all tokens
     // of its prompt up to the row itself: out [rows, H * D].
-    void prefill_locked(size_t layer, const std::vector<PrefillSpan>&, const float* q, const float* k, const float* v,
+    void prefill_locked(size_t layer, const std::vector<RowSpan>&, const float* q, const float* k, const float* v,
                         float* out, int num_threads) const;
     // The filled tiles of each KV head. Valid until the sequence changes.
     std::vector<HeadView> views_locked(const Sequence&, size_t layer) const;
+    // With recall, the numbers of the tiles that these rows of queries [.., H * D] read, ascending, for each KV head;
+    // an empty list: all.
+    std::vector<std::vector<int32_t>> recalled_locked(const RowSpan&, size_t layer, const float* q) const;
+    // Attention of rows q [.., H * D] over what is stored, to the same rows of out.
+    void attend_locked(size_t layer, const std::vector<RowSpan>&, const float* q, float* out, int num_threads) const;
+    // The means of the first num_target_tiles tiles of a head: f32 [tiles, D]. Throws without recall.
+    std::vector<float> means(int32_t id, size_t layer, size_t head) const;
     // Tiles with the keys of a staged prompt only, copied from its staging blocks into `storage`: for scores.
     std::vector<HeadView> staged_views_locked(const Sequence&, size_t layer, std::vector<uint8_t>& storage,
                                               std::vector<const uint8_t*>& pointers) const;
@@ -240,13 +261,16 @@ private:
     struct Chunks;  // the tokens of a head that are committed
     struct Kept;    // those that compact keeps
     struct CompactPlan;
+    struct TokenRows;
     struct Record;
 
+    void release_locked(int32_t id);
     std::unique_ptr<Sequence> new_sequence(int64_t capture_rows) const;
     void run_parallel(
         size_t n,
         const std::function<void(size_t)>& task) const;  // throws the first exception of a task at the end
     size_t check_head(size_t layer, size_t head) const;  // its number
+    size_t head_size(size_t head) const { return static_cast<size_t>(config_.layers[layer_of_[head]].head_size); }
     void check_selection(const Selection&, const std::function<int64_t(size_t)>& num_tokens) const;
     int64_t num_target_tiles(int64_t num_tokens) const;
     // What is wanted, checked, or the precisions of the sequence.
@@ -271,15 +295,26 @@ private:
     void quantize_aged_locked(Sequence&);
     void check_staged(const Sequence&, size_t layer) const;
     void read_staged(const Sequence&, size_t layer, size_t head, const int32_t* tokens, int count, TokenBuffer&) const;
+    void read_staged_keys(const Sequence&, size_t head, const std::vector<MovedToken>&, float* to) const;
     // Appends the scores of a staged prompt straight from its blocks. False if the kernels cannot.
     bool score_blocks(const Sequence&, size_t layer, StagedScores, std::vector<float>& out) const;
+    // Whether so many tokens of a head are put into tiles by their keys: where a step does not read all of them.
+    bool groups(size_t head, int64_t num_tokens) const;
+    std::vector<int32_t> recalled(const RowSpan&, size_t head, const float* q) const;
     void commit_head(const Sequence&, size_t head, const Chunks&, const Claim&, size_t first) const;
+    std::vector<int32_t> compact_locked(Sequence&, const Selection&, const Wanted* = nullptr);
     CompactPlan plan_compact(size_t head, const Head&, const Kept&) const;
     void plan_new(size_t head, CodecPair, const MovedToken*, int64_t count, CompactPlan&) const;
+    void read_tokens(const Head&, const std::vector<int32_t>& indices, TokenRows& to) const;
+    // Cached indices of the tokens of tiles [begin, end), in the order of tiles by their keys.
+    std::vector<int32_t> grouped_order(size_t head, const Head&, int64_t begin, int64_t end) const;
+    void group_tokens(size_t head, const Head&, std::vector<MovedToken>&, int64_t num_tiles) const;
     void write_compact(const Head&, CompactPlan&, const Claim&) const;
     void read_records(size_t head, const DumpedHead&, const uint8_t* tiles, std::vector<Record>&) const;
-    static void fill_tile(const Record&, uint8_t* tile);
-    void check_prefix(const Sequence&, int64_t num_tokens) const;
+    void fill_tile(const Record&, uint8_t* tile) const;
+    // Whether the positions are in order, which they must be but with recall.
+    bool check_prefix(const Sequence&, int64_t num_tokens) const;
+    void truncate_grouped(Sequence& forked, int64_t num_tokens);
     void truncate(Sequence& forked, const Sequence&, int64_t num_tokens, Claim&);
 
     StoreConfig config_;

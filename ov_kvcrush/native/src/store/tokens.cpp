@@ -66,6 +66,7 @@ void write_tile(const Kernels& kernels, uint8_t* tile, const TileLayout& layout,
     for (int i = 0; i < from.count; ++i) set_position(tile, i, from.positions[i]);
     const auto stride = static_cast<size_t>(layout.head_size);
     kernels.encode(tile, from.k, stride, from.v, stride, from.count);
+    if (from.count == TILE) kernels.write_mean(tile);
 }
 
 void copy_tile(uint8_t* tile, const TileLayout& to, const uint8_t* source) {
