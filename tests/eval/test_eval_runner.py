@@ -36,12 +36,12 @@ KEPT = 0.5
 
 
 def log(seed: int) -> str:
-    return "\n".join(f"On day {i} the {'ship' if i % 3 else 'crew'} saw {seed * i % 11} whales." for i in range(1, 12))
+    return "\n".join(f"On day {i} the {'ship' if i % 3 else 'crew'} saw {seed * i % 11} whales." for i in range(1, 20))
 
 
 def item(seed: int, **changes: object) -> Item:
     questions = tuple(
-        Question(f"How many whales on day {day}?", (str(seed * day % 11),), NEW_TOKENS, " There were") for day in (3, 9)
+        Question(f"How many whales on day {day}?", (str(seed * day % 11),), NEW_TOKENS, " There were") for day in (3, 17)
     )
     return replace(Item(f"log-{seed}", TASK.name, log(seed), questions), **changes)
 
