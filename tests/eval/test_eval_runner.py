@@ -41,7 +41,8 @@ def log(seed: int) -> str:
 
 def item(seed: int, **changes: object) -> Item:
     questions = tuple(
-        Question(f"How many whales on day {day}?", (str(seed * day % 11),), NEW_TOKENS, " There were") for day in (3, 17)
+        Question(f"How many whales on day {day}?", (str(seed * day % 11),), NEW_TOKENS, " There were")
+        for day in (3, 17)
     )
     return replace(Item(f"log-{seed}", TASK.name, log(seed), questions), **changes)
 
