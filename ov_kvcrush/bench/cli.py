@@ -90,7 +90,7 @@ def bench(
             metavar=NAME_OR_LIST,
             callback=explain_if_asked,
             is_eager=True,
-            help="What stays in our KV cache; everything if left out.",
+            help="What stays in our KV cache, a quarter unless more is said; everything if left out.",
         ),
     ] = None,
     kept: KeptOption = None,

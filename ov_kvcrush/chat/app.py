@@ -177,9 +177,9 @@ def parse(
         str | None,
         typer.Option(
             metavar="F",
-            help=f"{BUDGET_HELP} Default, where neither policy nor precisions are given: {DEFAULT_BUDGET}, which costs "
-            "less than a quarter of the tokens in u8; without a profile it is one setting for all heads, and costs "
-            "more. With engine genai none.",
+            help=f"{BUDGET_HELP} Default, where neither --kept, --kept-tokens nor precisions are given: "
+            f"{DEFAULT_BUDGET}, which costs less than a quarter of the tokens in u8; without a profile one setting "
+            "holds for all heads, which costs more. With engine genai none.",
         ),
     ] = None,
     recall_tokens: RecallOption = None,
@@ -191,7 +191,7 @@ def parse(
             is_eager=True,
             help="Which tokens stay in the KV cache of a long text; none keeps everything. Default: "
             f"{DEFAULT_CHAT_POLICY}; of a --context {DEFAULT_CONTEXT_POLICY}; with engine genai none. How many: as "
-            "--budget says, or with a policy and no --budget as --kept does.",
+            "--budget, --kept or --kept-tokens says.",
         ),
     ] = None,
     kept: KeptOption = None,
@@ -223,8 +223,10 @@ def parse(
     """What the arguments ask for. Raises CrushError naming the first that cannot be used."""
     cache = (key_precision, value_precision, max_kv_mb)
     wanted = PolicyOptions(policy, kept, kept_tokens, min_tokens, tuple(policy_options or ()))
-    is_open = wanted.is_empty and key_precision is None and value_precision is None
-    wish = context_wish(context, save_context, wanted, is_open=is_open, system=system, engine=engine, device=device)
+    given = key_precision is not None or value_precision is not None
+    wish = context_wish(
+        context, save_context, wanted, has_precisions=given, system=system, engine=engine, device=device
+    )
     of_chat = PolicyOptions() if wish and wish.text is not None else wanted
     options = ChatOptions(
         model, system, max_new_tokens, temperature, top_p, seed, engine, device, *cache, of_chat, budget, recall_tokens

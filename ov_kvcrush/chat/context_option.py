@@ -21,7 +21,6 @@ from ov_kvcrush.contexts.file import BEGINNING
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipelines.llm import LLMPipeline
 from ov_kvcrush.policies.base import Policy
-from ov_kvcrush.policies.registry import as_policy
 
 SUFFIX = ".kvc"
 MAX_TEXT_BYTES = MAX_STDIN_BYTES
@@ -83,14 +82,14 @@ def context_wish(
     save_to: str | None,
     policy: PolicyOptions,
     *,
-    is_open: bool,
+    has_precisions: bool,
     system: str,
     engine: str | None,
     device: str,
 ) -> ContextWish | None:
     """What the arguments ask for; None without --context.
 
-    is_open: nothing says how much stays or in which precision, so the default budget holds.
+    has_precisions: some are given, so that the default budget, which would choose them, does not hold.
     Raises RequestError or CrushError: for arguments that do not go together, a file that is neither a text nor a saved
     context, settings that the policy of a text has not, and a file that cannot be written.
     """
@@ -104,8 +103,9 @@ def context_wish(
         raise RequestError(f"context must be left out with engine='genai', which holds no contexts, got {file!r}")
     text = read_context_file(Path(file))
     target = None if save_to is None else check_target("save_context", Path(save_to))
-    by_default = as_policy(DEFAULT_CONTEXT_POLICY) if is_open else policy.build(policy.name or DEFAULT_CONTEXT_POLICY)
-    chosen = None if text is None else by_default
+    make = policy.build if has_precisions else policy.build_open
+    named = make(policy.name or DEFAULT_CONTEXT_POLICY)
+    chosen = None if text is None else named
     return ContextWish(Path(file), text, chosen, target)
 
 

@@ -13,7 +13,6 @@ from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.genai.backend import genai_cache_properties
 from ov_kvcrush.genai.eviction import translate
 from ov_kvcrush.policies.base import Policy
-from ov_kvcrush.policies.registry import as_policy
 
 DEFAULT_CHAT_POLICY = "kvcrush"
 DEFAULT_MIN_TOKENS = 1024  # a chat of as many tokens keeps all of them
@@ -31,7 +30,7 @@ class ChatOptions:
     max_kv_mb: limit of the KV store in MiB; None = by the free memory. openvino_genai takes whole GiB only.
     budget, recall_tokens: as in CacheConfig.
     policy: what stays in the cache; without a name KVCrush with our engine, where it can evict, else everything.
-        Without any of this, of precisions and of a budget: as much as a plan of DEFAULT_BUDGET keeps.
+        Where nothing says how much stays or in which precision: as much as a plan of DEFAULT_BUDGET.
     Raises RequestError or CrushError naming the first field that cannot be used.
     """
 
@@ -95,15 +94,10 @@ class ChatOptions:
             raise CrushError(f"policy must be given with {min(settings)}: engine='genai' has none by default, got none")
         if self.policy.is_empty and (is_genai or native.why_unavailable()):
             return None
-        if self.is_open:
-            return as_policy({"name": DEFAULT_CHAT_POLICY, "min_tokens": DEFAULT_MIN_TOKENS})
-        policy = self.policy.build(name or DEFAULT_CHAT_POLICY, DEFAULT_MIN_TOKENS)
+        has_precisions = self.key_precision is not None or self.value_precision is not None
+        make = self.policy.build if has_precisions or is_genai else self.policy.build_open
+        policy = make(name or DEFAULT_CHAT_POLICY, DEFAULT_MIN_TOKENS)
         return policy if policy.evicts else None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether nothing says what stays, how much or in which precision: the default budget holds."""
-        return self.policy.is_empty and self.key_precision is None and self.value_precision is None
 
     def scheduler_config(self) -> SchedulerConfig | None:
         """What openvino_genai is told of the limit, and to keep the KV of a chat as it does by default; else None.

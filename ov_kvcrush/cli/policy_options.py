@@ -10,7 +10,7 @@ import typer
 
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies.base import Budget, Policy
-from ov_kvcrush.policies.registry import Settings, SettingValue, build, describe, names
+from ov_kvcrush.policies.registry import Settings, SettingValue, as_policy, build, describe, names
 from ov_kvcrush.utils.checks import key_values
 
 LIST = "help"  # in place of a policy's name: say which there are
@@ -28,7 +28,7 @@ RecallOption = Annotated[str | None, typer.Option(metavar="N", help=RECALL_HELP)
 BudgetOption = Annotated[str | None, typer.Option(metavar="F", help=BUDGET_HELP)]
 KeptOption = Annotated[
     float | None,
-    typer.Option(metavar="F", help="Keep this fraction of the text, in (0, 1]; 0.25 where only a policy is named."),
+    typer.Option(metavar="F", help="Keep this fraction of the text, in (0, 1]."),
 ]
 KeptTokensOption = Annotated[
     int | None, typer.Option(metavar="N", help="Instead: keep N tokens, however long the text.")
@@ -71,10 +71,20 @@ class PolicyOptions:
         return settings
 
     def build(self, name: str, min_tokens: int | None = None) -> Policy:
-        """The policy. min_tokens: of a fraction, where nothing else was given; of a number of tokens it is the number.
+        """The policy; one that is not told how much stays keeps a quarter.
 
+        min_tokens: of a fraction, where nothing else was given; of a number of tokens it is the number.
         Raises CrushError for a setting that there is not, and for settings that contradict each other.
         """
+        return build(name, **self._completed(name, min_tokens))
+
+    def build_open(self, name: str, min_tokens: int | None = None) -> Policy:
+        """As `build`, but one that is not told how much stays has the default budget of bytes, as in CacheConfig."""
+        policy = as_policy({"name": name, **self._completed(name, min_tokens)})
+        assert policy is not None
+        return policy
+
+    def _completed(self, name: str, min_tokens: int | None) -> Settings:
         settings = self.settings()
         if name == "none" and self.min_tokens is not None:
             raise CrushError(
@@ -83,7 +93,7 @@ class PolicyOptions:
         floor = self.kept_tokens or min_tokens
         if name != "none" and floor is not None:
             settings.setdefault("min_tokens", floor)
-        return build(name, **settings)
+        return settings
 
 
 def _value(text: str) -> SettingValue:

@@ -349,7 +349,8 @@ POLICIES = {
     "fraction": (PolicyOptions(kept=0.5), {"kept": 0.5, "min_tokens": 1024}),
     "tokens": (PolicyOptions(kept_tokens=64), {"kept_tokens": 64, "min_tokens": 64}),
     "tokens and floor": (PolicyOptions(kept_tokens=64, min_tokens=99), {"kept_tokens": 64, "min_tokens": 99}),
-    "floor": (PolicyOptions(min_tokens=200), {"kept": 0.25, "min_tokens": 200}),
+    "floor": (PolicyOptions(min_tokens=200), {"min_tokens": 200}),
+    "nothing": (PolicyOptions(), {"min_tokens": 1024}),
     "settings": (
         PolicyOptions(others=("share=.5", "page=16", "anchor=ones")),
         {"min_tokens": 1024, "share": 0.5, "page": 16, "anchor": "ones"},
@@ -361,7 +362,13 @@ POLICIES = {
 @pytest.mark.parametrize("name", [None, "kvcrush"])
 def test_the_chat_s_policy(case: tuple[PolicyOptions, dict[str, Any]], name: str | None) -> None:
     options, settings = case
-    assert ChatOptions(policy=replace(options, name=name)).eviction_policy() == build("kvcrush", **settings)
+    found = ChatOptions(policy=replace(options, name=name)).eviction_policy()
+    assert found == as_policy({"name": "kvcrush", **settings})
+    says_how_much = {"kept", "kept_tokens"} & set(settings)
+    assert found is not None
+    assert (type(found.budget) is DefaultBudget) != bool(says_how_much)
+    of_precisions = ChatOptions(policy=replace(options, name=name), key_precision="u8")
+    assert of_precisions.eviction_policy() == build("kvcrush", **settings)
 
 
 def test_a_chat_that_is_told_nothing_has_the_default_budget() -> None:
@@ -372,8 +379,8 @@ def test_a_chat_that_is_told_nothing_has_the_default_budget() -> None:
     assert ChatOptions(budget="1/8").cache_config() == CacheConfig(budget="1/8", policy=policy)
     assert ChatOptions(recall_tokens="1/8").cache_config() == CacheConfig(recall_tokens=0.125, policy=policy)
     whole = build("kvcrush", min_tokens=1024)
-    named = [{"policy": PolicyOptions("kvcrush")}, {"key_precision": "u8"}, {"value_precision": "u4"}]
-    assert [ChatOptions(**given).eviction_policy() for given in named] == [whole] * 3  # type: ignore[arg-type]
+    named = [{"key_precision": "u8"}, {"value_precision": "u4"}]
+    assert [ChatOptions(**given).eviction_policy() for given in named] == [whole] * 2  # type: ignore[arg-type]
     assert ChatOptions(engine="genai").eviction_policy() is None
 
 

@@ -211,11 +211,24 @@ def test_a_floor_is_within_every_budget_and_fades_with_the_length(found: KVProfi
     assert planner.plan(8000, floor) == planner.plan(8000)
 
 
+@pytest.mark.parametrize("found", [None, profile()], ids=["ladder", "profile"])
+def test_short_texts_take_their_window_and_as_much_of_each_token(found: KVProfile | None) -> None:
+    planner = BytePlanner(GEOMETRY, HEADS, found, 1 / 6)
+    whole = GEOMETRY.full_bytes(1024) / 6
+    window = GEOMETRY.window_bytes()
+    for length in (100, 400, 700, 1000, 1023):
+        limit = window + (whole - window) * length / 1024
+        assert 0.6 * min(limit, GEOMETRY.full_bytes(length)) <= planner.nbytes(planner.plan(length), length) <= limit
+    assert planner.plan(1023) == planner.plan(1024)
+
+
 def test_what_no_choice_meets_is_refused_with_the_smallest() -> None:
     with pytest.raises(CrushError, match=r"budget must be at least 1/\d+ of the bf16 cache, got 1/1000"):
         BytePlanner(GEOMETRY, HEADS, profile(), 1 / 1000)
     with pytest.raises(RequestError, match=r"budget_bytes must be at least \d+ for a text of 4096 tokens, got 100"):
         BytePlanner(GEOMETRY, HEADS, profile(), budget_bytes=100).plan(4096)
+    with pytest.raises(RequestError, match=r"budget_bytes must be at least \d+ for a text of 300 tokens, got 100"):
+        BytePlanner(GEOMETRY, HEADS, profile(), budget_bytes=100).plan(300)
     with pytest.raises(CrushError, match="quality must be asked of a model with a profile"):
         BytePlanner(GEOMETRY, HEADS, None, quality=0.1)
 

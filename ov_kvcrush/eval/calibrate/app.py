@@ -20,12 +20,12 @@ from ov_kvcrush.cli.environment import describe_environment
 from ov_kvcrush.cli.parse import check_at_least, parse_properties
 from ov_kvcrush.contexts.context import DEFAULT_CONTEXT_POLICY
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.calibrate.measure import Prompt, empty_profile, measure_plans, measure_text, num_caches
+from ov_kvcrush.eval.calibrate.measure import empty_profile, measure_plans, measure_text, num_caches
 from ov_kvcrush.eval.calibrate.meter import CacheMeter
+from ov_kvcrush.eval.calibrate.prompt_reader import Prompt, PromptReader
 from ov_kvcrush.eval.calibrate.prompts import CalibrationPrompt, calibration_prompts, prompts_from_files
 from ov_kvcrush.eval.calibrate.rendering import PromptRenderer
 from ov_kvcrush.model.default import default_model_path
-from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.plans.profile import PROFILE_NAME, UNKNOWN_PROFILE_NAME, USES, KVProfile, read_profile
 from ov_kvcrush.policies.registry import build
 from ov_kvcrush.utils.checks import check_choice
@@ -112,7 +112,8 @@ def profile(
             "environment": describe_environment(),
         }
         empty = empty_profile(folder, meter, chosen, made_with, question)
-        found = _measure(meter, empty, prompts, chosen, answer_tokens, renderer.ends, path, made_with, console)
+        with PromptReader(meter, chosen, answer_tokens, renderer.ends) as reader:
+            found = _measure(reader, empty, prompts, path, made_with, console)
         write_json(path, found.to_json(), "out")
         _part(path).unlink(missing_ok=True)
         Console().print(_table(found))
@@ -132,19 +133,16 @@ def _rendered(
 
 
 def _measure(
-    meter: CacheMeter,
+    reader: PromptReader,
     empty: KVProfile,
     prompts: list[Prompt],
-    policy: Policy,
-    answer_tokens: int,
-    ends: set[int],
     path: Path,
     made_with: dict[str, Any],
     console: Console,
 ) -> KVProfile:
     """Text by text, with what is done kept beside `path`."""
     profile = _resumed(_part(path), empty, prompts, made_with)
-    total = num_caches(meter.num_heads, len(prompts))
+    total = num_caches(reader.meter.num_heads, len(prompts))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, refresh_per_second=1, transient=True) as bar:
         task = bar.add_task("", total=total, completed=total * len(profile.texts) // max(len(prompts), 1))
@@ -153,10 +151,10 @@ def _measure(
             bar.update(task, description=name, advance=count)
 
         for prompt in prompts[len(profile.texts) :]:
-            costs = measure_text(meter, prompt, policy, answer_tokens, ends, told)
+            costs = measure_text(reader, prompt, told)
             profile = replace(profile, texts=(*profile.texts, costs))
             write_json(_part(path), profile.to_json(), "out")
-        profile = measure_plans(meter, profile, prompts, policy, answer_tokens, ends, told)
+        profile = measure_plans(reader, profile, prompts, told)
     console.print(Text(f"{total} caches of {len(prompts)} prompts were measured"))
     return profile
 

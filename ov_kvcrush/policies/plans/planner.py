@@ -16,7 +16,7 @@ from ov_kvcrush.policies.plans.prediction import nearest_rung, predicted_kl, set
 from ov_kvcrush.policies.plans.profile import KVProfile
 from ov_kvcrush.policies.plans.solver import cheapest_bytes, solve
 
-_SHORTEST = 1024  # tokens: the recent window of a shorter text takes more than most budgets leave
+_SHORT = 1024  # tokens: the recent window of a shorter text takes more than most budgets leave
 _DEFAULT_POWER = 0.5  # of a profile without measured plans
 
 
@@ -64,7 +64,6 @@ class BytePlanner:
         Raises RequestError where budget_bytes are too few, naming the fewest.
         """
         floor = min(floor, length)
-        length = max(length, _SHORTEST)
         key = length, floor
         if key not in self._plans:
             if len(self._plans) >= 256:  # lengths
@@ -79,6 +78,10 @@ class BytePlanner:
         chosen = solve(table.costs, sizes, settled * self._geometry.full_settled())
         return self._made(table.options, chosen)
 
+    def nbytes(self, plan: CachePlan, length: int) -> float:
+        """Bytes of a text of `length` tokens under a plan, as the store counts them."""
+        return float(np.trace(self._geometry.sizes(plan.flat, length)))  # each head with its own choice
+
     def settled(self, plan: CachePlan) -> float:
         """Bytes of a token that left the recent window over those of bf16."""
         used = np.trace(self._geometry.settled_sizes(plan.flat))  # each head with its own choice
@@ -91,17 +94,23 @@ class BytePlanner:
         return self._tables[excess_power]
 
     def _solve(self, length: int, floor: int) -> CachePlan:
-        limit = self._budget_bytes or (self._budget or 1.0) * self._geometry.full_bytes(length)
+        limit = self._budget_bytes or self._limit(length)
         limit = max(limit, self._geometry.sizes([HeadPlan(1.0, "u8", "u8")], floor).sum() if floor else 0.0)
         if self._profile is None:
             return self._from_ladder(length, limit)
         if self._quality is not None:
             settled = settled_for(self._profile, self._quality)
             return self.plan_of(settled, self._power(settled))
-        table = self._table(self._power(limit / self._geometry.full_bytes(length)))
+        table = self._table(self._power(limit / self._geometry.full_bytes(max(length, _SHORT))))
         sizes = self._geometry.sizes(table.options, length)
         self._check_bytes(sizes, limit, length)
         return self._made(table.options, solve(table.costs, sizes, limit))
+
+    def _limit(self, length: int) -> float:
+        """Bytes within the budget. Below `_SHORT` tokens the recent window and as much of the rest for each token."""
+        budget = (self._budget or 1.0) * self._geometry.full_bytes(max(length, _SHORT))
+        window = min(budget, self._geometry.window_bytes())
+        return window + (budget - window) * min(1.0, length / _SHORT)
 
     def _power(self, settled: float) -> float:
         assert self._profile is not None

@@ -19,10 +19,13 @@ from ov_kvcrush import CacheConfig, CrushError, LLMPipeline
 from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.eval.calibrate.app import app
 from ov_kvcrush.eval.calibrate.baklava import head_changes
-from ov_kvcrush.eval.calibrate.frontier import PRECISIONS, FrontierRow, against_uniform, read_texts
+from ov_kvcrush.eval.calibrate.frontier import EQUAL, PRECISIONS, FrontierRow, against_uniform, read_texts, tokens_of
+from ov_kvcrush.eval.calibrate.measure import keeping, variant_of
 from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant
+from ov_kvcrush.eval.calibrate.prompt_reader import Prompt, PromptReader
 from ov_kvcrush.eval.cli.app import app as eval_app
-from ov_kvcrush.kvcache.planning import find_profile
+from ov_kvcrush.kvcache.planning import find_profile, geometry_of
+from ov_kvcrush.policies.plans.planner import BytePlanner
 from ov_kvcrush.policies.plans.profile import PROFILE_NAME
 from ov_kvcrush.policies.registry import build
 
@@ -157,7 +160,14 @@ def test_the_frontier_compares_plans_and_uniform_settings(profiled: Path, tmp_pa
     assert result.exit_code == 0, result.output
     if json.loads(out.read_text())["rows"]:  # a random model may end its answer at once
         names = {row["setting"] for row in json.loads(out.read_text())["rows"]}
-        assert {"plan 1/8.0", "quality 0.05", "0.5 u4/u4", "baklava 0.5 u4/u4", "kvsharer 1 u4/u2"} <= names
+        assert {
+            "plan 1/8.0",
+            "1/8.0 u4/u2",
+            "quality 0.05",
+            "0.5 u4/u4",
+            "baklava 0.5 u4/u4",
+            "kvsharer 1 u4/u2",
+        } <= names
         few = [*arguments[:-2], "--methods", "plan, uniform", "--fractions", "0.5"]
         assert CliRunner().invoke(eval_app, few).exit_code == 0
         uniform = {f"0.5 {key}/{value}" for key, value in PRECISIONS}
@@ -168,6 +178,79 @@ def test_the_frontier_compares_plans_and_uniform_settings(profiled: Path, tmp_pa
         result = CliRunner().invoke(eval_app, [*arguments, *wrong])
         assert result.exit_code == 2
         assert wrong[0][2:] in result.output
+
+
+def test_the_bytes_of_a_cache_are_its_plan_s(profiled: Path) -> None:
+    meter, policy = CacheMeter(profiled, EXACT), build("snapkv")
+    profile = find_profile(meter.model, meter.config)
+    assert profile is not None
+    geometry = geometry_of(meter.model, meter.config)
+    for length in (700, 1500):
+        with meter.read(ids(length), 8, policy, set()) as read:
+            for budget in (1 / 4, 1 / 8):
+                planner = BytePlanner(geometry, profile.num_kv_heads, profile, budget)
+                plan = planner.plan(length)
+                found = read.measure([variant_of(read, plan, policy)])[0]
+                assert found.nbytes == planner.nbytes(plan, length)
+
+
+@pytest.mark.parametrize(("key", "value"), EQUAL)
+def test_a_uniform_setting_takes_what_a_plan_may(profiled: Path, key: str, value: str) -> None:
+    meter, policy = CacheMeter(profiled, EXACT), build("snapkv")
+    geometry, length = geometry_of(meter.model, meter.config), 1500
+    with meter.read(ids(length), 8, policy, set()) as read:
+        for budget in (1 / 5.5, 1 / 8):
+            limit = budget * geometry.full_bytes(length)
+            tokens = tokens_of(geometry, key, value, limit, length)
+            assert tokens is not None
+            fewer, enough = (
+                read.measure([CacheVariant(meter.uniform(key, value), read.select(keeping(policy, n / length)))])[0]
+                for n in (tokens - 1, tokens)
+            )
+            assert fewer.nbytes < limit <= enough.nbytes
+    assert tokens_of(geometry, key, value, geometry.full_bytes(length), length) is None
+
+
+def test_the_first_rows_can_be_compared_alone(tiny_ir: Folder) -> None:
+    meter, policy = CacheMeter(tiny_ir("llama"), EXACT), build("snapkv")
+    with meter.read(ids(600), 12, policy, set()) as read:
+        coarse = CacheVariant(meter.uniform("u2", "u2"))
+        each = [read.measure([coarse], rows)[0].kl * rows for rows in range(1, 13)]
+        assert each == sorted(each)
+        assert read.measure([coarse] * 3)[2].kl * 12 == pytest.approx(each[-1], rel=1e-5)
+        assert read.measure([coarse], 99)[0].kl * 12 == pytest.approx(each[-1], rel=1e-5)
+
+
+def test_prompts_stay_read_while_there_is_room(tiny_ir: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = CacheMeter(tiny_ir("llama"), EXACT)
+    pool = meter.cache.staging.pool
+    prompts = [Prompt(str(seed), ids(600, seed)) for seed in range(3)]
+    blocks = -(-600 // 32)
+    spare = [pool.allocate() for _ in range(pool.num_free - 2 * blocks - 1)]  # room for two
+    read: list[int] = []
+    own = CacheMeter._prefill
+
+    def counted(self: CacheMeter, sequence: Any) -> int:
+        read.append(len(sequence.ids))
+        return own(self, sequence)
+
+    monkeypatch.setattr(CacheMeter, "_prefill", counted)
+    with PromptReader(meter, build("snapkv"), 8, set()) as reader:
+        assert reader.read(prompts[0]) is reader.read(prompts[0])
+        reader.read(prompts[1])
+        assert len(read) == 2
+        third = reader.read(prompts[2])  # takes the place of both
+        assert len(third.answer.rows) == 8
+        reader.read(prompts[2])
+        reader.read(prompts[0])
+        assert len(read) == 4
+    assert pool.num_free == 2 * blocks + 1
+    with PromptReader(meter, build("snapkv"), 8, set()) as reader:
+        reader.read(prompts[0])
+        with pytest.raises(CrushError, match="prompt must fit into the staging blocks, got 3000 tokens"):
+            reader.read(Prompt("long", ids(3000)))
+    pool.release(np.array(spare))
+    assert meter.cache.store.nbytes == 0
 
 
 def test_an_interrupted_frontier_goes_on(profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
