@@ -1,4 +1,5 @@
-"""Errors that a caller can act on. Each is a ValueError, so `except ValueError` catches bad input of every kind."""
+"""Errors that a caller can act on. Each is a ValueError, so `except ValueError` catches bad input of every kind, and a
+RuntimeError, which is what openvino_genai raises for it."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import difflib
 from collections.abc import Iterable
 
 
-class CrushError(ValueError):
+class CrushError(ValueError, RuntimeError):
     """Base of every error this package raises for bad input: the text names field, rule and value."""
 
 
