@@ -13,7 +13,8 @@ from openvino_genai import ChatHistory, GenerationFinishReason, GenerationStatus
 
 from ov_kvcrush.chat.context_option import ContextFigures, check_target
 from ov_kvcrush.contexts.context import Context
-from ov_kvcrush.core.outputs import DecodedResults, KeptTokens, PerfMetrics
+from ov_kvcrush.core.outputs import DecodedResults, KeptTokens
+from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipelines.llm import LLMPipeline
 from ov_kvcrush.prompts.conversation import KnownTokens

@@ -8,101 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import openvino_genai as ov_genai
 
+from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.policies.plans.plan import CachePlan
-
-
-class MeanStdPair(NamedTuple):
-    """Mean and standard deviation, in milliseconds unless a method says otherwise."""
-
-    mean: float
-    std: float
-
-
-def mean_std(values: list[float]) -> MeanStdPair:
-    """Mean and standard deviation of `values`; (-1, -1), as openvino_genai has it, if there are none."""
-    if not values:
-        return MeanStdPair(-1.0, -1.0)
-    return MeanStdPair(float(np.mean(values)), float(np.std(values)))
-
-
-@dataclass
-class PerfMetrics:
-    """Timings of one `generate` call over all its requests. Fields are in seconds, getters return milliseconds."""
-
-    load_time_s: float = 0.0
-    num_input_tokens: int = 0
-    num_generated_tokens: int = 0
-    # Prompt tokens whose KV came from an earlier turn or request instead of being computed.
-    num_reused_tokens: int = 0
-    kv_bytes: int = 0
-    # Tokens whose KV a head held at the end, on average; None where the engine does not tell.
-    kept_tokens: int | None = None
-    ttft_s: list[float] = field(default_factory=list)
-    tpot_s: list[float] = field(default_factory=list)
-    token_intervals_s: list[float] = field(default_factory=list)
-    generate_s: list[float] = field(default_factory=list)
-    inference_s: list[float] = field(default_factory=list)
-    sampling_s: list[float] = field(default_factory=list)
-    tokenization_s: list[float] = field(default_factory=list)
-    detokenization_s: list[float] = field(default_factory=list)
-    chat_template_s: list[float] = field(default_factory=list)
-
-    @staticmethod
-    def _ms(seconds: list[float]) -> MeanStdPair:
-        return mean_std([s * 1e3 for s in seconds])
-
-    def get_load_time(self) -> float:
-        """Milliseconds taken to load and compile the model."""
-        return self.load_time_s * 1e3
-
-    def get_num_input_tokens(self) -> int:
-        """Prompt tokens of all requests."""
-        return self.num_input_tokens
-
-    def get_num_generated_tokens(self) -> int:
-        """Generated tokens of all requests."""
-        return self.num_generated_tokens
-
-    def get_ttft(self) -> MeanStdPair:
-        """Time to first token."""
-        return self._ms(self.ttft_s)
-
-    def get_tpot(self) -> MeanStdPair:
-        """Time per output token after the first, per sequence."""
-        return self._ms(self.tpot_s)
-
-    def get_ipot(self) -> MeanStdPair:
-        """Inference time per step."""
-        return self._ms(self.inference_s)
-
-    def get_throughput(self) -> MeanStdPair:
-        """Generated tokens per second."""
-        total = sum(self.generate_s)
-        return MeanStdPair(self.num_generated_tokens / total, 0.0) if total else MeanStdPair(-1.0, -1.0)
-
-    def get_generate_duration(self) -> MeanStdPair:
-        """Whole `generate` call."""
-        return self._ms(self.generate_s)
-
-    def get_inference_duration(self) -> MeanStdPair:
-        """All inferences of the call together."""
-        return self._ms([sum(self.inference_s)] if self.inference_s else [])
-
-    def get_sampling_duration(self) -> MeanStdPair:
-        """Sampling, per step."""
-        return self._ms(self.sampling_s)
-
-    def get_tokenization_duration(self) -> MeanStdPair:
-        """Tokenization of the prompts."""
-        return self._ms(self.tokenization_s)
-
-    def get_detokenization_duration(self) -> MeanStdPair:
-        """Detokenization of the final texts."""
-        return self._ms(self.detokenization_s)
-
-    def get_chat_template_duration(self) -> MeanStdPair:
-        """Application of the chat template."""
-        return self._ms(self.chat_template_s)
 
 
 @dataclass
@@ -125,10 +32,24 @@ class GenerationOutput:
         """The first tokens of it; itself where it has no more, and for None."""
         if num_tokens is None or num_tokens >= len(self.generated_ids):
             return self
+        if not num_tokens:
+            return GenerationOutput([], [], 0.0, ov_genai.GenerationFinishReason.NONE)
         logprobs = self.generated_log_probs[:num_tokens]
         tops = None if self.top_logprobs is None else self.top_logprobs[:num_tokens]
         return GenerationOutput(
             self.generated_ids[:num_tokens], logprobs, sum(logprobs), self.finish_reason, None, tops
+        )
+
+    def followed_by(self, new: GenerationOutput) -> GenerationOutput:
+        """Its tokens and those of the next steps; score and reason are of the last."""
+        tops = None if self.top_logprobs is None else self.top_logprobs + (new.top_logprobs or [])
+        return GenerationOutput(
+            self.generated_ids + new.generated_ids,
+            self.generated_log_probs + new.generated_log_probs,
+            new.score,
+            new.finish_reason,
+            None,
+            tops,
         )
 
 

@@ -10,6 +10,8 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.core.end_reason import EndReason
 from ov_kvcrush.core.engine_thread import EngineThread
+from ov_kvcrush.core.outputs import GenerationOutput, RequestStats
+from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.stop_strings import StopStringTracker
 from ov_kvcrush.core.streamed_request import Status, StreamedRequest
 from ov_kvcrush.core.token_stream import Outputs
@@ -39,6 +41,24 @@ class Readable(ABC):
     @abstractmethod
     def cancel(self) -> None:
         """End the request after the running step; what was generated does not count."""
+
+    @abstractmethod
+    def outputs(self) -> list[GenerationOutput]:
+        """Everything generated so far, read or not: one output for each sequence, in their order. Waits for nothing."""
+
+    @abstractmethod
+    def get_stats(self) -> RequestStats:
+        """Token counts, moments and bytes of the request so far."""
+
+    def get_perf_metrics(self) -> PerfMetrics:
+        """Timings of the request so far, without tokenizer and load time."""
+        stats = self.get_stats()
+        metrics = PerfMetrics(num_input_tokens=stats.num_input_tokens, num_reused_tokens=stats.num_reused_tokens)
+        metrics.kv_bytes, metrics.kept_tokens = stats.kv_bytes, stats.kept_tokens
+        metrics.add_tokens(stats.arrival, stats.token_times)
+        steps = [seconds for _, seconds in stats.steps]
+        metrics.add_steps([s.inference for s in steps], [s.sampling for s in steps])
+        return metrics
 
     def _final_text(self) -> str | None:
         """The text of an ended answer that a stop string cut inside a token."""
@@ -103,6 +123,18 @@ class Readable(ABC):
         if outputs is None:
             raise IndexError("all tokens of the request were read")
         return outputs
+
+    def read_all(self) -> list[GenerationOutput]:
+        """What was not read yet, to the end, waited for: one output for each sequence; empty if all was read.
+
+        As in openvino_genai, where it hands out each token once, too. `outputs` waits for nothing and takes nothing.
+        """
+        is_first, found = not self._stream.was_read, dict[int, GenerationOutput]()
+        self.drive()
+        while (new := self._stream.read()) is not None:
+            for index, output in new.items():
+                found[index] = found[index].followed_by(output) if index in found else output
+        return self.outputs() if found and is_first else [found[index] for index in sorted(found)]
 
     def __iter__(self) -> Iterator[Outputs]:
         """What `read` returns, to the end. Raises `error` then, if there is one."""

@@ -14,7 +14,7 @@ from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOpti
 from ov_kvcrush.core.sampling_params import SamplingParams
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.core.stop_strings import StopStringTracker
-from ov_kvcrush.core.streamed_request import StreamedRequest
+from ov_kvcrush.core.streamed_request import Status, StreamedRequest
 from ov_kvcrush.core.token_counts import TokenCounts
 from ov_kvcrush.policies.plans.plan import CachePlan
 
@@ -100,6 +100,11 @@ class Sequence:
         """Whether no token will follow."""
         return self.finish_reason != FinishReason.NONE
 
+    @property
+    def told_reason(self) -> ov_genai.GenerationFinishReason:
+        """`finish_reason` as callers read it: a cancelled answer has none."""
+        return FinishReason.NONE if self.request.is_cancelled else self.finish_reason
+
 
 class Request(StreamedRequest):
     """A prompt, how to sample it, and the sequences that grow from it.
@@ -140,6 +145,12 @@ class Request(StreamedRequest):
         self.sequences = [Sequence(self, 0, GrowableArray(np.int64, ids, capacity))]
         # Written by any thread, acted on by the engine between two steps.
         self.abort_reason: tuple[ov_genai.GenerationStatus, ov_genai.GenerationFinishReason] | None = None
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether its caller has cancelled it before its end."""
+        told = self.abort_reason is not None and self.abort_reason[0] == Status.CANCEL
+        return told and self.status in (Status.RUNNING, Status.CANCEL)
 
     @property
     def num_to_fork(self) -> int:

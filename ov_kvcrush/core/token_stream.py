@@ -19,12 +19,18 @@ class TokenStream:
         self._done = threading.Event()  # who waits for the end only is not woken for each token
         self._new: deque[Outputs] = deque()
         self._num_changes = 0
+        self._was_read = False
         self._callback: Callable[[], None] | None = None
 
     @property
     def has_new(self) -> bool:
         """Whether `read` would return at once."""
         return bool(self._new)
+
+    @property
+    def was_read(self) -> bool:
+        """Whether something of it was read."""
+        return self._was_read
 
     @property
     def is_done(self) -> bool:
@@ -56,7 +62,10 @@ class TokenStream:
         with self._changed:
             if not self._changed.wait_for(lambda: self._new or self.is_done, timeout):
                 raise TimeoutError(f"no token came within {timeout} s")
-            return self._new.popleft() if self._new else None
+            if not self._new:
+                return None
+            self._was_read = True
+            return self._new.popleft()
 
     def wait_change(self, seen: int) -> int:
         """Wait until something has happened since the call that returned `seen` (0 = the beginning), or the end."""

@@ -30,7 +30,7 @@ class GenerationHandle(Readable):
         super().__init__(request, thread, request.decode)
         self._cache = weakref.ref(cache)  # a handle that is kept keeps no cache alive
 
-    def read_all(self) -> list[GenerationOutput]:
+    def outputs(self) -> list[GenerationOutput]:
         """Everything generated so far: one output for each sequence, in their order. Waits for nothing."""
         return [whole_output(s) for s in self.request.sequences]
 
@@ -129,6 +129,7 @@ def whole_output(sequence: Sequence) -> GenerationOutput:
     """All tokens that `sequence` has generated so far; after its end those of its answer."""
     ids = sequence.final_ids if sequence.final_ids is not None else sequence.generated.tolist()
     tops = sequence.top_logprobs[: len(ids)] if sequence.request.params.logprobs > 1 else None
-    score, reason, text = sequence.cumulative_logprob, sequence.finish_reason, sequence.final_text
+    score, reason, text = sequence.cumulative_logprob, sequence.told_reason, sequence.final_text
     whole = GenerationOutput(ids, sequence.logprobs[: len(ids)], score, reason, text, tops)
-    return whole.up_to(sequence.request.max_read) if sequence.index == 0 else whole
+    max_read = sequence.request.max_read
+    return whole.up_to(max_read) if sequence.index == 0 or max_read == 0 else whole

@@ -147,7 +147,7 @@ class OutputProcessor:
         begin, sequence.num_pushed = sequence.num_pushed, sequence.num_pushed + len(ids)
         logprobs = sequence.logprobs[begin : sequence.num_pushed]
         tops = sequence.top_logprobs[begin : sequence.num_pushed] if sequence.request.params.logprobs > 1 else None
-        output = GenerationOutput(ids, logprobs, sequence.cumulative_logprob, sequence.finish_reason, None, tops)
+        output = GenerationOutput(ids, logprobs, sequence.cumulative_logprob, sequence.told_reason, None, tops)
         news = self._news.get(sequence.request) or {}
         news[sequence.index] = output
         self._news[sequence.request] = news

@@ -41,7 +41,8 @@ class GenaiRequest(StreamedRequest):
             outputs = {i: _output(o) for i, o in self.handle.read().items()}
             for index, output in outputs.items():
                 self.times.setdefault(index, []).extend([now] * len(output.generated_ids))
-                self.outputs[index] = _joined(self.outputs.get(index), output)
+                before = self.outputs.get(index)
+                self.outputs[index] = before.followed_by(output) if before else output
             self.stream.push(outputs)
         if status != Status.RUNNING:
             self._end(status)
@@ -91,7 +92,7 @@ class GenaiHandle(Readable):
         """Whether it was stopped or cancelled, in time or not."""
         return self.request.was_told_to_end
 
-    def read_all(self) -> list[GenerationOutput]:
+    def outputs(self) -> list[GenerationOutput]:
         """Everything generated so far, one output for each sequence."""
         outputs = self.request.outputs
         found = [outputs[i] for i in sorted(outputs)] or [GenerationOutput([], [], 0.0, FinishReason.NONE)]
@@ -124,14 +125,3 @@ class GenaiHandle(Readable):
 
 def _output(output: Any) -> GenerationOutput:
     return GenerationOutput(output.generated_ids, output.generated_log_probs, output.score, output.finish_reason)
-
-
-def _joined(before: GenerationOutput | None, new: GenerationOutput) -> GenerationOutput:
-    if before is None:
-        return new
-    return GenerationOutput(
-        before.generated_ids + new.generated_ids,
-        before.generated_log_probs + new.generated_log_probs,
-        new.score,
-        new.finish_reason,
-    )

@@ -12,6 +12,7 @@ from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.core.end_reason import EndReason
 from ov_kvcrush.core.engine_thread import EngineThread
 from ov_kvcrush.core.outputs import GenerationOutput, PipelineMetrics, RequestStats, StepSeconds
+from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.request_options import RequestOptions
 from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
 from ov_kvcrush.policies.base import Policy
@@ -49,6 +50,10 @@ class Handle(Protocol):
     def end_at(self, num_tokens: int, *, is_cancelled: bool) -> None: ...
 
     def read_all(self) -> list[GenerationOutput]: ...
+
+    def outputs(self) -> list[GenerationOutput]: ...
+
+    def get_perf_metrics(self) -> PerfMetrics: ...
 
     @property
     def kept_positions(self) -> list[list[np.ndarray]] | None: ...

@@ -15,7 +15,8 @@ import openvino_genai as ov_genai
 from ov_kvcrush.config import CacheConfig, check_engine
 from ov_kvcrush.contexts.context import Context, Progress
 from ov_kvcrush.core.cache_params import CacheParams, Span
-from ov_kvcrush.core.outputs import GenerationOutput, KeptTokens, PerfMetrics, PipelineMetrics, StepSeconds
+from ov_kvcrush.core.outputs import GenerationOutput, KeptTokens, PipelineMetrics, StepSeconds
+from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.sampling_params import make_generation_config
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.model.default import default_model_path
@@ -203,7 +204,7 @@ class PipelineBase:
         params = [CacheParams(KeepAll(), context=context.snapshot_for(self._compressor)) for context, _ in asked]
         metrics = self._new_metrics()
         handles = self._loop.run(rows, [self._options(config, {})] * len(rows), None, metrics, params)
-        return [self._text(handle.read_all()[0], metrics) for handle in handles]
+        return [self._text(handle.outputs()[0], metrics) for handle in handles]
 
     def stop(self, thread: int | None = None) -> None:
         """End a running `generate` after its step; it returns what there is. For other threads or signal handlers.

@@ -16,7 +16,7 @@ from ov_kvcrush.contexts import saving
 from ov_kvcrush.contexts.context import Context, Progress, context_policy
 from ov_kvcrush.core.cache_params import CacheParams, FanOut
 from ov_kvcrush.core.eviction import NO_REPLAY_PROMPT, ReplayPrompt
-from ov_kvcrush.core.outputs import PerfMetrics
+from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.pipelines.backend import Backend
 from ov_kvcrush.pipelines.request_loop import RequestLoop
 from ov_kvcrush.policies.base import Policy

@@ -12,7 +12,8 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.contexts.context import Context, require_context
 from ov_kvcrush.core.cache_params import CacheParams
-from ov_kvcrush.core.outputs import EncodedGenerationResult, GenerationResult, PerfMetrics
+from ov_kvcrush.core.outputs import EncodedGenerationResult, GenerationResult
+from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.request_options import RequestOptions
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipelines.backend import Handle
@@ -188,7 +189,7 @@ class ContinuousBatchingPipeline(PipelineBase):
         metrics: PerfMetrics,
         as_text: bool,
     ) -> GenerationResult | EncodedGenerationResult:
-        outputs = handle.read_all()
+        outputs = handle.outputs()
         scores, reasons = [o.score for o in outputs], [o.finish_reason for o in outputs]
         if as_text:
             echo = self._tokenizer.decode(ids.tolist()) if config.echo else ""

@@ -13,7 +13,8 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.contexts.context import Context, require_context
 from ov_kvcrush.core.cache_params import CacheParams
-from ov_kvcrush.core.outputs import DecodedResults, EncodedResults, PerfMetrics
+from ov_kvcrush.core.outputs import DecodedResults, EncodedResults
+from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.request_options import RequestOptions
 from ov_kvcrush.core.sampling_params import end_tokens, model_end_tokens
 from ov_kvcrush.core.snapshot import KVSnapshot
@@ -268,7 +269,7 @@ class LLMPipeline(PipelineBase):
         handle = self._run_rows([ids], config, streamer, metrics, turn, asked)[0]
         results = self._decoded([handle], [ids], config, metrics)
         if handle.get_status() != CANCEL:
-            answer = handle.read_all()[0]
+            answer = handle.outputs()[0]
             answer_ids = answer.generated_ids
             if answer_ids and self._is_end(answer_ids[-1], config):
                 answer_ids = answer_ids[:-1]
@@ -297,7 +298,7 @@ class LLMPipeline(PipelineBase):
         results = DecodedResults([], [], metrics, [])
         for handle, ids in zip(handles, rows, strict=True):
             echo = self._tokenizer.decode(ids.tolist()) if config.echo else ""
-            for output in handle.read_all():
+            for output in handle.outputs():
                 results.texts.append(echo + self._text(output, metrics))
                 results.scores.append(output.score)
                 results.finish_reasons.append(output.finish_reason)
@@ -309,7 +310,7 @@ class LLMPipeline(PipelineBase):
     ) -> EncodedResults:
         results = EncodedResults([], [], metrics, [])
         for handle, ids in zip(handles, rows, strict=True):
-            for output in handle.read_all():
+            for output in handle.outputs():
                 results.tokens.append((ids.tolist() if config.echo else []) + output.generated_ids)
                 results.scores.append(output.score)
                 results.finish_reasons.append(output.finish_reason)

@@ -13,7 +13,8 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.contexts.context import Progress
 from ov_kvcrush.core.cache_params import CacheParams
-from ov_kvcrush.core.outputs import PerfMetrics, StepSeconds
+from ov_kvcrush.core.outputs import StepSeconds
+from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
 from ov_kvcrush.errors import OutOfMemory, RequestError
 from ov_kvcrush.pipelines.backend import Backend, Handle
@@ -92,11 +93,7 @@ class RequestLoop:
                 handle.wait()
                 handle.raise_error()
         metrics.generate_s.append(time.perf_counter() - start)
-        steps: dict[int, StepSeconds] = {}
-        for handle in handles:
-            _add_stats(metrics, handle, steps)
-        metrics.inference_s += [seconds.inference for _, seconds in sorted(steps.items())]
-        metrics.sampling_s += [seconds.sampling for _, seconds in sorted(steps.items())]
+        add_run(metrics, handles)
         return handles
 
     def prefill(self, ids: np.ndarray, params: CacheParams, progress: Progress | None) -> Handle:
@@ -137,20 +134,22 @@ class RequestLoop:
                     snapshot.release()
 
 
-def _add_stats(metrics: PerfMetrics, handle: Handle, steps: dict[int, StepSeconds]) -> None:
-    stats = handle.get_stats()
-    steps.update(stats.steps)
-    metrics.num_input_tokens += stats.num_input_tokens
-    metrics.num_reused_tokens += stats.num_reused_tokens
-    metrics.kv_bytes += stats.kv_bytes
-    if stats.kept_tokens is not None:
-        metrics.kept_tokens = (metrics.kept_tokens or 0) + stats.kept_tokens
-    for index, times in enumerate(stats.token_times):
-        times = times[: len(handle.read_all()[index].generated_ids)] if index == 0 else times
-        metrics.num_generated_tokens += len(times)
-        if times:
-            metrics.ttft_s.append(times[0] - stats.arrival)
-        if len(times) > 1:
-            intervals = np.diff(times).tolist()
-            metrics.token_intervals_s += intervals
-            metrics.tpot_s.append(sum(intervals) / len(intervals))
+def add_run(metrics: PerfMetrics, handles: Sequence[Handle]) -> None:
+    """Note requests that ran together: a step of several counts once."""
+    steps: dict[int, StepSeconds] = {}
+    times: list[list[float]] = []
+    arrivals = []
+    for handle in handles:
+        stats = handle.get_stats()
+        steps.update(stats.steps)
+        arrivals.append(stats.arrival)
+        metrics.num_input_tokens += stats.num_input_tokens
+        metrics.num_reused_tokens += stats.num_reused_tokens
+        metrics.kv_bytes += stats.kv_bytes
+        if stats.kept_tokens is not None:
+            metrics.kept_tokens = (metrics.kept_tokens or 0) + stats.kept_tokens
+        outputs = handle.outputs()
+        times += [own[: len(outputs[i].generated_ids)] if i == 0 else own for i, own in enumerate(stats.token_times)]
+    metrics.add_tokens(min(arrivals), times)
+    ordered = [seconds for _, seconds in sorted(steps.items())]
+    metrics.add_steps([s.inference for s in ordered], [s.sampling for s in ordered])

@@ -148,4 +148,4 @@ def pump(handle: Handle, sink: TokenSink) -> None:
                 handle.end_at(num_written, is_cancelled=status == StreamingStatus.CANCEL)
                 sink.end(None)
                 return
-    sink.end(handle.read_all()[0].text)
+    sink.end(handle.outputs()[0].text)

@@ -10,7 +10,7 @@ import numpy as np
 import openvino_genai as ov_genai
 
 from ov_kvcrush.core.eviction import ReplayPrompt
-from ov_kvcrush.core.outputs import PerfMetrics
+from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.prompts.encoder import PromptEncoder, check_text
 

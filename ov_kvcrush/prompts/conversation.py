@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import openvino_genai as ov_genai
 
-from ov_kvcrush.core.outputs import PerfMetrics
+from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.prompts.encoder import PromptEncoder
 
 _LOOK_BACK = 16  # tokens of the prompt that are decoded with an answer, as the first token's text may depend on them

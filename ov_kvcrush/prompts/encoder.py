@@ -9,7 +9,7 @@ import numpy as np
 import openvino as ov
 import openvino_genai as ov_genai
 
-from ov_kvcrush.core.outputs import PerfMetrics
+from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.errors import RequestError, reason_of
 
 _SHORTEST_LIMIT = 128  # tokens; no tokenizer of an LLM cuts below

@@ -169,7 +169,7 @@ def test_bad_request_is_refused_and_harms_nobody(
         pipe.add_request(2, prompt, **options)
     while pipe.has_non_finished_requests():
         pipe.step()
-    assert len(bystander.read_all()[0].generated_ids) == 4
+    assert len(bystander.outputs()[0].generated_ids) == 4
     assert pipe.get_metrics().num_used_blocks == 0
 
 
@@ -184,7 +184,7 @@ def test_request_ids_are_unique_while_they_run(pipe: ContinuousBatchingPipeline)
     again = pipe.add_request(7, ids(1), config)
     while pipe.has_non_finished_requests():
         pipe.step()
-    assert first.read_all() == again.read_all()
+    assert first.outputs() == again.read_all()
 
 
 def test_one_bad_prompt_in_a_list_runs_none(pipe: ContinuousBatchingPipeline) -> None:
@@ -255,4 +255,4 @@ def test_prompt_without_splitting_must_fit_a_step(smollm2: Path) -> None:
     handle = pipe.add_request(0, ov.Tensor(np.ones((1, 8), np.int64)), max_new_tokens=2, ignore_eos=True)
     while pipe.has_non_finished_requests():
         pipe.step()
-    assert len(handle.read_all()[0].generated_ids) == 2
+    assert len(handle.outputs()[0].generated_ids) == 2

@@ -43,7 +43,7 @@ def run(engine: Engine) -> None:
 
 
 def tokens(handle: GenerationHandle) -> list[list[int]]:
-    return [output.generated_ids for output in handle.read_all()]
+    return [output.generated_ids for output in handle.outputs()]
 
 
 def prompt(n: int, seed: int = 0) -> np.ndarray:
@@ -205,7 +205,7 @@ def test_process_grows_by_what_the_store_says(smollm2: Path) -> None:
         for index in range(num_prompts):
             config = ov_genai.GenerationConfig(max_new_tokens=40, ignore_eos=True)
             hold(engine, engine.add(index, rng.integers(0, 40000, 1024), config))
-        while any(not handle.read_all()[0].generated_ids for handle in vars(engine)["held_handles"]):
+        while any(not handle.outputs()[0].generated_ids for handle in vars(engine)["held_handles"]):
             engine.step()
         return rss_bytes()
 

@@ -147,7 +147,7 @@ def test_a_handle_hands_out_no_more_than_the_answer(include: bool, pipe: Continu
     config.stop_strings, config.include_stop_str_in_output = {stop}, include
     handle = pipe.add_request(1, ids(30), config)
     read = [token for outputs in handle for token in outputs[0].generated_ids]
-    (answer,) = handle.read_all()
+    (answer,) = handle.outputs()
     assert handle.end_reason == EndReason.STOP
     assert read == answer.generated_ids
     assert answer.text == text[: text.index(stop) + include * len(stop)]
@@ -191,7 +191,7 @@ def test_a_dropped_handle_ends_its_request(pipe: ContinuousBatchingPipeline) -> 
     pipe.step()
     assert pipe.get_metrics().requests == 1
     assert kept.wait(WAIT)
-    assert len(kept.read_all()[0].generated_ids) == 40
+    assert len(kept.outputs()[0].generated_ids) == 40
 
 
 def test_a_full_cache_is_an_error_and_not_a_short_answer(folder: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_policy_that_breaks_ends_its_request_only(
     while pipe.has_non_finished_requests():
         pipe.step()
     assert (broken.end_reason, good.end_reason) == (EndReason.ERROR, EndReason.LENGTH)
-    assert [good.read_all()[0].generated_ids] == expected
+    assert [good.outputs()[0].generated_ids] == expected
     with pytest.raises(ZeroDivisionError):
         broken.raise_error()
     with pytest.raises(ZeroDivisionError):
@@ -526,7 +526,7 @@ def test_sequences_of_a_request_take_the_seats_they_will_need(folder: Path) -> N
     while pipe.has_non_finished_requests():
         pipe.step()
         assert len(scheduler.running) <= 4
-    assert [len(handle.read_all()) for handle in handles] == [3, 3, 3]
+    assert [len(handle.outputs()) for handle in handles] == [3, 3, 3]
 
 
 # -- the pace of steps -------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def run_together(pipe: ContinuousBatchingPipeline, prompts: list[np.ndarray], ne
     while pipe.has_non_finished_requests():
         pipe.step()
     assert all(h.get_status() == GenerationStatus.FINISHED for h in handles)
-    return [h.read_all()[0].generated_ids for h in handles]
+    return [h.outputs()[0].generated_ids for h in handles]
 
 
 def test_greedy_tokens_equal_openvino_genai(smollm2: Path, prompts: list[np.ndarray]) -> None:
@@ -64,7 +64,7 @@ def test_greedy_tokens_equal_openvino_genai(smollm2: Path, prompts: list[np.ndar
         while stock.has_non_finished_requests():
             stock.step()
         assert len(answer) == NEW_TOKENS
-        assert answer == handle.read_all()[0].generated_ids, f"prompt of {len(ids)} tokens"
+        assert answer == handle.outputs()[0].generated_ids, f"prompt of {len(ids)} tokens"
 
 
 def batch_of_16(smollm2: Path) -> list[np.ndarray]:
@@ -100,7 +100,7 @@ def test_same_seed_same_output_in_any_company(smollm2: Path) -> None:
         handles = [pipe.add_request(i, ov.Tensor(ids[None].copy()), config) for i, ids in enumerate(together)]
         while pipe.has_non_finished_requests():
             pipe.step()
-        return [h.read_all()[0].generated_ids for h in handles]
+        return [h.outputs()[0].generated_ids for h in handles]
 
     alone = [drawn([p])[0] for p in prompts]
     assert drawn(prompts) == alone
@@ -108,7 +108,7 @@ def test_same_seed_same_output_in_any_company(smollm2: Path) -> None:
     handle = pipe.add_request(0, ov.Tensor(prompts[3][None].copy()), other)
     while pipe.has_non_finished_requests():
         pipe.step()
-    assert handle.read_all()[0].generated_ids != alone[3]
+    assert handle.outputs()[0].generated_ids != alone[3]
 
 
 def test_chunk_size_does_not_change_tokens(smollm2: Path, prompts: list[np.ndarray]) -> None:

@@ -102,8 +102,8 @@ def test_answers_are_those_of_each_request_alone(pipes: Pipes, arrivals: list[Ar
         alone = calm.add_request(i, arrivals[i].ids(), **arrivals[i].options())
         while calm.has_non_finished_requests():
             calm.step()
-        expected = [o.generated_ids for o in alone.read_all()]
-        got = [o.generated_ids for o in handle.read_all()]
+        expected = [o.generated_ids for o in alone.outputs()]
+        got = [o.generated_ids for o in handle.outputs()]
         if arrivals[i].fate == "end":
             assert handle.get_status() == GenerationStatus.FINISHED
         # What was cut short, by its caller or by a cache too small for it alone, is a beginning of the whole answer.

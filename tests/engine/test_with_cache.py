@@ -354,7 +354,7 @@ def test_request_that_nobody_steps_does_not_block_the_other_pipeline(folder: Pat
         pipe.step()
     alone = ContinuousBatchingPipeline(folder, {"max_num_batched_tokens": 64}, "CPU", F32, cache_config=EXACT)
     theirs = alone.generate([ov.Tensor(IDS[None])], **ASK)[0].m_generation_ids
-    assert [handle.read_all()[0].generated_ids] == theirs
+    assert [handle.outputs()[0].generated_ids] == theirs
     assert_nothing_left(pipe, beside)
 
 

@@ -198,7 +198,7 @@ def test_long_prompt_is_crushed_to_what_was_asked(pipe: ContinuousBatchingPipeli
         used.append(round(pipe.get_metrics().cache_usage * 40 / 100))
     assert max(used) == 600 // 32 + 1
     assert used[-2] == 192 // 32 + 1
-    assert len(handle.read_all()[0].generated_ids) == 20
+    assert len(handle.outputs()[0].generated_ids) == 20
     assert (handle.get_stats().kept_tokens, handle.kept_positions, handle.representative_positions) == (None,) * 3
 
 

@@ -89,7 +89,7 @@ def read_prompt(engine: Engine, handle: GenerationHandle) -> Line:
 
 
 def tokens(handle: GenerationHandle) -> list[list[int]]:
-    return [output.generated_ids for output in handle.read_all()]
+    return [output.generated_ids for output in handle.outputs()]
 
 
 def line_of(handle: GenerationHandle, index: int = 0) -> Line:

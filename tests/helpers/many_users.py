@@ -139,7 +139,7 @@ class Users:
             handle = self.batch.add_request(self.request_id(), wish.question, context=context, **wish.options)
             handle.wait()
             handle.raise_error()
-            return handle.read_all()[0].generated_ids
+            return handle.outputs()[0].generated_ids
 
     def _iterate(self, wish: Wish) -> Any:
         return [token for outputs in self.add(wish) for token in outputs[0].generated_ids]
@@ -153,7 +153,7 @@ class Users:
     def _stop_string(self, wish: Wish) -> Any:
         handle = self.add(wish, stop_strings={"e", "a1"})
         read = [token for outputs in handle for token in outputs[0].generated_ids]
-        assert read == handle.read_all()[0].generated_ids
+        assert read == handle.outputs()[0].generated_ids
         return read
 
     # -- those that end otherwise; the answer alone is the whole one, theirs a beginning of it
@@ -161,17 +161,17 @@ class Users:
     def _cancel(self, wish: Wish) -> Any:
         handle = self.add(wish)
         for outputs in handle:
-            if handle.read_all()[0].generated_ids[2:]:
+            if handle.outputs()[0].generated_ids[2:]:
                 handle.cancel()
             del outputs
         assert handle.end_reason in (EndReason.CANCELLED, EndReason.LENGTH)
-        return handle.read_all()[0].generated_ids
+        return handle.outputs()[0].generated_ids
 
     def _cancel_at_once(self, wish: Wish) -> Any:
         handle = self.add(wish)
         handle.cancel()
         handle.wait()
-        return handle.read_all()[0].generated_ids
+        return handle.outputs()[0].generated_ids
 
     def _drop(self, wish: Wish) -> Any:
         handle = self.add(wish)

@@ -115,7 +115,7 @@ def test_scores_cost_nothing_unless_asked_for(tiny_ir: Callable[[str], Path]) ->
     while engine.has_unfinished():
         engine.step()
         assert all(not len(scores) for scores in engine._runner.attention_scores())
-    assert len(handle.read_all()[0].generated_ids) == 3
+    assert len(handle.outputs()[0].generated_ids) == 3
 
 
 def test_only_the_request_that_asks_gets_scores(tiny_ir: Callable[[str], Path]) -> None:

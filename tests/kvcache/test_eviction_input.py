@@ -95,7 +95,7 @@ def test_bad_request_is_refused_and_touches_no_other(bad: Bad, pipe: ContinuousB
         pipe.add_request(1, ov.Tensor(LETTERS[None].copy()), **options, **bad.options)
     while pipe.has_non_finished_requests():
         pipe.step()
-    assert [output.generated_ids for output in other.read_all()] == expected
+    assert [output.generated_ids for output in other.outputs()] == expected
     assert pipe.get_metrics().num_used_blocks == pipe.get_metrics().requests == 0
 
 

@@ -59,7 +59,7 @@ def test_time_of_a_policy_is_told_in_the_step_that_had_one(pipe: ContinuousBatch
         chose.append(step.policy > 0)
         assert 0 <= step.policy <= step.overhead
     assert chose == [False, True, *[False] * (NEW - 1)]
-    assert len(held.read_all()[0].generated_ids) == NEW
+    assert len(held.outputs()[0].generated_ids) == NEW
 
 
 def test_results_of_prompts_tell_what_each_kept(smollm2: Path) -> None:

@@ -143,7 +143,7 @@ def test_a_context_takes_nothing_of_what_a_prompt_was_promised(
     with pytest.raises(OutOfMemory):
         Context.load(path, batches)
     assert handle.wait(60)
-    assert (handle.error, len(handle.read_all()[0].generated_ids)) == (None, 8)
+    assert (handle.error, len(handle.outputs()[0].generated_ids)) == (None, 8)
     batches._backend.clear_prefixes()
     Context.load(path, batches).close()
 

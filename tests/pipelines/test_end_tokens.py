@@ -134,7 +134,7 @@ def test_a_bad_request_harms_no_other(tiny_ir: Callable[[str], Path], written: l
         pipe.add_request(2, PROMPT, GenerationConfig(max_new_tokens=9, min_new_tokens=1, stop_token_ids={10**6}))
     while pipe.has_non_finished_requests():
         pipe.step()
-    output = handle.read_all()[0]
+    output = handle.outputs()[0]
     assert (handle.get_status(), output.finish_reason) == (GenerationStatus.FINISHED, GenerationFinishReason.LENGTH)
     assert output.generated_ids == written
     assert output.top_logprobs is not None

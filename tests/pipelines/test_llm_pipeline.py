@@ -269,7 +269,7 @@ def test_an_exception_in_a_streamer_reaches_the_caller_and_harms_nobody(smollm2:
     assert bystander.get_status() == GenerationStatus.RUNNING
     while pipe.has_non_finished_requests():
         pipe.step()
-    assert [tokenizer.decode(bystander.read_all()[0].generated_ids)] == expected
+    assert [tokenizer.decode(bystander.outputs()[0].generated_ids)] == expected
     assert pipe.get_metrics().num_used_blocks == 0
 
 
@@ -366,7 +366,7 @@ def test_memory_goes_with_the_pipeline(smollm2: Path) -> None:
         assert cache() is None
     finally:
         gc.enable()
-    assert len(handle.read_all()[0].generated_ids) == 4
+    assert len(handle.outputs()[0].generated_ids) == 4
     assert handle.kept_positions is None
 
 

@@ -13,7 +13,7 @@ import pytest
 from eviction_runs import EXACT, F32
 
 from ov_kvcrush import ChatHistory, LLMPipeline
-from ov_kvcrush.core.outputs import PerfMetrics
+from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.prompts.conversation import NOTHING_KNOWN, ConversationEncoder
 from ov_kvcrush.prompts.encoder import PromptEncoder
 

@@ -14,7 +14,7 @@ from eviction_runs import EXACT, F32
 from tiny_models import CHAT_TEMPLATE
 
 from ov_kvcrush import ChatHistory, Context, LLMPipeline, RequestError
-from ov_kvcrush.core.outputs import PerfMetrics
+from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.prompts.context import ContextEncoder
 from ov_kvcrush.prompts.encoder import PromptEncoder
 

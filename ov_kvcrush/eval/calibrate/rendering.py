@@ -8,7 +8,7 @@ import numpy as np
 import openvino_genai as ov_genai
 
 from ov_kvcrush.core.eviction import ReplayPrompt
-from ov_kvcrush.core.outputs import PerfMetrics
+from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.sampling_params import model_end_tokens
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.pipelines.loading import load_generation_config, load_tokenizer

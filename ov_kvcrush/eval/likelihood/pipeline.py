@@ -88,4 +88,4 @@ class ScoringPipeline(ContinuousBatchingPipeline):
         metrics = self._new_metrics()
         configs = [self._options(None, given) for given in options]
         handles = self._loop.run(prompts, configs, None, metrics, [DEFAULT_CACHE_PARAMS] * len(prompts))
-        return [self._text(handle.read_all()[0], metrics) for handle in handles]
+        return [self._text(handle.outputs()[0], metrics) for handle in handles]

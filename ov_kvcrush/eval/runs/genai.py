@@ -53,7 +53,7 @@ class GenaiRuns:
         handle.wait()
         handle.raise_error()
         seconds = time.perf_counter() - start
-        tokens = handle.read_all()[0].generated_ids
+        tokens = handle.outputs()[0].generated_ids
         text = pipeline.get_tokenizer().decode(tokens) if tokens else ""
         for stop in task.stop:  # it may be at the end of the ids
             text = text.split(stop)[0]

@@ -77,7 +77,7 @@ class _LongAnswer(NamedTuple):
 
 
 def _answer(handle: Handle, pipeline: ScoringPipeline) -> _LongAnswer:
-    output, stats = handle.read_all()[0], handle.get_stats()
+    output, stats = handle.outputs()[0], handle.get_stats()
     ids = output.generated_ids
     text = pipeline.get_tokenizer().decode(ids) if ids and output.text is None else output.text or ""
     return _LongAnswer(text, len(ids), stats.kept_tokens or 0, stats.kv_bytes)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import openvino_genai as ov_genai
 
-from ov_kvcrush.core.outputs import PerfMetrics
+from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.eval.benchmarks.items import Item, Question, truncate_middle
 from ov_kvcrush.eval.benchmarks.scbench import gold_text

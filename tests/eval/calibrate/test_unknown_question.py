@@ -156,7 +156,7 @@ def test_what_is_measured_is_what_a_context_answers(meter: CacheMeter, tiny_ir: 
             handle = pipe._backend.add(seed, np.concatenate([text, suffix]), options, params)
             handle.drive()
             handle.wait()
-            answer = handle.read_all()[0].generated_ids
+            answer = handle.outputs()[0].generated_ids
             with meter.read(text, 8, policy, set(), suffix=suffix, head=7, replay_prompt=asks) as read:
                 made = read._commit(CacheVariant(meter.uniform("f32", "f32"), read.select(policy)))
                 likely = read._logits([made], read.answer.rows)[0].argmax(axis=1)
