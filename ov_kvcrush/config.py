@@ -58,6 +58,14 @@ class SchedulerConfig:
         if isinstance(self.cache_size, bool) or not isinstance(self.cache_size, (int, float)) or self.cache_size < 0:
             raise CrushError(f"cache_size must be a number of GiB of at least 0, got {self.cache_size!r}")
 
+    def to_string(self) -> str:
+        """The settings, one a line, as openvino_genai writes its own."""
+        shown = {f.name: getattr(self, f.name) for f in fields(self)}
+        lines = [
+            f"  {name}: {str(value).lower() if isinstance(value, bool) else value}" for name, value in shown.items()
+        ]
+        return "\n".join(["SchedulerConfig { ", *lines, " }"])
+
     @classmethod
     def from_options(cls, options: Any = None) -> SchedulerConfig:
         """Build from None, this class, a dict, or openvino_genai.SchedulerConfig.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import openvino_genai as ov_genai
@@ -104,6 +104,7 @@ class DecodedResults:
     """Texts of all prompts; with n sequences for each, the first n belong to the first prompt.
 
     kept: for each prompt what its first sequence kept; None where nothing was evicted or the engine does not tell.
+    parsed: for each text the message that the config's parsers made of it; empty without parsers.
     """
 
     texts: list[str]
@@ -111,6 +112,8 @@ class DecodedResults:
     perf_metrics: PerfMetrics
     finish_reasons: list[ov_genai.GenerationFinishReason]
     kept: list[KeptTokens | None] = field(default_factory=list)
+    parsed: list[dict[str, Any]] = field(default_factory=list)
+    extended_perf_metrics: None = None  # of speculative decoding
 
     def __str__(self) -> str:
         return "\n".join(self.texts)
@@ -128,6 +131,7 @@ class EncodedResults:
     perf_metrics: PerfMetrics
     finish_reasons: list[ov_genai.GenerationFinishReason]
     kept: list[KeptTokens | None] = field(default_factory=list)
+    extended_perf_metrics: None = None  # of speculative decoding
 
 
 @dataclass
@@ -140,6 +144,7 @@ class GenerationResult:
     m_status: ov_genai.GenerationStatus
     finish_reasons: list[ov_genai.GenerationFinishReason]
     perf_metrics: PerfMetrics
+    extended_perf_metrics: None = None  # of speculative decoding
 
     def get_generation_ids(self) -> list[str]:
         """The texts, under openvino_genai's name for them."""
@@ -156,6 +161,7 @@ class EncodedGenerationResult:
     m_status: ov_genai.GenerationStatus
     finish_reasons: list[ov_genai.GenerationFinishReason]
     perf_metrics: PerfMetrics
+    extended_perf_metrics: None = None  # of speculative decoding
 
 
 @dataclass(frozen=True)

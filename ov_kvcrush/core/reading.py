@@ -94,6 +94,10 @@ class Readable(ABC):
         if is_cancelled:
             self.request.status, self.request.end_reason = Status.CANCEL, EndReason.CANCELLED
 
+    def cut(self, num_tokens: int) -> None:
+        """Show no more than the first tokens of each answer, though more were made."""
+        self.request.max_read = num_tokens
+
     def raise_error(self) -> None:
         """Raise `error`, if there is one."""
         error = self.error

@@ -9,7 +9,7 @@ from typing import Any
 
 import openvino_genai as ov_genai
 
-from ov_kvcrush.errors import RequestError, did_you_mean
+from ov_kvcrush.errors import RequestError, did_you_mean, reason_of
 
 UNLIMITED = 2**64 - 1  # how GenerationConfig spells "not given" for its integers
 
@@ -21,19 +21,10 @@ _FIELDS = tuple(
 )
 
 # Fields that select a way of decoding which the crush engine does not have, with what they are for.
+# What only sets such a way (diversity_penalty, num_assistant_tokens) means nothing without it, as in openvino_genai.
 _UNSUPPORTED = {
-    "num_beams": "beam search",
-    "num_beam_groups": "beam search",
-    "diversity_penalty": "beam search",
-    "no_repeat_ngram_size": "n-gram blocking",
-    "num_assistant_tokens": "speculative decoding",
-    "assistant_confidence_threshold": "speculative decoding",
     "max_ngram_size": "prompt lookup decoding",
     "structured_output_config": "structured output",
-    "adapters": "LoRA adapters",
-    "parsers": "output parsers",
-    "tree_depth": "tree search",
-    "pruning_ratio": "visual token pruning",
 }
 
 
@@ -246,8 +237,26 @@ def _token_rule(vocab_size: int | None) -> str:
     return f"in 0..{vocab_size - 1}" if vocab_size is not None else "at least 0"
 
 
+def check_generation_config(config: ov_genai.GenerationConfig) -> None:
+    """Raise RequestError for what openvino_genai finds wrong; a temperature of 0, greedy decoding here, is right."""
+    checked = make_generation_config(config, {"temperature": 1.0} if config.temperature == 0 else {})
+    try:
+        checked.validate()
+    except RuntimeError as error:
+        raise RequestError(f"generation config must be valid, got: {reason_of(error)}") from None
+
+
 def refuse_unsupported(config: ov_genai.GenerationConfig) -> None:
     """Raise RequestError for the first field that asks for a way of decoding which the crush engine does not have."""
+    if config.num_beams > 1:
+        raise RequestError(
+            f"num_beams must be 1 with engine='crush', got {config.num_beams}: it has no beam search yet; use "
+            "engine='genai'"
+        )
+    if config.adapters is not None and config.adapters.get_adapters_and_alphas():
+        raise RequestError(
+            "adapters must be empty with engine='crush', got some: it has no LoRA yet; use engine='genai'"
+        )
     default = ov_genai.GenerationConfig()
     for name, purpose in _UNSUPPORTED.items():
         value, usual = getattr(config, name), getattr(default, name)

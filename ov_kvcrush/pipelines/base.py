@@ -21,6 +21,7 @@ from ov_kvcrush.core.sampling_params import make_generation_config
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.model.default import default_model_path
 from ov_kvcrush.model.folder import check_model_folder
+from ov_kvcrush.pipelines.arguments import model_properties
 from ov_kvcrush.pipelines.backend import Backend, Handle
 from ov_kvcrush.pipelines.compress import ContextCompressor
 from ov_kvcrush.pipelines.loading import load_generation_config, load_tokenizer, make_backend, with_cache
@@ -64,6 +65,7 @@ class PipelineBase:
     ) -> None:
         start = time.perf_counter()
         self._engine_name = check_engine(engine, device)
+        properties, scheduler_config = model_properties(properties, scheduler_config, self._engine_name)
         folder = Path(models_path) if models_path is not None else default_model_path()
         check_model_folder(folder, tokenizer=tokenizer is None)
         self._folder = folder
@@ -243,3 +245,13 @@ def kept_tokens(handle: Handle, ids: np.ndarray) -> KeptTokens | None:
     """What policies left of a request with the prompt `ids`; None if no policy chose."""
     positions = handle.kept_positions
     return None if positions is None else KeptTokens(ids, positions, handle.representative_positions)
+
+
+def parsed(text: str, config: ov_genai.GenerationConfig) -> list[dict[str, Any]]:
+    """The message that the config's parsers make of an answer; none where there are no parsers."""
+    if not config.parsers:
+        return []
+    message = {"content": text}
+    for parser in config.parsers:
+        parser.parse(message)
+    return [message]

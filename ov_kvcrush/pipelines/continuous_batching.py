@@ -16,7 +16,8 @@ from ov_kvcrush.core.outputs import EncodedGenerationResult, GenerationResult
 from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.request_options import RequestOptions
 from ov_kvcrush.errors import RequestError
-from ov_kvcrush.pipelines.backend import Handle
+from ov_kvcrush.pipelines.arguments import batching_arguments, only_one
+from ov_kvcrush.pipelines.backend import Backend, Handle
 from ov_kvcrush.pipelines.base import PipelineBase, visiting
 from ov_kvcrush.pipelines.streaming import Streamer
 from ov_kvcrush.policies.registry import PolicyLike, as_policy
@@ -24,13 +25,18 @@ from ov_kvcrush.prompts.context import content_of
 from ov_kvcrush.prompts.encoder import token_rows
 from ov_kvcrush.prompts.spans import Protect, check_protect
 
+CANCEL = ov_genai.GenerationStatus.CANCEL
 _MAX_REQUEST_ID = (1 << 62) - 1
 
 
 class ContinuousBatchingPipeline(PipelineBase):
     """Run many requests at once; the members are those of openvino_genai.ContinuousBatchingPipeline.
 
+    ContinuousBatchingPipeline(models_path, scheduler_config, device, properties, tokenizer_properties), or
+    (models_path, tokenizer, scheduler_config, device, **properties):
+
     models_path: folder with an exported model; None = the default model.
+    tokenizer: None = the one in the folder.
     scheduler_config: SchedulerConfig of this package or of openvino_genai, or a dict with its fields.
     properties: OpenVINO properties for `compile_model`.
     engine: "crush" (default on CPU) or "genai" (default elsewhere).
@@ -41,25 +47,39 @@ class ContinuousBatchingPipeline(PipelineBase):
     def __init__(
         self,
         models_path: str | Path | None = None,
-        scheduler_config: Any = None,
-        device: str = "CPU",
-        properties: dict[str, Any] | None = None,
-        tokenizer_properties: dict[str, Any] | None = None,
-        *,
-        tokenizer: ov_genai.Tokenizer | None = None,
+        *args: Any,
         engine: str | None = None,
         cache_config: Any = None,
+        **properties: Any,
     ) -> None:
+        given = batching_arguments(args, properties)
         super().__init__(
             models_path,
-            device,
-            scheduler_config,
+            given.get("device", "CPU"),
+            given.get("scheduler_config"),
             engine,
-            properties or {},
-            tokenizer,
-            tokenizer_properties,
+            {**(given.get("properties") or {}), **properties},
+            given.get("tokenizer"),
+            given.get("tokenizer_properties"),
             cache_config,
         )
+
+    def _begin(self, backend: Backend, cache_config: Any) -> None:
+        super()._begin(backend, cache_config)
+        self._history: ov_genai.ChatHistory | None = None  # of start_chat
+
+    def start_chat(self, system_message: str = "") -> None:
+        """From now on `generate` of one text is a turn of a conversation, until `finish_chat`.
+
+        Its KV is kept between turns with `enable_prefix_caching`.
+        """
+        self._history = ov_genai.ChatHistory()
+        if system_message:
+            self._history.append({"role": "system", "content": system_message})
+
+    def finish_chat(self) -> None:
+        """Forget the conversation."""
+        self._history = None
 
     def get_config(self) -> ov_genai.GenerationConfig:
         """The model's own generation config, a copy."""
@@ -69,9 +89,10 @@ class ContinuousBatchingPipeline(PipelineBase):
     def add_request(
         self,
         request_id: int,
-        prompt: Any,
+        prompt: Any = None,
         generation_config: ov_genai.GenerationConfig | None = None,
         *,
+        input_ids: Any = None,
         policy: PolicyLike = None,
         protect: Protect = (),
         context: Context | None = None,
@@ -80,7 +101,8 @@ class ContinuousBatchingPipeline(PipelineBase):
         logit_bias: Mapping[int, float] | None = None,
         **options: Any,
     ) -> Handle:
-        """Queue one prompt: a text, encoded as it is, a ChatHistory, or an ov.Tensor of token ids [1, S] or [S].
+        """Queue one prompt: a text, encoded as it is, a ChatHistory, or an ov.Tensor of token ids [1, S] or [S], by
+        the name input_ids too.
 
         It runs when somebody calls `step`, or waits for its handle, and while the handle is held.
         policy: which tokens stay in the KV cache, as CacheConfig.policy; None = as the pipeline was told.
@@ -92,6 +114,7 @@ class ContinuousBatchingPipeline(PipelineBase):
         """
         if isinstance(request_id, bool) or not isinstance(request_id, int) or not 0 <= request_id <= _MAX_REQUEST_ID:
             raise RequestError(f"request_id must be an integer in 0..2^62-1, got {request_id!r}")
+        prompt = only_one(prompt=prompt, input_ids=input_ids)
         config = self._options(generation_config, options)
         begun = require_context(context)
         if begun is not None and isinstance(prompt, ov_genai.ChatHistory):
@@ -123,10 +146,13 @@ class ContinuousBatchingPipeline(PipelineBase):
     @visiting
     def generate(
         self,
-        prompts: Any,
+        prompts: Any = None,
         generation_config: ov_genai.GenerationConfig | list[ov_genai.GenerationConfig] | None = None,
         streamer: Streamer | None = None,
         *,
+        prompt: Any = None,
+        input_ids: Any = None,
+        histories: Any = None,
         policy: PolicyLike = None,
         protect: Protect = (),
         priority: int = 0,
@@ -134,16 +160,20 @@ class ContinuousBatchingPipeline(PipelineBase):
         logit_bias: Mapping[int, float] | None = None,
         **options: Any,
     ) -> list[GenerationResult] | list[EncodedGenerationResult]:
-        """Run a list of texts, ChatHistory objects or id tensors to their end.
+        """Run a list of texts, ChatHistory objects or id tensors to their end; each by openvino_genai's name for it,
+        too.
 
         One config holds for all, or a list has one for each. A streamer is for a single prompt and a single sequence.
         policy, protect, priority, timeout_s, logit_bias: as for `add_request`, for all prompts.
         Returns texts for texts and histories, ids for tensors. Raises RequestError; then none of the prompts is run.
         """
+        prompts = only_one(prompts=prompts, prompt=prompt, input_ids=input_ids, histories=histories)
         single = isinstance(prompts, (str, ov_genai.ChatHistory)) or not isinstance(prompts, (list, tuple))
         items = [prompts] if single else list(prompts)
         if not items:
             raise RequestError("prompts must have at least one prompt, got none")
+        turn = self._turn(items)
+        items = items if turn is None else [turn]
         configs = self._configs(generation_config, len(items), options)
         if streamer is not None and (len(items) > 1 or configs[0].num_return_sequences > 1):
             raise RequestError(f"streamer must be None for more than one sequence, got one for {len(items)} prompts")
@@ -155,7 +185,21 @@ class ContinuousBatchingPipeline(PipelineBase):
         caches = [self._resolve(own, ids) for ids, own in prompts_of]
         asked = RequestOptions(priority, timeout_s, logit_bias or {})
         handles = self._loop.run(rows, configs, streamer, metrics, caches, asked)
-        return [self._result(i, handle, rows[i], configs[i], metrics, as_text) for i, handle in enumerate(handles)]  # type: ignore[return-value]
+        results = [self._result(i, handle, rows[i], configs[i], metrics, as_text) for i, handle in enumerate(handles)]
+        if turn is not None and handles[0].get_status() != CANCEL:
+            turn.append({"role": "assistant", "content": results[0].m_generation_ids[0]})
+            self._history = turn
+        return results  # type: ignore[return-value]
+
+    def _turn(self, items: list[Any]) -> ov_genai.ChatHistory | None:
+        """The conversation of start_chat with what is asked now; None outside, and for what is no text."""
+        if self._history is None or not isinstance(items[0], str):
+            return None
+        if len(items) > 1:
+            raise RequestError(f"prompts must be one in a chat, got {len(items)}")
+        turn = ov_genai.ChatHistory(self._history.get_messages())
+        turn.append({"role": "user", "content": items[0]})
+        return turn
 
     def _configs(self, given: Any, count: int, options: dict[str, Any]) -> list[ov_genai.GenerationConfig]:
         configs = list(given) if isinstance(given, (list, tuple)) else [given] * count

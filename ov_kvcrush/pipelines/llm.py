@@ -16,11 +16,12 @@ from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.core.outputs import DecodedResults, EncodedResults
 from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.request_options import RequestOptions
-from ov_kvcrush.core.sampling_params import end_tokens, model_end_tokens
+from ov_kvcrush.core.sampling_params import check_generation_config, end_tokens, model_end_tokens
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.errors import RequestError
+from ov_kvcrush.pipelines.arguments import llm_arguments
 from ov_kvcrush.pipelines.backend import Backend, Handle
-from ov_kvcrush.pipelines.base import PipelineBase, kept_tokens, visiting
+from ov_kvcrush.pipelines.base import PipelineBase, kept_tokens, parsed, visiting
 from ov_kvcrush.pipelines.streaming import Streamer
 from ov_kvcrush.policies.registry import PolicyLike, as_policy
 from ov_kvcrush.prompts.context import ContextText, content_of
@@ -34,9 +35,12 @@ CANCEL = ov_genai.GenerationStatus.CANCEL
 class LLMPipeline(PipelineBase):
     """Generate text; the members are those of openvino_genai.LLMPipeline.
 
+    LLMPipeline(models_path, device, config, **properties), or (models_path, tokenizer, device, config, **properties):
+
     models_path: folder with an exported model; None = the default model, SmolLM2-135M-Instruct.
-    device: "CPU", or another device of `openvino.Core().available_devices` with engine="genai".
-    config, **properties: OpenVINO properties for `compile_model`.
+    tokenizer: None = the one in the folder.
+    device: "CPU" (default), or another device of `openvino.Core().available_devices` with engine="genai".
+    config, **properties: OpenVINO properties for `compile_model`; a "scheduler_config" may be among them.
     engine: "crush" (default on CPU) or "genai" (default elsewhere).
     cache_config: CacheConfig, or a dict with its fields: precisions and memory of keys and values.
     scheduler_config: SchedulerConfig of this package or of openvino_genai, or a dict with its fields.
@@ -46,18 +50,22 @@ class LLMPipeline(PipelineBase):
     def __init__(
         self,
         models_path: str | Path | None = None,
-        device: str = "CPU",
-        config: dict[str, Any] | None = None,
-        *,
-        tokenizer: ov_genai.Tokenizer | None = None,
+        *args: Any,
         engine: str | None = None,
         scheduler_config: Any = None,
         cache_config: Any = None,
         **properties: Any,
     ) -> None:
-        properties = {**(config or {}), **properties}
+        given = llm_arguments(args, properties)
+        properties = {**(given.get("config") or {}), **properties}
         super().__init__(
-            models_path, device, scheduler_config, engine, properties, tokenizer, cache_config=cache_config
+            models_path,
+            given.get("device", "CPU"),
+            scheduler_config,
+            engine,
+            properties,
+            given.get("tokenizer"),
+            cache_config=cache_config,
         )
 
     def _begin(self, backend: Backend, cache_config: Any) -> None:
@@ -78,9 +86,12 @@ class LLMPipeline(PipelineBase):
         """Set the config that holds where `generate` gets none.
 
         Its end-of-sequence token, if any, replaces the old; where the model has several, they stay or go together.
+        Raises RequestError for what openvino_genai finds wrong with it.
         """
         eos, own = self._config.eos_token_id, model_end_tokens(self._model_config)
-        self._config = self._options(config, {})
+        new = self._options(config, {})
+        check_generation_config(new)
+        self._config = new
         if self._config.eos_token_id < 0 and eos >= 0:
             self._config.set_eos_token_id(eos)
         if self._config.eos_token_id in own:
@@ -227,7 +238,7 @@ class LLMPipeline(PipelineBase):
     ) -> Any:
         """One turn of start_chat's conversation. A turn that fails or is cancelled leaves the history as it was."""
         assert self._history is not None
-        check_text(text)
+        check_text(text, empty=True)
         before = content_of(self._history, is_open=self._is_open)
         history = before.history(before.asked(text))
         if self._chat_context:
@@ -300,6 +311,7 @@ class LLMPipeline(PipelineBase):
             echo = self._tokenizer.decode(ids.tolist()) if config.echo else ""
             for output in handle.outputs():
                 results.texts.append(echo + self._text(output, metrics))
+                results.parsed += parsed(results.texts[-1], config)
                 results.scores.append(output.score)
                 results.finish_reasons.append(output.finish_reason)
             results.kept.append(kept_tokens(handle, ids))

@@ -16,6 +16,7 @@ from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.core.outputs import StepSeconds
 from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
+from ov_kvcrush.core.sampling_params import make_generation_config
 from ov_kvcrush.errors import OutOfMemory, RequestError
 from ov_kvcrush.pipelines.backend import Backend, Handle
 from ov_kvcrush.pipelines.streaming import Streamer, make_sink, pump
@@ -81,7 +82,11 @@ class RequestLoop:
         Raises what kept a request from its whole answer: OutOfMemory, RequestTimeout, or what broke.
         """
         start = time.perf_counter()
-        sink = make_sink(streamer, self._tokenizer, configs[0])
+        # Only the echo of a prompt is wanted: it is read, and the token that comes of it is not shown.
+        is_echo = [config.echo and config.max_new_tokens == 0 for config in configs]
+        sink = None if is_echo[0] else make_sink(streamer, self._tokenizer, configs[0])
+        one = {"max_new_tokens": 1, "min_new_tokens": 0}
+        configs = [make_generation_config(c, one) if none else c for c, none in zip(configs, is_echo, strict=True)]
         with self._call() as handles:
             for ids, config, cache in zip(prompts, configs, params, strict=True):
                 handles.append(self._backend.add(next(self._ids), ids, config, cache, options))
@@ -92,6 +97,9 @@ class RequestLoop:
             for handle in handles:
                 handle.wait()
                 handle.raise_error()
+        for handle, none in zip(handles, is_echo, strict=True):
+            if none:
+                handle.cut(0)
         metrics.generate_s.append(time.perf_counter() - start)
         add_run(metrics, handles)
         return handles

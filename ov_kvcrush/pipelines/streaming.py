@@ -65,6 +65,8 @@ class _StatusOf:
         self._streamer = streamer
 
     def write(self, token: int) -> ov_genai.StreamingStatus:
+        if isinstance(self._streamer, ov_genai.TextParserStreamer):  # its `write` is the caller's, of parsed messages
+            return as_status(self._streamer._write([token]))
         return as_status(self._streamer.write(token))
 
     def end(self, text: str | None) -> None:

@@ -19,11 +19,11 @@ _MARKS = ("\n", "0")  # stand before a text where what stands there merges with 
 _PIECE = 4000  # characters; to count the tokens of a text that is cut as a whole
 
 
-def check_text(text: Any) -> None:
-    """Raise RequestError unless `text` is a string with something in it that can be encoded."""
+def check_text(text: Any, *, empty: bool = False) -> None:
+    """Raise RequestError unless `text` is a string that can be encoded, with something in it unless it may be empty."""
     if not isinstance(text, str):
         raise RequestError(f"prompt must be a string, got {type(text).__name__}")
-    if not text:
+    if not text and not empty:
         raise RequestError("prompt must have at least one token, got an empty text")
     try:
         text.encode()
@@ -94,8 +94,9 @@ class PromptEncoder:
 
     def encode_user_text(self, text: str, config: ov_genai.GenerationConfig, metrics: PerfMetrics) -> np.ndarray:
         """Tokens of a prompt outside a chat: as the only message of a conversation if the model has a chat template."""
-        check_text(text)
-        if config.apply_chat_template and self._tokenizer.chat_template:
+        is_message = config.apply_chat_template and bool(self._tokenizer.chat_template)
+        check_text(text, empty=is_message)
+        if is_message:
             rendered = self.render([{"role": "user", "content": text}], metrics)
             return self.encode(rendered, metrics, add_special_tokens=False)
         return self.encode(text, metrics)

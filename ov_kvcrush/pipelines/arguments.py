@@ -1,0 +1,78 @@
+"""The forms in which openvino_genai's pipelines are made and called, to the ones used here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openvino as ov
+import openvino_genai as ov_genai
+
+from ov_kvcrush.errors import CrushError, RequestError
+
+_BACKENDS = ("PA", "SDPA")
+_OTHER_MODES = ("draft_model", "prompt_lookup")
+
+
+def llm_arguments(args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """What stands behind the path: (device, config), or (tokenizer, device, config). Takes their names out of `named`.
+
+    Raises TypeError as a call does, CrushError for a model given as text.
+    """
+    if args and isinstance(args[0], ov.Tensor):
+        raise CrushError("models_path must be a folder, got a model as text with its weights")
+    return _bound(args, named, ("device", "config"))
+
+
+def batching_arguments(args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """(scheduler_config, device, properties, ...), or (tokenizer, scheduler_config, device). Raises TypeError."""
+    names = ("scheduler_config", "device", "properties", "tokenizer_properties", "vision_encoder_properties")
+    found = _bound(args, named, names)
+    if found.pop("vision_encoder_properties", None):
+        raise CrushError("vision_encoder_properties must be left out: models of text only have no such part")
+    return found
+
+
+def _bound(args: tuple[Any, ...], named: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    order = ("tokenizer", *names) if args and isinstance(args[0], ov_genai.Tokenizer) else names
+    if len(args) > len(order):
+        raise TypeError(f"at most {len(order) + 1} positional arguments: models_path, {', '.join(order)}")
+    found = dict(zip(order, args, strict=False))
+    for name in ("tokenizer", *names):
+        if name in named:
+            if name in found:
+                raise TypeError(f"got multiple values for argument {name!r}")
+            found[name] = named.pop(name)
+    return found
+
+
+def model_properties(properties: dict[str, Any], scheduler_config: Any, engine: str) -> tuple[dict[str, Any], Any]:
+    """What of the properties is for `compile_model`, and the scheduler config, which may be among them.
+
+    ATTENTION_BACKEND is one of openvino_genai's: both of its values mean the attention of the engine. Raises CrushError
+    for what selects a mode that there is none of.
+    """
+    rest = dict(properties)
+    backend = rest.pop("ATTENTION_BACKEND", "PA")
+    if backend not in _BACKENDS:
+        raise CrushError(f"ATTENTION_BACKEND must be PA or SDPA, got {backend!r}")
+    if "scheduler_config" in rest:
+        if scheduler_config is not None:
+            raise CrushError("scheduler_config must be given once, got it among the properties, too")
+        scheduler_config = rest.pop("scheduler_config")
+    if engine == "genai":
+        return rest, scheduler_config
+    for name in _OTHER_MODES:
+        if rest.pop(name, None):
+            raise CrushError(f"{name} must be left out with engine='crush', which generates one token a step")
+    adapters = rest.pop("adapters", None)
+    if adapters is not None and adapters.get_adapters_and_alphas():
+        raise CrushError("adapters must be empty with engine='crush': it has no LoRA adapters")
+    return rest, scheduler_config
+
+
+def only_one(**given: Any) -> Any:
+    """The one of several names that was given. Raises RequestError for none or more."""
+    found = {name: value for name, value in given.items() if value is not None}
+    if len(found) != 1:
+        raise RequestError(f"one of {', '.join(given)} must be given, got {' and '.join(found) or 'none'}")
+    return next(iter(found.values()))
