@@ -90,12 +90,12 @@ class LLMPipeline(PipelineBase):
         """
         eos, own = self._config.eos_token_id, model_end_tokens(self._model_config)
         new = self._options(config, {})
+        if new.eos_token_id < 0 and eos >= 0:
+            new.set_eos_token_id(eos)
+        if new.eos_token_id in own:
+            new.stop_token_ids = new.stop_token_ids | own
         check_generation_config(new)
         self._config = new
-        if self._config.eos_token_id < 0 and eos >= 0:
-            self._config.set_eos_token_id(eos)
-        if self._config.eos_token_id in own:
-            self._config.stop_token_ids = self._config.stop_token_ids | own
 
     def start_chat(self, system_message: str = "", *, context: Context | None = None) -> None:
         """From now on `generate` of a text is a turn of one conversation, until `finish_chat`.

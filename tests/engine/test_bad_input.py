@@ -189,7 +189,9 @@ def test_request_ids_are_unique_while_they_run(pipe: ContinuousBatchingPipeline)
 
 def test_one_bad_prompt_in_a_list_runs_none(pipe: ContinuousBatchingPipeline) -> None:
     with pytest.raises(RequestError, match="at least one token"):
-        pipe.generate(["good", ""], GenerationConfig(max_new_tokens=2))
+        pipe.generate(["good", ""], GenerationConfig(max_new_tokens=2, apply_chat_template=False))
+    with pytest.raises(RequestError, match="valid Unicode"):
+        pipe.generate(["good", "\ud800"], GenerationConfig(max_new_tokens=2))
     with pytest.raises(RequestError, match="context of"):
         pipe.generate([ids(1), ov.Tensor(np.ones((1, 9000), np.int64))], GenerationConfig(max_new_tokens=2))
     assert not pipe.has_non_finished_requests()
