@@ -32,8 +32,10 @@ class DrawParams(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A token, its log probability before temperature, and the most probable (token, log probability), if asked for.
+    """A token, its log probability, and the most probable (token, log probability), if asked for.
 
+    logprob: before temperature; where none are asked for, the one that it was drawn with, after temperature and among
+    what top-k, top-p and min-p left: what the scores of sampled sequences are sums of in openvino_genai; 0 if greedy.
     token = -1 where none is possible: the largest logit is not finite.
     """
 
@@ -66,11 +68,11 @@ def noise_key(seed: int, index: int, position: int) -> int:
 def draw(logits: np.ndarray, params: DrawParams) -> Drawn:
     """`draw_rows` of one row in numpy."""
     top = logits.max()
-    token = -1
+    token, drawn_with = -1, 0.0
     if np.isfinite(top):
-        token = int(logits.argmax()) if params.temperature == 0 else _draw(logits, params)
+        token, drawn_with = (int(logits.argmax()), 0.0) if params.temperature == 0 else _draw(logits, params)
     if token < 0 or not params.num_logprobs:
-        return Drawn(token, 0.0, [])
+        return Drawn(token, drawn_with, [])
     logprobs = logits.astype(np.float64) - top
     logprobs -= np.log(np.exp(logprobs).sum())
     count = min(params.num_logprobs, len(logits)) if params.num_logprobs > 1 else 0
@@ -78,8 +80,8 @@ def draw(logits: np.ndarray, params: DrawParams) -> Drawn:
     return Drawn(token, float(logprobs[token]), [(t, float(logprobs[t])) for t in best])
 
 
-def _draw(logits: np.ndarray, params: DrawParams) -> int:
-    """Temperature, then top-k, then top-p, then min-p, as Hugging Face orders them; then one draw."""
+def _draw(logits: np.ndarray, params: DrawParams) -> tuple[int, float]:
+    """Temperature, then top-k, then top-p, then min-p, as Hugging Face orders them; then one draw, and its log."""
     if 0 < params.top_k < len(logits):
         tokens = np.sort(np.argsort(-logits, kind="stable")[: params.top_k])
         logits = logits[tokens]
@@ -98,7 +100,8 @@ def _draw(logits: np.ndarray, params: DrawParams) -> int:
     # later tokens: 1e-5 of it changed an answer on a vocabulary of 288, here it must hit two that arrive together.
     with np.errstate(divide="ignore", over="ignore"):
         arrivals = exponential_noise(params.key, tokens) / probs
-    return int(tokens[arrivals.argmin()])
+    first = int(arrivals.argmin())
+    return int(tokens[first]), min(float(np.log(probs[first] / probs.sum())), 0.0)
 
 
 def nucleus(probs: np.ndarray, top_p: float) -> np.ndarray:

@@ -11,7 +11,6 @@ import numpy as np
 
 from ov_kvcrush.core.request import Sequence
 from ov_kvcrush.engine.draw import Drawn, DrawParams, draw_rows, noise_key
-from ov_kvcrush.engine.drawn_logprob import drawn_logprobs
 from ov_kvcrush.engine.penalties import apply_penalties, changed
 
 
@@ -19,9 +18,8 @@ class Sampled(NamedTuple):
     """The next token of a sequence.
 
     logprob: after penalties and before temperature; where it is not asked for, the one that it was drawn with, 0.0 if
-    nothing was drawn. top_logprobs: {token: log
-    probability} of the most probable ones, where more than the token's own are asked for. token = -1 where none is
-    possible: the largest logit is not finite.
+    nothing was drawn. top_logprobs: {token: log probability} of the most probable ones, where more than the token's own
+    are asked for. token = -1 where none is possible: the largest logit is not finite.
     """
 
     token: int
@@ -44,12 +42,7 @@ def sample_rows(rows: Items[tuple[Sequence, np.ndarray]]) -> list[Sampled]:
                 stack.enter_context(changed(logits[i], sequence))
             else:
                 logits[i] = apply_penalties(logits[i], sequence)
-        params = [_draw_params(sequence) for sequence, _ in rows]
-        drawn = draw_rows(logits, params)
-        scored = [i for i, p in enumerate(params) if p.temperature and not p.num_logprobs and drawn[i].token >= 0]
-        found = drawn_logprobs([(logits[i], params[i], drawn[i].token) for i in scored])
-        for i, logprob in zip(scored, found, strict=True):
-            drawn[i] = drawn[i]._replace(logprob=logprob)
+        drawn = draw_rows(logits, [_draw_params(sequence) for sequence, _ in rows])
     return [_sampled(d, sequence) for d, (sequence, _) in zip(drawn, rows, strict=True)]
 
 

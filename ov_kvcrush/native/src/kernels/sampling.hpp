@@ -22,7 +22,7 @@ struct DrawParams {
 
 struct Drawn {
     int64_t token = -1;  // -1 if no token is possible: the largest logit is not finite
-    double logprob = 0;  // before temperature
+    double logprob = 0;  // before temperature; where none are asked for, the one it was drawn with, 0 if greedy
     std::vector<std::pair<int64_t, double>> top;
 };
 
