@@ -19,7 +19,7 @@ from ov_kvcrush.eval.calibrate.rendering import PromptRenderer
 from ov_kvcrush.kvcache.planning import geometry_of
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.plans.geometry import CacheGeometry
-from ov_kvcrush.policies.plans.plan import HeadPlan
+from ov_kvcrush.policies.plans.plan import TILE, HeadPlan
 from ov_kvcrush.policies.plans.planner import BytePlanner
 from ov_kvcrush.policies.plans.profile import KVProfile
 from ov_kvcrush.policies.registry import build
@@ -197,14 +197,17 @@ def _planners(geometry: CacheGeometry, profile: KVProfile, compared: Compared) -
 
 
 def tokens_of(geometry: CacheGeometry, key: str, value: str, nbytes: float, length: int) -> int | None:
-    """The fewest tokens, kept by each head in these precisions, that take `nbytes`; None where all take less."""
+    """The fewest tokens, kept by each head in these precisions, that take `nbytes`; None where all take less.
 
-    def taken(tokens: int) -> float:
-        return float(geometry.sizes([HeadPlan(tokens / length, key, value)], length).sum())
+    In whole tiles, as plans keep them: other numbers take more bytes for fewer tokens.
+    """
 
-    counts = range(1, length + 1)
-    found = bisect.bisect_left(counts, nbytes, key=taken)
-    return counts[found] if found < len(counts) else None
+    def taken(tiles: int) -> float:
+        return float(geometry.sizes([HeadPlan(tiles * TILE / length, key, value)], length).sum())
+
+    tiles = range(1, length // TILE + 1)
+    found = bisect.bisect_left(tiles, nbytes, key=taken)
+    return tiles[found] * TILE if found < len(tiles) else None
 
 
 def _of_sharing(meter: CacheMeter, read: ReadPrompt, name: str, full_bytes: float) -> Iterator[FrontierRow]:

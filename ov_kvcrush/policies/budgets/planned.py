@@ -9,16 +9,15 @@ import numpy as np
 
 from ov_kvcrush.policies.base import Budget, BudgetAllocator, CacheState, DefaultBudget, Policy, Scores
 from ov_kvcrush.policies.budgets.allocation import Bounds, by_layer
-from ov_kvcrush.policies.plans.plan import CachePlan
+from ov_kvcrush.policies.plans.plan import CachePlan, whole_tiles
 
 
 @dataclass(frozen=True)
 class Planned(BudgetAllocator):
     """Heads keep the fractions of a plan that was solved from a profile of the model.
 
-    The budget is a mean in whole tokens, rounded up. Shared out exactly it would give most heads a token more than the
-    plan has, and a tile more where 32 tokens end: 4 % of the bytes at 1/8 of 2,048 tokens. So heads get what the plan
-    says of a text that the budget is at least for, a few tokens less. Needs nothing; O(heads).
+    The budget is a mean in whole tokens, rounded up: heads get what the plan says of a text that the budget is at least
+    for, a few tokens less, in whole tiles. Needs nothing; O(heads).
 
     plan: of the model's layers and KV heads.
     """
@@ -30,7 +29,8 @@ class Planned(BudgetAllocator):
         bounds = Bounds.of(state)
         kept = np.array([head.kept for head in self.plan.flat])
         wanted = np.ceil(kept * (tokens - 1) / self.plan.mean_kept).astype(np.int64)
-        return by_layer(state, np.clip(np.where(kept == 1, bounds.high, wanted), bounds.low, bounds.high))
+        counts = np.minimum(whole_tiles(np.maximum(wanted, bounds.low)), bounds.high).astype(np.int64)
+        return by_layer(state, np.where(kept == 1, bounds.high, counts))
 
 
 def chooses_alike(policy: Policy, other: Policy | None) -> bool:

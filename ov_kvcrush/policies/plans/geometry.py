@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ov_kvcrush.policies.plans.plan import HeadPlan
-
-_TILE = 32  # tokens
+from ov_kvcrush.policies.plans.plan import TILE, HeadPlan, kept_tokens
 
 TileBytes = Callable[[str, str, int], int]  # key precision, value precision, head size
 
@@ -35,10 +33,9 @@ class CacheGeometry:
 
     def sizes(self, options: Sequence[HeadPlan], length: int) -> np.ndarray:
         """float64 (N, O): bytes of each head with each option, of a text of `length` tokens."""
-        kept = np.array([max(self.least, np.ceil(round(option.kept * length, 6))) for option in options])
-        kept = np.minimum(kept, length)
-        settled = np.maximum(0, kept - self.recent_tokens) // _TILE
-        newest = np.ceil((kept - settled * _TILE) / _TILE)
+        kept = kept_tokens(np.array([option.kept for option in options]), length, self.least)
+        settled = np.maximum(0, kept - self.recent_tokens) // TILE
+        newest = np.ceil((kept - settled * TILE) / TILE)
         return self._by_head(lambda size: settled * self._tiles(options, size) + newest * self._recent(size))
 
     def settled_sizes(self, options: Sequence[HeadPlan]) -> np.ndarray:
@@ -48,12 +45,12 @@ class CacheGeometry:
 
     def window_bytes(self) -> float:
         """Bytes of the recent windows of all heads, at their longest."""
-        tiles = self.recent_tokens // _TILE + 1
+        tiles = self.recent_tokens // TILE + 1
         return float(sum(tiles * self._recent(size) for size in self.head_sizes))
 
     def full_bytes(self, length: int) -> float:
         """Bytes of all heads where everything stays in bf16."""
-        return float(sum(-(-length // _TILE) * self.tile_bytes("bf16", "bf16", size) for size in self.head_sizes))
+        return float(sum(-(-length // TILE) * self.tile_bytes("bf16", "bf16", size) for size in self.head_sizes))
 
     def full_settled(self) -> float:
         """Bytes of a tile of all heads in bf16."""

@@ -10,13 +10,30 @@ import numpy as np
 from ov_kvcrush.utils.checks import check_choice, check_fraction
 
 PLAN_PRECISIONS = ("bf16", "u8", "u4", "u2")  # from most to fewest bits
+TILE = 32  # tokens
+
+
+def whole_tiles(tokens: np.ndarray) -> np.ndarray:
+    """Numbers of tokens, rounded up to whole tiles.
+
+    Behind whole tiles the recent window is one tile, else two, and that tile takes as many bytes in bf16 as three to
+    six settled ones: more tokens take fewer bytes.
+    """
+    return np.asarray(np.ceil(tokens / TILE) * TILE)
+
+
+def kept_tokens(fractions: np.ndarray, length: int, least: int) -> np.ndarray:
+    """float64: the tokens that heads keep of a text of `length`: whole tiles, or all. At least `least`."""
+    wanted = np.maximum(least, np.ceil(np.round(fractions * length, 6)))
+    return np.minimum(length, whole_tiles(wanted))
 
 
 @dataclass(frozen=True)
 class HeadPlan:
     """What one KV head keeps.
 
-    kept: fraction of the text's tokens, in (0, 1]. key, value: precision of those that left the recent window.
+    kept: fraction of the text's tokens, in (0, 1], rounded up to whole tiles. key, value: precision of those that left
+    the recent window.
     Raises CrushError for anything else.
     """
 
@@ -63,5 +80,4 @@ class CachePlan:
 
     def tokens(self, length: int, least: int) -> np.ndarray:
         """int64 (heads,): tokens that each head keeps of a text of `length`, `least` of them in any case."""
-        kept = np.array([head.kept for head in self.flat])
-        return np.minimum(length, np.maximum(least, np.ceil(np.round(kept * length, 6)))).astype(np.int64)
+        return kept_tokens(np.array([head.kept for head in self.flat]), length, least).astype(np.int64)
