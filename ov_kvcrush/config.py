@@ -70,6 +70,7 @@ class SchedulerConfig:
     def from_options(cls, options: Any = None) -> SchedulerConfig:
         """Build from None, this class, a dict, or openvino_genai.SchedulerConfig.
 
+        What openvino_genai's says of eviction is not among it: pipelines make a policy of it.
         Raises CrushError for an unknown field and for features that this engine does not have.
         """
         if options is None:
@@ -81,9 +82,8 @@ class SchedulerConfig:
             return cls(**known_options(options, cls, "scheduler option"))
         if not all(hasattr(options, name) for name in known):
             raise CrushError(f"scheduler_config must be a SchedulerConfig or a dict, got {type(options).__name__}")
-        for feature in ("use_cache_eviction", "use_sparse_attention"):
-            if getattr(options, feature, False):
-                raise CrushError(f"{feature} must be False with engine='crush', got True; engine='genai' runs it")
+        if getattr(options, "use_sparse_attention", False):
+            raise CrushError("use_sparse_attention must be False with engine='crush', got True; engine='genai' runs it")
         values = {name: getattr(options, name) for name in known}
         return cls(**values)
 

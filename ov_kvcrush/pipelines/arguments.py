@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import openvino as ov
 import openvino_genai as ov_genai
 
+from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError, RequestError
+from ov_kvcrush.genai.stock_eviction import policy_of
 
 _BACKENDS = ("PA", "SDPA")
 _OTHER_MODES = ("draft_model", "prompt_lookup")
@@ -68,6 +71,21 @@ def model_properties(properties: dict[str, Any], scheduler_config: Any, engine: 
     if adapters is not None and adapters.get_adapters_and_alphas():
         raise CrushError("adapters must be empty with engine='crush': it has no LoRA adapters")
     return rest, scheduler_config
+
+
+def with_stock_eviction(scheduler_config: Any, cache_config: Any) -> Any:
+    """The cache config with the policy that an openvino_genai.SchedulerConfig asks for, if it asks for one.
+
+    Raises CrushError where the cache config has a policy or a budget, too.
+    """
+    if not getattr(scheduler_config, "use_cache_eviction", False):
+        return cache_config
+    settings = CacheConfig.from_options(cache_config)
+    if settings.policy is not None or settings.is_planned:
+        raise CrushError(
+            "use_cache_eviction must be False where cache_config says what is evicted, got both; leave one of them out"
+        )
+    return replace(settings, policy=policy_of(scheduler_config.cache_eviction_config))
 
 
 def only_one(**given: Any) -> Any:

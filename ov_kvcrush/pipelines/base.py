@@ -19,9 +19,10 @@ from ov_kvcrush.core.outputs import GenerationOutput, KeptTokens, PipelineMetric
 from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.sampling_params import make_generation_config
 from ov_kvcrush.errors import RequestError
+from ov_kvcrush.model.converted import folder_of_gguf
 from ov_kvcrush.model.default import default_model_path
 from ov_kvcrush.model.folder import check_model_folder
-from ov_kvcrush.pipelines.arguments import model_properties
+from ov_kvcrush.pipelines.arguments import model_properties, with_stock_eviction
 from ov_kvcrush.pipelines.backend import Backend, Handle
 from ov_kvcrush.pipelines.compress import ContextCompressor
 from ov_kvcrush.pipelines.loading import load_generation_config, load_tokenizer, make_backend, with_cache
@@ -66,7 +67,11 @@ class PipelineBase:
         start = time.perf_counter()
         self._engine_name = check_engine(engine, device)
         properties, scheduler_config = model_properties(properties, scheduler_config, self._engine_name)
+        if self._engine_name == "crush":
+            cache_config = with_stock_eviction(scheduler_config, cache_config)
         folder = Path(models_path) if models_path is not None else default_model_path()
+        if folder.suffix == ".gguf":
+            folder = folder_of_gguf(folder)
         check_model_folder(folder, tokenizer=tokenizer is None)
         self._folder = folder
         self._has_own_tokenizer = tokenizer is not None

@@ -37,7 +37,8 @@ class LLMPipeline(PipelineBase):
 
     LLMPipeline(models_path, device, config, **properties), or (models_path, tokenizer, device, config, **properties):
 
-    models_path: folder with an exported model; None = the default model, SmolLM2-135M-Instruct.
+    models_path: folder with an exported model, or a GGUF file, which is converted once, into $OV_KVCRUSH_CACHE or the
+        user's cache directory; None = the default model, SmolLM2-135M-Instruct.
     tokenizer: None = the one in the folder.
     device: "CPU" (default), or another device of `openvino.Core().available_devices` with engine="genai".
     config, **properties: OpenVINO properties for `compile_model`; a "scheduler_config" may be among them.

@@ -123,10 +123,10 @@ def test_what_openvino_genai_cannot_express_is_named(smollm2: Path, options: dic
         ContinuousBatchingPipeline(smollm2, options, engine="genai")
 
 
-def test_eviction_is_for_the_other_engine(smollm2: Path) -> None:
+def test_sparse_attention_is_for_the_other_engine(smollm2: Path) -> None:
     config = ov_genai.SchedulerConfig()
-    config.use_cache_eviction = True
-    with pytest.raises(CrushError, match="use_cache_eviction must be False"):
+    config.use_sparse_attention = True
+    with pytest.raises(CrushError, match="use_sparse_attention must be False"):
         ContinuousBatchingPipeline(smollm2, config)
 
 

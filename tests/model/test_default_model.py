@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 from tiny_gguf import tiny_gguf
 
+from ov_kvcrush import LLMPipeline
 from ov_kvcrush.errors import ModelError
+from ov_kvcrush.model import converted
 from ov_kvcrush.model import default as default_model
 from ov_kvcrush.model.default import GGUF_NAME, IMPORT_NAME, default_model_folder, default_model_path
 from ov_kvcrush.model.folder import check_model_folder
@@ -55,7 +58,7 @@ def test_default_model_knows_paris(smollm2: Path) -> None:
 
 
 def test_ready_model_is_used_in_silence(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(default_model, "convert_gguf", lambda *_, **__: pytest.fail("converted again"))
+    monkeypatch.setattr(converted, "convert_gguf", lambda *_, **__: pytest.fail("converted again"))
     said: list[str] = []
     assert default_model_path(said.append) == smollm2
     assert said == []
@@ -85,6 +88,27 @@ def test_conversion_is_told_and_ends_whole(cache: Path, gguf: Path, monkeypatch:
     assert default_model_path(said.append) == folder
     check_model_folder(folder)
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_gguf_file_is_a_model(
+    cache: Path, gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = LLMPipeline(gguf, "CPU").generate(["a"], max_new_tokens=3, apply_chat_template=False)
+    (folder,) = (cache / "models").iterdir()
+    assert str(folder) in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr(converted, "convert_gguf", lambda *_, **__: pytest.fail("converted again"))
+        again = LLMPipeline(str(gguf)).generate(["a"], max_new_tokens=3, apply_chat_template=False)
+    assert again.texts == first.texts
+    assert capsys.readouterr().err == ""
+    changed = gguf.stat().st_mtime_ns + 1_000_000_000
+    os.utime(gguf, ns=(changed, changed))
+    assert converted.folder_of_gguf(gguf, lambda _: None) != folder
+    with pytest.raises(ModelError, match=r"model must be a file that can be read, got .*none\.gguf"):
+        LLMPipeline(tmp_path / "none.gguf")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF but not")
+    with pytest.raises(ModelError):
+        LLMPipeline(tmp_path / "bad.gguf")
 
 
 def test_failed_conversion_leaves_nothing(cache: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
