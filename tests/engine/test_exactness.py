@@ -64,7 +64,7 @@ def test_greedy_tokens_equal_openvino_genai(smollm2: Path, prompts: list[np.ndar
         while stock.has_non_finished_requests():
             stock.step()
         assert len(answer) == NEW_TOKENS
-        assert answer == handle.outputs()[0].generated_ids, f"prompt of {len(ids)} tokens"
+        assert answer == handle.read_all()[0].generated_ids, f"prompt of {len(ids)} tokens"
 
 
 def batch_of_16(smollm2: Path) -> list[np.ndarray]:
