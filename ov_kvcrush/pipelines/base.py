@@ -70,7 +70,7 @@ class PipelineBase:
         if self._engine_name == "crush":
             cache_config = with_stock_eviction(scheduler_config, cache_config)
         folder = Path(models_path) if models_path is not None else default_model_path()
-        if folder.suffix == ".gguf":
+        if folder.suffix == ".gguf" and not folder.is_dir():
             folder = folder_of_gguf(folder)
         check_model_folder(folder, tokenizer=tokenizer is None)
         self._folder = folder

@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino as ov
 import openvino_genai as stock
 import pytest
+from both_libraries import BOTH, PROMPT, Pipes
 
 import ov_kvcrush as ours
 from ov_kvcrush.core.perf_metrics import PerfMetrics
-
-PROMPT = ov.Tensor(np.arange(40, 60)[None])
-EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-BOTH = (stock, ours)
-Pipes = dict[Any, Any]  # by module
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_ir: Callable[[str], Path]) -> Path:
-    return tiny_ir("llama")
-
-
-@pytest.fixture(scope="module")
-def llm(folder: Path) -> Pipes:
-    return {lib: lib.LLMPipeline(folder, "CPU", **EXACT) for lib in BOTH}
-
-
-@pytest.fixture(scope="module")
-def batching(folder: Path) -> Pipes:
-    config = stock.SchedulerConfig()
-    return {lib: lib.ContinuousBatchingPipeline(folder, config, "CPU", EXACT) for lib in BOTH}
-
 
 # -- figures -----------------------------------------------------------------------------------------------------------
 

@@ -11,29 +11,11 @@ import numpy as np
 import openvino as ov
 import openvino_genai as stock
 import pytest
+from both_libraries import EXACT, PROMPT, Pipes
 
 import ov_kvcrush as ours
 
-PROMPT = ov.Tensor(np.arange(40, 60)[None])
-EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-BOTH = (stock, ours)
 THREE = stock.GenerationConfig(max_new_tokens=3)
-Pipes = dict[Any, Any]  # by module
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_ir: Callable[[str], Path]) -> Path:
-    return tiny_ir("llama")
-
-
-@pytest.fixture(scope="module")
-def llm(folder: Path) -> Pipes:
-    return {lib: lib.LLMPipeline(folder, "CPU", **EXACT) for lib in BOTH}
-
-
-@pytest.fixture(scope="module")
-def batching(folder: Path) -> Pipes:
-    return {lib: lib.ContinuousBatchingPipeline(folder, stock.SchedulerConfig(), "CPU", EXACT) for lib in BOTH}
 
 
 def same(pipes: Pipes, ask: Callable[[Any], Any]) -> Any:

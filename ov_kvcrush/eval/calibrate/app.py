@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -112,7 +113,7 @@ def profile(
             "environment": describe_environment(),
         }
         empty = empty_profile(folder, meter, chosen, made_with, question)
-        with PromptReader(meter, chosen, answer_tokens, renderer.ends) as reader:
+        with closing(PromptReader(meter, chosen, answer_tokens, renderer.ends)) as reader:
             found = _measure(reader, empty, prompts, path, made_with, console)
         write_json(path, found.to_json(), "out")
         _part(path).unlink(missing_ok=True)

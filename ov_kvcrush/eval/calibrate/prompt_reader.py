@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 
@@ -43,14 +42,6 @@ class PromptReader:
         self._stack = ExitStack()
         self._kept: dict[Prompt, ReadPrompt] = {}
 
-    def __enter__(self) -> PromptReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.forget()
-
     def read(self, prompt: Prompt) -> ReadPrompt:
         """The prompt on staging blocks, valid until the next call. Raises CrushError where it does not fit them."""
         if prompt in self._kept:
@@ -60,12 +51,12 @@ class PromptReader:
         except CrushError:
             if not self._kept:
                 raise
-            self.forget()
+            self.close()
             found = self._read(prompt)
         self._kept[prompt] = found
         return found
 
-    def forget(self) -> None:
+    def close(self) -> None:
         """Give the staging blocks of all prompts back."""
         self._kept.clear()
         self._stack.close()

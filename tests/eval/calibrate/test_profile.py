@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,7 @@ def test_prompts_stay_read_while_there_is_room(tiny_ir: Folder, monkeypatch: pyt
         return own(self, sequence)
 
     monkeypatch.setattr(CacheMeter, "_prefill", counted)
-    with PromptReader(meter, build("snapkv"), 8, set()) as reader:
+    with closing(PromptReader(meter, build("snapkv"), 8, set())) as reader:
         assert reader.read(prompts[0]) is reader.read(prompts[0])
         reader.read(prompts[1])
         assert len(read) == 2
@@ -245,7 +246,7 @@ def test_prompts_stay_read_while_there_is_room(tiny_ir: Folder, monkeypatch: pyt
         reader.read(prompts[0])
         assert len(read) == 4
     assert pool.num_free == 2 * blocks + 1
-    with PromptReader(meter, build("snapkv"), 8, set()) as reader:
+    with closing(PromptReader(meter, build("snapkv"), 8, set())) as reader:
         reader.read(prompts[0])
         with pytest.raises(CrushError, match="prompt must fit into the staging blocks, got 3000 tokens"):
             reader.read(Prompt("long", ids(3000)))
