@@ -11,6 +11,7 @@ import covering  # noqa: F401, registers the profiles
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+from shallow_model import shallow_model
 from tiny_models import tiny_model
 
 from model_export import export_model
@@ -83,3 +84,9 @@ def tiny_ir(
 def smollm2() -> Path:
     """The folder of the default model, from the user's cache."""
     return default_model_path()
+
+
+@pytest.fixture(scope="session")
+def shallow(once: Callable[[str, Callable[[Path], object]], Path], smollm2: Path) -> Path:
+    """The default model with 6 of its 30 layers: real text, where nobody asks whether the answer makes sense."""
+    return once("shallow", lambda folder: shallow_model(smollm2, folder))

@@ -29,7 +29,6 @@ from ov_kvcrush.bench.settings import BenchSettings, Cell
 from ov_kvcrush.cli.environment import describe_environment
 from ov_kvcrush.cli.parse import parse_numbers, parse_properties
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.model.default import default_model_path
 from ov_kvcrush.model.plugin import plugin_precisions
 from ov_kvcrush.policies.registry import build, settings_of
 from ov_kvcrush.utils.json_file import check_writable, write_json
@@ -55,11 +54,11 @@ def settings(**changes: Any) -> BenchSettings:
 
 
 @pytest.fixture(scope="module")
-def report(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def report(shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("bench") / "out.json"
     shape = ("--context", "64", "--batch", "1,3", "--new-tokens", 8, "--runs", 2, "--max-num-batched-tokens", 96)
     types = ("--key-precision", "u4", "--value-precision", "u2")
-    done = bench(smollm2, *shape, *types, "--against", "genai", "--property", "INFERENCE_NUM_THREADS=1", "--json", path)
+    done = bench(shallow, *shape, *types, "--against", "genai", "--property", "INFERENCE_NUM_THREADS=1", "--json", path)
     assert done.exit_code == 0, done.output
     assert "crush / genai" in done.output
     assert "u4/u2" in done.output
@@ -100,9 +99,9 @@ def test_both_engines_take_the_same_steps(report: dict[str, Any]) -> None:
         assert {run["num_steps"] for run in ours["runs"]} == {run["num_steps"] for run in theirs["runs"]}
 
 
-def test_rows_say_what_is_stored_and_in_how_many_bytes(report: dict[str, Any]) -> None:
+def test_rows_say_what_is_stored_and_in_how_many_bytes(report: dict[str, Any], shallow: Path) -> None:
     """The bytes are those of a store of the same shape: tiles of what is cached, and nothing of staged prompts."""
-    layers = [layer.shape for layer in layers_of(default_model_path())]
+    layers = [layer.shape for layer in layers_of(shallow)]
     computed = plugin_precisions({}).inference
     recent = "bf16" if computed == "f32" else computed
     store = native.Store(layers=layers, key="u4", value="u2", recent=recent, recent_tokens=32, group_size=64)
@@ -125,8 +124,8 @@ def test_ratios_of_the_report_follow_from_its_rows(report: dict[str, Any]) -> No
             assert entry[name]["of_medians"] == pytest.approx(ours[name] / theirs[name])
 
 
-def test_alone_there_is_nothing_to_compare(smollm2: Path) -> None:
-    chosen = BenchSettings.for_model(smollm2, contexts=(40,), new_tokens=2, runs=1)
+def test_alone_there_is_nothing_to_compare(shallow: Path) -> None:
+    chosen = BenchSettings.for_model(shallow, contexts=(40,), new_tokens=2, runs=1)
     stages: list[str] = []
     results = list(measure(chosen, stages.append))
     rows = make_rows(results, chosen)
@@ -147,11 +146,11 @@ def test_engines_are_told_the_same() -> None:
 
 
 @pytest.fixture(scope="module")
-def policy_report(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def policy_report(shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("bench") / "out.json"
     shape = ("--context", 500, "--batch", "2", "--new-tokens", 4, "--runs", 1)
     policy = ("--policy", "kvcrush", "--kept-tokens", 165, "--policy-option", "share=0.5")
-    done = bench(smollm2, *shape, *policy, "--against", "genai-policy", "--json", path)
+    done = bench(shallow, *shape, *policy, "--against", "genai-policy", "--json", path)
     assert done.exit_code == 0, done.output
     assert "crush / genai-policy" in done.output
     loaded: dict[str, Any] = json.loads(path.read_text())
@@ -176,10 +175,10 @@ def test_report_has_all_settings_of_the_policy(policy_report: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("name", ["kvcrush", "tova"])
-def test_openvino_genai_holds_the_blocks_that_it_is_told_to_keep(name: str, smollm2: Path) -> None:
+def test_openvino_genai_holds_the_blocks_that_it_is_told_to_keep(name: str, shallow: Path) -> None:
     """Its own count of blocks: those of the kept tokens, and the one that is being filled."""
     chosen = BenchSettings.for_model(
-        smollm2, policy=build(name, kept_tokens=192, min_tokens=192), against="genai-policy", contexts=(500,)
+        shallow, policy=build(name, kept_tokens=192, min_tokens=192), against="genai-policy", contexts=(500,)
     )
     job = chosen.worker_job("genai-policy", Cell(500, 1))
     eviction = engines.eviction_of(job)
@@ -417,7 +416,7 @@ BAD_OPTIONS = {
     ),
     "no threads": (("--attention", "--threads", "0"), "--threads must be at least 1, got 0"),
     "too many threads": (("--attention", "--threads", "99999"), "--threads must be at most the"),
-    "too many layers": (("--attention", "--layers", "31"), "--layers must be at most the model's 30, got 31"),
+    "too many layers": (("--attention", "--layers", "7"), "--layers must be at most the model's 6, got 7"),
     "threads twice": (("--attention", "--property", "INFERENCE_NUM_THREADS=1"), "use --threads"),
     "more than there is": (("--attention", "--context", "2000000000"), "--context and --batch must fit into"),
     "from alone": (("--from", "x.json"), "--from must come with --plot"),
@@ -432,9 +431,9 @@ BAD_OPTIONS = {
 
 
 @pytest.mark.parametrize("case", BAD_OPTIONS)
-def test_bad_option_is_one_clear_line(case: str, smollm2: Path) -> None:
+def test_bad_option_is_one_clear_line(case: str, shallow: Path) -> None:
     options, message = BAD_OPTIONS[case]
-    done = bench(smollm2, *options)
+    done = bench(shallow, *options)
     assert done.exit_code == 2, done.output
     errors = [line for line in done.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -475,15 +474,15 @@ def test_environment_is_json() -> None:
     assert environment["threads"] >= 1
 
 
-def test_the_job_says_what_is_recalled(smollm2: Path) -> None:
-    chosen = BenchSettings.for_model(smollm2, recall_tokens="512")
+def test_the_job_says_what_is_recalled(shallow: Path) -> None:
+    chosen = BenchSettings.for_model(shallow, recall_tokens="512")
     cache, _ = engines._cache_of(chosen.worker_job("crush", Cell(8, 1)))
     assert cache.recall_tokens == 512
 
 
-def test_types_need_the_native_library(monkeypatch: pytest.MonkeyPatch, smollm2: Path) -> None:
+def test_types_need_the_native_library(monkeypatch: pytest.MonkeyPatch, shallow: Path) -> None:
     monkeypatch.setattr(native, "why_unavailable", lambda: "nobody built it")
-    chosen = BenchSettings.for_model(smollm2)
+    chosen = BenchSettings.for_model(shallow)
     cache, storage = engines._cache_of(chosen.worker_job("crush", Cell(8, 1)))
     assert (cache.attention, storage) == ("paged", Storage("PagedAttention", "u8", "u8"))
     for changes in ({"key_precision": "u4"}, {"value_precision": "u4"}, {"max_kv_mb": 64}, {"policy": build("tova")}):
@@ -498,8 +497,8 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="lo
 
 
 @pytest.fixture
-def job(smollm2: Path) -> dict[str, object]:
-    return BenchSettings.for_model(smollm2).worker_job("crush", Cell(64, 1))
+def job(shallow: Path) -> dict[str, object]:
+    return BenchSettings.for_model(shallow).worker_job("crush", Cell(64, 1))
 
 
 def is_running(pid: int) -> bool:
@@ -582,10 +581,10 @@ def test_worker_is_gone_after_the_block(job: dict[str, object]) -> None:
 
 
 @pytest.fixture
-def running_bench(smollm2: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def running_bench(shallow: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A bench that would take very long, in the middle of its first runs."""
     code = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from ov_kvcrush.bench.cli import main; main()"
-    options = [str(smollm2), "--context", "64", "--runs", "100000", "--json", str(tmp_path / "out.json")]
+    options = [str(shallow), "--context", "64", "--runs", "100000", "--json", str(tmp_path / "out.json")]
     process = subprocess.Popen(
         [sys.executable, "-c", code, json.dumps(sys.path), *options], stderr=subprocess.PIPE, text=True
     )
@@ -617,10 +616,10 @@ def test_no_worker_outlives_the_bench(
     assert os.listdir(tmp_path) == []
 
 
-def test_traffic_tells_what_others_wait(smollm2: Path, tmp_path: Path) -> None:
+def test_traffic_tells_what_others_wait(shallow: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     shape = ("--traffic", "--context", 200, "--batch", "2", "--runs", 1, "--max-step-ms", 50)
-    done = bench(smollm2, *shape, "--against", "genai", "--json", path)
+    done = bench(shallow, *shape, "--against", "genai", "--json", path)
     assert done.exit_code == 0, done.output
     ours, theirs = json.loads(path.read_text())["traffic"]
     assert [(row["engine"], row["context"], row["batch"]) for row in (ours, theirs)] == [

@@ -139,10 +139,10 @@ def test_rows_follow_their_definitions(rows: list[AttentionRow]) -> None:
         assert row.crush_gb_s == pytest.approx(row.memory_gb_s / row.over_bound)
 
 
-def test_command_measures_a_real_model_and_draws_it(smollm2: Path, tmp_path: Path) -> None:
+def test_command_measures_a_real_model_and_draws_it(shallow: Path, tmp_path: Path) -> None:
     out, picture = tmp_path / "out.json", tmp_path / "out.svg"
     options = ("--attention", "--layers", 2, "--context", "33,64", "--runs", 1, "--threads", "1")
-    done = bench(smollm2, *options, "--value-precision", "u2", "--json", out, "--plot", picture)
+    done = bench(shallow, *options, "--value-precision", "u2", "--json", out, "--plot", picture)
     assert done.exit_code == 0, done.output
     assert "u8/u2" in done.output
     report = json.loads(out.read_text())
@@ -150,7 +150,7 @@ def test_command_measures_a_real_model_and_draws_it(smollm2: Path, tmp_path: Pat
         (33, 2, 1),
         (64, 2, 1),
     ]
-    assert report["settings"]["model"] == str(smollm2)
+    assert report["settings"]["model"] == str(shallow)
     assert report["environment"]["kernel"].startswith("CrushAttention")
     assert b"</svg>" in picture.read_bytes()
 

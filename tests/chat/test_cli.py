@@ -50,8 +50,8 @@ def chat(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def pipe(smollm2: Path) -> LLMPipeline:
-    return LLMPipeline(smollm2)
+def pipe(shallow: Path) -> LLMPipeline:
+    return LLMPipeline(shallow)
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +102,8 @@ def test_stats_are_on_stderr_and_equal_those_of_json(
     assert not json_run.stderr
 
 
-def test_ctrl_c_ends_one_answer_with_130_and_leaves_its_beginning(smollm2: Path) -> None:
-    process = start(STORY)
+def test_ctrl_c_ends_one_answer_with_130_and_leaves_its_beginning(shallow: Path) -> None:
+    process = start(shallow, STORY)
     beginning = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     rest, errors = process.communicate(timeout=HANG_S)
@@ -112,16 +112,16 @@ def test_ctrl_c_ends_one_answer_with_130_and_leaves_its_beginning(smollm2: Path)
     assert b"Traceback" not in errors
 
 
-def test_a_reader_that_goes_away_ends_it_quietly(smollm2: Path) -> None:
-    process = start(STORY)
+def test_a_reader_that_goes_away_ends_it_quietly(shallow: Path) -> None:
+    process = start(shallow, STORY)
     process.stdout.read(1)
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(HANG_S) == 141
 
 
-def start(prompt: str) -> subprocess.Popen[bytes]:
-    command = [*CHAT, "--max-new-tokens", "300", "--prompt", prompt]
+def start(model: Path, prompt: str) -> subprocess.Popen[bytes]:
+    command = [*CHAT, str(model), "--max-new-tokens", "300", "--prompt", prompt]
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, bufsize=0
     )
@@ -396,11 +396,11 @@ def test_without_the_native_library_only_the_default_policy_is_left_out(monkeypa
     assert run_in_process("--prompt", "x", "--kept", "0.5") == 2
 
 
-def test_fewer_bits_take_fewer_bytes(smollm2: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_fewer_bits_take_fewer_bytes(shallow: Path, capfd: pytest.CaptureFixture[str]) -> None:
     sizes = []
     for bits in ("f32", "u8", "u2"):
         types = ("--key-precision", bits, "--value-precision", bits)
-        assert run_in_process("--json", "--max-new-tokens", "4", "--prompt", STORY * 8, *types) == 0
+        assert run_in_process(str(shallow), "--json", "--max-new-tokens", "4", "--prompt", STORY * 8, *types) == 0
         sizes.append(json.loads(capfd.readouterr().out)["kv_bytes"])
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 3
@@ -463,11 +463,10 @@ FISH = "\n".join(f"Day {d}: the {BOATS[d * 7 % 5]} boat came home with {d * 13 %
 
 
 @pytest.fixture(scope="module")
-def kept_run(smollm2: Path) -> subprocess.CompletedProcess[str]:
+def kept_run(shallow: Path) -> subprocess.CompletedProcess[str]:
     question = ("--prompt", "Naïve 日本語: how many fish?", "--max-new-tokens", "20")
-    return chat(
-        "--policy", "kvcrush", "--kept-tokens", "128", "--show-kept", "--stats", "--json", *question, stdin=FISH
-    )
+    kept = ("--policy", "kvcrush", "--kept-tokens", "128", "--show-kept")
+    return chat(str(shallow), *kept, "--stats", "--json", *question, stdin=FISH)
 
 
 def test_stats_and_json_tell_what_was_kept(kept_run: subprocess.CompletedProcess[str]) -> None:

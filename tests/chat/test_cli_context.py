@@ -65,10 +65,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compressed(smollm2: Path, files: Path) -> Done:
+def compressed(shallow: Path, files: Path) -> Done:
     """A run that compresses, saves and asks."""
     context = ("--context", files / "text.txt", "--save-context", files / "saved.kvc")
-    return chat(*context, "--prompt", QUESTION, "--json", "--stats", *SHORT)
+    return chat(shallow, *context, "--prompt", QUESTION, "--json", "--stats", *SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,8 @@ def saved(compressed: Done, files: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pipe(smollm2: Path) -> ChatPipeline:
-    return ChatPipeline(smollm2)
+def pipe(shallow: Path) -> ChatPipeline:
+    return ChatPipeline(shallow)
 
 
 @pytest.fixture
@@ -114,10 +114,12 @@ def test_stats_tell_what_the_context_took(compressed: Done) -> None:
 
 
 @pytest.mark.parametrize("name", ["saved.kvc", "other name"])
-def test_a_saved_context_answers_as_the_text_did(name: str, saved: Path, files: Path, compressed: Done) -> None:
+def test_a_saved_context_answers_as_the_text_did(
+    name: str, saved: Path, files: Path, compressed: Done, shallow: Path
+) -> None:
     file = files / name
     file.write_bytes(saved.read_bytes())
-    loaded = chat("--context", file, "--json", "--stats", *SHORT, stdin=QUESTION.encode())
+    loaded = chat(shallow, "--context", file, "--json", "--stats", *SHORT, stdin=QUESTION.encode())
     answer, first = loaded.json, compressed.json
     assert answer["text"] == first["text"]
     assert answer["num_reused_tokens"] == first["num_reused_tokens"]
@@ -127,8 +129,8 @@ def test_a_saved_context_answers_as_the_text_did(name: str, saved: Path, files: 
     assert f"({answer['context']['saved_seconds']:.2f} s less than compressing took)" in loaded.err
 
 
-def test_options_of_the_policy_are_those_of_the_text(files: Path, compressed: Done) -> None:
-    text = ("--context", files / "text.txt", "--prompt", QUESTION, "--json", *SHORT)
+def test_options_of_the_policy_are_those_of_the_text(files: Path, compressed: Done, shallow: Path) -> None:
+    text = (shallow, "--context", files / "text.txt", "--prompt", QUESTION, "--json", *SHORT)
     whole = chat(*text, "--policy", "none").json["context"]
     assert whole["kept_tokens"] == whole["num_tokens"] == compressed.json["context"]["num_tokens"]
     few = chat(*text, "--policy", "snapkv", "--kept-tokens", "96", "--policy-option", "window=8")

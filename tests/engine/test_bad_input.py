@@ -25,16 +25,16 @@ from ov_kvcrush.prompts.encoder import PromptEncoder
 
 
 @pytest.fixture(scope="module")
-def pipe(smollm2: Path) -> ContinuousBatchingPipeline:
-    return ContinuousBatchingPipeline(smollm2, SchedulerConfig(num_kv_blocks=4))
+def pipe(shallow: Path) -> ContinuousBatchingPipeline:
+    return ContinuousBatchingPipeline(shallow, SchedulerConfig(num_kv_blocks=4))
 
 
 @pytest.fixture
-def copy_of_model(smollm2: Path, tmp_path: Path) -> Path:
+def copy_of_model(shallow: Path, tmp_path: Path) -> Path:
     """A model folder that a test may damage; the weights are a link."""
     folder = tmp_path / "model"
     folder.mkdir()
-    for file in smollm2.iterdir():
+    for file in shallow.iterdir():
         (folder / file.name).symlink_to(file) if file.suffix == ".bin" else shutil.copy(file, folder)
     return folder
 
@@ -83,12 +83,12 @@ def test_not_an_llm(copy_of_model: Path) -> None:
         LLMPipeline(copy_of_model)
 
 
-def test_wrong_device_lists_those_there_are(smollm2: Path) -> None:
+def test_wrong_device_lists_those_there_are(shallow: Path) -> None:
     for engine in (None, "genai"):
         with pytest.raises(CrushError, match=r"one of .*CPU.*got 'GPU.7'"):
-            LLMPipeline(smollm2, "GPU.7", engine=engine)
+            LLMPipeline(shallow, "GPU.7", engine=engine)
     with pytest.raises(CrushError, match="engine='genai'"):
-        LLMPipeline(smollm2, "GPU", engine="crush")
+        LLMPipeline(shallow, "GPU", engine="crush")
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_wrong_device_lists_those_there_are(smollm2: Path) -> None:
         ({"scheduler_config": 5}, "scheduler_config must be"),
     ],
 )
-def test_wrong_option_names_the_nearest(smollm2: Path, options: dict[str, object], message: str) -> None:
+def test_wrong_option_names_the_nearest(shallow: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(CrushError, match=message):
-        LLMPipeline(smollm2, **options)  # type: ignore[arg-type]
+        LLMPipeline(shallow, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -118,16 +118,16 @@ def test_wrong_option_names_the_nearest(smollm2: Path, options: dict[str, object
         ({"max_num_seqs": "many"}, "max_num_seqs must be"),
     ],
 )
-def test_what_openvino_genai_cannot_express_is_named(smollm2: Path, options: dict[str, object], message: str) -> None:
+def test_what_openvino_genai_cannot_express_is_named(shallow: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(CrushError, match=message):
-        ContinuousBatchingPipeline(smollm2, options, engine="genai")
+        ContinuousBatchingPipeline(shallow, options, engine="genai")
 
 
-def test_sparse_attention_is_for_the_other_engine(smollm2: Path) -> None:
+def test_sparse_attention_is_for_the_other_engine(shallow: Path) -> None:
     config = ov_genai.SchedulerConfig()
     config.use_sparse_attention = True
     with pytest.raises(CrushError, match="use_sparse_attention must be False"):
-        ContinuousBatchingPipeline(smollm2, config)
+        ContinuousBatchingPipeline(shallow, config)
 
 
 # -- requests --------------------------------------------------------------------------------------------------------
@@ -199,8 +199,8 @@ def test_one_bad_prompt_in_a_list_runs_none(pipe: ContinuousBatchingPipeline) ->
 
 
 @pytest.fixture(scope="module")
-def llm(smollm2: Path) -> LLMPipeline:
-    return LLMPipeline(smollm2)
+def llm(shallow: Path) -> LLMPipeline:
+    return LLMPipeline(shallow)
 
 
 @pytest.mark.parametrize("bad", [None, 5, [], ["a", 3], [None], ChatHistory()])
@@ -250,8 +250,8 @@ def test_wrong_streamers(pipe: ContinuousBatchingPipeline) -> None:
         pipe.generate(["Hi", "Ho"], config, streamer=print)
 
 
-def test_prompt_without_splitting_must_fit_a_step(smollm2: Path) -> None:
-    pipe = ContinuousBatchingPipeline(smollm2, SchedulerConfig(max_num_batched_tokens=8, dynamic_split_fuse=False))
+def test_prompt_without_splitting_must_fit_a_step(shallow: Path) -> None:
+    pipe = ContinuousBatchingPipeline(shallow, SchedulerConfig(max_num_batched_tokens=8, dynamic_split_fuse=False))
     with pytest.raises(RequestError, match="max_num_batched_tokens=8"):
         pipe.add_request(0, ov.Tensor(np.ones((1, 9), np.int64)))
     handle = pipe.add_request(0, ov.Tensor(np.ones((1, 8), np.int64)), max_new_tokens=2, ignore_eos=True)

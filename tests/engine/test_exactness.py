@@ -67,16 +67,16 @@ def test_greedy_tokens_equal_openvino_genai(smollm2: Path, prompts: list[np.ndar
         assert answer == handle.read_all()[0].generated_ids, f"prompt of {len(ids)} tokens"
 
 
-def batch_of_16(smollm2: Path) -> list[np.ndarray]:
-    ids = text_ids(smollm2, 3000)
+def batch_of_16(shallow: Path) -> list[np.ndarray]:
+    ids = text_ids(shallow, 3000)
     lengths = np.random.default_rng(7).integers(1, 170, 16)
     return [ids[150 * i : 150 * i + n] for i, n in enumerate(lengths)]
 
 
 @pytest.mark.parametrize("new_tokens", [16, *rarely(40)])
-def test_batch_equals_single(new_tokens: int, smollm2: Path) -> None:
-    pipe = ContinuousBatchingPipeline(smollm2, SchedulerConfig(max_num_batched_tokens=128), properties=F32)
-    prompts = batch_of_16(smollm2)
+def test_batch_equals_single(new_tokens: int, shallow: Path) -> None:
+    pipe = ContinuousBatchingPipeline(shallow, SchedulerConfig(max_num_batched_tokens=128), properties=F32)
+    prompts = batch_of_16(shallow)
     alone = [run_together(pipe, [p], new_tokens)[0] for p in prompts]
     assert run_together(pipe, prompts, new_tokens) == alone
     assert pipe.get_metrics().num_preemptions == 0
@@ -85,15 +85,15 @@ def test_batch_equals_single(new_tokens: int, smollm2: Path) -> None:
     # A quarter of the blocks that all 16 need together: sequences lose their KV and compute it again, whoever is first.
     # max_step_ms=0: on a slow machine shorter chunks let the first answers end before the last prompts begin.
     config = SchedulerConfig(max_num_batched_tokens=128, num_kv_blocks=12, max_step_ms=0)
-    small = ContinuousBatchingPipeline(smollm2, config, properties=F32)
+    small = ContinuousBatchingPipeline(shallow, config, properties=F32)
     assert run_together(small, prompts, new_tokens) == alone
     assert small.get_metrics().num_preemptions > 0
     assert small.get_metrics().num_used_blocks == 0
 
 
-def test_same_seed_same_output_in_any_company(smollm2: Path) -> None:
-    pipe = ContinuousBatchingPipeline(smollm2, properties=F32)
-    prompts = batch_of_16(smollm2)[:4]
+def test_same_seed_same_output_in_any_company(shallow: Path) -> None:
+    pipe = ContinuousBatchingPipeline(shallow, properties=F32)
+    prompts = batch_of_16(shallow)[:4]
     config = GenerationConfig(max_new_tokens=24, do_sample=True, temperature=0.9, top_k=50, top_p=0.95, rng_seed=11)
 
     def drawn(together: list[np.ndarray]) -> list[list[int]]:
@@ -111,10 +111,10 @@ def test_same_seed_same_output_in_any_company(smollm2: Path) -> None:
     assert handle.outputs()[0].generated_ids != alone[3]
 
 
-def test_chunk_size_does_not_change_tokens(smollm2: Path, prompts: list[np.ndarray]) -> None:
+def test_chunk_size_does_not_change_tokens(shallow: Path, prompts: list[np.ndarray]) -> None:
     answers = []
     for chunk in (37, 1000):
-        pipe = ContinuousBatchingPipeline(smollm2, SchedulerConfig(max_num_batched_tokens=chunk), properties=F32)
+        pipe = ContinuousBatchingPipeline(shallow, SchedulerConfig(max_num_batched_tokens=chunk), properties=F32)
         answers.append(run_together(pipe, prompts[3:5], 16))
         del pipe
     assert answers[0] == answers[1]

@@ -51,8 +51,8 @@ ITEMS = (item(7), item(5, chat=False), item(4, multi_turn=True))
 
 
 @pytest.fixture(scope="module")
-def prompts(smollm2: Path) -> list[ItemPrompts]:
-    return encode_items(ITEMS, ItemEncoder(load_tokenizer(smollm2, {})), 8192)
+def prompts(shallow: Path) -> list[ItemPrompts]:
+    return encode_items(ITEMS, ItemEncoder(load_tokenizer(shallow, {})), 8192)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +64,12 @@ Answer = Callable[..., tuple[Prediction, ...]]
 
 
 @pytest.fixture(scope="module")
-def answer(smollm2: Path, prompts: list[ItemPrompts], plan: list[Planned]) -> Answer:
+def answer(shallow: Path, prompts: list[ItemPrompts], plan: list[Planned]) -> Answer:
     def run(path: Path, stop: int | None = None) -> tuple[Prediction, ...]:
         settings = [planned.setting for planned in plan]
         with RunFolder(path, config(settings, num_items=len(prompts))) as folder:
             stop_at(folder, stop)
-            return run_suite(folder, prompts, {TASK.name: TASK}, plan, smollm2, EXACT).predictions
+            return run_suite(folder, prompts, {TASK.name: TASK}, plan, shallow, EXACT).predictions
 
     return run
 
@@ -101,10 +101,10 @@ def test_every_question_is_answered_under_every_setting(whole: tuple[Prediction,
 
 
 def test_answers_and_costs_are_those_of_the_pipeline_asked_by_hand(
-    whole: tuple[Prediction, ...], plan: list[Planned], prompts: list[ItemPrompts], smollm2: Path
+    whole: tuple[Prediction, ...], plan: list[Planned], prompts: list[ItemPrompts], shallow: Path
 ) -> None:
     """Contexts are those of compress(); generate() on them, and on the full prompt's ids, says the same."""
-    pipe = LLMPipeline(smollm2, "CPU", **EXACT)
+    pipe = LLMPipeline(shallow, "CPU", **EXACT)
     first = prompts[0]
     found = {(p.setting_key, p.question_index): p for p in whole if p.item_id == first.item.id}
     tail = pipe.get_tokenizer().encode(first.item.questions[0].answer_prefix, add_special_tokens=False).input_ids.data
@@ -145,9 +145,9 @@ def test_policies_keep_what_was_asked_of_what_they_saw(
         assert (made.kept_tokens < seen) == (setting.policy != "none")
 
 
-def test_questions_of_a_conversation_see_the_references_before_them(prompts: list[ItemPrompts], smollm2: Path) -> None:
+def test_questions_of_a_conversation_see_the_references_before_them(prompts: list[ItemPrompts], shallow: Path) -> None:
     turns = prompts[2]
-    tokenizer = load_tokenizer(smollm2, {})
+    tokenizer = load_tokenizer(shallow, {})
     texts = [tokenizer.decode(np.concatenate([turns.ids, asked.ids]).tolist()) for asked in turns.asked]
     first, second = turns.item.questions
     assert second.text not in texts[0]
@@ -155,8 +155,8 @@ def test_questions_of_a_conversation_see_the_references_before_them(prompts: lis
     assert texts[1].index(first.text) < texts[1].index(second.text)
 
 
-def test_long_prompts_are_cut_in_their_middle(smollm2: Path) -> None:
-    encoder = ItemEncoder(load_tokenizer(smollm2, {}))
+def test_long_prompts_are_cut_in_their_middle(shallow: Path) -> None:
+    encoder = ItemEncoder(load_tokenizer(shallow, {}))
     long = item(7, context="\n".join(f"{i}: {log(i)}" for i in range(80)))
     (whole,) = encode_items([item(7)], encoder, 8192, 1000)
     (cut,) = encode_items([long], encoder, 8192, 1000)
@@ -164,7 +164,7 @@ def test_long_prompts_are_cut_in_their_middle(smollm2: Path) -> None:
     assert cut.num_tokens == 1000
     assert np.array_equal(cut.asked[0].ids, whole.asked[0].ids)
     assert cut.head == whole.head
-    text = load_tokenizer(smollm2, {}).decode(cut.ids.tolist())
+    text = load_tokenizer(shallow, {}).decode(cut.ids.tolist())
     assert "0: On day 1 " in text
     assert text.rstrip().endswith(long.context[-200:])
     with pytest.raises(CrushError, match="--length must be more than the"):
@@ -242,8 +242,8 @@ def test_bad_suites_are_refused_by_name(suite: str, options: dict[str, object], 
         load_suite(suite, SuiteOptions(**options), lambda text: len(text.split()), 8192)  # type: ignore[arg-type]
 
 
-def test_prompt_longer_than_the_model_is_refused_by_its_item(smollm2: Path) -> None:
-    encoder = ItemEncoder(load_tokenizer(smollm2, {}))
+def test_prompt_longer_than_the_model_is_refused_by_its_item(shallow: Path) -> None:
+    encoder = ItemEncoder(load_tokenizer(shallow, {}))
     with pytest.raises(CrushError, match=r"model must have a context of at least .* for item 'log-7'.*got 200; lower"):
         encode_items([item(7)], encoder, 200)
 
@@ -257,9 +257,9 @@ def test_commands_of_every_suite_teach_with_examples() -> None:
             assert option in told.output
 
 
-def test_a_command_writes_a_run_and_a_page(smollm2: Path, tmp_path: Path) -> None:
+def test_a_command_writes_a_run_and_a_page(shallow: Path, tmp_path: Path) -> None:
     folder, page, report = tmp_path / "run", tmp_path / "results.md", tmp_path / "run.json"
-    line = ["scbench", str(smollm2), "--task", "passkey", "--length", "500", "--limit", "1", "--policy", "knorm,random"]
+    line = ["scbench", str(shallow), "--task", "passkey", "--length", "500", "--limit", "1", "--policy", "knorm,random"]
     line += ["--kept", "0.5", "--query", "agnostic", "--out", str(folder), "--json", str(report)]
     done = CliRunner().invoke(app, line)
     assert done.exit_code == 0, done.output
@@ -279,10 +279,10 @@ def test_a_command_writes_a_run_and_a_page(smollm2: Path, tmp_path: Path) -> Non
 
 
 def test_openvino_genai_is_asked_the_same_and_holds_fewer_bytes_where_it_evicts(
-    prompts: list[ItemPrompts], smollm2: Path
+    prompts: list[ItemPrompts], shallow: Path
 ) -> None:
     full, evicting = make_plan(PlanOptions(policies=("snapkv",), kept=(KEPT,), engines=("genai",)))
-    runs = GenaiRuns(smollm2, "u8", "u8", {})
+    runs = GenaiRuns(shallow, "u8", "u8", {})
     (whole, _), (less, _) = (list(runs.answer(prompts[0], TASK, [planned])) for planned in (full, evicting))
     num_tokens = len(prompts[0].ids) + len(prompts[0].asked[0].ids)
     assert whole.prompt_tokens == less.prompt_tokens == whole.kept_tokens == num_tokens

@@ -179,10 +179,10 @@ CRUSHED |= {"share": 0.34, "anchor": "mean", "window": 8}
 
 
 @pytest.fixture(scope="module")
-def pipe(smollm2: Path) -> ContinuousBatchingPipeline:
+def pipe(shallow: Path) -> ContinuousBatchingPipeline:
     scheduler = {"num_kv_blocks": 40, "max_num_batched_tokens": 512}
     cache = CacheConfig(policy=CRUSHED)
-    return ContinuousBatchingPipeline(smollm2, scheduler, engine="genai", cache_config=cache)
+    return ContinuousBatchingPipeline(shallow, scheduler, engine="genai", cache_config=cache)
 
 
 def ids(length: int) -> ov.Tensor:
@@ -226,19 +226,19 @@ def test_request_cannot_have_a_policy_of_its_own(pipe: ContinuousBatchingPipelin
         pipe.add_request(3, ids(50), policy="snapkv")
 
 
-def test_the_same_prompt_twice_has_the_same_answer(smollm2: Path) -> None:
+def test_the_same_prompt_twice_has_the_same_answer(shallow: Path) -> None:
     """Its prefix cache, on by default, would break this together with eviction: so there is none."""
     text = " ".join(f"Day {day}: {day * 13 % 40} fish." for day in range(60))
-    pipe = LLMPipeline(smollm2, engine="genai", cache_config={"policy": CRUSHED})
+    pipe = LLMPipeline(shallow, engine="genai", cache_config={"policy": CRUSHED})
     results = [pipe.generate([text], max_new_tokens=24) for _ in range(2)]
     assert results[0].texts == results[1].texts
     assert results[0].kept == [None]
     assert results[0].perf_metrics.kept_tokens is None
 
 
-def test_pipelines_refuse_what_it_cannot_express(smollm2: Path) -> None:
+def test_pipelines_refuse_what_it_cannot_express(shallow: Path) -> None:
     with pytest.raises(CrushError, match="policy must be one of snapkv, h2o, kvcrush, got 'tova'"):
-        LLMPipeline(smollm2, engine="genai", cache_config={"policy": "tova"})
+        LLMPipeline(shallow, engine="genai", cache_config={"policy": "tova"})
     scheduler = {"enable_prefix_caching": True}
     with pytest.raises(CrushError, match="enable_prefix_caching must be False"):
-        LLMPipeline(smollm2, engine="genai", cache_config={"policy": CRUSHED}, scheduler_config=scheduler)
+        LLMPipeline(shallow, engine="genai", cache_config={"policy": CRUSHED}, scheduler_config=scheduler)

@@ -20,8 +20,8 @@ GREEDY = {"max_new_tokens": NEW, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def pipe(smollm2: Path) -> ContinuousBatchingPipeline:
-    return ContinuousBatchingPipeline(smollm2, {"max_num_batched_tokens": 128})
+def pipe(shallow: Path) -> ContinuousBatchingPipeline:
+    return ContinuousBatchingPipeline(shallow, {"max_num_batched_tokens": 128})
 
 
 def test_positions_and_counts_while_it_runs_and_after_its_end(pipe: ContinuousBatchingPipeline) -> None:
@@ -62,8 +62,8 @@ def test_time_of_a_policy_is_told_in_the_step_that_had_one(pipe: ContinuousBatch
     assert len(held.outputs()[0].generated_ids) == NEW
 
 
-def test_results_of_prompts_tell_what_each_kept(smollm2: Path) -> None:
-    pipe = LLMPipeline(smollm2)
+def test_results_of_prompts_tell_what_each_kept(shallow: Path) -> None:
+    pipe = LLMPipeline(shallow)
     results = pipe.generate(ov.Tensor(np.repeat(IDS.data, 2, axis=0)), policy=POLICY, **GREEDY)
     assert len(results.kept) == 2
     for kept in results.kept:

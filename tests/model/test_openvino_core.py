@@ -37,8 +37,8 @@ def test_a_core_leaves_the_signal_stack_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("engine", ["crush", "genai"])
-def test_ctrl_c_after_pipelines_that_were_dropped_in_the_order_of_their_making(engine: str, smollm2: Path) -> None:
+def test_ctrl_c_after_pipelines_that_were_dropped_in_the_order_of_their_making(engine: str, shallow: Path) -> None:
     """It was a segmentation fault: the plugin puts signal stacks back that are not there any more."""
-    command = [sys.executable, "-c", INTERRUPTED, str(smollm2), engine]
+    command = [sys.executable, "-c", INTERRUPTED, str(shallow), engine]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
