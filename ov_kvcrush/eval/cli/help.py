@@ -45,8 +45,8 @@ Many questions about each long text: articles, stories, papers, meetings, many-s
 
 --data is a folder with contexts.jsonl and items.jsonl, or one that has such folders, each a task. \
 [bold]agnostic[/bold] compresses a context once and asks all of its questions in batches; [bold]aware[/bold] reads \
-context and question together, for each question. Choices are scored by their log probability per byte, all else as the \
-data says: F1, ROUGE-L, exact match. Each question counts as much; intervals are drawn context by context.""",
+context and question together, for each question. Choices are scored by their log probability per byte, all else as \
+the data says: F1, ROUGE-L, exact match. Each question counts as much; intervals are drawn context by context.""",
     "fidelity": """\
 How far each setting is from the full cache, as a number, on any prompts: no answer is scored.
 
