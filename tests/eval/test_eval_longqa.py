@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.benchmarks.fidelity import QUESTION, load_fidelity
+from ov_kvcrush.eval.benchmarks.fidelity import load_fidelity
 from ov_kvcrush.eval.benchmarks.items import Item, Task, score
 from ov_kvcrush.eval.benchmarks.longqa import load_longqa
 from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant
+from ov_kvcrush.eval.calibrate.prompts import QUESTION
 from ov_kvcrush.eval.cli.app import app
 from ov_kvcrush.eval.records import Prediction
 from ov_kvcrush.eval.runs import context_rows, crush
@@ -178,7 +179,7 @@ def test_fidelity_takes_folders_files_and_texts(tmp_path: Path) -> None:
     with pytest.raises(CrushError, match=r"bad\.jsonl:1: dataset must be one of"):
         load_fidelity(bad)
     (tmp_path / "a.txt").write_text(" \n", "utf-8")
-    with pytest.raises(CrushError, match=r"a\.txt must hold text, got none"):
+    with pytest.raises(CrushError, match=r"text file must hold text, got .*a\.txt"):
         load_fidelity(tmp_path, ("texts",))
 
 

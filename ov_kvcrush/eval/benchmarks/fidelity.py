@@ -12,12 +12,12 @@ from pathlib import Path
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.benchmarks import longbench, longqa
 from ov_kvcrush.eval.benchmarks.items import Item, Question, Task
+from ov_kvcrush.eval.calibrate.prompts import QUESTION, text_of_file
 from ov_kvcrush.utils.checks import check_choice
 
 SUITE = "fidelity"
 TEXTS = "texts"  # the task of plain texts
 ANSWER_TOKENS = 32  # of the full cache's answer, at most
-QUESTION = "Summarize the text above."  # of plain texts
 _SUFFIXES = (".txt", ".md")
 
 
@@ -72,13 +72,7 @@ def _load(paths: list[Path], limit: int | None, questions: int) -> list[Item]:
 
 
 def _text(path: Path) -> Item:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CrushError(f"{path} must be readable UTF-8, got {error}") from None
-    if not text.strip():
-        raise CrushError(f"{path} must hold text, got none")
-    return Item(path.name, TEXTS, f"{text.rstrip()}\n\n", (Question(QUESTION, ("",), ANSWER_TOKENS),))
+    return Item(path.name, TEXTS, f"{text_of_file(path).rstrip()}\n\n", (Question(QUESTION, ("",), ANSWER_TOKENS),))
 
 
 def _compared(item: Item, task: str) -> Item:
