@@ -24,6 +24,7 @@ from ov_kvcrush.eval.benchmarks.longqa import load_longqa
 from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant
 from ov_kvcrush.eval.calibrate.prompts import QUESTION
 from ov_kvcrush.eval.cli.app import app
+from ov_kvcrush.eval.likelihood.stored_rows import Following
 from ov_kvcrush.eval.records import Prediction
 from ov_kvcrush.eval.runs import context_rows, crush
 from ov_kvcrush.eval.runs.crush import likeliest
@@ -35,6 +36,7 @@ from ov_kvcrush.eval.statistics import ResultRow, result_rows
 from ov_kvcrush.model.plugin import open_core
 from ov_kvcrush.pipelines.llm import LLMPipeline
 from ov_kvcrush.pipelines.loading import load_tokenizer
+from ov_kvcrush.policies.registry import build
 
 # Requests that run together give the tokens that each gives alone.
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
@@ -308,9 +310,35 @@ def test_a_prompt_is_read_once_for_all_settings(
     assert {count for _, count in read} == {num_settings}
 
 
-def test_divergences_are_those_of_the_meter(model: Path, data: Path, compared: tuple[Prediction, ...]) -> None:
+@pytest.fixture(scope="module")
+def meter(model: Path) -> CacheMeter:
+    return CacheMeter(model, EXACT, CacheConfig(key_precision="f32", value_precision="f32"))
+
+
+def test_rows_one_by_one_are_those_at_once(meter: CacheMeter) -> None:
+    """Sequences of different lengths, of which different rows are wanted."""
+    rng, store = np.random.default_rng(0), meter.cache.store
+    tails = [(rng.integers(3, 100, length), skip) for length, skip in ((9, 3), (4, 3), (6, 0))]
+    with meter.read(rng.integers(3, 100, 200), 4, build("snapkv"), set()) as read:
+        made = read._commit(CacheVariant(meter.uniform("f32", "f32")))
+        found = []
+        for one_by_one in (False, True):
+            forks = [store.fork(made) for _ in tails]
+            following = [Following(fork, tail[0], 200, tail[1]) for fork, tail in zip(forks, tails, strict=True)]
+            logits = meter._rows.logits(store, following, one_by_one=one_by_one)
+            found.append([rows.copy() for rows in logits])
+            for fork in forks:
+                store.release(fork)
+        store.release(made)
+    for (ids, skip), at_once, alone in zip(tails, *found, strict=True):
+        assert at_once.shape[0] == len(ids) - skip
+        np.testing.assert_allclose(alone, at_once, atol=1e-4)
+
+
+def test_divergences_are_those_of_the_meter(
+    meter: CacheMeter, model: Path, data: Path, compared: tuple[Prediction, ...]
+) -> None:
     """Which reads a prompt by other code, and has its own full answer."""
-    meter = CacheMeter(model, EXACT, CacheConfig(key_precision="f32", value_precision="f32"))
     items, _ = load_fidelity(data, ("facts",))
     planned = next(p for p in make_plan(PLAN) if (p.setting.policy, p.setting.kept) == ("snapkv", 0.3))
     found, ends = by_place(compared, planned), LLMPipeline(model, "CPU").get_generation_config()

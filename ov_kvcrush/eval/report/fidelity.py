@@ -31,24 +31,20 @@ def fidelity_grid(run: Run) -> Grid:
     beside = {id(row): more for row, more in found}
     queries = len({row.query for row, _ in found}) > 1
     names = ("policy", "kept", "keys/values", *(("query",) if queries else ()))
-    numbers = (
-        "n", "KL mean", "95 % interval", "KL median", "KL q95", "same top %", "loss change", "95 % interval",
-        "kept tokens", "bytes per prompt token",
-    )  # fmt: skip
+    numbers = ("n", "KL mean", "95 % interval", "KL median", "KL q95", "same top %", "loss change")
+    costs = ("kept tokens", "bytes per prompt token")
     lines = []
     for row in sorted_rows([row for row, _ in found]):
         more = beside[id(row)]
         mean, median, top = divergence_cells(row)
-        loss = ("", "")
-        if more["loss"] is not None:
-            loss = f"{more['loss_difference']:+.3f}", f"{more['loss_low']:+.2f} to {more['loss_high']:+.2f}"
+        loss = "" if more["loss"] is None else f"{more['loss_difference']:+.4f}"
         lines.append(
             (
                 policy_label(row), kept_label(row), row.precisions, *((row.query,) if queries else ()), str(row.n),
-                mean, f"{row.low:.3f} to {row.high:.3f}", median, f"{more['kl_q95']:.4f}", top, *loss, *cost_cells(row),
+                mean, f"{row.low:.3f} to {row.high:.3f}", median, f"{more['kl_q95']:.4f}", top, loss, *cost_cells(row),
             )
         )  # fmt: skip
-    return Grid((*names, *numbers), tuple(lines), len(names))
+    return Grid((*names, *numbers, *costs), tuple(lines), len(names))
 
 
 def _with_more(run: Run) -> list[tuple[ResultRow, dict[str, Any]]]:
