@@ -17,6 +17,7 @@ from ov_kvcrush.utils.checks import check_choice
 
 SUITE = "fidelity"
 TEXTS = "texts"  # the task of plain texts
+REFERENCE = ("f32", "f32")  # precisions of the full cache that all others are compared with
 ANSWER_TOKENS = 32  # of the full cache's answer, at most
 _SUFFIXES = (".txt", ".md")
 

@@ -174,8 +174,11 @@ class SuiteArguments:
     compares: bool = True
 
     @classmethod
-    def of(cls, suite_name: str, given: dict[str, Any]) -> SuiteArguments:
-        """From the values of the options. Raises CrushError naming one that cannot be read."""
+    def of(cls, given: dict[str, Any], reference: tuple[str, str] | None = None) -> SuiteArguments:
+        """From the values of the options. reference: as PlanOptions has it.
+
+        Raises CrushError naming an option that cannot be read.
+        """
         suite = SuiteOptions(
             lengths=parse_numbers("length", given["length"]) if given["length"] else (),
             limit=given["limit"],
@@ -200,7 +203,7 @@ class SuiteArguments:
             queries=_listed("query", given),
             engines=_listed("engine", given),
             baselines=given["floors"],
-            reference=("f32", "f32") if suite_name == fidelity.SUITE else None,
+            reference=reference,
         )
         properties = parse_properties(given["properties"] or ())
         return cls(given["model"], suite, plan, dict(properties), given["out"], given["json_path"], given["compares"])

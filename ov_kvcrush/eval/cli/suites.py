@@ -18,6 +18,7 @@ from rich.text import Text
 from ov_kvcrush.cli.console import out
 from ov_kvcrush.cli.environment import describe_environment
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.eval.benchmarks.fidelity import REFERENCE
 from ov_kvcrush.eval.benchmarks.fidelity import SUITE as FIDELITY
 from ov_kvcrush.eval.benchmarks.longgen import SUITE as LONGGEN
 from ov_kvcrush.eval.benchmarks.longqa import SUITE as LONGQA
@@ -57,7 +58,7 @@ def add_suites(app: typer.Typer) -> None:
 def _run_command(suite: str, given: dict[str, Any]) -> None:
     console = Console(stderr=True)
     with _errors(console):
-        run = evaluate(suite, SuiteArguments.of(suite, given), console)
+        run = evaluate(suite, SuiteArguments.of(given, REFERENCE if suite == FIDELITY else None), console)
         show(run)
         if given["json_path"] is not None:
             more = {"rows": fidelity_rows(run)} if suite == FIDELITY else {}
