@@ -124,7 +124,8 @@ class Prediction:
     turn: index in a conversation; 0 outside of one. score: of `text` by the task's metric, or a loss.
     kept_tokens: cached tokens per head, on average, after prefill and eviction; bytes: of the request's whole cache
     then. prompt_tokens: all prompt tokens, earlier turns included. seconds: from the evicted cache to the end of the
-    answer. Raises CrushError for wrong types and negative numbers.
+    answer. kl, top1: to the full cache along its own answer, as Divergence has them; loss: of the reference, nats per
+    token; None where they were not measured. Raises CrushError for wrong types and negative numbers.
     """
 
     item_id: str
@@ -138,6 +139,9 @@ class Prediction:
     prompt_tokens: int
     bytes: int
     seconds: float
+    kl: float | None = None
+    top1: float | None = None
+    loss: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("item_id", "task", "setting_key"):
@@ -149,6 +153,9 @@ class Prediction:
         check_number("score", self.score)
         check_number("kept_tokens", self.kept_tokens, 0)
         check_number("seconds", self.seconds, 0)
+        for name in ("kl", "top1", "loss"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0)
 
     @property
     def key(self) -> PredictionKey:

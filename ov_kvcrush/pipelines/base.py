@@ -207,11 +207,19 @@ class PipelineBase:
 
         asked: a context and the token ids int64 (T,) of a question that follows it. Policies choose nothing more.
         """
+        return [text for text, _ in self.answer_each_with_ids(asked, config)]
+
+    @visiting
+    def answer_each_with_ids(
+        self, asked: Sequence[tuple[Context, np.ndarray]], config: ov_genai.GenerationConfig | None = None
+    ) -> list[tuple[str, list[int]]]:
+        """What `answer_each` returns, and the tokens of each answer, the one that ended it included."""
         rows = [np.concatenate([context.ids, ids]) for context, ids in asked]
         params = [CacheParams(KeepAll(), context=context.snapshot_for(self._compressor)) for context, _ in asked]
         metrics = self._new_metrics()
         handles = self._loop.run(rows, [self._options(config, {})] * len(rows), None, metrics, params)
-        return [self._text(handle.outputs()[0], metrics) for handle in handles]
+        outputs = [handle.outputs()[0] for handle in handles]
+        return [(self._text(output, metrics), list(output.generated_ids)) for output in outputs]
 
     def stop(self, thread: int | None = None) -> None:
         """End a running `generate` after its step; it returns what there is. For other threads or signal handlers.

@@ -141,7 +141,8 @@ def test_interval_of_a_task_depends_on_no_other_task() -> None:
 
 def test_rows_have_the_fields_that_were_promised() -> None:
     row = result_rows(answers(), SETTINGS, "ruler", resamples=10)[5]
-    fields = (*ISSUE_FIELDS, "bytes_per_prompt_token", "difference", "low", "high", "precisions", "settings")
+    more = ("budget", "contexts", "kl_mean", "kl_median", "top1")
+    fields = (*ISSUE_FIELDS, *more, "bytes_per_prompt_token", "difference", "low", "high", "precisions", "settings")
     assert sorted(asdict(row)) == sorted(fields)
     assert (row.kept, row.settings, row.precisions) == (None, {"kept_tokens": 64}, "u8/u8")
 

@@ -15,7 +15,9 @@ class Question:
 
     text: what follows the context in the prompt. answers: references, never empty; the metric decides whether one or
     all of them are needed. max_new_tokens: limit of the answer. answer_prefix: beginning of the answer, put after the
-    generation prompt of the chat template. classes: labels of a classification, else empty.
+    generation prompt of the chat template. classes: labels of a classification, else empty. forced: texts whose
+    probability as an answer is measured: the choices of a question that is answered by the likeliest, or the reference
+    where caches are compared.
     """
 
     text: str
@@ -23,6 +25,7 @@ class Question:
     max_new_tokens: int
     answer_prefix: str = ""
     classes: tuple[str, ...] = ()
+    forced: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_integer("max_new_tokens", self.max_new_tokens, 1)
@@ -61,7 +64,8 @@ class Task:
 
     first_line: only the first line of the prediction counts. stop: strings at which generation ends.
     min_new_tokens: the answer does not end before. is_forced: the reference is decoded token by token (teacher
-    forcing) in place of an answer, and the prediction tells how likely it was.
+    forcing) in place of an answer, and the prediction tells how likely it was. is_compared: caches are compared with
+    the full one, and no answer is scored.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Task:
     stop: tuple[str, ...] = ()
     min_new_tokens: int = 0
     is_forced: bool = False
+    is_compared: bool = False
 
     def __post_init__(self) -> None:
         check_integer("min_new_tokens", self.min_new_tokens, 0)

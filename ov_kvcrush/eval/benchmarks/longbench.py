@@ -7,8 +7,7 @@ all else is the same for it. In both a prompt is cut at the same place into cont
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +15,7 @@ from typing import Any
 
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.benchmarks.items import Item, Metric, Question, Task
+from ov_kvcrush.eval.benchmarks.jsonl import records, text_of, texts_of
 from ov_kvcrush.eval.benchmarks.metrics import class_match, counting, edit_similarity, qa_f1, retrieval, rouge_l
 from ov_kvcrush.utils.checks import check_choice, check_integer
 
@@ -157,13 +157,22 @@ def load_longbench(folder: Path, tasks: Sequence[str] = (), limit: int | None = 
     return [item for task in present for item in _read(_file(folder, task), task, limit)]
 
 
+def load_file(file: Path, limit: int | None = None) -> list[Item]:
+    """Items of one file, whatever its name: its first line says of which task it is. Raises as `load_longbench`."""
+    where, first = next(records(file), (f"{file}:1", {}))
+    task = text_of(first, "dataset", where)
+    if task not in TASKS:
+        raise CrushError(f"{where}: dataset must be one of {', '.join(TASKS)}, got {task!r}")
+    return _read(file, task, limit)
+
+
 def _file(folder: Path, task: str) -> Path:
     return folder / f"{task}.jsonl"
 
 
 def _read(file: Path, task: str, limit: int | None) -> list[Item]:
     items: dict[str, Item] = {}
-    for where, record in _records(file):
+    for where, record in records(file):
         if limit is not None and len(items) == limit:
             break
         item = _item(record, task, where)
@@ -175,38 +184,16 @@ def _read(file: Path, task: str, limit: int | None) -> list[Item]:
     return list(items.values())
 
 
-def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield "FILE:LINE" and the object of each line that is not empty."""
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                record = _parse(line)
-                if not isinstance(record, dict):
-                    raise CrushError(f"{file}:{number}: line must be a JSON object, got {line.strip()[:60]!r}")
-                yield f"{file}:{number}", record
-    except (OSError, UnicodeDecodeError) as error:
-        raise CrushError(f"{file} must be readable UTF-8, got {error}") from None
-
-
-def _parse(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-
-
 def _item(record: dict[str, Any], task: str, where: str) -> Item:
     dataset = _DATASETS[task]
-    name = _text(record, "dataset", where)
+    name = text_of(record, "dataset", where)
     if name != task:
         raise CrushError(f"{where}: dataset must be {task!r} as the file's name, got {name!r}")
     context, text = _prompt(record, dataset, where)
-    classes = _texts(record, "all_classes", where) if dataset.metric is class_match else ()
-    answers = _texts(record, "answers", where)
+    classes = texts_of(record, "all_classes", where) if dataset.metric is class_match else ()
+    answers = texts_of(record, "answers", where)
     return Item(
-        id=_text(record, "_id", where),
+        id=text_of(record, "_id", where),
         task=task,
         context=context,
         questions=(Question(text, answers, dataset.max_new_tokens, classes=classes),),
@@ -218,32 +205,14 @@ def _prompt(record: dict[str, Any], dataset: _Dataset, where: str) -> tuple[str,
     """The prompt of a line in two parts, context and question."""
     head, tail = dataset.template.split("{context}")
     if "prompt" in record:
-        prompt = _text(record, "prompt", where)
+        prompt = text_of(record, "prompt", where)
         cut = prompt.rfind("\n" + dataset.opening) + 1
     else:
-        before = head + _text(record, "context", where)
-        prompt = before + tail.replace("{input}", _text(record, "input", where, empty="{input}" not in tail))
+        before = head + text_of(record, "context", where)
+        prompt = before + tail.replace("{input}", text_of(record, "input", where, empty="{input}" not in tail))
         cut = prompt.find("\n" + dataset.opening, len(before)) + 1
     if not dataset.opening:
         cut = max(prompt.rfind("\n", 0, max(0, len(prompt) - _CODE_TAIL_CHARS)) + 1, len(head))
     if not 0 < cut < len(prompt):
         raise CrushError(f"{where}: prompt must have a line that opens with {dataset.opening!r}, got none")
     return prompt[:cut], prompt[cut:]
-
-
-def _text(record: dict[str, Any], field: str, where: str, empty: bool = False) -> str:
-    value = record.get(field)
-    if not isinstance(value, str) or not (value or empty):
-        raise CrushError(f"{where}: {field} must be {'a' if empty else 'a non-empty'} text, {_got(record, field)}")
-    return value
-
-
-def _texts(record: dict[str, Any], field: str, where: str) -> tuple[str, ...]:
-    value = record.get(field)
-    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-        raise CrushError(f"{where}: {field} must be a list with at least one text, {_got(record, field)}")
-    return tuple(value)
-
-
-def _got(record: dict[str, Any], field: str) -> str:
-    return f"got {str(record[field])[:60]!r}" if field in record else "got no such field"

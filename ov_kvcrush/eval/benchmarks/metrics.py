@@ -26,6 +26,12 @@ def qa_f1(prediction: str, question: Question) -> float:
     return max(_f1(_plain_words(prediction), _plain_words(answer)) for answer in question.answers)
 
 
+def exact_match(prediction: str, question: Question) -> float:
+    """1 if the words are a reference's, without case, punctuation and articles (SQuAD's exact match)."""
+    words = _plain_words(prediction)
+    return float(any(words == _plain_words(answer) for answer in question.answers))
+
+
 def rouge_l(prediction: str, question: Question) -> float:
     """ROUGE-L F1 of the package rouge 1.0.1 (LongBench rouge_score).
 

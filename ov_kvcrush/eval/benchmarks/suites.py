@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.eval.benchmarks import longbench, longgen, ruler, scbench
+from ov_kvcrush.eval.benchmarks import fidelity, longbench, longgen, longqa, ruler, scbench
 from ov_kvcrush.eval.benchmarks import needle_grid as needle
 from ov_kvcrush.eval.benchmarks.haystack import Haystack, load_haystack
 from ov_kvcrush.eval.benchmarks.items import Item, Task
@@ -27,8 +27,9 @@ class SuiteOptions:
     """Options of a suite; None and () mean the suite's own default.
 
     lengths: most tokens of prompt and answer; only `needle` takes several. limit: items of each task or grid point.
-    tasks: names. data: folder of longbench. haystack: text or folder to hide needles in, or to be continued. depths:
-    percent, of `needle`. multi_turn: scbench as conversations.
+    tasks: names. data: folder of longbench and longqa, or what fidelity reads. haystack: text or folder to hide needles
+    in, or to be continued. depths: percent, of `needle`. multi_turn: scbench as conversations. questions: of each
+    context of longqa and fidelity.
     """
 
     lengths: tuple[int, ...] = ()
@@ -39,12 +40,15 @@ class SuiteOptions:
     haystack: Path | None = None
     depths: tuple[float, ...] = ()
     multi_turn: bool = False
+    questions: int | None = None
 
     def __post_init__(self) -> None:
         for length in self.lengths:
             check_integer("--length", length, 1)
         if self.limit is not None:
             check_integer("--limit", self.limit, 1)
+        if self.questions is not None:
+            check_integer("--questions", self.questions, 1)
         check_integer("--seed", self.seed, 0)
 
     @property
@@ -135,6 +139,21 @@ def _longgen(options: SuiteOptions, count_tokens: CountTokens, context_length: i
     return _suite(longgen.SUITE, items, longgen.TASKS)
 
 
+def _longqa(options: SuiteOptions, count_tokens: CountTokens, context_length: int | None) -> Suite:
+    if options.data is None:
+        raise CrushError(f"--data must be a folder with {longqa.CONTEXTS} and {longqa.ITEMS}, or with such, got none")
+    items, tasks = longqa.load_longqa(options.data, options.tasks, options.limit, options.questions)
+    return _suite(longqa.SUITE, items, tasks, options.lengths[0] if options.lengths else context_length)
+
+
+def _fidelity(options: SuiteOptions, count_tokens: CountTokens, context_length: int | None) -> Suite:
+    if options.data is None:
+        raise CrushError("--data must be a folder, a jsonl file or a text, got none")
+    items, tasks = fidelity.load_fidelity(options.data, options.tasks, options.limit, _or(options.questions, 1))
+    length = _one_length(options, context_length)
+    return _suite(fidelity.SUITE, items, tasks, length)
+
+
 _Load = Callable[[SuiteOptions, CountTokens, "int | None"], Suite]
 SUITES: Mapping[str, _Load] = MappingProxyType(
     {
@@ -144,6 +163,8 @@ SUITES: Mapping[str, _Load] = MappingProxyType(
         "scbench": _scbench,
         "needle": _needle,
         longgen.SUITE: _longgen,
+        longqa.SUITE: _longqa,
+        fidelity.SUITE: _fidelity,
     }
 )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.eval.benchmarks.jsonl import records
 from ov_kvcrush.eval.calibrate.measure import baklava_variant, keeping, variant_of
 from ov_kvcrush.eval.calibrate.meter import CacheMeter, CacheVariant, ReadPrompt
 from ov_kvcrush.eval.calibrate.rendering import PromptRenderer
@@ -83,9 +83,9 @@ def read_texts(folder: Path, per_file: int) -> Iterator[tuple[str, str]]:
     """Name and prompt of the first items of each jsonl file with a field "prompt", the files in turn.
 
     A folder in it with contexts.jsonl and items.jsonl is such a file, too: each context with its first question.
-    Raises CrushError without any file.
+    Raises CrushError without any file, and while iterating for a line that is no JSON object.
     """
-    tasks = {path.stem: _rows(path) for path in sorted(folder.glob("*.jsonl"))}
+    tasks: dict[str, Iterator[dict[str, Any]]] = {path.stem: _rows(path) for path in sorted(folder.glob("*.jsonl"))}
     for path in sorted(folder.glob("*/contexts.jsonl")):
         tasks[path.parent.name] = _asked(path, path.with_name("items.jsonl"))
     if not tasks:
@@ -99,17 +99,7 @@ def read_texts(folder: Path, per_file: int) -> Iterator[tuple[str, str]]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a jsonl file. Raises CrushError naming the line for anything else."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                row = json.loads(line) if line.strip() else {}
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is none")
-                if row:
-                    yield row
-    except (OSError, ValueError) as error:
-        raise CrushError(f"data must hold JSON objects, one a line, got {str(path)!r}: {error}") from None
+    return (row for _, row in records(path))
 
 
 def _asked(contexts: Path, items: Path) -> Iterator[dict[str, Any]]:

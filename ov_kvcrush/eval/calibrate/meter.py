@@ -24,14 +24,13 @@ from ov_kvcrush.core.sampling_params import SamplingParams
 from ov_kvcrush.core.step import ScheduledTokens, SchedulerOutput
 from ov_kvcrush.engine.model_runner import ModelRunner
 from ov_kvcrush.errors import CrushError
-from ov_kvcrush.kvcache.attention_plan import STORED, PlanEntry, write_plan
+from ov_kvcrush.eval.likelihood.divergence import Reference, log_softmax
+from ov_kvcrush.eval.likelihood.stored_rows import Following, StoredRows
 from ov_kvcrush.kvcache.crush import CrushKVCache
 from ov_kvcrush.kvcache.eviction import CacheView
 from ov_kvcrush.kvcache.factory import make_kv_cache_manager
-from ov_kvcrush.kvcache.model_inputs import PrefillInputs
 from ov_kvcrush.kvcache.planning import tiers_of
 from ov_kvcrush.kvcache.replay import ROWS
-from ov_kvcrush.model.graph.rewrite import CRUSH_PLAN, CRUSH_STORE, SAMPLED_ROWS
 from ov_kvcrush.model.load import load_model
 from ov_kvcrush.policies.base import Budget, Policy
 
@@ -89,7 +88,7 @@ class CacheMeter:
         self.cache = cache
         self.num_heads = sum(layer.num_kv_heads for layer in self.model.layers)
         self._runner = ModelRunner(self.model, cache)
-        self._prefill_inputs = PrefillInputs(cache.staging.pool.num_blocks)
+        self._rows = StoredRows(self.model, cache)
 
     def uniform(self, key: str, value: str) -> np.ndarray:
         """uint8 (N, 2): the same precisions for all heads."""
@@ -154,38 +153,13 @@ class CacheMeter:
         row.sequence.num_cached += row.num_tokens
         return logits
 
-    def run(self, stored: Sequence[int], tokens: np.ndarray, position: int, skip: int = 0) -> np.ndarray:
-        """Logits float32 (B, T - skip, vocabulary), maybe a view: the same T tokens behind each of B stored sequences.
+    def run(self, stored: Sequence[int], tokens: np.ndarray, position: int, skip: int = 0) -> list[np.ndarray]:
+        """Logits float32 (T - skip, vocabulary), maybe views: the same T tokens behind each of B stored sequences.
 
-        With recall one by one from `skip` on, since steps of many rows read everything.
+        With recall one by one from `skip` on.
         """
-        if self.config.recall_tokens is None or len(tokens) - skip <= 1:
-            return self._run(stored, tokens, position, skip)
-        rows = [self._run(stored, tokens[: skip + 1], position, skip).copy()]
-        for i in range(skip + 1, len(tokens)):
-            rows.append(self._run(stored, tokens[i : i + 1], position + i, 0).copy())
-        return np.concatenate(rows, axis=1)
-
-    def _run(self, stored: Sequence[int], tokens: np.ndarray, position: int, skip: int) -> np.ndarray:
-        count = len(tokens)
-        total = count * len(stored)
-        entries = []
-        for index, store_id in enumerate(stored):
-            if not self.cache.store.reserve(store_id, count):
-                raise CrushError(f"max_bytes must leave room for {count} tokens more, got {_MAX_BYTES}")
-            entries.append(PlanEntry(store_id, index * count, count, position, STORED))
-        places = np.arange(position, position + count, dtype=np.int64)
-        self._runner.set_inputs(
-            {
-                **(self._prefill_inputs([], [], 0, total) if self.model.pages_prompts else {}),
-                "input_ids": np.tile(tokens.astype(np.int64), len(stored)),
-                "position_ids": np.tile(places, len(stored)),
-                SAMPLED_ROWS: np.arange(total, dtype=np.int64).reshape(-1, count)[:, skip:].ravel(),
-                CRUSH_STORE: np.array([self.cache.store.id], np.int32),
-                CRUSH_PLAN: write_plan(total, 0, entries),
-            }
-        )
-        return self._runner.infer().reshape(len(stored), count - skip, -1)
+        following = [Following(store_id, tokens, position, skip) for store_id in stored]
+        return self._rows.logits(self.cache.store, following, one_by_one=self.config.recall_tokens is not None)
 
 
 class ReadPrompt:
@@ -210,7 +184,7 @@ class ReadPrompt:
         self.num_tokens = sequence.num_cached
         self._view = CacheView(meter.cache.store, [(x.num_heads, x.num_kv_heads) for x in meter.model.layers])
         self.answer = answer or self._full_answer(first, answer_tokens, ends)
-        self._likely = np.exp(self.answer.log_probs)
+        self._reference = Reference(self.answer.log_probs)
 
     def _full_answer(self, first: int, answer_tokens: int, ends: set[int]) -> Answer:
         meter, store = self._meter, self._meter.cache.store
@@ -232,17 +206,17 @@ class ReadPrompt:
         fork, answer = store.fork(store_id), [first]
         try:
             if len(suffix):
-                answer = [int(self._meter.run([fork], suffix, self.num_tokens, len(suffix) - 1)[0, 0].argmax())]
+                answer = [int(self._meter.run([fork], suffix, self.num_tokens, len(suffix) - 1)[0][0].argmax())]
             while len(answer) < count and answer[-1] not in ends:
                 row = self._meter.run([fork], np.array(answer[-1:]), begin + len(answer) - 1)
-                answer.append(int(row[0, -1].argmax()))
+                answer.append(int(row[0][-1].argmax()))
         finally:
             store.release(fork)
         rows = [*suffix[-1:], *(token for token in answer if token not in ends)]
         return np.array(rows or answer[:1], np.int64)
 
-    def _logits(self, stored: Sequence[int], rows: np.ndarray) -> np.ndarray:
-        """float32 (B, R, vocabulary), a view: what comes of `Answer.rows` behind each of B stored sequences."""
+    def _logits(self, stored: Sequence[int], rows: np.ndarray) -> list[np.ndarray]:
+        """float32 (R, vocabulary), maybe views: what comes of `Answer.rows` behind each of B stored sequences."""
         before = self._suffix[:-1]
         return self._meter.run(stored, np.concatenate([before, rows]), self.num_tokens, len(before))
 
@@ -286,16 +260,8 @@ class ReadPrompt:
         return found
 
     def _compared(self, logits: np.ndarray, nbytes: int) -> Measured:
-        # Row by row in two buffers, which stay in the processor's cache: 0.7 ms a row of 152k logits instead of 1.2.
-        kl, same = 0.0, 0
-        shifted, powers = np.empty_like(logits[0]), np.empty_like(logits[0])
-        for row, likely, wanted in zip(logits, self._likely, self.answer.log_probs, strict=False):
-            np.subtract(row, row.max(), out=shifted)
-            np.exp(shifted, out=powers)
-            same += int(shifted.argmax() == wanted.argmax())
-            np.subtract(wanted, shifted, out=shifted)
-            kl += float(likely @ shifted) + float(np.log(powers.sum())) * float(likely.sum())
-        return Measured(max(kl / len(logits), 0.0), same / len(logits), nbytes)
+        found = self._reference.compare(logits)
+        return Measured(found.kl, found.top1, nbytes)
 
     def _commit(self, variant: CacheVariant) -> int:
         store = self._meter.cache.store
@@ -326,10 +292,3 @@ def _reading(policy: Policy, length: int, head: int, replay_prompt: ReplayPrompt
 
 def _by_head(choice: Choice) -> list[np.ndarray]:
     return [choice.indices[a:b] for a, b in zip(choice.offsets[:-1], choice.offsets[1:], strict=True)]
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float32 (R, vocabulary), in nats."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted

@@ -59,13 +59,14 @@ def prompts_from_files(paths: Iterable[str | Path], question: str = QUESTION) ->
     for path in map(Path, paths):
         if str(path) in prompts:
             raise CrushError(f"paths must be different files, got {str(path)!r} twice")
-        prompts[str(path)] = CalibrationPrompt(str(path), "file", _text_of(path), question)
+        prompts[str(path)] = CalibrationPrompt(str(path), "file", text_of_file(path), question)
     if not prompts:
         raise CrushError("paths must be at least one text file, got none")
     return tuple(prompts.values())
 
 
-def _text_of(path: Path) -> str:
+def text_of_file(path: Path) -> str:
+    """A text file's text (UTF-8, with or without a byte order mark). Raises CrushError naming the file."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -40,6 +40,23 @@ and again each time the cache is `stride` tokens over its budget, so --kept-toke
 bytes are those at the end of the answer, and prompt tokens are all that were read or written. Policies see all of the \
 prompt: --query must be aware. openvino_genai takes part in copy and list with kvcrush, snapkv and h2o of its own, \
 --kept-tokens, u8 and u4.""",
+    "longqa": """\
+Many questions about each long text: articles, stories, papers, meetings, many-shot classification, two choices.
+
+--data is a folder with contexts.jsonl and items.jsonl, or one that has such folders, each a task. \
+[bold]agnostic[/bold] compresses a context once and asks all of its questions in batches; [bold]aware[/bold] reads \
+context and question together, for each question. Choices are scored by their log probability per byte, all else as \
+the data says: F1, ROUGE-L, exact match. Each question counts as much; intervals are drawn context by context.""",
+    "fidelity": """\
+How far each setting is from the full cache, as a number, on any prompts: no answer is scored.
+
+The full cache (in f32) writes up to 32 tokens, and every other cache is given the same: KL divergence of the \
+next-token distributions (mean over the tokens; mean, median and 95th percentile over prompts), how often the most \
+likely token is the same, and how the loss of the given answer changes, over its first 128 tokens. A prompt is read \
+once for all settings.
+
+--data is a folder with contexts.jsonl and items.jsonl (longqa's, one question of each context unless --questions says \
+more), a LongBench file, a text (.txt or .md, which a summary is asked of), or a folder of any of these.""",
 }
 
 _EXAMPLES = {
@@ -66,6 +83,14 @@ _EXAMPLES = {
         "my-model --task copy,list --policy kvcrush,snapkv --kept-tokens 512,768 --engine crush,genai",
         "my-model --task continue --text book.txt --length 4096 --policy rkv,kvcrush --kept 0.5,0.25",
     ),
+    "longqa": (
+        "my-model --data longqa/ --query agnostic --budget 1/6,1/9 --policy kvzip,kvcrush --json longqa.json",
+        "my-model --data longqa/ --tasks squad_articles,hotpot_4k --contexts 10 --questions 4 --budget 1/6",
+    ),
+    "fidelity": (
+        "my-model --data longqa/ --limit 5 --budget 1/6,1/9 --policy kvcrush,snapkv --kept 0.5,0.25 --json kl.json",
+        "my-model --data LongBench/qasper.jsonl --policy snapkv --kept 0.25 --key-precision u8,u4 --value-precision u4",
+    ),
 }
 
 _MODEL = "MODEL is the folder of an exported model; left out, it is SmolLM2-135M-Instruct."
@@ -83,7 +108,8 @@ one setting for all heads, says how many tokens each head keeps, in which precis
 Beside policies that evict, random and streaming_llm run as floors, at every --kept, --kept-tokens, --budget and \
 --query, in the first precision; --no-floors leaves them out.
 
-Every answer is written at once into the folder --out: a run that was stopped goes on with the same command."""
+Every answer is written at once into the folder --out: a run that was stopped goes on with the same command. Without \
+--out longqa and fidelity have their folder beside --json FILE, named FILE.run."""
 
 HOLDOUT = """\
 Choose settings on one half of a finished run's items, and show them by the other.

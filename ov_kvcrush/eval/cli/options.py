@@ -13,6 +13,7 @@ import typer
 from ov_kvcrush.cli.parse import parse_fractions, parse_numbers, parse_properties, parse_words
 from ov_kvcrush.config import PRECISIONS, parse_budget, parse_recall
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.eval.benchmarks import fidelity, longqa
 from ov_kvcrush.eval.benchmarks.sizing import DEFAULT_SEED
 from ov_kvcrush.eval.benchmarks.suites import SuiteOptions
 from ov_kvcrush.eval.runs.plan import PlanOptions, pairs
@@ -25,7 +26,8 @@ def shared_options(
     length: Annotated[
         str | None,
         typer.Option(
-            metavar="N", help="Most tokens of prompt and answer; 4096, longgen: 2048, longbench: the model's context."
+            metavar="N",
+            help="Most tokens of prompt and answer; 4096, longgen: 2048, longbench, longqa: the model's context.",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Items: of each task, or of each grid point.")] = None,
@@ -64,6 +66,13 @@ def shared_options(
         str, typer.Option(metavar="T[,T...]", help="Cached values; as many as there are for keys, or one.")
     ] = "u8",
     engine: Annotated[str, typer.Option(metavar="crush|genai", help="Engines; both with a comma.")] = "crush",
+    compares: Annotated[
+        bool,
+        typer.Option(
+            "--kl/--no-kl",
+            help="Measure beside each score how far a cache is from the full one (KL); longgen has none.",
+        ),
+    ] = True,
     floors: Annotated[
         bool,
         typer.Option("--floors/--no-floors", help="Run random and streaming_llm at every budget beside the others."),
@@ -87,6 +96,27 @@ def _task(
 ) -> None: ...
 
 
+def _tasks(
+    task: Annotated[
+        str, typer.Option("--tasks", "--task", metavar="NAME[,NAME...]", help="Only these tasks; all if left out.")
+    ] = "",
+) -> None: ...
+
+
+def _contexts(
+    limit: Annotated[
+        int | None, typer.Option("--contexts", "--limit", metavar="N", help="Contexts of each task, its first ones.")
+    ] = None,
+) -> None: ...
+
+
+def _questions(
+    questions: Annotated[
+        int | None, typer.Option(metavar="N", help="Questions of each context, spread over all of its.")
+    ] = None,
+) -> None: ...
+
+
 def _haystack(
     haystack: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text, or folder of .txt files, to hide needles in.")
@@ -103,7 +133,7 @@ def _text(
 
 
 def _data(
-    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the jsonl files.")] = None,
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the jsonl files, or fidelity's.")] = None,
 ) -> None: ...
 
 
@@ -126,6 +156,8 @@ _OWN: dict[str, tuple[Callable[..., None], ...]] = {
     "scbench": (_task, _multi_turn),
     "needle": (_haystack, _depth),
     "longgen": (_task, _text),
+    longqa.SUITE: (_data, _tasks, _contexts, _questions),
+    fidelity.SUITE: (_data, _tasks, _questions),
 }
 
 
@@ -139,10 +171,14 @@ class SuiteArguments:
     properties: dict[str, Any]
     out: Path | None
     json_path: Path | None
+    compares: bool = True
 
     @classmethod
-    def of(cls, given: dict[str, Any]) -> SuiteArguments:
-        """From the values of the options. Raises CrushError naming one that cannot be read."""
+    def of(cls, given: dict[str, Any], reference: tuple[str, str] | None = None) -> SuiteArguments:
+        """From the values of the options. reference: as PlanOptions has it.
+
+        Raises CrushError naming an option that cannot be read.
+        """
         suite = SuiteOptions(
             lengths=parse_numbers("length", given["length"]) if given["length"] else (),
             limit=given["limit"],
@@ -152,6 +188,7 @@ class SuiteArguments:
             haystack=given.get("haystack"),
             depths=parse_fractions("depth", given.get("depth", "")),
             multi_turn=given.get("multi_turn", False),
+            questions=given.get("questions"),
         )
         plan = PlanOptions(
             policies=parse_words(given["policy"]),
@@ -166,9 +203,10 @@ class SuiteArguments:
             queries=_listed("query", given),
             engines=_listed("engine", given),
             baselines=given["floors"],
+            reference=reference,
         )
         properties = parse_properties(given["properties"] or ())
-        return cls(given["model"], suite, plan, dict(properties), given["out"], given["json_path"])
+        return cls(given["model"], suite, plan, dict(properties), given["out"], given["json_path"], given["compares"])
 
 
 def command_of(suite: str, run: Callable[[str, dict[str, Any]], None]) -> Callable[..., None]:
@@ -179,7 +217,9 @@ def command_of(suite: str, run: Callable[[str, dict[str, Any]], None]) -> Callab
 
     shared = _parameters(shared_options)
     own = [parameter for options in _OWN[suite] for parameter in _parameters(options)]
-    command.__signature__ = inspect.Signature([*shared[:3], *own, *shared[3:]])  # type: ignore[attr-defined]
+    names = {parameter.name for parameter in own}  # which come in the place of the shared ones
+    first, others = ([p for p in part if p.name not in names] for part in (shared[:3], shared[3:]))
+    command.__signature__ = inspect.Signature([*first, *own, *others])  # type: ignore[attr-defined]
     command.__annotations__ = {}
     return command
 

@@ -18,12 +18,16 @@ from rich.text import Text
 from ov_kvcrush.cli.console import out
 from ov_kvcrush.cli.environment import describe_environment
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.eval.benchmarks.fidelity import REFERENCE
+from ov_kvcrush.eval.benchmarks.fidelity import SUITE as FIDELITY
 from ov_kvcrush.eval.benchmarks.longgen import SUITE as LONGGEN
+from ov_kvcrush.eval.benchmarks.longqa import SUITE as LONGQA
 from ov_kvcrush.eval.benchmarks.suites import SUITES, Suite, load_suite
 from ov_kvcrush.eval.cli.help import HELP, HOLDOUT, RESULTS
 from ov_kvcrush.eval.cli.options import SuiteArguments, command_of
 from ov_kvcrush.eval.report.by_turn import by_turn
 from ov_kvcrush.eval.report.document import write_results
+from ov_kvcrush.eval.report.fidelity import fidelity_grid, fidelity_rows
 from ov_kvcrush.eval.report.holdout import chosen_grid, holdout_of, judged_grid, write_page
 from ov_kvcrush.eval.report.likelihood import losses
 from ov_kvcrush.eval.report.tables import by_task, summary, tasks_of
@@ -54,10 +58,11 @@ def add_suites(app: typer.Typer) -> None:
 def _run_command(suite: str, given: dict[str, Any]) -> None:
     console = Console(stderr=True)
     with _errors(console):
-        run = evaluate(suite, SuiteArguments.of(given), console)
+        run = evaluate(suite, SuiteArguments.of(given, REFERENCE if suite == FIDELITY else None), console)
         show(run)
         if given["json_path"] is not None:
-            write_json(given["json_path"], report_of(run))
+            more = {"rows": fidelity_rows(run)} if suite == FIDELITY else {}
+            write_json(given["json_path"], {**report_of(run), **more})
             console.print(Text(f"written to {given['json_path']}"))
 
 
@@ -110,17 +115,27 @@ def evaluate(name: str, asked: SuiteArguments, console: Console) -> Run:
     if name == LONGGEN:
         check_long(plan, [item.task for item in suite.items])
     config = _config(suite, asked, model, plan)
-    path = asked.out or default_folder(name, model, datetime.now())
+    path = asked.out or _beside_json(name, asked.json_path) or default_folder(name, model, datetime.now())
     total = len(plan) * sum(len(p.asked) for p in prompts)
     with RunFolder(path, config) as folder:
         console.print(Text(f"{len(prompts)} items, {len(plan)} settings, {total} answers; run folder {path}"))
         with _progress(console, name, total) as advance:
-            return run_suite(folder, prompts, suite.tasks, plan, model, asked.properties, advance)
+            return run_suite(
+                folder, prompts, suite.tasks, plan, model, asked.properties, advance, compares=asked.compares
+            )
+
+
+def _beside_json(name: str, json_path: Path | None) -> Path | None:
+    """The folder of a run that is known by its JSON file, so that the same command goes on with it."""
+    return Path(f"{json_path}.run") if json_path is not None and name in (LONGQA, FIDELITY) else None
 
 
 def show(run: Run) -> None:
     """Print the tables of a run."""
     console = out()
+    if run.config.suite == FIDELITY:
+        console.print(fidelity_grid(run).rich(f"how far from the full cache: {Path(run.config.model).name}"))
+        return
     console.print(summary(run.rows).rich(f"{run.config.suite}: {Path(run.config.model).name}"))
     tasks = tasks_of(run.rows)
     for begin in range(0, len(tasks) if len(tasks) > 1 else 0, _TASK_COLUMNS):
@@ -151,7 +166,11 @@ def _config(suite: Suite, asked: SuiteArguments, model: Path, plan: list[Planned
         num_items=len(suite.items),
         seed=asked.suite.seed,
         environment=describe_environment(),
-        options={**asked.suite.json, **({"properties": asked.properties} if asked.properties else {})},
+        options={
+            **asked.suite.json,
+            **({"properties": asked.properties} if asked.properties else {}),
+            **({} if asked.compares else {"kl": False}),
+        },
     )
 
 

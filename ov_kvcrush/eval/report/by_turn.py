@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ov_kvcrush.eval.records import AVERAGE, Prediction
 from ov_kvcrush.eval.runs.run_folder import Run
-from ov_kvcrush.eval.statistics import ResultRow, result_rows
+from ov_kvcrush.eval.statistics import BY_QUESTION, ResultRow, result_rows
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,10 @@ class ByTurn:
 def by_turn(run: Run) -> ByTurn | None:
     """Rows for the first, second, ... turn or question: averages of the tasks that have it.
 
-    None if every item has a single one.
+    None if every item has a single one, and where contexts have different questions, whose numbers say nothing.
     """
+    if run.config.suite in BY_QUESTION:
+        return None
     name = "turn" if any(prediction.turn for prediction in run.predictions) else "question"
     found: dict[int, list[Prediction]] = {}
     for prediction in run.predictions:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.eval.benchmarks.fidelity import SUITE as FIDELITY
 from ov_kvcrush.eval.benchmarks.longgen import SUITE as LONGGEN
 from ov_kvcrush.eval.report.by_turn import by_turn
+from ov_kvcrush.eval.report.fidelity import fidelity_grid
 from ov_kvcrush.eval.report.figures import check_figures, write_figures
 from ov_kvcrush.eval.report.holdout import holdout_of, markdown, worth_showing
 from ov_kvcrush.eval.report.likelihood import losses
@@ -70,7 +72,8 @@ def section(run: Run, pictures: Sequence[Path]) -> str:
     notes = _notes(run.folder)
     if notes:
         parts.append(f"{notes}\n")
-    parts += [_shell(config.command), f"{_machine(run)}\n", f"{unit}\n", summary(run.rows).markdown()]
+    grid = fidelity_grid(run) if config.suite == FIDELITY else summary(run.rows)
+    parts += [_shell(config.command), f"{_machine(run)}\n", f"{unit}\n", grid.markdown()]
     if 1 < len(tasks) <= _MAX_TASK_COLUMNS:
         parts += [f"{len(tasks)} tasks:\n", by_task(run.rows).markdown()]
     nats = losses(run)

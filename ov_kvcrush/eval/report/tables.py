@@ -15,7 +15,8 @@ from ov_kvcrush.eval.records import AVERAGE, FULL, Setting, bits
 from ov_kvcrush.eval.statistics import ResultRow
 
 # Their scores are nats; all others go from 0 to 1 and are shown in percent.
-_NATS = ("perplexity",)
+_NATS = ("perplexity", "fidelity")
+_COSTS = ("kept tokens", "bytes per prompt token")
 _AMOUNTS = ("kept_tokens", "budget")  # among the settings of a row, but not of its policy
 
 Labelled = ResultRow | Setting
@@ -60,13 +61,13 @@ def summary(rows: Sequence[ResultRow], task: str = AVERAGE) -> Grid:
     chosen = sorted_rows([row for row in rows if row.task == task])
     queries = len({row.query for row in chosen}) > 1
     header = ("policy", "kept", "keys/values", *(("query",) if queries else ()))
-    numbers = ("n", "score", "full score", "difference", "95 % interval", "kept tokens", "bytes per prompt token")
+    compared = ("KL mean", "KL median", "same top %") if any(row.kl_mean is not None for row in chosen) else ()
+    numbers = ("n", "score", "full score", "difference", "95 % interval", *compared, *_COSTS)
     lines = []
     for row in chosen:
         names = (policy_label(row), kept_label(row), row.precisions, *((row.query,) if queries else ()))
-        lines.append(
-            (*names, str(row.n), *score_cells(row), f"{row.kept_tokens:.0f}", f"{row.bytes_per_prompt_token:.0f}")
-        )
+        beside = divergence_cells(row) if compared else ()
+        lines.append((*names, str(row.n), *score_cells(row), *beside, *cost_cells(row)))
     return Grid((*header, *numbers), tuple(lines), len(header))
 
 
@@ -137,6 +138,18 @@ def difference_cells(row: ResultRow) -> tuple[str, str]:
     scale, digits = _scale(row)
     difference, low, high = (f"{scale * value:+.{digits}f}" for value in (row.difference, row.low, row.high))
     return difference, f"{low} to {high}"
+
+
+def divergence_cells(row: ResultRow) -> tuple[str, str, str]:
+    """Mean and median of KL, and the agreement of the most likely token in percent; empty where not measured."""
+    if row.kl_mean is None or row.kl_median is None or row.top1 is None:
+        return "", "", ""
+    return f"{row.kl_mean:.4f}", f"{row.kl_median:.4f}", f"{100 * row.top1:.1f}"
+
+
+def cost_cells(row: ResultRow) -> tuple[str, str]:
+    """Kept tokens, and bytes per prompt token."""
+    return f"{row.kept_tokens:.0f}", f"{row.bytes_per_prompt_token:.0f}"
 
 
 def in_percent(suite: str) -> bool:

@@ -17,6 +17,8 @@ class Answer:
     """An answer to a question under a setting, and the size of the cache when the question was asked.
 
     For long answers: its size when the answer ended; prompt_tokens then counts the answer's tokens too.
+    kl, top1: as Divergence has them, to the full cache along its own answer; None where that was not measured. loss: of
+    the reference, nats per token, likewise.
     """
 
     planned: Planned
@@ -26,6 +28,9 @@ class Answer:
     prompt_tokens: int
     num_bytes: int
     seconds: float
+    kl: float | None = None
+    top1: float | None = None
+    loss: float | None = None
 
 
 def generation_config(pipeline: LLMPipeline, task: Task, max_new_tokens: int) -> ov_genai.GenerationConfig:

@@ -44,7 +44,7 @@ class PlanOptions:
     more setting of our engine for the full cache and every policy, but for baselines. policy_options: KEY=VALUE for all
     policies. precisions: keys and values.
     baselines: run BASELINES too, unless they are among the policies: on our engine, at the first precisions, if any
-    policy evicts.
+    policy evicts. reference: precisions of a full cache that all others are compared with; None = the most precise one.
     """
 
     policies: tuple[str, ...] = ()
@@ -57,6 +57,7 @@ class PlanOptions:
     queries: tuple[str, ...] = ("aware",)
     engines: tuple[str, ...] = field(default=ENGINES[:1])
     baselines: bool = True
+    reference: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         for precisions in self.precisions:
@@ -70,6 +71,11 @@ class PlanOptions:
             check_fraction("--kept", kept)
         for budget in self.budgets:
             check_fraction("--budget", budget)
+        if self.reference is not None and self.engines != ENGINES[:1]:
+            raise CrushError(
+                f"--engine must be crush to compare caches, got {', '.join(self.engines)}: openvino_genai tells no "
+                "probabilities"
+            )
         if self.recalls and "crush" not in self.engines:
             raise CrushError(
                 "--recall-tokens must be left out with --engine genai, which reads everything, got "
@@ -98,6 +104,9 @@ def make_plan(options: PlanOptions) -> list[Planned]:
     evicting = [policy for name, own in specs for policy in _with_budgets(name, own, options)]
     full = Planned(_setting(FULL, {}), build(FULL))
     baselines = _baselines(specs, evicting, options)
+    if options.reference is not None:
+        for query in options.queries:
+            _add(found, full, "crush", options.reference, query)
     for precisions in options.precisions:
         if "crush" in options.engines:
             for query in options.queries:

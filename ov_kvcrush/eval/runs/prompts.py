@@ -24,13 +24,15 @@ _PIECE = 20_000  # characters of a long text that are tokenized at a time
 class QuestionPrompt:
     """A question as tokens: its prompt is the context's tokens and then `ids`, int64 (T,), at least one.
 
-    turn: of a conversation, whose earlier questions and references are in `ids` too; 0 outside of one.
+    turn: of a conversation, whose earlier questions and references are in `ids` too; 0 outside of one. forced: int64
+    (N,), the tokens of each of `question.forced`.
     """
 
     index: int
     turn: int
     question: Question
     ids: np.ndarray
+    forced: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +47,7 @@ class ItemPrompts:
     @property
     def num_tokens(self) -> int:
         """Tokens of the longest prompt and its answer."""
-        return len(self.ids) + max(len(a.ids) + a.question.max_new_tokens for a in self.asked)
+        return len(self.ids) + max(_after(asked) for asked in self.asked)
 
 
 class ItemEncoder:
@@ -72,14 +74,17 @@ class ItemEncoder:
             item = replace(item, context=self._pre_cut(item.context, max_tokens))
         state, ids, head = self._open(item)
         asked = tuple(
-            QuestionPrompt(index, index if item.multi_turn else 0, question, self._rest(item, index, state))
+            QuestionPrompt(
+                index, index if item.multi_turn else 0, question, self._rest(item, index, state),
+                self._forced(question, bool(state.messages)),
+            )
             for index, question in enumerate(item.questions)
-        )
+        )  # fmt: skip
         whole = ItemPrompts(item, ids, head, asked)
         if max_tokens is None or whole.num_tokens <= max_tokens:
             return whole
-        longest = max(asked, key=lambda a: len(a.ids) + a.question.max_new_tokens)
-        room = max_tokens - head - longest.question.max_new_tokens
+        longest = max(asked, key=_after)
+        room = max_tokens - head - (_after(longest) - len(longest.ids))
         if room - len(longest.ids) < 1:
             raise CrushError(
                 f"--length must be more than the {max_tokens - room + len(longest.ids)} tokens around the context of "
@@ -118,8 +123,18 @@ class ItemEncoder:
         prefix = question.answer_prefix
         return np.concatenate([ids, self._encoder.encode_after("", prefix, self._metrics)]) if prefix else ids
 
+    def _forced(self, question: Question, in_chat: bool) -> tuple[np.ndarray, ...]:
+        before = question.answer_prefix or ("\n" if in_chat else question.text)
+        space = "" if before[-1:].isspace() else " "
+        return tuple(self._encoder.encode_after(before, f"{space}{text}", self._metrics) for text in question.forced)
+
     def _ids(self, text: str) -> np.ndarray:
         return self._encoder.encode(text, self._metrics, add_special_tokens=False)
+
+
+def _after(asked: QuestionPrompt) -> int:
+    """Tokens behind the context: the question and the longest answer."""
+    return len(asked.ids) + max([asked.question.max_new_tokens, *map(len, asked.forced)])
 
 
 def _answer_of(question: Question) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from ov_kvcrush.errors import CrushError
@@ -78,15 +79,18 @@ class RunConfig:
 
 def _setting(value: Any, where: str) -> Setting:
     """A setting; runs from before there were budgets and recall have none."""
-    later = {"budget": None, "recall_tokens": None}
-    return from_json(Setting, {**later, **value} if isinstance(value, dict) else value, where)
+    return from_json(Setting, value, where, {"budget": None, "recall_tokens": None})
 
 
-def from_json(cls: type[T], value: Any, where: str) -> T:
-    """The dataclass with the fields of a JSON object, none left out. Raises CrushError, which begins with `where`."""
+def from_json(cls: type[T], value: Any, where: str, later: Mapping[str, Any] = MappingProxyType({})) -> T:
+    """The dataclass with the fields of a JSON object, none left out but those that came later, with their values.
+
+    Raises CrushError, which begins with `where`.
+    """
     try:
         if not isinstance(value, dict):
             raise CrushError(f"content must be a JSON object, got {str(value)[:60]!r}")
+        value = {**later, **value}
         known_options(value, cls, "field")
         for name in (f.name for f in fields(cls)):  # type: ignore[arg-type]
             if name not in value:

@@ -22,6 +22,7 @@ from ov_kvcrush.utils.atomic import try_lock
 from ov_kvcrush.utils.json_file import write_json
 
 CONFIG, PREDICTIONS, METRICS = "config.json", "predictions.jsonl", "metrics.json"
+_NOT_COMPARED = {"kl": None, "top1": None, "loss": None}  # of answers from before there were comparisons
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def read_run(path: Path) -> Run:
     if metrics.get("num_predictions") != len(predictions):
         told = metrics.get("num_predictions")
         raise CrushError(f"{path / PREDICTIONS} must have {told} lines by {METRICS}, got {len(predictions)}")
-    made = tuple(from_json(ResultRow, row, f"{path / METRICS}: rows[{i}]") for i, row in enumerate(rows))
+    made = tuple(_row(row, f"{path / METRICS}: rows[{i}]") for i, row in enumerate(rows))
     return Run(path, config, tuple(predictions), made)
 
 
@@ -172,7 +173,7 @@ def _parse(content: bytes, file: Path, config: RunConfig) -> list[Prediction]:
     done: set[PredictionKey] = set()
     for number, line in enumerate(content.splitlines(), 1):
         where = f"{file}:{number}"
-        prediction = from_json(Prediction, _load(line, where), where)
+        prediction = from_json(Prediction, _load(line, where), where, _NOT_COMPARED)
         try:
             _check_known(prediction, config, done)
         except CrushError as error:
@@ -180,6 +181,15 @@ def _parse(content: bytes, file: Path, config: RunConfig) -> list[Prediction]:
         found.append(prediction)
         done.add(prediction.key)
     return found
+
+
+def _row(value: Any, where: str) -> ResultRow:
+    """A row; those from before there were comparisons have none, and their items are contexts."""
+    known = value if isinstance(value, dict) else {}
+    settings = known.get("settings")
+    budget = settings.get("budget") if isinstance(settings, dict) else None
+    later = {"budget": budget, "contexts": known.get("n"), "kl_mean": None, "kl_median": None, "top1": None}
+    return from_json(ResultRow, value, where, later)
 
 
 def _read_config(path: Path) -> RunConfig:
