@@ -405,7 +405,10 @@ BAD_OPTIONS = {
     "unknown type": (("--kv-precision", "u99"), "--key-precision must be one of f32, bf16, f16, u8, u4, u2, got 'u99'"),
     "types twice": (("--kv-precision", "u8", "--value-precision", "u4"), "--kv-precision must be left out with"),
     "no store": (("--max-kv-mb", "0"), "--max-kv-mb must be at least 1, got 0"),
-    "store too small": (("--max-kv-mb", "2", "--context", "256"), "prompt must fit into the KV store of 2097152 bytes"),
+    "store too small": (
+        ("--max-kv-mb", "2", "--context", "1024"),
+        "prompt must fit into the KV store of 2097152 bytes",
+    ),
     "threads of a whole model": (("--threads", "1"), "--threads must be left out without --attention"),
     "tokens of attention": (("--attention", "--new-tokens", "4"), "--new-tokens must be left out with --attention"),
     "pace of nothing": (("--max-step-ms", "50"), "--max-step-ms must be left out without --traffic"),

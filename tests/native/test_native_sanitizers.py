@@ -43,7 +43,7 @@ def run(*command: str | Path) -> str:
 
 
 def compiled(source: Path, folder: Path, flags: list[str], optimised: bool) -> Path:
-    """The object file. Checks make code of kernels long: with -O1 a file of them takes g++ 12 up to 120 s, with -O0 35."""
+    """The object file. Checks make kernels long: with -O1 a file of them takes g++ 12 up to 120 s, with -O0 35."""
     target = folder / f"{source.stem}.o"
     level = "-O1" if optimised else "-O0"
     run(COMPILER, "-std=c++17", level, "-g1", *flags, "-I", NATIVE / "src", "-c", source, "-o", target)
