@@ -45,9 +45,7 @@ class Drawn(NamedTuple):
     top: list[tuple[int, float]]
 
 
-def draw_rows(
-    rows: Items[np.ndarray], params: Items[DrawParams], masks: Items[np.ndarray | None] = ()
-) -> list[Drawn]:
+def draw_rows(rows: Items[np.ndarray], params: Items[DrawParams], masks: Items[np.ndarray | None] = ()) -> list[Drawn]:
     """Draw a token from each row, float32 (vocabulary,), contiguous. Ties go to the lowest token id.
 
     masks: for each row which tokens may be drawn, int32 (words,), token 0 the lowest bit of the first word; None = all.

@@ -48,7 +48,8 @@ class Engine:
     """Continuous batching over one compiled model.
 
     Everything may be called from any thread: what touches the cache is done between two steps, by `thread`.
-    defaults: the model's generation config. grammars: of structured output; None = it is refused. shared: an engine on the same model whose staging blocks and thread this
+    defaults: the model's generation config. grammars: of structured output; None = it is refused.
+    shared: an engine on the same model whose staging blocks and thread this
     one shares; each has its own store and requests, and what one prefills may be committed to the store of the other.
     """
 

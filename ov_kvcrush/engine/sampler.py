@@ -62,5 +62,7 @@ def _draw_params(sequence: Sequence) -> DrawParams:
 
 
 def _sampled(drawn: Drawn, sequence: Sequence) -> Sampled:
-    top = {token: logprob for token, logprob in drawn.top if logprob > -np.inf} if sequence.request.params.logprobs > 1 else None
-    return Sampled(drawn.token, drawn.logprob, top)
+    if sequence.request.params.logprobs <= 1:
+        return Sampled(drawn.token, drawn.logprob)
+    # Fewer than asked for where a grammar or a ban leaves fewer.
+    return Sampled(drawn.token, drawn.logprob, {token: x for token, x in drawn.top if x > -np.inf})

@@ -14,6 +14,7 @@ from llguidance import regex_to_lark
 
 from ov_kvcrush.engine.grammar.ebnf import ebnf_to_lark
 from ov_kvcrush.engine.grammar.formats import Format
+from ov_kvcrush.engine.grammar.repeats import check_patterns, check_repeats
 
 # Between the parts of JSON: without a bound a small model may write nothing but blanks for ever.
 _WHITESPACE = r" |\n[ \t]{0,32}"
@@ -106,11 +107,13 @@ class _Writer:
             schema = {}
         if not isinstance(schema, dict):
             raise ValueError(f"schema must be an object that has an answer, got {json.dumps(schema)[:80]}")
+        check_patterns(schema)
         options = {"whitespace_pattern": _WHITESPACE, **schema.get("x-guidance", {})}
         return f"%json {json.dumps({**schema, 'x-guidance': options})}", False
 
     def _write_regex(self, fmt: Format, follow: str | None) -> tuple[str, bool]:
         # As in JSON schemas and in xgrammar: \d and \w are ASCII.
+        check_repeats(fmt["pattern"])
         pattern = regex_to_lark(fmt["pattern"], "dw")
         return (f"/{pattern}/" if pattern else '""'), False
 

@@ -82,7 +82,7 @@ class GrammarState:
         return GrammarState(self.thread, self.matcher.deep_copy(), self.mask().copy(), self._ends, self.num_seen)
 
     def mask(self) -> np.ndarray:
-        """int32 (words,): bit 1 = the token may come next. Raises CrushError where the grammar is too much to follow."""
+        """int32 (words,): bit 1 = the token may come next. Raises CrushError where following takes too much."""
         if self.pending is not None:
             start = time.perf_counter()
             pending, self.pending = self.pending, None

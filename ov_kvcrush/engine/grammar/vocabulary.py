@@ -1,13 +1,14 @@
-"""The vocabulary of a model as llguidance sees it: the bytes of each token, which are special, and how text is split."""
+"""The vocabulary of a model for llguidance: the bytes of each token, which are special, and how text is split."""
 
 from __future__ import annotations
 
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import openvino_genai as ov_genai
-from llguidance import LLTokenizer
+from llguidance import LLTokenizer, TokenizerWrapper
 
 _BYTE = re.compile(rb"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581".encode()  # of SentencePiece
@@ -28,7 +29,8 @@ def make_tokenizer(
             return LLTokenizer(path.read_text(encoding="utf-8"), n_vocab=vocab_size, eos_token=list(ends))
         except ValueError:  # of a kind that llguidance does not know, or with more tokens than the model has logits
             pass
-    return LLTokenizer(OpenVINOVocabulary(tokenizer, vocab_size, ends[0]), n_vocab=vocab_size, eos_token=list(ends))
+    vocabulary = cast(TokenizerWrapper, OpenVINOVocabulary(tokenizer, vocab_size, ends[0]))
+    return LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=list(ends))
 
 
 class OpenVINOVocabulary:
@@ -79,7 +81,8 @@ class _Greedy:
         self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: bytes) -> list[int]:
-        ids, at = [], 0
+        ids: list[int] = []
+        at = 0
         while at < len(text):
             sizes = range(min(self._longest, len(text) - at), 0, -1)
             size = next((n for n in sizes if text[at : at + n] in self._ids), 0)
