@@ -37,7 +37,8 @@ class Sequence:
     score_reduction: how attention scores of its rows are reduced, 0 = none are computed. top_logprobs: {token: log
     probability} of the most probable ones for each generated token, empty if they are not asked for. token_counts: for
     penalties, None before the first one. grammar: what its tokens follow, None = anything.
-    num_pushed: generated tokens that were handed out. lacks_memory: it has waited for memory, num_passed others got some meanwhile. error: what broke it.
+    num_pushed: generated tokens that were handed out. lacks_memory: it has waited for memory, num_passed others got
+    some meanwhile. error: what broke it.
     final_*: set at the end.
     """
 

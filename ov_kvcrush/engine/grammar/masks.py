@@ -79,7 +79,8 @@ class GrammarState:
 
     def fork(self) -> GrammarState:
         """The same place in the grammar, for another sequence with the same tokens."""
-        return GrammarState(self.thread, self.matcher.deep_copy(), self.mask().copy(), self._ends, self.num_seen)
+        mask = self.mask().copy()  # first of all: it waits until the matcher has seen all tokens
+        return GrammarState(self.thread, self.matcher.deep_copy(), mask, self._ends, self.num_seen)
 
     def mask(self) -> np.ndarray:
         """int32 (words,): bit 1 = the token may come next. Raises CrushError where following takes too much."""
