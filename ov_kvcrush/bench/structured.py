@@ -46,7 +46,7 @@ def measure(
     free, bound = [], []
     for i in range(batch):
         free.append(ov_genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True))
-        bound.append(ov_genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True))
+        bound.append(ov_genai.GenerationConfig(max_new_tokens=tokens))
         bound[-1].structured_output_config = ov_genai.StructuredOutputConfig(json_schema=schema(i))
     start = time.perf_counter()
     pipe.generate(prompts[:1], [ov_genai.GenerationConfig(max_new_tokens=1)])
