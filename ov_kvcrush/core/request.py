@@ -9,6 +9,7 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.core.cache_params import DEFAULT_CACHE_PARAMS, CacheParams, KVTarget
 from ov_kvcrush.core.eviction import EvictionSpec, EvictionState
+from ov_kvcrush.core.grammar import TokenGrammar
 from ov_kvcrush.core.growable import GrowableArray
 from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
 from ov_kvcrush.core.sampling_params import SamplingParams
@@ -35,8 +36,9 @@ class Sequence:
     reads a second time. held_logits: of the prompt's last token, while the prompt is read a second time.
     score_reduction: how attention scores of its rows are reduced, 0 = none are computed. top_logprobs: {token: log
     probability} of the most probable ones for each generated token, empty if they are not asked for. token_counts: for
-    penalties, None before the first one. num_pushed: generated tokens that were handed out. lacks_memory: it has waited
-    for memory, num_passed others got some meanwhile. error: what broke it.
+    penalties, None before the first one. grammar: what its tokens follow, None = anything.
+    num_pushed: generated tokens that were handed out. lacks_memory: it has waited for memory, num_passed others got
+    some meanwhile. error: what broke it.
     final_*: set at the end.
     """
 
@@ -53,6 +55,7 @@ class Sequence:
         self.logprobs: list[float] = []
         self.top_logprobs: list[dict[int, float]] = []
         self.token_counts: TokenCounts | None = None
+        self.grammar: TokenGrammar | None = None
         self.cumulative_logprob = 0.0
         self.num_pushed = 0
         self.lacks_memory = False
@@ -73,6 +76,7 @@ class Sequence:
         twin = Sequence(self.request, index, self.ids.copy())
         twin.num_cached = self.num_cached
         twin.token_counts = self.token_counts.copy() if self.token_counts else None
+        twin.grammar = self.grammar.fork() if self.grammar else None
         return twin
 
     @property

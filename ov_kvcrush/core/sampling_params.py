@@ -24,7 +24,6 @@ _FIELDS = tuple(
 # What only sets such a way (diversity_penalty, num_assistant_tokens) means nothing without it, as in openvino_genai.
 _UNSUPPORTED = {
     "max_ngram_size": "prompt lookup decoding",
-    "structured_output_config": "structured output",
 }
 
 

@@ -14,6 +14,7 @@ from ov_kvcrush import native
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+_ALL = np.empty(0, np.int32)  # the mask of a row from which every token may be drawn
 
 
 class DrawParams(NamedTuple):
@@ -44,14 +45,25 @@ class Drawn(NamedTuple):
     top: list[tuple[int, float]]
 
 
-def draw_rows(rows: Items[np.ndarray], params: Items[DrawParams]) -> list[Drawn]:
+def draw_rows(rows: Items[np.ndarray], params: Items[DrawParams], masks: Items[np.ndarray | None] = ()) -> list[Drawn]:
     """Draw a token from each row, float32 (vocabulary,), contiguous. Ties go to the lowest token id.
 
-    A draw is a pure function of its row and its parameters: other rows do not matter.
+    masks: for each row which tokens may be drawn, int32 (words,), token 0 the lowest bit of the first word; None = all.
+    The others have a logit of -inf, before everything else.
+    A draw is a pure function of its row, its mask and its parameters: other rows do not matter.
     """
     if native.available():
-        return [Drawn(*drawn) for drawn in native.load().draw_rows(rows, params)]
+        bits = [_ALL if mask is None else mask for mask in masks]
+        return [Drawn(*drawn) for drawn in native.load().draw_rows(rows, params, masks=bits)]
+    if masks:
+        rows = [row if mask is None else masked(row, mask) for row, mask in zip(rows, masks, strict=True)]
     return [draw(row, p) for row, p in zip(rows, params, strict=True)]
+
+
+def masked(row: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A copy of logits (vocabulary,) with -inf where the bit of a token is 0."""
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little", count=len(row))
+    return np.where(bits.astype(bool), row, np.float32(-np.inf))
 
 
 def noise_key(seed: int, index: int, position: int) -> int:

@@ -19,6 +19,7 @@ from ov_kvcrush.core.request import Request, Sequence
 from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
 from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
 from ov_kvcrush.core.step import SchedulerOutput
+from ov_kvcrush.engine.grammar.compiler import GrammarCompiler
 from ov_kvcrush.engine.guarded_snapshots import GuardedSnapshots
 from ov_kvcrush.engine.handle import GenerationHandle
 from ov_kvcrush.engine.input_processor import Decode, InputProcessor
@@ -47,7 +48,8 @@ class Engine:
     """Continuous batching over one compiled model.
 
     Everything may be called from any thread: what touches the cache is done between two steps, by `thread`.
-    defaults: the model's generation config. shared: an engine on the same model whose staging blocks and thread this
+    defaults: the model's generation config. grammars: of structured output; None = it is refused.
+    shared: an engine on the same model whose staging blocks and thread this
     one shares; each has its own store and requests, and what one prefills may be committed to the store of the other.
     """
 
@@ -59,6 +61,7 @@ class Engine:
         decode: Decode,
         cache_config: CacheConfig | None = None,
         shared: Engine | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         cache_config = cache_config or CacheConfig()
         self._model = model
@@ -66,6 +69,7 @@ class Engine:
         self._defaults = defaults
         self._decode = decode
         self._cache_config = cache_config
+        self.grammars = grammars
         self.thread: EngineThread = shared.thread if shared else EngineThread()
         self.cache: KVCacheManager = make_kv_cache_manager(
             model, config, cache_config, shared.cache if shared else None
@@ -82,7 +86,7 @@ class Engine:
         of_contexts = make_context_planner(model, cache_config, planner)
         default_plans = DefaultPlans(model, cache_config)
         self._input = InputProcessor(
-            model, self.cache, config, policy, defaults, decode, planner, of_contexts, default_plans
+            model, self.cache, config, policy, defaults, decode, planner, of_contexts, default_plans, grammars
         )
         self._output = OutputProcessor(self.scheduler, self.cache, self.requests, self._add_lock, self.snapshots.own)
         self._num_steps = 0
@@ -106,7 +110,7 @@ class Engine:
                 "staging_bytes must be left out beside another pipeline, whose staging blocks are shared, "
                 f"got {cache_config.staging_bytes}"
             )
-        return Engine(self._model, self._config, self._defaults, self._decode, cache_config, shared=self)
+        return Engine(self._model, self._config, self._defaults, self._decode, cache_config, self, self.grammars)
 
     # -- requests ------------------------------------------------------------------------------------------------------
 

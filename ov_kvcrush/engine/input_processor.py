@@ -16,6 +16,8 @@ from ov_kvcrush.core.request import Request
 from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
 from ov_kvcrush.core.sampling_params import SamplingParams, refuse_unsupported
 from ov_kvcrush.core.snapshot import KVSnapshot
+from ov_kvcrush.engine.grammar.compiler import GrammarCompiler
+from ov_kvcrush.engine.grammar.masks import GrammarState
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.kvcache.manager import KVCacheManager
 from ov_kvcrush.kvcache.planning import DefaultPlans
@@ -36,7 +38,7 @@ class InputProcessor:
     defaults: the model's generation config; its end-of-sequence tokens hold where a request names none. policy: of
     requests that name none. planner: for all requests with a policy; None = `default_plans` for those whose policy
     names no budget, for others the policy's own, and the cache's precisions. context_planner: likewise, of prompts
-    whose question comes after compression.
+    whose question comes after compression. grammars: of structured output; None = it is refused.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class InputProcessor:
         planner: BytePlanner | None,
         context_planner: BytePlanner | None,
         default_plans: DefaultPlans,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
+        self._grammars = grammars
         self._planner = planner
         self._context_planner = context_planner
         self._default_plans = default_plans
@@ -92,7 +96,20 @@ class InputProcessor:
                 f"num_return_sequences must be at most max_num_seqs={self._config.max_num_seqs}, "
                 f"got {sampling.num_return_sequences}"
             )
-        return Request(request_id, ids, sampling, self._decode, keep_kv, eviction, params, fan_out, options)
+        request = Request(request_id, ids, sampling, self._decode, keep_kv, eviction, params, fan_out, options)
+        request.sequences[0].grammar = self._grammar(config, sampling)
+        return request
+
+    def _grammar(self, config: ov_genai.GenerationConfig, sampling: SamplingParams) -> GrammarState | None:
+        """Where the answer begins in the grammar that it is to follow."""
+        wanted = config.structured_output_config
+        if wanted is None:
+            return None
+        if config.num_beams > 1:
+            raise RequestError(f"num_beams must be 1 with structured_output_config, got {config.num_beams}")
+        if self._grammars is None:
+            raise RequestError("structured_output_config must be None for an engine without a tokenizer, got one")
+        return self._grammars.compile(wanted, sampling.stop_token_ids)
 
     def check_prompt(
         self, ids: np.ndarray, eviction: EvictionSpec | None = None, context: KVSnapshot | None = None

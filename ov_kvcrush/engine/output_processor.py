@@ -18,9 +18,10 @@ from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.core.step import SchedulerOutput
 from ov_kvcrush.core.streamed_request import Status
 from ov_kvcrush.core.token_stream import Outputs
+from ov_kvcrush.engine.grammar import masks as grammar_masks
 from ov_kvcrush.engine.sampler import Sampled, sample, sample_rows
 from ov_kvcrush.engine.scheduler import Scheduler
-from ov_kvcrush.errors import OutOfMemory
+from ov_kvcrush.errors import CrushError, OutOfMemory
 from ov_kvcrush.kvcache.manager import KVCacheManager
 
 _log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class OutputProcessor:
                 chosen.append(member)
             except Exception as error:
                 self.fail(member, error)
+        grammar_masks.advance(chosen)  # while all else happens, up to the next draw
         sampling_s = time.perf_counter() - start
         for member in chosen:
             if member.is_finished:
@@ -273,6 +275,8 @@ def _sampled_alone(sequence: Sequence, logits: np.ndarray) -> Sampled | Exceptio
 
 def _accept(sequence: Sequence, sampled: Sampled, now: float) -> None:
     token, logprob, top = sampled
+    if token < 0 and sequence.grammar is not None:
+        raise CrushError("logit_bias must leave a token that the grammar allows, got a ban of all of them")
     if token < 0:
         raise FloatingPointError("logits must have a finite maximum, got none: the model or its precision broke")
     sequence.ids.append(token)
@@ -289,7 +293,12 @@ def finish_reason(sequence: Sequence, token: int) -> ov_genai.GenerationFinishRe
     params = sequence.request.params
     if sequence.stop_tracker and sequence.stop_tracker.add(token):
         return FinishReason.STOP
-    if token in params.stop_token_ids and sequence.num_generated >= params.min_new_tokens:
+    grammar = sequence.grammar
+    if token in params.stop_token_ids and (
+        sequence.num_generated >= params.min_new_tokens or (grammar is not None and grammar.is_complete)
+    ):
+        return FinishReason.STOP
+    if grammar is not None and grammar.completes(sequence.generated):
         return FinishReason.STOP
     if sequence.num_generated >= params.max_new_tokens:
         return FinishReason.LENGTH

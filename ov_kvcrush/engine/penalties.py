@@ -74,4 +74,6 @@ def _counts(sequence: Sequence, num_tokens: int) -> TokenCounts:
 
 def _must_go_on(sequence: Sequence) -> bool:
     params = sequence.request.params
+    if sequence.grammar is not None and sequence.grammar.is_complete:  # nothing but an end can follow
+        return False
     return bool(params.stop_token_ids) and sequence.num_generated < params.min_new_tokens

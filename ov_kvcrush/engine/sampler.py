@@ -33,6 +33,7 @@ def sample_rows(rows: Items[tuple[Sequence, np.ndarray]]) -> list[Sampled]:
     Ties go to the lowest token id. The logits are as before when it returns.
     """
     logits = [np.ascontiguousarray(row, np.float32) for _, row in rows]
+    masks = [sequence.grammar.mask() if sequence.grammar else None for sequence, _ in rows]
     owners = Counter(row.ctypes.data for row in logits)
     with ExitStack() as stack:
         for i, (sequence, _) in enumerate(rows):
@@ -42,7 +43,8 @@ def sample_rows(rows: Items[tuple[Sequence, np.ndarray]]) -> list[Sampled]:
                 stack.enter_context(changed(logits[i], sequence))
             else:
                 logits[i] = apply_penalties(logits[i], sequence)
-        drawn = draw_rows(logits, [_draw_params(sequence) for sequence, _ in rows])
+        params = [_draw_params(sequence) for sequence, _ in rows]
+        drawn = draw_rows(logits, params, masks if any(mask is not None for mask in masks) else ())
     return [_sampled(d, sequence) for d, (sequence, _) in zip(drawn, rows, strict=True)]
 
 
@@ -60,5 +62,7 @@ def _draw_params(sequence: Sequence) -> DrawParams:
 
 
 def _sampled(drawn: Drawn, sequence: Sequence) -> Sampled:
-    top = dict(drawn.top) if sequence.request.params.logprobs > 1 else None
-    return Sampled(drawn.token, drawn.logprob, top)
+    if sequence.request.params.logprobs <= 1:
+        return Sampled(drawn.token, drawn.logprob)
+    # Fewer than asked for where a grammar or a ban leaves fewer.
+    return Sampled(drawn.token, drawn.logprob, {token: x for token, x in drawn.top if x > -np.inf})

@@ -178,6 +178,12 @@ def encode_decode(
     """k, v (n, D), n <= 32: one tile there and back."""
 
 def draw_rows(
-    rows: Sequence[Float32], params: Sequence[tuple[float, int, float, float, int, int]], isa: str = ""
+    rows: Sequence[Float32],
+    params: Sequence[tuple[float, int, float, float, int, int]],
+    isa: str = "",
+    masks: Sequence[Int32] = ...,
 ) -> list[tuple[int, float, list[tuple[int, float]]]]:
-    """Tokens drawn from rows (V,) of logits, in parallel; see ov_kvcrush/engine/draw.py for parameters and results."""
+    """Tokens drawn from rows (V,) of logits, in parallel; see ov_kvcrush/engine/draw.py for parameters and results.
+
+    masks: for each row the bits of its tokens, (words,), or an empty array where all may be drawn; () = for all rows.
+    """

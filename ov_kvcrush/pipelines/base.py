@@ -81,7 +81,15 @@ class PipelineBase:
         self._context_encoder = ContextEncoder(self._encoder, self._tokenizer)
         self._system = SystemFinder(self._encoder, self._tokenizer)
         backend = make_backend(
-            self._engine_name, folder, device, scheduler_config, cache_config, properties, self._tokenizer, self._config
+            self._engine_name,
+            folder,
+            device,
+            scheduler_config,
+            cache_config,
+            properties,
+            self._tokenizer,
+            self._config,
+            self._has_own_tokenizer,
         )
         self._load_s = time.perf_counter() - start
         self._begin(backend, cache_config)

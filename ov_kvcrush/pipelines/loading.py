@@ -11,6 +11,7 @@ import openvino_genai as ov_genai
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.core.sampling_params import model_end_tokens, outside_vocabulary
 from ov_kvcrush.engine.engine import Engine
+from ov_kvcrush.engine.grammar.compiler import GrammarCompiler
 from ov_kvcrush.errors import CrushError, ModelError, reason_of
 from ov_kvcrush.genai.backend import GenaiBackend, genai_cache_properties
 from ov_kvcrush.model.load import load_model
@@ -48,8 +49,9 @@ def make_backend(
     properties: dict[str, Any],
     tokenizer: ov_genai.Tokenizer,
     config: ov_genai.GenerationConfig,
+    is_own_tokenizer: bool,
 ) -> Backend:
-    """The engine by its name, with the model loaded."""
+    """The engine by its name, with the model loaded. is_own_tokenizer: whether the tokenizer is not the folder's."""
     settings = CacheConfig.from_options(cache_config)
     if engine == "genai":
         if cache_config is not None:
@@ -64,7 +66,10 @@ def make_backend(
         settings, properties = settings.with_properties(properties)
     model = load_model(folder, device, properties, attention, settings.sharing)
     _warn_of_ends_outside(config, model.vocab_size, folder)
-    return Engine(model, scheduler, config, tokenizer.decode, settings)
+    grammars = GrammarCompiler(
+        None if is_own_tokenizer else folder, tokenizer, model.vocab_size, model_end_tokens(config)
+    )
+    return Engine(model, scheduler, config, tokenizer.decode, settings, grammars=grammars)
 
 
 def _warn_of_ends_outside(config: ov_genai.GenerationConfig, vocab_size: int | None, folder: Path) -> None:

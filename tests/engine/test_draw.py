@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ov_kvcrush import native
-from ov_kvcrush.engine.draw import Drawn, DrawParams, draw, noise_key
+from ov_kvcrush.engine.draw import Drawn, DrawParams, draw, draw_rows, noise_key
 
 ISAS = native.info()["isas"] if native.available() else []
 
@@ -77,8 +77,48 @@ def test_a_drawn_token_has_the_probability_that_it_was_drawn_with() -> None:
 def test_rows_do_not_touch_each_other() -> None:
     cases = [random_case(seed) for seed in range(40)]
     rows, params = [row for row, _ in cases], [p for _, p in cases]
-    draw_rows = native.load().draw_rows
     assert draw_rows(rows, params) == [draw_rows([row], [p])[0] for row, p in cases]
+
+
+def test_masked_tokens_are_as_if_they_were_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their mass does not count for top-p, they are none of the top-k, and have no log probability."""
+    rng = np.random.default_rng(0)
+    cases = [random_case(seed) for seed in range(200)]
+    masks: list[np.ndarray | None] = []
+    for row, _ in cases:
+        bits = rng.choice([0, -1, rng.integers(-(2**31), 2**31)], size=-(-len(row) // 32) + rng.integers(2))
+        masks.append(bits.astype(np.int32) if rng.random() < 0.8 else None)
+    expected = []
+    for (row, params), mask in zip(cases, masks, strict=True):
+        allowed = np.ones(len(row), bool)
+        if mask is not None:
+            allowed = np.array([mask[token // 32] >> (token % 32) & 1 for token in range(len(row))], bool)
+        expected.append(draw(np.where(allowed, row, np.float32(-np.inf)), params))
+    rows, params = [row for row, _ in cases], [p for _, p in cases]
+    before = [row.copy() for row in rows]
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(native, "available", lambda: False)
+        got = draw_rows(rows, params, masks)
+        assert [d.token for d in got] == [d.token for d in expected]
+        assert all(abs(a.logprob - b.logprob) < 1e-4 for a, b in zip(got, expected, strict=True))
+    for row, was in zip(rows, before, strict=True):
+        np.testing.assert_array_equal(row, was)
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled module")
+@pytest.mark.parametrize(
+    ("masks", "words"),
+    [
+        ([np.zeros(1, np.int32)], "masks must be as many as rows"),
+        ([np.zeros(1, np.int32)] * 2, "masks must have a bit for each logit"),
+        ([np.zeros(2, np.int64)] * 2, "masks must be an array of int32"),
+    ],
+)
+def test_bad_masks_are_refused(masks: list[np.ndarray], words: str) -> None:
+    rows, params = [np.zeros(33, np.float32)] * 2, [DrawParams(1, 0, 1, 0, 0, 0)] * 2
+    with pytest.raises(ValueError, match=words):
+        native.load().draw_rows(rows, params, masks=masks)
 
 
 @pytest.mark.skipif(not ISAS, reason="no compiled module")

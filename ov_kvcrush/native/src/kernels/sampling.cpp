@@ -283,6 +283,21 @@ private:
 
 }  // namespace
 
+void mask_logits(const float* logits, size_t n, const int32_t* mask, float* masked) {
+    constexpr size_t WORD = 32;
+    for (size_t first = 0; first < n; first += WORD) {
+        const auto bits = static_cast<uint32_t>(mask[first / WORD]);
+        const size_t count = std::min(WORD, n - first);
+        if (bits == 0) {
+            std::fill_n(masked + first, count, LOWEST);
+        } else if (bits == ~0u) {
+            std::copy_n(logits + first, count, masked + first);
+        } else {
+            for (size_t i = 0; i < count; ++i) masked[first + i] = (bits >> i) & 1u ? logits[first + i] : LOWEST;
+        }
+    }
+}
+
 Drawn draw(const float* logits, size_t n, const DrawParams& p, const SamplingKernels& kernels) {
     Drawn drawn;
     const Row row(logits, n, kernels);

@@ -39,6 +39,11 @@ struct SamplingKernels {
 // The kernels of kernels(isa). Throws std::invalid_argument for an instruction set that this CPU has not.
 const SamplingKernels& sampling_kernels(const std::string& isa = "");
 
+// Copies the logits (n of them) of the tokens whose bit is 1, and puts -inf in the place of the others: token 0 is the
+// lowest bit of the first of (n + 31) / 32 words. One pass: 30 to 60 us for 152k, about what copying them takes; words
+// of all zeros or ones, most of them in a grammar, are filled or copied whole.
+void mask_logits(const float* logits, size_t n, const int32_t* mask, float* masked);
+
 // A pure function of the logits (n of them) and the parameters.
 Drawn draw(const float* logits, size_t n, const DrawParams& params, const SamplingKernels& kernels);
 

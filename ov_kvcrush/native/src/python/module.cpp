@@ -58,7 +58,7 @@ NB_MODULE(_crush, m) {
           "with_mean"_a = false);
     m.def("encode_decode", &encode_decode, "key"_a, "value"_a, "group_size"_a, "k"_a, "v"_a, "isa"_a = "");
 
-    m.def("draw_rows", &draw_rows, "rows"_a, "params"_a, "isa"_a = "");
+    m.def("draw_rows", &draw_rows, "rows"_a, "params"_a, "isa"_a = "", "masks"_a = std::vector<Input>{});
 
     using S = PyStore;
     nb::class_<S>(m, "Store")
