@@ -62,7 +62,7 @@ def make_backend(
     attention = settings.choose_attention()
     if attention == "crush":
         settings, properties = settings.with_properties(properties)
-    model = load_model(folder, device, properties, attention, settings.sharing)
+    model = load_model(folder, device, properties, attention, settings.sharing, settings.weights)
     _warn_of_ends_outside(config, model.vocab_size, folder)
     return Engine(model, scheduler, config, tokenizer.decode, settings)
 
