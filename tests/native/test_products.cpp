@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "kernels/half.hpp"
 #include "kernels/kernels.hpp"
 #include "kernels/product.hpp"
 
