@@ -20,6 +20,7 @@ PRECISIONS = ("f32", "bf16", "f16", "u8", "u4", "u2")
 DEFAULT_BUDGET = "1/6"  # of the bf16 cache: where tokens are to be evicted and nobody says how many stay
 LEAST_RECALL = 64  # tokens: two tiles
 ATTENTIONS = ("auto", "crush", "paged")
+WEIGHTS = ("auto", "packed", "plugin")
 OWN_SCHEDULER_FIELDS = ("max_step_ms", "max_waiting")  # openvino_genai's SchedulerConfig has no such thing
 _PRECISION_PROPERTIES = ("KV_CACHE_PRECISION", "KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION")
 
@@ -130,6 +131,12 @@ class CacheConfig:
         Steps of more than four rows of a sequence read everything.
     attention: "crush" = the store; "paged" = OpenVINO's own PagedAttention, with none of the above; "auto" = "crush"
         where the native library is there, else "paged".
+    weights: how steps of up to eight rows read the compressed weights of MLPs and LM head (docs/weights.md): "packed" =
+        from a copy in the order in which our products read it, `LoadedModel.packed_bytes`; "plugin" = as OpenVINO does,
+        with no copy; "auto" = "packed" beside attention="crush" where the copy takes at most a quarter of the free
+        memory, unless OpenVINO is told not to quantise what weights are multiplied with
+        (DYNAMIC_QUANTIZATION_GROUP_SIZE=0). The model is loaded with them, so a pipeline made by `with_cache` has the
+        first's.
     """
 
     key_precision: str = "u8"
@@ -147,6 +154,7 @@ class CacheConfig:
     quality: float | None = None
     profile: str | Path | None = None
     recall_tokens: int | float | str | None = None
+    weights: str = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", as_policy(self.policy))
@@ -154,6 +162,9 @@ class CacheConfig:
         for name in ("key_precision", "value_precision"):
             check_choice(name, getattr(self, name), PRECISIONS)
         check_choice("attention", self.attention, ATTENTIONS)
+        check_choice("weights", self.weights, WEIGHTS)
+        if self.weights == "packed" and self.attention == "paged":
+            raise CrushError("weights must be 'auto' or 'plugin' with attention='paged', got 'packed'")
         minima = {"recent_tokens": 0, "group_size": 16, "max_bytes": 0, "staging_bytes": 0, "prefix_bytes": 0}
         for name, minimum in minima.items():
             check_integer(name, getattr(self, name), minimum)
@@ -244,6 +255,8 @@ class CacheConfig:
             where = f"where the native library is missing: {reason}" if reason else "with attention='paged'"
             raise CrushError(f"shared_layers must be left out {where}, got {dict(self.sharing)}")
         if reason:
+            if self.weights == "packed":
+                raise CrushError(f"weights must not be 'packed' where the native library is missing: {reason}")
             if self.recall_tokens is not None:
                 raise CrushError(f"recall_tokens must be left out where the native library is missing: {reason}")
             if self.eviction_policy and self.eviction_policy.evicts:

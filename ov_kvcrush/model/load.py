@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from ov_kvcrush.errors import CrushError, ModelError, did_you_mean, reason_of
 from ov_kvcrush.model.folder import IR_NAME, check_model_folder
 from ov_kvcrush.model.graph.attention import AttentionLayer, attention_ops, read_layer
 from ov_kvcrush.model.graph.layer_sharing import SharedLayers, check_shared_layers, share_layers
+from ov_kvcrush.model.graph.products import use_few_row_products
 from ov_kvcrush.model.graph.rewrite import gather_sampled_rows, use_crush_attention, use_paged_attention
 from ov_kvcrush.model.info import read_json_object, read_model_info
-from ov_kvcrush.model.plugin import one_operation, open_core, plugin_precisions
+from ov_kvcrush.model.plugin import one_operation, open_core, plugin_precisions, quantises_inputs
 from ov_kvcrush.model.support import attention_reason
+from ov_kvcrush.utils.process_memory import free_memory_bytes
 
 _PIPELINE_OPTIONS = ("engine", "scheduler_config", "cache_config", "tokenizer", "device", "properties")
 
@@ -31,6 +34,7 @@ class LoadedModel:
     PagedAttention computes prompts, False if CrushAttention does. layers: attention layers that store keys and values,
     the store's, with "crush" only. recent_precision: type in which keys and values are computed.
     shared_layers: of the model, which read the keys and values of another. folder: where the model lies.
+    products: weights that are packed a second time, for steps of few rows; the graph needs them alive.
     """
 
     compiled: ov.CompiledModel
@@ -42,6 +46,12 @@ class LoadedModel:
     pages_prompts: bool = True
     shared_layers: SharedLayers = ()
     folder: Path | None = None
+    products: tuple[native.Product, ...] = ()
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the weights that are there twice."""
+        return sum(product.nbytes for product in self.products)
 
     @property
     def has_scores(self) -> bool:
@@ -80,11 +90,13 @@ def load_model(
     properties: dict[str, Any],
     attention: str = "paged",
     shared_layers: SharedLayers = (),
+    weights: str = "plugin",
 ) -> LoadedModel:
     """Read, rewrite and compile the model in `models_path`. `properties` go to `compile_model`.
 
     attention: "paged", or "crush" for CrushAttention over a store, beside PagedAttention if that must read the prompts.
     shared_layers: as in CacheConfig, with "crush" only.
+    weights: as in CacheConfig; "packed" with "crush" only.
     Raises ModelError if the folder or the model in it cannot be used, CrushError for a wrong device, property or
     layer.
     """
@@ -121,12 +133,26 @@ def load_model(
         # Staging blocks hold prompts as they were computed: quantising is the store's.
         properties = {**properties, "KV_CACHE_PRECISION": precision}
     gather_sampled_rows(model)
+    limit = _most_packed_bytes(weights, attention, properties)
+    products = use_few_row_products(model, native.info()["path"], limit) if limit else ()
     vocab_size = model.output("logits").partial_shape[-1].get_length()
     compiled = core.compile_model(model, device, properties)
     context_length = info.context_length if info else None
     return LoadedModel(
-        compiled, vocab_size, context_length, attention, layers, precision, pages_prompts, shared_layers, folder
-    )
+        compiled, vocab_size, context_length, attention, layers, precision, pages_prompts, shared_layers, folder,
+        products,
+    )  # fmt: skip
+
+
+def _most_packed_bytes(weights: str, attention: str, properties: dict[str, Any]) -> int:
+    """Bytes that weights packed a second time may take; 0 = none shall be."""
+    if weights == "plugin" or attention != "crush":
+        return 0
+    if weights == "packed":
+        return sys.maxsize
+    # Products of our own quantise their inputs: not where the plugin is told not to.
+    pays = native.info()["isa"] != "scalar" and quantises_inputs(properties)
+    return free_memory_bytes() // 4 if pays else 0
 
 
 def _check_is_llm(model: ov.Model, folder: Path) -> None:

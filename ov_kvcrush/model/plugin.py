@@ -79,6 +79,12 @@ def plugin_precisions(properties: Mapping[str, Any]) -> PluginPrecisions:
     return PluginPrecisions(*(_OWN_TYPES.get(name, name) for name in types))
 
 
+def quantises_inputs(properties: Mapping[str, Any]) -> bool:
+    """Whether the CPU plugin quantises what compressed weights are multiplied with."""
+    compiled = open_core().compile_model(one_operation(), "CPU", dict(properties))
+    return int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")) > 0
+
+
 def paged_precisions(key: str, value: str, properties: Mapping[str, Any]) -> dict[str, str]:
     """The properties that make PagedAttention store keys and values in these types; empty if it cannot.
 

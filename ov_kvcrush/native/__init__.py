@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 from ov_kvcrush.native.loader import available, info, load, why_unavailable
 
 if TYPE_CHECKING:
-    from ov_kvcrush.native._crush import Store, StoreFull, can_prefill, encode_decode, tile_bytes
+    from ov_kvcrush.native._crush import Product, Store, StoreFull, can_prefill, encode_decode, tile_bytes
 
 __all__ = [
-    "Store", "StoreFull", "available", "can_prefill", "encode_decode", "info", "load", "tile_bytes", "why_unavailable",
+    "Product", "Store", "StoreFull", "available", "can_prefill", "encode_decode", "info", "load", "tile_bytes",
+    "why_unavailable",
 ]  # fmt: skip
 
-_COMPILED = ("Store", "StoreFull", "can_prefill", "encode_decode", "tile_bytes")
+_COMPILED = ("Product", "Store", "StoreFull", "can_prefill", "encode_decode", "tile_bytes")
 
 
 def __getattr__(name: str) -> Any:

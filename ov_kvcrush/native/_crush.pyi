@@ -14,6 +14,7 @@ Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 UInt8 = npt.NDArray[np.uint8]
+UInt16 = npt.NDArray[np.uint16]
 
 class StoreFull(MemoryError):
     """`nbytes` would exceed `max_bytes`; nothing has changed. The text has the numbers."""
@@ -159,6 +160,31 @@ class Store:
         layers,) in each, where no tile must list its positions. With precisions (heads, tiers, 2) num_tokens is int64
         (heads, tiers), and the newest tokens, those that stay in recent tiles, count in the first tier whatever theirs
         is: n - 32 * (max(0, n - recent_tokens) // 32) of n. So it is exact."""
+
+class Product:
+    """A product with compressed weights, or an MLP of three, for few rows; src/kernels/product.hpp. Safe to call from
+    any thread; it does not change."""
+
+    def __init__(
+        self, weights: Sequence[tuple[int, UInt8, UInt16, UInt16]], activation: str = "silu", isa: str = ""
+    ) -> None:
+        """weights: (bits, codes, scales, zeros): bits 8 or 4; codes uint8 (N, K), or (N, K / 2) with the first of two
+        in the low half; scales and zeros float16 (N, groups) as uint16: w = (code - zero) * scale. N is a multiple of
+        16, a group has 16 inputs or a multiple of 32. One is x @ w.T; three, gate, up and down, are
+        down(activation(gate(x)) * up(x)), with a multiple of 32 outputs of gate. activation: "silu" or "gelu_tanh".
+        isa: kernels to use, "" = the best of this CPU. The arrays are copied."""
+    @property
+    def id(self) -> int:
+        """Value of the attribute `product` of CrushProduct, until garbage collection."""
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def num_inputs(self) -> int: ...
+    @property
+    def num_outputs(self) -> int: ...
+    def run(self, x: Float32) -> Float32:
+        """x (M, K) to (M, N); a row's results do not depend on the others. A row with a number that is not finite gives
+        NaN."""
 
 def info() -> dict[str, Any]:
     """`isa` (kernels in use), `isas` (all that may be used, slowest first), `isa_cap` (OV_KVCRUSH_ISA, "" = none),

@@ -5,6 +5,8 @@ set(CRUSH_CORE_SOURCES
   kernels/attention.cpp
   kernels/kernels.cpp
   kernels/kernels_scalar.cpp
+  kernels/product.cpp
+  kernels/product_scalar.cpp
   kernels/sampling.cpp
   kernels/sampling_scalar.cpp
   kernels/tile.cpp
@@ -38,6 +40,10 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang" AND CMAKE_SYSTEM_PROCESSOR MATCHES 
     kernels/kernels_avx512vnni.cpp
     kernels/kernels_avxvnni.cpp
     kernels/prefill_amx.cpp
+    kernels/product_avx2.cpp
+    kernels/product_avx512.cpp
+    kernels/product_avx512vnni.cpp
+    kernels/product_avxvnni.cpp
     kernels/sampling_avx2.cpp
     kernels/sampling_avx512.cpp
     kernels/scores_amx.cpp
@@ -48,6 +54,12 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang" AND CMAKE_SYSTEM_PROCESSOR MATCHES 
   # Products of VNNI are inline assembly.
   set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/kernels_avxvnni.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
   set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/kernels_avx512vnni.cpp PROPERTIES COMPILE_OPTIONS
+    "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx2;-mfma;-mf16c")
+  set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/product_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
+  set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/product_avxvnni.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
+  set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/product_avx512.cpp PROPERTIES COMPILE_OPTIONS
+    "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx2;-mfma;-mf16c")
+  set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/product_avx512vnni.cpp PROPERTIES COMPILE_OPTIONS
     "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx2;-mfma;-mf16c")
   set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/sampling_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
   set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/sampling_avx512.cpp PROPERTIES COMPILE_OPTIONS

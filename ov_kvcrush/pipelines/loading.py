@@ -64,7 +64,7 @@ def make_backend(
     attention = settings.choose_attention()
     if attention == "crush":
         settings, properties = settings.with_properties(properties)
-    model = load_model(folder, device, properties, attention, settings.sharing)
+    model = load_model(folder, device, properties, attention, settings.sharing, settings.weights)
     _warn_of_ends_outside(config, model.vocab_size, folder)
     grammars = GrammarCompiler(
         None if is_own_tokenizer else folder, tokenizer, model.vocab_size, model_end_tokens(config)

@@ -12,6 +12,7 @@
 
 #include "kernels/kernels.hpp"
 #include "python/py_kernels.hpp"
+#include "python/py_product.hpp"
 #include "python/py_sampling.hpp"
 #include "python/py_store.hpp"
 
@@ -59,6 +60,15 @@ NB_MODULE(_crush, m) {
     m.def("encode_decode", &encode_decode, "key"_a, "value"_a, "group_size"_a, "k"_a, "v"_a, "isa"_a = "");
 
     m.def("draw_rows", &draw_rows, "rows"_a, "params"_a, "isa"_a = "", "masks"_a = std::vector<Input>{});
+
+    nb::class_<PyProduct>(m, "Product")
+        .def(nb::init<const std::vector<PyProduct::Weights>&, const std::string&, const std::string&>(), "weights"_a,
+             "activation"_a = "silu", "isa"_a = "")
+        .def_prop_ro("id", &PyProduct::id)
+        .def_prop_ro("nbytes", &PyProduct::nbytes)
+        .def_prop_ro("num_inputs", &PyProduct::num_inputs)
+        .def_prop_ro("num_outputs", &PyProduct::num_outputs)
+        .def("run", &PyProduct::run, "x"_a);
 
     using S = PyStore;
     nb::class_<S>(m, "Store")

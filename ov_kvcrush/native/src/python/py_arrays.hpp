@@ -26,6 +26,7 @@ template <class Number>
 constexpr const char* name_of() {
     if constexpr (std::is_same_v<Number, float>) return "float32";
     if constexpr (std::is_same_v<Number, uint8_t>) return "uint8";
+    if constexpr (std::is_same_v<Number, uint16_t>) return "uint16";
     if constexpr (std::is_same_v<Number, int32_t>) return "int32";
     return "int64";
 }
