@@ -101,8 +101,8 @@ class BeamSearch:
 
     @property
     def beams(self) -> list[Sequence]:
-        """Sequences that go on."""
-        return [beam.sequence for group in self._groups if not group.is_done for beam in group.beams]
+        """Sequences that go on; all groups begin with the root."""
+        return list(dict.fromkeys(beam.sequence for group in self._groups if not group.is_done for beam in group.beams))
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
