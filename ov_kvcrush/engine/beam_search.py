@@ -57,7 +57,7 @@ class _Group:
 
     def admits(self, score: Float) -> bool:
         """Whether an answer of this score is among the best."""
-        return len(self.ended) < self._params.group_size or score > min(kept for kept, _ in self.ended)
+        return len(self.ended) < self._params.group_size or bool(score > self.ended[-1][0])
 
     def end(self, score: Float, sequence: Sequence) -> None:
         """Take in an answer that was admitted; the worst one goes where there are too many."""
