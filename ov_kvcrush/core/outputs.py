@@ -71,8 +71,9 @@ class RequestStats:
     """What a request took. Moments are seconds of time.perf_counter; token_times has one list per sequence.
 
     kept_tokens: tokens whose KV a head of the first sequence holds, on average; after its end, held then. None where
-    the engine does not tell. plan: what a budget of bytes came to, and its predicted cost. steps: numbers of the
-    engine's steps that it took part in, and what each took.
+    the engine does not tell. counts_steps: token_times has one list, the steps of a beam search, which are what
+    openvino_genai counts as its tokens. plan: what a budget of bytes came to, and its predicted cost. steps: numbers of
+    the engine's steps that it took part in, and what each took.
     """
 
     num_input_tokens: int
@@ -83,6 +84,7 @@ class RequestStats:
     kept_tokens: int | None = None
     plan: CachePlan | None = None
     steps: list[tuple[int, StepSeconds]] = field(default_factory=list)
+    counts_steps: bool = False
 
 
 @dataclass(frozen=True)

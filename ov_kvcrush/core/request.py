@@ -33,7 +33,8 @@ class Sequence:
 
     ids: int64, prompt and generated tokens. num_cached: how many of them, from the start, have KV; the others are still
     to be run. position_offset: added to a token's index for its position. replays: the sequence whose prompt this one
-    reads a second time. held_logits: of the prompt's last token, while the prompt is read a second time.
+    reads a second time. held_logits: of its last token, while the prompt is read a second time or other beams are to
+    come.
     score_reduction: how attention scores of its rows are reduced, 0 = none are computed. top_logprobs: {token: log
     probability} of the most probable ones for each generated token, empty if they are not asked for. token_counts: for
     penalties, None before the first one. grammar: what its tokens follow, None = anything.
@@ -71,12 +72,14 @@ class Sequence:
         self.stop_tracker = StopStringTracker(tracked, request.decode) if tracked else None
 
     def fork(self, index: int) -> Sequence:
-        """A sequence with the same tokens; the caller shares the KV. Only before the first token is generated."""
-        assert not self.num_generated, "fork() after the first generated token"
+        """A sequence with the same tokens; the caller shares the KV."""
         twin = Sequence(self.request, index, self.ids.copy())
         twin.num_cached = self.num_cached
+        twin.logprobs, twin.cumulative_logprob = self.logprobs.copy(), self.cumulative_logprob
+        twin.top_logprobs, twin.token_times = self.top_logprobs.copy(), self.token_times.copy()
         twin.token_counts = self.token_counts.copy() if self.token_counts else None
         twin.grammar = self.grammar.fork() if self.grammar else None
+        twin.stop_tracker = self.stop_tracker.copy() if self.stop_tracker else None
         return twin
 
     @property
@@ -115,7 +118,8 @@ class Request(StreamedRequest):
 
     ids: int64 (S,), checked by the engine before. decode: tokens -> text, for stop strings only. keep_kv: leave the KV
     in the prefix cache at the end. eviction: None = all tokens stay as they are. fan_out: caches to be made from its
-    prefill, each with its eviction and its target; nothing is left of the request itself then.
+    prefill, each with its eviction and its target; nothing is left of the request itself then. root: the sequence that
+    reads the prompt, from which all others fork; it is the first of them but in a beam search.
     """
 
     def __init__(
@@ -146,7 +150,8 @@ class Request(StreamedRequest):
         self.fan_out_snapshots: list[KVSnapshot] = []
         self.readings: list[tuple[int, int]] = []  # of prefill_only: tokens that were read after each step, and all
         capacity = len(ids) + min(params.max_new_tokens, 4096)
-        self.sequences = [Sequence(self, 0, GrowableArray(np.int64, ids, capacity))]
+        self.root = Sequence(self, 0, GrowableArray(np.int64, ids, capacity))
+        self.sequences = [self.root]
         # Written by any thread, acted on by the engine between two steps.
         self.abort_reason: tuple[ov_genai.GenerationStatus, ov_genai.GenerationFinishReason] | None = None
 
@@ -159,7 +164,7 @@ class Request(StreamedRequest):
     @property
     def num_to_fork(self) -> int:
         """Sequences that it will have beside those it has."""
-        return max(self.params.num_return_sequences - len(self.sequences), 0)
+        return max(self.params.num_sequences - len(self.sequences), 0)
 
     @property
     def plan(self) -> CachePlan | None:
@@ -184,4 +189,4 @@ class Request(StreamedRequest):
     @property
     def prompt_ids(self) -> np.ndarray:
         """int64 (num_prompt_tokens,), a view."""
-        return self.sequences[0].ids[: self.num_prompt_tokens]
+        return self.root.ids[: self.num_prompt_tokens]

@@ -9,6 +9,7 @@ from typing import Any
 
 import openvino_genai as ov_genai
 
+from ov_kvcrush.core.beam_params import BeamParams
 from ov_kvcrush.errors import RequestError, did_you_mean, reason_of
 
 UNLIMITED = 2**64 - 1  # how GenerationConfig spells "not given" for its integers
@@ -64,7 +65,7 @@ class SamplingParams:
 
     max_new_tokens counts the tokens of each sequence; stop_token_ids are those of `end_tokens`; top_k = 0 means no
     limit. logprobs: log probabilities for each token, 0 = none, 1 = its own, more = of that many most probable tokens,
-    too. logit_bias: (token, what is added to its logit), -inf bans it.
+    too. logit_bias: (token, what is added to its logit), -inf bans it. beam: None = no beam search.
     """
 
     max_new_tokens: int
@@ -84,6 +85,7 @@ class SamplingParams:
     logprobs: int = 0
     num_return_sequences: int = 1
     logit_bias: tuple[tuple[int, float], ...] = ()
+    beam: BeamParams | None = None
 
     def __post_init__(self) -> None:
         rules = (
@@ -106,7 +108,11 @@ class SamplingParams:
         for name, holds, rule in rules:
             if not holds:
                 raise RequestError(f"{name} must be {rule}, got {getattr(self, name)!r}")
-        if self.num_return_sequences > 1 and self.is_greedy:
+        if self.beam and self.num_return_sequences > self.beam.num_beams:
+            raise RequestError(
+                f"num_return_sequences must be at most num_beams={self.beam.num_beams}, got {self.num_return_sequences}"
+            )
+        if self.num_return_sequences > 1 and self.is_greedy and not self.beam:
             raise RequestError(
                 f"num_return_sequences must be 1 for greedy decoding, got {self.num_return_sequences}; "
                 "set do_sample=True"
@@ -118,6 +124,11 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the most probable token is always taken: no sampling, or a temperature of 0."""
         return not self.do_sample or self.temperature == 0
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that run at the same time: beams, or those that are returned."""
+        return self.beam.num_beams if self.beam else self.num_return_sequences
 
     @property
     def changes_logits(self) -> bool:
@@ -161,6 +172,7 @@ class SamplingParams:
         else:
             wanted = room
         min_new = config.min_new_tokens
+        beam = BeamParams.from_config(config)
         return cls(
             max_new_tokens=min(wanted, room) if wanted >= 1 else wanted,
             min_new_tokens=min(min_new, room) if min_new <= max(wanted, 0) else min_new,
@@ -176,9 +188,10 @@ class SamplingParams:
             repetition_penalty=config.repetition_penalty,
             presence_penalty=config.presence_penalty,
             frequency_penalty=config.frequency_penalty,
-            logprobs=config.logprobs,
+            logprobs=min(config.logprobs, 1) if beam else config.logprobs,
             num_return_sequences=config.num_return_sequences,
             logit_bias=_checked_bias(logit_bias or {}, vocab_size),
+            beam=beam,
         )
 
 
@@ -247,11 +260,6 @@ def check_generation_config(config: ov_genai.GenerationConfig) -> None:
 
 def refuse_unsupported(config: ov_genai.GenerationConfig) -> None:
     """Raise RequestError for the first field that asks for a way of decoding which the crush engine does not have."""
-    if config.num_beams > 1:
-        raise RequestError(
-            f"num_beams must be 1 with engine='crush', got {config.num_beams}: it has no beam search yet; use "
-            "engine='genai'"
-        )
     if config.adapters is not None and config.adapters.get_adapters_and_alphas():
         raise RequestError(
             "adapters must be empty with engine='crush', got some: it has no LoRA yet; use engine='genai'"

@@ -29,6 +29,14 @@ class StopStringTracker:
         self.ends: list[int] = []  # length of `text` after each token
         self.match: tuple[int, int] | None = None  # begin and end of the stop string in `text`
 
+    def copy(self) -> StopStringTracker:
+        """An independent copy."""
+        twin = StopStringTracker(self._stops, self._decode)
+        twin._ids, twin.ends = self._ids.copy(), self.ends.copy()
+        twin._start, twin._settled, twin._shown = self._start, self._settled, self._shown
+        twin.text, twin.match = self.text, self.match
+        return twin
+
     def add(self, token: int) -> bool:
         """Take one more token; return whether a stop string is complete."""
         self._ids.append(token)

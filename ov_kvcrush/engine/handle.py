@@ -113,15 +113,17 @@ class GenerationHandle(Readable):
         """Token counts, moments and bytes of the request so far."""
         request = self.request
         first = request.sequences[0]
+        is_search = request.params.beam is not None
         return RequestStats(
             num_input_tokens=request.num_prompt_tokens,
             num_reused_tokens=request.num_reused_tokens,
             arrival=request.arrival,
-            token_times=[s.token_times for s in request.sequences],
+            token_times=[s.token_times for s in ([request.root] if is_search else request.sequences)],
             kv_bytes=request.peak_kv_bytes,
             kept_tokens=first.num_cached - self._state().num_evicted,
             plan=request.plan,
             steps=request.steps,
+            counts_steps=is_search,
         )
 
 

@@ -91,10 +91,10 @@ class InputProcessor:
         keeps_kv = params.keep_kv or self._config.enable_prefix_caching
         keep_kv = keeps_kv and params.context is None and not params.fan_out
         fan_out = self._fan_out(params, ids, targets)
-        if sampling.num_return_sequences > self._config.max_num_seqs:
+        if sampling.num_sequences > self._config.max_num_seqs:
+            field = "num_beams" if sampling.beam else "num_return_sequences"
             raise RequestError(
-                f"num_return_sequences must be at most max_num_seqs={self._config.max_num_seqs}, "
-                f"got {sampling.num_return_sequences}"
+                f"{field} must be at most max_num_seqs={self._config.max_num_seqs}, got {sampling.num_sequences}"
             )
         request = Request(request_id, ids, sampling, self._decode, keep_kv, eviction, params, fan_out, options)
         request.sequences[0].grammar = self._grammar(config, sampling)

@@ -18,6 +18,7 @@ from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.core.step import SchedulerOutput
 from ov_kvcrush.core.streamed_request import Status
 from ov_kvcrush.core.token_stream import Outputs
+from ov_kvcrush.engine.beams import Beams
 from ov_kvcrush.engine.grammar import masks as grammar_masks
 from ov_kvcrush.engine.sampler import Sampled, sample, sample_rows
 from ov_kvcrush.engine.scheduler import Scheduler
@@ -46,6 +47,7 @@ class OutputProcessor:
         self._requests = requests
         self._lock = lock
         self._own = own
+        self._beams = Beams(scheduler, cache)
         self._news: dict[Request, Outputs | None] = {}  # of this step; told when all else is done
         self._ended: list[Request] = []
 
@@ -55,7 +57,8 @@ class OutputProcessor:
         """Choose tokens and end what is complete. Returns the seconds that sampling took."""
         self._end_prefilled(step)
         start = time.perf_counter()
-        due = [(member, row) for sequence, row in self._due(step, logits) for member in self._members(sequence)]
+        rows = list(self._due(step, logits))
+        due = [(member, row) for sequence, row in rows for member in self._members(sequence)]
         chosen = []
         for (member, _), sampled in zip(due, self._sample(due), strict=True):
             try:
@@ -66,7 +69,14 @@ class OutputProcessor:
             except Exception as error:
                 self.fail(member, error)
         grammar_masks.advance(chosen)  # while all else happens, up to the next draw
+        searches = self._beams.take(((s, row) for s, row in rows if s.request.params.beam), start)
         sampling_s = time.perf_counter() - start
+        for sequence, broke in searches:
+            if broke:
+                self.fail(sequence, broke)
+            else:
+                self._end_search(sequence.request, FinishReason.LENGTH)
+                self.end_if_complete(sequence.request)
         for member in chosen:
             if member.is_finished:
                 self._retire(member)
@@ -121,8 +131,13 @@ class OutputProcessor:
             return [_sampled_alone(sequence, row) for sequence, row in due]
 
     def _members(self, sequence: Sequence) -> list[Sequence]:
-        """The sequences that take their next token from this row: all of a request's when its prompt is complete."""
+        """The sequences that take their next token from this row: all of a request's when its prompt is complete.
+
+        None for a row of a beam search.
+        """
         request = sequence.request
+        if request.params.beam:
+            return []
         wanted = request.params.num_return_sequences
         if sequence.num_generated or len(request.sequences) >= wanted:
             return [sequence]
@@ -177,9 +192,25 @@ class OutputProcessor:
             return
         if not isinstance(error, OutOfMemory):
             _log.warning("request %d failed: %r", sequence.request.request_id, error)
-        sequence.error = error
-        self.finish(sequence, FinishReason.LENGTH if isinstance(error, OutOfMemory) else FinishReason.STOP, keep=False)
+        reason = FinishReason.LENGTH if isinstance(error, OutOfMemory) else FinishReason.STOP
+        if sequence.request in self._beams:
+            sequence = self._end_search(sequence.request, reason, keep=False)[0]
+            sequence.error = error
+        else:
+            sequence.error = error
+            self.finish(sequence, reason, keep=False)
         self.end_if_complete(sequence.request)
+
+    def _end_search(
+        self, request: Request, reason: ov_genai.GenerationFinishReason, keep: bool = True
+    ) -> list[Sequence]:
+        """End a beam search with its answers, which callers are told at once; of its KV only the prompt's is kept."""
+        self._retire(request.root, keep)
+        answers = self._beams.end(request, reason)
+        for sequence in answers:
+            _settle(sequence)
+            self._tell(sequence)
+        return answers
 
     def _retire(self, sequence: Sequence, keep: bool = True) -> None:
         """Settle the answer of an ended sequence, keep its KV if the request wants that, free its memory."""
@@ -218,6 +249,7 @@ class OutputProcessor:
         self, request: Request, status: ov_genai.GenerationStatus, reason: EndReason, error: Exception | None = None
     ) -> None:
         request.end_reason, request.error = reason, error
+        self._beams.forget(request)
         request.status = status
         with self._lock:
             self._requests.pop(request.request_id, None)
@@ -237,6 +269,8 @@ class OutputProcessor:
                 self._end(request, Status.CANCEL, EndReason.TIMEOUT, error)
 
     def _finish_all(self, request: Request, reason: ov_genai.GenerationFinishReason, keep: bool) -> None:
+        if request in self._beams:
+            self._end_search(request, reason, keep)
         for sequence in request.sequences:
             if not sequence.is_finished:
                 self.finish(sequence, reason, keep)
@@ -246,7 +280,7 @@ class OutputProcessor:
         for request in requests:
             if request.is_finished:
                 continue
-            self._scheduler.remove(request.sequences)
+            self._scheduler.remove([request.root, *request.sequences])
             for sequence in request.sequences:
                 if not sequence.is_finished:
                     sequence.finish_reason = FinishReason.STOP

@@ -47,9 +47,18 @@ class Scheduler:
     def fork(self, parent: Sequence, index: int) -> Sequence:
         """A twin of a running sequence that shares its KV and runs from now on."""
         twin = parent.fork(index)
-        self._cache.fork(parent, twin)
-        self.running.append(twin)
+        self.join(parent, twin)
         return twin
+
+    def join(self, parent: Sequence, twin: Sequence) -> None:
+        """Have `twin`, which begins with the cached tokens of `parent`, share its KV, and run from now on."""
+        self._cache.fork(parent, twin)
+        twin.num_cached = parent.num_cached
+        self.running.insert(self.running.index(parent) + 1, twin)
+
+    def park(self, sequence: Sequence) -> None:
+        """A running sequence runs no more, but keeps its memory until it is removed."""
+        self.running.remove(sequence)
 
     def remove(self, sequences: Iterable[Sequence]) -> None:
         """Take sequences out, wherever they are, and give their memory back."""
@@ -184,28 +193,35 @@ class Scheduler:
             if num_tokens > _MIN_CHUNK:
                 num_tokens = max(num_tokens // 2, _MIN_CHUNK)
                 continue
-            victim = self._victim()
-            if victim is sequence and len(self.running) == 1:
+            victims = self._victims()
+            # A victim with planned rows keeps them: this one waits for the next step.
+            if any((row.sequence.replays or row.sequence) in victims for row in rows):
+                return 0
+            if sequence in victims and len(self.running) == len(victims):
                 unschedulable.append(sequence)
                 return 0
-            # A victim with planned rows keeps them: this one waits for the next step.
-            if any((row.sequence.replays or row.sequence) is victim for row in rows):
-                return 0
-            self._preempt(victim)
-            if victim is sequence:
+            self._preempt(victims)
+            if sequence in victims:
                 return 0
         rows.append(ScheduledTokens(sequence, num_tokens, sequence.samples and num_tokens == sequence.num_pending))
         return num_tokens
 
-    def _victim(self) -> Sequence:
-        """The last to arrive of the lowest priority."""
+    def _victims(self) -> list[Sequence]:
+        """The last to arrive of the lowest priority; with it all beams of its search, which go on together only."""
         lowest = min(s.request.options.priority for s in self.running)
-        return next(s for s in reversed(self.running) if s.request.options.priority == lowest)
+        last = next(s for s in reversed(self.running) if s.request.options.priority == lowest)
+        return [s for s in self.running if s.request is last.request] if last.request.params.beam else [last]
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, victims: list[Sequence]) -> None:
+        """Give up the KV of victims. Beams wait as the sequence that reads their prompt, which they share again."""
         self.num_preemptions += 1
-        self.running.remove(sequence)
-        self._cache.free(sequence)
-        sequence.num_cached = 0
-        sequence.held_logits = None
-        self.waiting.appendleft(sequence)
+        first = victims[0]
+        if first.request.params.beam:
+            first = first.request.root
+            first.request.sequences = [first]
+        self.running = [s for s in self.running if s not in victims]
+        for sequence in {first, *victims}:
+            self._cache.free(sequence)
+            sequence.num_cached = 0
+            sequence.held_logits = None
+        self.waiting.appendleft(first)

@@ -163,9 +163,8 @@ class GenaiBackend:
         config.stop_token_ids = set(ends)
         if self._eviction:
             self._eviction.check_request(ids.size, config)
-        if config.num_beams == 1:
-            # For its checks: openvino_genai has fewer.
-            SamplingParams.from_config(config, self._defaults, ids.size, _NO_LIMIT, self.vocab_size)
+        # For its checks: openvino_genai has fewer.
+        SamplingParams.from_config(config, self._defaults, ids.size, _NO_LIMIT, self.vocab_size)
         with self._lock:
             if request_id in self._requests:
                 raise RequestError(f"request_id must differ from those of running requests, got {request_id} again")

@@ -81,19 +81,20 @@ class PagedKVCache:
         return True
 
     def append_slots(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Add a block, or own the last one. Those of a prompt are there since it was allocated."""
+        """Add blocks, and own the last one that is there. Those of a prompt are there since it was allocated."""
         kv = self._kv[sequence]
-        needs_block = blocks_for(sequence.num_cached + num_tokens) > len(kv.blocks)
-        needs_copy = not needs_block and self.pool.is_shared(int(kv.blocks.view[-1]))
-        if not (needs_block or needs_copy):
+        num_new = max(blocks_for(sequence.num_cached + num_tokens) - len(kv.blocks), 0)
+        last = int(kv.blocks.view[-1])
+        is_written = len(kv.blocks) * BLOCK_SIZE > sequence.num_cached
+        written = last if is_written and self.pool.is_shared(last) else None
+        if not num_new and written is None:
             return True
-        written = None if needs_block else int(kv.blocks.view[-1])
-        if not self._make_room(int(needs_block), written):
+        if not self._make_room(num_new, written):
             return False
-        if needs_block:
-            kv.blocks.append(self.pool.allocate())
-        else:
+        if written is not None:
             self._own_last_block(sequence, kv)
+        for _ in range(num_new):
+            kv.blocks.append(self.pool.allocate())
         return True
 
     def _make_room(self, num_new: int, written: int | None) -> bool:

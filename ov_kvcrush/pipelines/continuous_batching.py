@@ -175,7 +175,7 @@ class ContinuousBatchingPipeline(PipelineBase):
         turn = self._turn(items)
         items = items if turn is None else [turn]
         configs = self._configs(generation_config, len(items), options)
-        if streamer is not None and (len(items) > 1 or configs[0].num_return_sequences > 1):
+        if streamer is not None and (len(items) > 1 or configs[0].num_return_sequences > 1 or configs[0].num_beams > 1):
             raise RequestError(f"streamer must be None for more than one sequence, got one for {len(items)} prompts")
         metrics = self._new_metrics()
         as_text = isinstance(items[0], (str, ov_genai.ChatHistory))

@@ -220,10 +220,11 @@ class LLMPipeline(PipelineBase):
         params: CacheParams,
         asked: RequestOptions,
     ) -> list[Handle]:
-        if streamer is not None and (len(rows) > 1 or config.num_return_sequences > 1):
+        num_sequences = max(config.num_return_sequences, config.num_beams)
+        if streamer is not None and (len(rows) > 1 or num_sequences > 1):
             raise RequestError(
                 f"streamer must be None for more than one sequence, got one for "
-                f"{len(rows)} prompts x {config.num_return_sequences} sequences"
+                f"{len(rows)} prompts x {num_sequences} {'beams' if config.num_beams > 1 else 'sequences'}"
             )
         caches = [self._resolve(params, ids) for ids in rows]
         return self._loop.run(rows, [config] * len(rows), streamer, metrics, caches, asked)

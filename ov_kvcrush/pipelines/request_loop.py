@@ -157,6 +157,9 @@ def add_run(metrics: PerfMetrics, handles: Sequence[Handle]) -> None:
         if stats.kept_tokens is not None:
             metrics.kept_tokens = (metrics.kept_tokens or 0) + stats.kept_tokens
         outputs = handle.outputs()
+        if stats.counts_steps:
+            times += stats.token_times
+            continue
         times += [own[: len(outputs[i].generated_ids)] if i == 0 else own for i, own in enumerate(stats.token_times)]
     metrics.add_tokens(min(arrivals), times)
     ordered = [seconds for _, seconds in sorted(steps.items())]
