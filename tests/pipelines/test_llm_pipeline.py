@@ -42,8 +42,8 @@ def pipe(shallow: Path) -> LLMPipeline:
 
 
 @pytest.fixture(params=["crush", "genai"], scope="module")
-def any_pipe(request: pytest.FixtureRequest, shallow: Path) -> LLMPipeline:
-    return LLMPipeline(shallow, engine=request.param)
+def any_pipe(request: pytest.FixtureRequest, smollm2: Path) -> LLMPipeline:
+    return LLMPipeline(smollm2, engine=request.param)
 
 
 @pytest.fixture(autouse=True)
