@@ -306,10 +306,11 @@ def test_request_that_loses_its_memory_while_it_is_read_again_begins_anew(
     tight = make_engine(tiny_ir("llama"), {**EXACT, "max_bytes": limit}, max_num_batched_tokens=32)
     was_replaying = []
 
-    def preempt(line: Any, then: Any = tight.scheduler._preempt) -> None:
+    def preempt(lines: list[Any], then: Any = tight.scheduler._preempt) -> None:
+        (line,) = lines
         replay = tight.cache.replay(line)
         was_replaying.append(replay is not None and replay.reader is not None)
-        then(line)
+        then(lines)
 
     monkeypatch.setattr(tight.scheduler, "_preempt", preempt)
     hungry = add(tight, 0, prompt(22), new_tokens=40)
