@@ -15,6 +15,7 @@ from native_stores import gaussian, require_native
 from ov_kvcrush import native
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.model.graph import products as products_of_graphs
 from ov_kvcrush.model.graph.compressed import read_linear
 from ov_kvcrush.model.graph.products import FEW_ROWS, use_few_row_products
 from ov_kvcrush.model.load import load_model
@@ -101,6 +102,37 @@ def test_steps_of_few_rows_are_ours_and_others_the_plugins() -> None:
             assert np.array_equal(hidden, expected)
             few = len(sampled) <= FEW_ROWS
             assert np.array_equal(logits, products[1].run(hidden[sampled]) if few else plugins_logits)
+
+
+def test_other_products_of_4_bits_are_ours_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of the same rows, which share the sums that their zero points need; one of 8 bits is left as it is."""
+    monkeypatch.setattr(products_of_graphs, "_LEAST_BYTES", 0)
+    rng = np.random.default_rng(5)
+    rests = [rng.uniform(-0.01, 0.01, (WIDTH, HIDDEN // 32)).astype(np.float32) for _ in range(2)]
+    weights = [random_weights(rng, 4, WIDTH, HIDDEN, 32) for _ in range(2)] + weights_of_a_model()[2:]
+
+    def of_shared_sums(x: ov.Node, nodes: list[ov.Node]) -> ov.Node:
+        grouped = ops.reshape(x, ops.constant(np.array([0, 0, HIDDEN // 32, 32], np.int64)), True)
+        sums = ops.reduce_sum(grouped, ops.constant(np.array([3], np.int64)), False)
+        query, key = (
+            ops.add(product(x, node), product(sums, ops.constant(rest)))
+            for node, rest in zip(nodes[:2], rests, strict=True)
+        )
+        return product(ops.multiply(query, key), nodes[2])
+
+    model = small_model(weights, of_shared_sums)
+    plugins = infer(small_model(weights, of_shared_sums))
+    products = rewritten(model)
+    assert [p.num_outputs for p in products] == [VOCABULARY, WIDTH, WIDTH]
+    run = infer(model)
+    for rows in (1, FEW_ROWS, FEW_ROWS + 1, 2):
+        x = gaussian(rng, rows, HIDDEN)
+        hidden, expected = run(x, [0])[1], plugins(x, [0])[1]
+        if rows > FEW_ROWS:
+            assert np.array_equal(hidden, expected)
+        else:  # inputs of both are rounded to 8 bits, but not alike
+            assert not np.array_equal(hidden, expected)
+            assert np.abs(hidden - expected).max() < 0.05 * np.abs(expected - x).max()
 
 
 def test_what_reads_something_of_an_mlp_leaves_it_as_it_is() -> None:

@@ -20,6 +20,9 @@ from ov_kvcrush.model.graph.compressed import Linear, constant_of, read_linear, 
 from ov_kvcrush.model.graph.rewrite import SAMPLED_ROWS, lm_head
 
 FEW_ROWS = 8  # of a step that our kernels compute
+# Of a product that stands alone: below, its call costs more than it saves. So does it with weights of 8 bits, which the
+# plugin reads at two thirds of the memory's speed; those of 4 bits it reads at an eighth (docs/weights.md).
+_LEAST_BYTES = 128 << 10
 
 
 class _Found(NamedTuple):
@@ -34,11 +37,13 @@ class _Found(NamedTuple):
 def use_few_row_products(model: ov.Model, library: str, max_bytes: int) -> tuple[native.Product, ...]:
     """Put CrushProduct behind MLPs and the LM head, for steps of at most FEW_ROWS rows; return the weights it reads.
 
-    An MLP is down(activation(gate(x)) * up(x)), with SiLU or GELU by its tanh. Whatever does not match stays as it is.
+    An MLP is down(activation(gate(x)) * up(x)), with SiLU or GELU by its tanh. Other products, the projections of
+    attention, are among them where their weights have 4 bits. Whatever does not match stays as it is.
     So does all of it where the weights have more than `max_bytes`. The graph needs what is returned alive. Comes after
     `gather_sampled_rows`. library: path of the native library, which is the extension.
     """
     found = [*_mlps(model), *_head(model)]
+    found += _projections(model, found)
     if not found or sum(linear.weights.nbytes for part in found for linear in part.linears) > max_bytes:
         return ()
     factory = NodeFactory("opset1")
@@ -48,23 +53,29 @@ def use_few_row_products(model: ov.Model, library: str, max_bytes: int) -> tuple
     behind = _behind(model, sampled)
     plain_rows = {p: _rows_above(p) for p in (sampled, parameters["input_ids"])}
     products = []
+    cuts: dict[tuple[str, int], ov.Node] = {}
     for part in found:
         is_sampled = part.x.get_node().get_friendly_name() in behind
         rows = plain_rows[sampled if is_sampled else parameters["input_ids"]]
-        products.append(_replace(part, rows, factory))
+        products.append(_replace(part, rows, factory, cuts))
     model.validate_nodes_and_infer_types()
     return tuple(products)
 
 
-def _replace(part: _Found, rows: ov.Node, factory: NodeFactory) -> native.Product:
+def _replace(part: _Found, rows: ov.Node, factory: NodeFactory, cuts: dict[tuple[str, int], ov.Node]) -> native.Product:
+    """cuts: slices of the rows that earlier parts begin with, one for each output that is sliced."""
     product = native.Product([linear.weights for linear in part.linears], part.activation)
-    zero, one = ops.constant(np.array([0], np.int64)), ops.constant(np.array([1], np.int64))
     inner = _between(part.x, part.out)
-    cut = ops.slice(part.x, zero, rows, one, zero)
-    for target in list(part.x.get_target_inputs()):
-        node = target.get_node()
-        if node.get_friendly_name() in inner and node != cut:
-            target.replace_source_output(cut.output(0))
+    readers = list(part.x.get_target_inputs())
+    key = _key(part.x)
+    if key not in cuts:
+        zero, one = ops.constant(np.array([0], np.int64)), ops.constant(np.array([1], np.int64))
+        cuts[key] = ops.slice(part.x, zero, rows, one, zero)
+    cut = cuts[key].get_friendly_name()
+    for target in readers:
+        name = target.get_node().get_friendly_name()
+        if name in inner and name != cut:
+            target.replace_source_output(cuts[key].output(0))
     targets = list(part.out.output(0).get_target_inputs())
     attributes = {"product": product.id, "width": product.num_outputs}
     crush = factory.create("CrushProduct", [part.x, part.out.output(0)], attributes)
@@ -135,6 +146,32 @@ def _head(model: ov.Model) -> list[_Found]:
     return []
 
 
+def _projections(model: ov.Model, found: list[_Found]) -> list[_Found]:
+    """Products with weights of 4 bits outside of what is found; those with the same rows may share sums of them."""
+    taken = {name for part in found for name in _between(part.x, part.out)}
+    by_rows: dict[tuple[str, int], list[Linear]] = {}
+    for product in model.get_ordered_ops():
+        if product.get_type_name() != "MatMul" or product.get_friendly_name() in taken:
+            continue
+        for node in (*users(product.output(0)), product):
+            linear = read_linear(node) if node.get_friendly_name() not in taken else None
+            if linear is not None:
+                taken.add(linear.out.get_friendly_name())  # it ends the product with the correction, too
+                if linear.weights.bits == 4 and linear.weights.nbytes >= _LEAST_BYTES:
+                    by_rows.setdefault(_key(linear.x), []).append(linear)
+                break
+    return [
+        _Found(linear.x, linear.out, (linear,))
+        for linears in by_rows.values()
+        if _is_closed(linears[0].x, *(linear.out for linear in linears))
+        for linear in linears
+    ]
+
+
+def _key(x: ov.Output) -> tuple[str, int]:
+    return x.get_node().get_friendly_name(), x.get_index()
+
+
 def _between(x: ov.Output, out: ov.Node) -> dict[str, ov.Node]:
     """The nodes that `out` is made by from x, by name."""
     nodes: dict[str, ov.Node] = {}
@@ -147,17 +184,18 @@ def _between(x: ov.Output, out: ov.Node) -> dict[str, ov.Node]:
     return nodes
 
 
-def _is_closed(x: ov.Output, out: ov.Node) -> bool:
-    """Whether all but `out` that depends on x is read on the way to `out` only, and rows of x are [rows, .., K]."""
+def _is_closed(x: ov.Output, *outs: ov.Node) -> bool:
+    """Whether all but `outs` that depends on x is read on the way to them only, and rows of x are [rows, .., K]."""
     shape = x.get_partial_shape()
     if shape.rank.is_dynamic or len(shape) != 3 or shape[0].is_static or shape[1] != ov.Dimension(1):
         return False
-    nodes = _between(x, out)
+    nodes = {name: node for out in outs for name, node in _between(x, out).items()}
+    ends = {out.get_friendly_name() for out in outs}
     depends = {target.get_node().get_friendly_name() for target in x.get_target_inputs()} & nodes.keys()
     waiting = list(depends)
     while waiting:
         node = nodes[waiting.pop()]
-        if node.get_friendly_name() == out.get_friendly_name():
+        if node.get_friendly_name() in ends:
             continue
         for user in (u for output in node.outputs() for u in users(output)):
             name = user.get_friendly_name()
