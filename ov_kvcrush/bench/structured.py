@@ -65,8 +65,9 @@ def measure(
     ratio = statistics.median(b / a for a, b in zip(*found, strict=True))
     print(f"TPOT without {tpot[0]:.1f} ms, with {tpot[1]:.1f} ms, ratio of the pairs {ratio:.3f} (median of {pairs})")
     print("ratios", " ".join(f"{b / a:.3f}" for a, b in zip(*found, strict=True)))
+    step_ms = tpot[1] * batch  # a step gives each request a token, and TPOT counts those of all
     for name, seconds in (("waited for masks", thread.wait_s - wait), ("masks, beside it", thread.work_s - work)):
-        print(f"{name}: {1000 * seconds / steps:.3f} ms a step, {100_000 * seconds / steps / tpot[1]:.2f} % of it")
+        print(f"{name}: {1000 * seconds / steps:.3f} ms a step, {100_000 * seconds / steps / step_ms:.2f} % of it")
 
 
 if __name__ == "__main__":
