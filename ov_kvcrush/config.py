@@ -131,12 +131,12 @@ class CacheConfig:
         Steps of more than four rows of a sequence read everything.
     attention: "crush" = the store; "paged" = OpenVINO's own PagedAttention, with none of the above; "auto" = "crush"
         where the native library is there, else "paged".
-    weights: how steps of up to eight rows read the compressed weights of MLPs and LM head (docs/weights.md): "packed" =
-        from a copy in the order in which our products read it, `LoadedModel.packed_bytes`; "plugin" = as OpenVINO does,
-        with no copy; "auto" = "packed" beside attention="crush" where the copy takes at most a quarter of the free
-        memory, unless OpenVINO is told not to quantise what weights are multiplied with
-        (DYNAMIC_QUANTIZATION_GROUP_SIZE=0). The model is loaded with them, so a pipeline made by `with_cache` has the
-        first's.
+    weights: how steps of up to eight rows read the compressed weights of MLPs, LM head and projections of 4 bits
+        (docs/weights.md): "packed" = from a copy in the order in which our products read it,
+        `LoadedModel.packed_bytes`; "plugin" = as OpenVINO does, with no copy; "auto" = "packed" beside
+        attention="crush" where the copy takes at most a quarter of the free memory, unless OpenVINO is told not to
+        quantise what weights are multiplied with (DYNAMIC_QUANTIZATION_GROUP_SIZE=0). The model is loaded with them, so
+        a pipeline made by `with_cache` has the first's.
     """
 
     key_precision: str = "u8"

@@ -11,7 +11,7 @@ from ov_kvcrush.errors import RequestError
 
 StopCriteria = ov_genai.StopCriteria
 
-_NO_LIMIT = 2**64 - 1  # how GenerationConfig spells "not given" for its integers
+UNLIMITED = 2**64 - 1  # how GenerationConfig spells "not given" for its integers
 
 
 @dataclass(frozen=True)
@@ -77,5 +77,5 @@ class BeamParams:
             diversity_penalty=config.diversity_penalty,
             length_penalty=config.length_penalty,
             stop_criteria=config.stop_criteria,
-            no_repeat_ngram_size=0 if config.no_repeat_ngram_size == _NO_LIMIT else config.no_repeat_ngram_size,
+            no_repeat_ngram_size=0 if config.no_repeat_ngram_size == UNLIMITED else config.no_repeat_ngram_size,
         )

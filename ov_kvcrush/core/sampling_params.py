@@ -9,10 +9,8 @@ from typing import Any
 
 import openvino_genai as ov_genai
 
-from ov_kvcrush.core.beam_params import BeamParams
+from ov_kvcrush.core.beam_params import UNLIMITED, BeamParams
 from ov_kvcrush.errors import RequestError, did_you_mean, reason_of
-
-UNLIMITED = 2**64 - 1  # how GenerationConfig spells "not given" for its integers
 
 MAX_LOGPROBS = 20  # for each token, as OpenAI's API has it
 MAX_BIAS = 100  # of a logit, as OpenAI's API has it

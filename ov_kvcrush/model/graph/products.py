@@ -35,7 +35,7 @@ class _Found(NamedTuple):
 
 
 def use_few_row_products(model: ov.Model, library: str, max_bytes: int) -> tuple[native.Product, ...]:
-    """Put CrushProduct behind MLPs and the LM head, for steps of at most FEW_ROWS rows; return the weights it reads.
+    """Put CrushProduct behind products of steps of at most FEW_ROWS rows, MLPs first; return the weights it reads.
 
     An MLP is down(activation(gate(x)) * up(x)), with SiLU or GELU by its tanh. Other products, the projections of
     attention, are among them where their weights have 4 bits. Whatever does not match stays as it is.
