@@ -9,6 +9,7 @@ import numpy as np
 
 from ov_kvcrush.core.eviction import NO_REPLAY_PROMPT, Choice, EvictionSpec, ReplayPrompt
 from ov_kvcrush.core.snapshot import KVSnapshot
+from ov_kvcrush.core.staged_prompt import StagedPrompt
 from ov_kvcrush.policies.base import Policy
 
 Span = tuple[int, int]  # [begin, end) of a prompt's tokens
@@ -26,11 +27,13 @@ class KVTarget(Protocol):
 class FanOut:
     """One of several caches that are made from one prefill: what `policy` keeps, in the store of `target`.
 
-    target: an engine; None = the one that prefills.
+    target: an engine; None = the one that prefills. asks: whether the prompt ends with its question, which says by
+    which profile plans are made.
     """
 
     policy: Policy
     target: KVTarget | None = None
+    asks: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class CacheParams:
     prefill_only: end when the prompt has its KV, without a token; implies return_snapshot.
     fan_out: caches that are made from the same prefill, `Handle.fan_out_snapshots`; needs prefill_only, and no
         snapshot of the request itself is left then.
+    return_staged: leave the prompt on its staging blocks, `Handle.staged`, and nothing else; needs prefill_only.
+    staged: such a prompt, which this one of a fan_out begins with and need not read.
     An engine takes spans only: `prompts.spans.resolve` turns texts into them.
     """
 
@@ -59,6 +64,8 @@ class CacheParams:
     return_snapshot: bool = False
     prefill_only: bool = False
     fan_out: tuple[FanOut, ...] = ()
+    return_staged: bool = False
+    staged: StagedPrompt | None = None
 
     @property
     def spans(self) -> tuple[Span, ...]:

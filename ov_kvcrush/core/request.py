@@ -14,6 +14,7 @@ from ov_kvcrush.core.growable import GrowableArray
 from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
 from ov_kvcrush.core.sampling_params import SamplingParams
 from ov_kvcrush.core.snapshot import KVSnapshot
+from ov_kvcrush.core.staged_prompt import StagedPrompt
 from ov_kvcrush.core.stop_strings import StopStringTracker
 from ov_kvcrush.core.streamed_request import Status, StreamedRequest
 from ov_kvcrush.core.token_counts import TokenCounts
@@ -118,7 +119,8 @@ class Request(StreamedRequest):
 
     ids: int64 (S,), checked by the engine before. decode: tokens -> text, for stop strings only. keep_kv: leave the KV
     in the prefix cache at the end. eviction: None = all tokens stay as they are. fan_out: caches to be made from its
-    prefill, each with its eviction and its target; nothing is left of the request itself then. root: the sequence that
+    prefill, each with its eviction and its target; nothing is left of the request itself then. staged: what it left on
+    staging blocks. root: the sequence that
     reads the prompt, from which all others fork; it is the first of them but in a beam search.
     """
 
@@ -144,7 +146,10 @@ class Request(StreamedRequest):
         self.eviction = eviction
         self.context = cache.context
         self.prefill_only = cache.prefill_only
-        self.returns_snapshot = (cache.return_snapshot or cache.prefill_only) and not fan_out
+        self.returns_staged = cache.return_staged
+        self.staged: StagedPrompt | None = None
+        self.staged_prefix = cache.staged
+        self.returns_snapshot = (cache.return_snapshot or cache.prefill_only) and not (fan_out or cache.return_staged)
         self.snapshot: KVSnapshot | None = None
         self.fan_out = fan_out
         self.fan_out_snapshots: list[KVSnapshot] = []

@@ -13,6 +13,7 @@ from ov_kvcrush.core.outputs import GenerationOutput, RequestStats
 from ov_kvcrush.core.reading import Readable
 from ov_kvcrush.core.request import FinishReason, Request, Sequence
 from ov_kvcrush.core.snapshot import KVSnapshot
+from ov_kvcrush.core.staged_prompt import StagedPrompt
 from ov_kvcrush.core.streamed_request import Status
 from ov_kvcrush.kvcache.manager import KVCacheManager
 
@@ -89,6 +90,11 @@ class GenerationHandle(Readable):
     def fan_out_snapshots(self) -> list[KVSnapshot]:
         """The caches made from its prefill, in the order of `CacheParams.fan_out`; the reader releases them."""
         return self.request.fan_out_snapshots
+
+    @property
+    def staged(self) -> StagedPrompt | None:
+        """The prompt on its staging blocks, of a request that was told to leave it there; the reader releases it."""
+        return self.request.staged
 
     def readings(self) -> Iterator[tuple[int, int]]:
         """After each step of reading the prompt: tokens that were read, and all; those of a second reading count again.

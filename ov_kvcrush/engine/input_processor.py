@@ -81,6 +81,7 @@ class InputProcessor:
         eviction = self._eviction(params, np.size(ids), plan)
         num_evicted = params.context.state.num_evicted if params.context else 0
         ids = self.check_prompt(ids, eviction, params.context)
+        self._check_staged(params, ids)
         check_spans(params.spans[: len(params.protect)], len(ids))
         eviction = _checked(eviction, params, len(ids))
         refuse_unsupported(config)
@@ -179,6 +180,25 @@ class InputProcessor:
             policy, protect, params.replay_prompt, num_tokens, context.base, context.base_kept, begun, plan
         )
 
+    def _check_staged(self, params: CacheParams, ids: np.ndarray) -> None:
+        """Raise RequestError for a prompt that cannot stay staged, or does not go on from the staged one."""
+        if params.return_staged:
+            if not params.prefill_only or params.fan_out or params.context is not None or params.staged is not None:
+                raise RequestError("return_staged must be of a prompt that is only read, got one for something else")
+            self._check_fits(ids)
+        if params.staged is not None:
+            if not params.fan_out:
+                raise RequestError("staged must be the start of a prompt with a fan_out, got one without")
+            if not params.staged.begins(ids):
+                raise RequestError("prompt must begin with the staged tokens and go on, got others")
+
+    def _check_fits(self, ids: np.ndarray) -> None:
+        if len(ids) > self._cache.staged_tokens:
+            raise RequestError(
+                f"prompt must fit into the staging blocks of {self._cache.staged_tokens} tokens to be read once for "
+                f"several policies, got {len(ids)} tokens; raise staging_bytes"
+            )
+
     def _fan_out(
         self, params: CacheParams, ids: np.ndarray, targets: Items[tuple[InputProcessor, KVTarget]]
     ) -> tuple[tuple[EvictionSpec | None, KVTarget], ...]:
@@ -187,14 +207,10 @@ class InputProcessor:
             return ()
         if not params.prefill_only or params.context is not None:
             raise RequestError("fan_out must be of a prompt that is only read, got a request for an answer")
-        if len(ids) > self._cache.staged_tokens:
-            raise RequestError(
-                f"prompt must fit into the staging blocks of {self._cache.staged_tokens} tokens to be read once for "
-                f"several policies, got {len(ids)} tokens; raise staging_bytes"
-            )
+        self._check_fits(ids)
         found = []
         for asked, (processor, target) in zip(params.fan_out, targets, strict=True):
-            plan = processor.plan_for(asked.policy, len(ids), asks=False)
+            plan = processor.plan_for(asked.policy, len(ids), asks=asked.asks)
             eviction = self._eviction(replace(params, policy=asked.policy), len(ids), plan)
             checked = _checked(eviction, params, len(ids))
             processor.check_prompt(ids, eviction)

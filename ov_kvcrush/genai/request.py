@@ -80,6 +80,7 @@ class GenaiHandle(Readable):
     kept_positions: None = None
     representative_positions: None = None
     snapshot: None = None
+    staged: None = None
     fan_out_snapshots: list[KVSnapshot] = []  # noqa: RUF012 - nothing is ever added
 
     request: GenaiRequest

@@ -18,10 +18,12 @@ class BlockPool:
     """Block ids 0 .. num_blocks-1 with a reference count each.
 
     A block that was used before is handed out before one that never was: memory is touched only when it is needed.
+    num_held: blocks that stay until `unhold`, whatever runs.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
+        self.num_held = 0
         self._ref_counts = np.zeros(num_blocks, np.int32)
         self._freed: list[int] = []
         self._num_touched = 0
@@ -52,6 +54,16 @@ class BlockPool:
         assert (self._ref_counts[blocks] > 0).all(), "share() of a free block"
         self._ref_counts[blocks] += 1
 
+    def hold(self, blocks: np.ndarray) -> None:
+        """Add an owner that no step takes away."""
+        self.share(blocks)
+        self.num_held += len(blocks)
+
+    def unhold(self, blocks: np.ndarray) -> None:
+        """Take that owner away."""
+        self.num_held -= len(blocks)
+        self.release(blocks)
+
     def is_shared(self, block: int) -> bool:
         """Whether `block` has more than one owner, and must be copied before it is written."""
         return self.num_owners(block) > 1
@@ -59,6 +71,10 @@ class BlockPool:
     def num_owners(self, block: int) -> int:
         """Owners of `block`."""
         return int(self._ref_counts[block])
+
+    def owners(self, blocks: np.ndarray) -> np.ndarray:
+        """int32: owners of each of `blocks`."""
+        return self._ref_counts[blocks]
 
     def freed_by(self, owners: Sequence[np.ndarray]) -> int:
         """Blocks that would be free if each of these owners gave its own back."""

@@ -106,13 +106,12 @@ class CrushKVCache:
 
     def allocate(self, sequence: Sequence) -> bool:
         """Promise bytes for all tokens, and give staging blocks where the prompt is fresh and fits the pool."""
-        num_blocks = blocks_for(len(sequence.ids))
         kv = self._reuse(sequence)
         if sequence.request.context and not kv:
             return False
-        staged = not kv and num_blocks <= self.staging.pool.num_blocks
+        staged = not kv and blocks_for(len(sequence.ids)) <= self.staging.pool.num_blocks
         num_replay_blocks = self._admission.replay_blocks_of(sequence) if staged else 0
-        if staged and num_blocks + num_replay_blocks > self.staging.pool.num_free:
+        if staged and not self.staging.has_room_for(sequence, num_replay_blocks):
             return False
         if not kv:
             plan = sequence.request.plan
@@ -125,7 +124,7 @@ class CrushKVCache:
             sequence.num_cached = 0
             return False
         if staged:
-            kv.blocks.extend(self.staging.allocate(num_blocks))
+            self.staging.stage(sequence, kv)
             self.store.attach_prefill(kv.store_id, kv.blocks.view, len(sequence.ids))
             if num_replay_blocks:
                 kv.replay = ReplayState(sequence, kv.blocks.view, self.staging.allocate(num_replay_blocks))
@@ -347,8 +346,9 @@ class CrushKVCache:
         del self._admission.prefilling[sequence]
         start = time.perf_counter()
         try:
-            if sequence.request.fan_out:
+            if sequence.request.fan_out or sequence.request.returns_staged:
                 commit_for_each(sequence, kv.blocks.view, lambda spec: self._choose(sequence, kv, spec, is_read=True))
+                self.staging.hold_if_asked(sequence, kv)
                 self._unstage(kv)
                 self.free(sequence)  # nothing is left of the request itself
                 self.policy_seconds += time.perf_counter() - start

@@ -20,12 +20,13 @@ class SequenceKV:
     """The KV of one sequence, from `allocate` to `free`.
 
     blocks: int32, in the order of tokens; of a prompt that is staged, or of a paged cache. store_id: of its tokens in
-    the store. free_slots: tokens that can be appended there as it is. state: what policies left. replay: while its
-    prompt is read a second time.
+    the store. num_shared: of the blocks, the first, which are a StagedPrompt's, too. free_slots: tokens that can be
+    appended there as it is. state: what policies left. replay: while its prompt is read a second time.
     """
 
     blocks: GrowableArray = field(default_factory=_no_blocks)
     store_id: int = -1
+    num_shared: int = 0
     free_slots: int = 0
     state: EvictionState = field(default_factory=EvictionState)
     replay: ReplayState | None = None

@@ -15,6 +15,7 @@ from ov_kvcrush.core.outputs import GenerationOutput, PipelineMetrics, RequestSt
 from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.request_options import RequestOptions
 from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
+from ov_kvcrush.core.staged_prompt import StagedPrompt
 from ov_kvcrush.policies.base import Policy
 
 
@@ -74,6 +75,9 @@ class Handle(Protocol):
 
     @property
     def fan_out_snapshots(self) -> list[KVSnapshot]: ...
+
+    @property
+    def staged(self) -> StagedPrompt | None: ...
 
     def readings(self) -> Iterator[tuple[int, int]]: ...
 

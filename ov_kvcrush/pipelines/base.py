@@ -6,6 +6,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,6 +19,7 @@ from ov_kvcrush.core.cache_params import CacheParams, Span
 from ov_kvcrush.core.outputs import GenerationOutput, KeptTokens, PipelineMetrics, StepSeconds
 from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.sampling_params import make_generation_config
+from ov_kvcrush.core.staged_prompt import StagedPrompt
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.model.converted import folder_of_gguf
 from ov_kvcrush.model.default import default_model_path
@@ -185,13 +187,16 @@ class PipelineBase:
         pipelines: Sequence[PipelineBase] | None = None,
         head: int = 0,
         progress: Progress | None = None,
+        staged: StagedPrompt | None = None,
+        asks: bool = False,
     ) -> list[Context]:
         """Contexts of the same tokens int64 (S,), prefilled once: one of each policy. Questions are token ids, too.
 
         For comparing policies: the prompt's full cache is computed once, and read a second time once if a policy wants
         that. pipelines: for each policy the one whose context it makes, this one or one made by `with_cache`; None =
         this one for all. Every context is what its pipeline would have made alone; policies that are equal choose once
-        for all precisions. head: tokens at the front that stay in any case.
+        for all precisions. head: tokens at the front that stay in any case. staged: what `stage_ids` made of the first
+        tokens, which are not read again. asks: whether the tokens end with their question.
         Raises as `compress`, and RequestError where policies want different second readings, for a text longer than the
         staging blocks, and for a pipeline on another model. OutOfMemory where one store has no room: then nothing is
         left in any.
@@ -205,7 +210,15 @@ class PipelineBase:
             if not isinstance(pipeline, PipelineBase):
                 raise RequestError(f"pipelines must be pipelines, got {type(pipeline).__name__}")
         targets = [pipeline._compressor for pipeline in chosen]
-        return self._compressor.compress_ids(ids, policies, targets, head, progress)
+        return self._compressor.compress_ids(ids, policies, targets, head, progress, staged, asks)
+
+    def stage_ids(self, ids: np.ndarray, progress: Progress | None = None) -> AbstractContextManager[StagedPrompt]:
+        """Tokens int64 (S,) read once, which stay as they were computed while the context is open.
+
+        For many prompts that begin alike: `compress_ids` of longer ones on this pipeline reads what follows only, and
+        makes what it would have made of the whole. Raises as `compress_ids`.
+        """
+        return self._compressor.stage_ids(ids, progress)
 
     @visiting
     def answer_each(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ov_kvcrush.contexts.context import Context, Progress, context_policy
 from ov_kvcrush.core.cache_params import CacheParams, FanOut
 from ov_kvcrush.core.eviction import NO_REPLAY_PROMPT, ReplayPrompt
 from ov_kvcrush.core.perf_metrics import PerfMetrics
+from ov_kvcrush.core.staged_prompt import StagedPrompt
 from ov_kvcrush.pipelines.backend import Backend
 from ov_kvcrush.pipelines.request_loop import RequestLoop
 from ov_kvcrush.policies.base import Policy
@@ -83,6 +85,16 @@ class ContextCompressor:
         self._compressed[key] = context
         return context
 
+    @contextmanager
+    def stage_ids(self, ids: np.ndarray, progress: Progress | None) -> Iterator[StagedPrompt]:
+        """See PipelineBase.stage_ids."""
+        staged = self._loop.prefill(ids, CacheParams(KeepAll(), prefill_only=True, return_staged=True), progress).staged
+        assert staged is not None
+        try:
+            yield staged
+        finally:
+            self.backend.thread.call(staged.release)
+
     def compress_ids(
         self,
         ids: np.ndarray,
@@ -90,6 +102,8 @@ class ContextCompressor:
         targets: Sequence[ContextCompressor],
         head: int,
         progress: Progress | None,
+        staged: StagedPrompt | None = None,
+        asks: bool = False,
     ) -> list[Context]:
         """See PipelineBase.compress_ids. targets: who owns the context of each policy."""
         prompts = (prompt for policy in policies if (prompt := self._replay_prompt_for(policy)) is not NO_REPLAY_PROMPT)
@@ -98,7 +112,11 @@ class ContextCompressor:
             system=(0, head) if head else None,
             replay_prompt=next(prompts, NO_REPLAY_PROMPT),
             prefill_only=True,
-            fan_out=tuple(FanOut(p, t.backend) for p, t in zip(policies, targets, strict=True)),  # type: ignore[arg-type]
+            fan_out=tuple(
+                FanOut(p, t.backend, asks)  # type: ignore[arg-type]
+                for p, t in zip(policies, targets, strict=True)
+            ),
+            staged=staged,
         )
         handle = self._loop.prefill(ids, params, progress)
         content = ContextText(self._tokenizer.decode(ids.tolist()))

@@ -121,7 +121,8 @@ class RequestLoop:
                 if progress:
                     progress(num_read, total)
             handle.wait()
-            num_made = len(handle.fan_out_snapshots) if params.fan_out else handle.snapshot is not None
+            single = handle.staged if params.return_staged else handle.snapshot
+            num_made = len(handle.fan_out_snapshots) if params.fan_out else single is not None
             if num_made == max(len(params.fan_out), 1) and not handle.was_told_to_end:
                 return handle
             if isinstance(handle.error, OutOfMemory):
@@ -140,6 +141,8 @@ class RequestLoop:
             for snapshot in (handle.snapshot, *handle.fan_out_snapshots):
                 if snapshot is not None:
                     snapshot.release()
+            if handle.staged is not None:
+                self._backend.thread.call(handle.staged.release)
 
 
 def add_run(metrics: PerfMetrics, handles: Sequence[Handle]) -> None:

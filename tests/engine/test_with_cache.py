@@ -416,3 +416,62 @@ def test_text_that_is_longer_than_the_staging_blocks_is_refused(folder: Path) ->
     with pytest.raises(CrushError, match=r"to be read once for several policies, got 230 tokens; raise staging_bytes"):
         pipe.compress_ids(IDS, POLICIES[:2])
     assert_nothing_left(pipe)
+
+
+# -- prompts that begin alike are read once ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_staged", [200, 192, 31])
+def test_what_follows_a_staged_prompt_is_what_the_whole_would_be(num_staged: int, pipe: LLMPipeline) -> None:
+    beside = pipe.with_cache(U4)
+    homes = [beside, pipe] * 2 + [beside]
+    tails = [np.random.default_rng(seed).integers(0, 256, length) for seed, length in enumerate((30, 1, 90))]
+    with pipe.stage_ids(IDS[:num_staged]) as staged:
+        assert nbytes(pipe) == 0
+        for tail in tails:
+            ids = np.concatenate([IDS[:num_staged], tail])
+            with counted_steps([pipe]) as steps:
+                made = pipe.compress_ids(ids, POLICIES, pipelines=homes, head=5, staged=staged)
+            with counted_steps([pipe]) as steps_of_all:
+                expected = pipe.compress_ids(ids, POLICIES, pipelines=homes, head=5)
+            assert num_staged < 100 or steps < steps_of_all  # which have 96 rows at most
+            assert list(map(positions, made)) == list(map(positions, expected))
+            assert [c.nbytes for c in made] == [c.nbytes for c in expected]
+            for one, other, home in zip(made, expected, homes, strict=True):
+                assert answers(home, [one]) == answers(home, [other])
+            for context in (*made, *expected):
+                context.close()
+    assert_nothing_left(beside)
+
+
+def test_a_staged_prompt_that_was_released_is_read_again(pipe: LLMPipeline) -> None:
+    with pipe.stage_ids(IDS[:100]) as staged:
+        pass
+    assert memory_of(pipe).staging.pool.num_used == 0
+    made, expected = (pipe.compress_ids(IDS, POLICIES[:2], staged=one) for one in (staged, None))
+    assert list(map(positions, made)) == list(map(positions, expected))
+    for context in (*made, *expected):
+        context.close()
+
+
+def test_nobody_waits_for_blocks_that_are_held(folder: Path) -> None:
+    pipe = make_pipe(folder, {"staging_bytes": 12 * BLOCK})
+    with pipe.stage_ids(IDS):
+        with pytest.raises(OutOfMemory):
+            pipe.compress_ids(IDS[::-1].copy(), POLICIES[:2])
+        pipe.compress_ids(IDS[:30], POLICIES[:2])
+    (context,) = pipe.compress_ids(IDS[::-1].copy(), POLICIES[:1])
+    context.close()
+    assert_nothing_left(pipe)
+
+
+def test_a_prompt_must_go_on_from_what_is_staged(pipe: LLMPipeline, folder: Path) -> None:
+    with pipe.stage_ids(IDS[:100]) as staged:
+        for ids in (IDS[:100], IDS[1:], IDS[:50]):
+            with pytest.raises(CrushError, match="prompt must begin with the staged tokens and go on"):
+                pipe.compress_ids(ids, POLICIES[:1], staged=staged)
+    with (
+        pytest.raises(CrushError, match="must fit into the staging blocks"),
+        make_pipe(folder, {"staging_bytes": 4 * BLOCK}).stage_ids(IDS),
+    ):
+        pass

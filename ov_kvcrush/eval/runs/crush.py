@@ -17,6 +17,7 @@ import numpy as np
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.contexts.context import Context
 from ov_kvcrush.core.sampling_params import model_end_tokens
+from ov_kvcrush.core.staged_prompt import StagedPrompt
 from ov_kvcrush.engine.draw import log_softmax_at
 from ov_kvcrush.eval.benchmarks.items import Task
 from ov_kvcrush.eval.likelihood.divergence import Reference, log_softmax
@@ -29,6 +30,7 @@ from ov_kvcrush.pipelines.llm import LLMPipeline
 from ov_kvcrush.policies.base import Replay
 
 BATCH = 96  # sequences that are answered together
+AWARE_BATCH = 16  # questions that are answered together where each has caches of its own
 MOST_ROWS = 64  # of an answer, along which caches are compared
 REFERENCE_TOKENS = 128  # of a reference whose loss is measured, the first ones
 
@@ -88,28 +90,49 @@ class CrushRuns:
     def answer(self, prompts: ItemPrompts, task: Task, planned: Sequence[Planned]) -> Iterator[Answer]:
         """Answers to all questions of an item under settings of one query."""
         if planned[0].setting.query == "agnostic":
-            yield from self._ask(task, prompts.ids, prompts.head, [_Asked(a, a.ids) for a in prompts.asked], planned)
+            with ExitStack() as stack:
+                caches = self._compress(prompts.ids, prompts.head, planned, stack)
+                yield from self._ask(task, [(caches, _Asked(asked, asked.ids)) for asked in prompts.asked])
             return
-        for asked in prompts.asked:  # the policy sees all but the last token, which begins the answer
-            context = np.concatenate([prompts.ids, asked.ids[:-1]])
-            yield from self._ask(task, context, prompts.head, [_Asked(asked, asked.ids[-1:])], planned)
+        with ExitStack() as staging:
+            # Where several questions follow a context it is read once for all.
+            shares = len(prompts.asked) > 1
+            staged = staging.enter_context(self._reader.stage_ids(prompts.ids)) if shares else None
+            for begin in range(0, len(prompts.asked), AWARE_BATCH):
+                with ExitStack() as stack:
+                    asked = []
+                    for one in prompts.asked[begin : begin + AWARE_BATCH]:
+                        # The policy sees all but the last token, which begins the answer.
+                        ids = np.concatenate([prompts.ids, one.ids[:-1]])
+                        caches = self._compress(
+                            ids, prompts.head, planned, stack, staged if len(one.ids) > 1 else None, asks=True
+                        )
+                        asked.append((caches, _Asked(one, one.ids[-1:])))
+                    yield from self._ask(task, asked)
 
-    def _ask(
-        self, task: Task, context: np.ndarray, head: int, asked: Sequence[_Asked], planned: Sequence[Planned]
-    ) -> Iterator[Answer]:
-        with ExitStack() as stack:
-            caches = self._compress(context, head, planned, stack)
-            full = min((c for c in caches if _is_full(c.planned)), key=lambda c: -bits(c.planned.setting.precisions))
-            written = self._write(task, caches, full, asked)
-            found = {key: self._answer(task, *key_of, written) for key, key_of in _pairs(caches, asked).items()}
-            for one in asked:
-                if self._compares or task.is_compared:
-                    self._compare(caches, full, one, written[full.key, one.prompt.index].ids, found)
-                if one.prompt.forced:
-                    self._force(task, caches, one, found)
+    def _ask(self, task: Task, asked: Sequence[tuple[list[_Cache], _Asked]]) -> Iterator[Answer]:
+        """Answers to questions, each on the caches of its context."""
+        found: dict[Key, Answer] = {}
+        written = self._write(task, asked)
+        for caches, one in asked:
+            full = _full(caches)
+            found |= {(cache.key, one.prompt.index): self._answer(task, cache, one, written) for cache in caches}
+            if self._compares or task.is_compared:
+                self._compare(caches, full, one, written[full.key, one.prompt.index].ids, found)
+            if one.prompt.forced:
+                self._force(task, caches, one, found)
         yield from found.values()
 
-    def _compress(self, ids: np.ndarray, head: int, planned: Sequence[Planned], stack: ExitStack) -> list[_Cache]:
+    def _compress(
+        self,
+        ids: np.ndarray,
+        head: int,
+        planned: Sequence[Planned],
+        stack: ExitStack,
+        staged: StagedPrompt | None = None,
+        *,
+        asks: bool = False,
+    ) -> list[_Cache]:
         """A context of each setting, closed with `stack`. Each way of replaying a prompt is a prefill."""
         replays = [p.policy.inputs.replay if p.policy.evicts else None for p in planned]
         second: list[Replay | None] = [*dict.fromkeys(replay for replay in replays if replay is not None)] or [None]
@@ -117,27 +140,29 @@ class CrushRuns:
         for replay in second:
             now = [p for p, own in zip(planned, replays, strict=True) if (second[0] if own is None else own) == replay]
             homes = [self._pipelines[cache_of(p.setting)] for p in now]
-            contexts = self._reader.compress_ids(ids, [p.policy for p in now], pipelines=homes, head=head)
+            policies = [p.policy for p in now]
+            contexts = self._reader.compress_ids(ids, policies, pipelines=homes, head=head, staged=staged, asks=asks)
             for p, context, home in zip(now, contexts, homes, strict=True):
                 made[p.setting.key] = _Cache(p, stack.enter_context(context), home)
         return [made[p.setting.key] for p in planned]
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
-    def _write(
-        self, task: Task, caches: Sequence[_Cache], full: _Cache, asked: Sequence[_Asked]
-    ) -> dict[Key, _Written]:
+    def _write(self, task: Task, asked: Sequence[tuple[list[_Cache], _Asked]]) -> dict[Key, _Written]:
         """What is written: by the full cache alone where answers are chosen, or not scored."""
         written: dict[Key, _Written] = {}
-        for home in dict.fromkeys(cache.pipeline for cache in caches):
-            for length in dict.fromkeys(one.prompt.question.max_new_tokens for one in asked):
+        wanted = [
+            (cache, one)
+            for caches, one in asked
+            for cache in caches
+            if cache is _full(caches) or not (one.prompt.forced or task.is_compared)
+        ]
+        for home in dict.fromkeys(cache.pipeline for cache, _ in wanted):
+            for length in dict.fromkeys(one.prompt.question.max_new_tokens for _, one in wanted):
                 same = [
                     (cache, one)
-                    for cache in caches
-                    for one in asked
-                    if cache.pipeline is home
-                    and one.prompt.question.max_new_tokens == length
-                    and (cache is full or not (one.prompt.forced or task.is_compared))
+                    for cache, one in wanted
+                    if cache.pipeline is home and one.prompt.question.max_new_tokens == length
                 ]
                 for begin in range(0, len(same), BATCH):
                     batch = same[begin : begin + BATCH]
@@ -203,12 +228,13 @@ def likeliest(choices: Sequence[str], logprobs: Sequence[float]) -> str:
     return max(zip(choices, logprobs, strict=True), key=lambda pair: pair[1] / len(pair[0].encode()))[0]
 
 
+def _full(caches: Sequence[_Cache]) -> _Cache:
+    """The most precise full cache."""
+    return min((c for c in caches if _is_full(c.planned)), key=lambda c: -bits(c.planned.setting.precisions))
+
+
 def _is_full(planned: Planned) -> bool:
     return planned.setting.policy == FULL and planned.setting.recall_tokens is None
-
-
-def _pairs(caches: Sequence[_Cache], asked: Sequence[_Asked]) -> dict[Key, tuple[_Cache, _Asked]]:
-    return {(cache.key, one.prompt.index): (cache, one) for cache in caches for one in asked}
 
 
 def _tail(name: Any, cache: _Cache, tokens: np.ndarray, skip: int) -> Tail:
