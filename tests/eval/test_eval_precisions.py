@@ -114,7 +114,7 @@ def test_stopped_run_of_precisions_ends_as_one_that_was_not(answer: Answer, toge
 
 
 def test_each_context_is_read_once_for_all_precisions(answer: Answer, tmp_path: Path) -> None:
-    """Policies that want another second reading have a reading of their own."""
+    """Policies that want another second reading have one of their own; one more is shared by questions they see."""
     reads: list[int] = []
     then: Any = RequestLoop.prefill
     loads: list[Path] = []
@@ -133,5 +133,6 @@ def test_each_context_is_read_once_for_all_precisions(answer: Answer, tmp_path: 
         patch.setattr(LLMPipeline, "__init__", load)
         answer(tmp_path, plan_of(*PRECISIONS))
     contexts = sum(len(item.questions) + 1 for item in ITEMS)
-    assert reads == [3 * len(PRECISIONS), len(PRECISIONS)] * contexts
+    assert [read for read in reads if read] == [3 * len(PRECISIONS), len(PRECISIONS)] * contexts
+    assert reads.count(0) == sum(len(item.questions) > 1 for item in ITEMS) > 0
     assert len(loads) == 1

@@ -58,6 +58,9 @@ class _Asked:
     ids: np.ndarray
 
 
+_Group = tuple[list[_Cache], list[_Asked]]  # questions that are asked of the same caches
+
+
 class _Written(NamedTuple):
     text: str
     ids: list[int]
@@ -92,7 +95,7 @@ class CrushRuns:
         if planned[0].setting.query == "agnostic":
             with ExitStack() as stack:
                 caches = self._compress(prompts.ids, prompts.head, planned, stack)
-                yield from self._ask(task, [(caches, _Asked(asked, asked.ids)) for asked in prompts.asked])
+                yield from self._ask(task, [(caches, [_Asked(asked, asked.ids) for asked in prompts.asked])])
             return
         with ExitStack() as staging:
             # Where several questions follow a context it is read once for all.
@@ -100,28 +103,28 @@ class CrushRuns:
             staged = staging.enter_context(self._reader.stage_ids(prompts.ids)) if shares else None
             for begin in range(0, len(prompts.asked), AWARE_BATCH):
                 with ExitStack() as stack:
-                    asked = []
+                    asked: list[_Group] = []
                     for one in prompts.asked[begin : begin + AWARE_BATCH]:
                         # The policy sees all but the last token, which begins the answer.
                         ids = np.concatenate([prompts.ids, one.ids[:-1]])
                         caches = self._compress(
                             ids, prompts.head, planned, stack, staged if len(one.ids) > 1 else None, asks=True
                         )
-                        asked.append((caches, _Asked(one, one.ids[-1:])))
+                        asked.append((caches, [_Asked(one, one.ids[-1:])]))
                     yield from self._ask(task, asked)
 
-    def _ask(self, task: Task, asked: Sequence[tuple[list[_Cache], _Asked]]) -> Iterator[Answer]:
-        """Answers to questions, each on the caches of its context."""
-        found: dict[Key, Answer] = {}
-        written = self._write(task, asked)
-        for caches, one in asked:
+    def _ask(self, task: Task, groups: Sequence[_Group]) -> Iterator[Answer]:
+        """Answers to questions, those of each group on the same caches."""
+        written = self._write(task, groups)
+        for caches, asked in groups:
             full = _full(caches)
-            found |= {(cache.key, one.prompt.index): self._answer(task, cache, one, written) for cache in caches}
-            if self._compares or task.is_compared:
-                self._compare(caches, full, one, written[full.key, one.prompt.index].ids, found)
-            if one.prompt.forced:
-                self._force(task, caches, one, found)
-        yield from found.values()
+            found = {(c.key, one.prompt.index): self._answer(task, c, one, written) for c in caches for one in asked}
+            for one in asked:
+                if self._compares or task.is_compared:
+                    self._compare(caches, full, one, written[full.key, one.prompt.index].ids, found)
+                if one.prompt.forced:
+                    self._force(task, caches, one, found)
+            yield from found.values()
 
     def _compress(
         self,
@@ -148,13 +151,14 @@ class CrushRuns:
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
-    def _write(self, task: Task, asked: Sequence[tuple[list[_Cache], _Asked]]) -> dict[Key, _Written]:
+    def _write(self, task: Task, groups: Sequence[_Group]) -> dict[Key, _Written]:
         """What is written: by the full cache alone where answers are chosen, or not scored."""
         written: dict[Key, _Written] = {}
         wanted = [
             (cache, one)
-            for caches, one in asked
+            for caches, asked in groups
             for cache in caches
+            for one in asked
             if cache is _full(caches) or not (one.prompt.forced or task.is_compared)
         ]
         for home in dict.fromkeys(cache.pipeline for cache, _ in wanted):
