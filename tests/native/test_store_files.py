@@ -10,7 +10,19 @@ import pytest
 from covering import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_stores import PRECISIONS, Array, Cache, flat, gaussian, keys_values, layer, require_native, some_precisions
+from native_stores import (
+    ISAS,
+    PRECISIONS,
+    Array,
+    Cache,
+    Span,
+    flat,
+    gaussian,
+    keys_values,
+    layer,
+    require_native,
+    some_precisions,
+)
 
 from ov_kvcrush import native
 from reference import codec as reference
@@ -231,6 +243,47 @@ def test_the_limit_holds_and_failures_leave_nothing() -> None:
     assert tight.store.nbytes == 0
 
 
+def unrotated(cache: Cache, seq: int, num_tiles: int) -> tuple[Array, Array]:
+    """A dump of one head, D = 32, u8/u2, as it was written before values u2 were rotated: without the flag."""
+    heads, tiles = cache.store.dump(seq)
+    size = 8 + 32 * 32 + 2 * 64 + 32 * 32 // 4 + 2 * 64  # of the record of a full tile
+    kinds = slice(2, size * num_tiles, size)
+    assert (tiles[kinds] == 2).all()
+    return heads, changed(tiles, kinds, 0)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_files_of_before_values_were_rotated_are_read_as_they_were_meant(isa: str) -> None:
+    """Their tiles stay as they are, through forks and further files, beside ones that are rotated."""
+    rng = np.random.default_rng(14)
+    options = {"key": "u8", "value": "u2", "group_size": 32, "isa": isa}
+    cache, other = Cache(layer(4, 1, 32), **options), Cache(layer(4, 1, 32), **options)
+    seq = cache.new(rng, 200)
+    old = unrotated(cache, seq, 5)
+    twin = other.store.load(*old)
+    k, v, positions = cache.tokens(seq, 0, 0)
+    back_k, back_v, back_positions = other.tokens(twin, 0, 0)
+    np.testing.assert_array_equal(back_k, k)
+    np.testing.assert_array_equal(back_positions, positions)
+    np.testing.assert_allclose(back_v[:160], reference.rotate(v[:160]), rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(back_v[160:], v[160:])
+    np.testing.assert_array_equal(other.store.dump(other.store.fork(twin))[1], old[1])
+
+    other.append(twin, rng, 100, 200)
+    other.store.quantize_aged(twin)
+    kept = np.concatenate([np.arange(64), np.arange(70, 300)])
+    other.store.compact(twin, *flat([kept]))
+    np.testing.assert_array_equal(other.store.read(twin, 0, 0)[1][:64], back_v[:64])
+    for first in (100, 150, 297):  # rows that see only old tiles, and ones of each kind
+        q = gaussian(rng, 3, 4 * 32)
+        spans: list[Span] = [(twin, 0, 3, first)]
+        expected = other.attention(0, spans, q)
+        atol = 1e-4 * float(np.abs(expected).max()) + other.rounding(0, spans, q)
+        np.testing.assert_allclose(other.store.attend(0, spans, q), expected, rtol=0, atol=atol)
+    again = other.store.load(*other.store.dump(twin))
+    assert_same(other, other.store.fork(twin), other, again, rng)
+
+
 # -- damage ------------------------------------------------------------------------------------------------------------
 
 
@@ -274,6 +327,7 @@ def test_wrong_numbers_of_a_head_are_named(column: int, value: int, message: str
         (1, 255, r"value codec of a tile must be in 0\.\.5, got 255"),
         (0, 0, "must"),  # one of another size: what follows is no tile
         (2, 200, "kind of a tile must be"),
+        (2, 2, r"kind of a tile must be in 0\.\.1, got 2"),  # rotated, which values u8 are not
         (3, 3, "bytes of a position must be 0, 1, 2 or 4, got 3"),
         (7, 0x80, "positions must be at least 0 and below 90"),
         (4, 89, "positions must be at least 0 and below 90, got 90"),

@@ -88,16 +88,34 @@ def round_trip(x: Array, precision: str) -> Array:
     return (minimum + codes.astype(np.float32) * scale).astype(np.float32)
 
 
+def rotate(x: Array) -> Array:
+    """The orthonormal Walsh-Hadamard transform of each block of channels of float32 `x` (n, D): its own inverse.
+
+    A block has as many channels as the largest power of two that divides D.
+    """
+    n, head_size = x.shape
+    block, half = head_size & -head_size, 1
+    while half < block:
+        low, high = np.moveaxis(x.reshape(n, -1, 2, half), 2, 0)
+        x = np.stack([low + high, low - high], axis=2).reshape(n, head_size)
+        half *= 2
+    return x * np.float32(block**-0.5)
+
+
 def encode_decode(key: str, value: str, group_size: int, k: Array, v: Array) -> tuple[Array, Array]:
     """Keys and values (n, D) of one tile, n <= 32, there and back.
 
-    Quantised keys share a scale per channel, quantised values per token and group of `group_size` channels.
+    Quantised keys share a scale per channel, quantised values per token and group of `group_size` channels. Values u2
+    are rotated before, and back behind it.
     """
     n, head_size = k.shape
     back_k = round_trip(k.T, key).T
     if value not in QUANTISED:
         return back_k, round_trip(v, value)
-    return back_k, round_trip(v.reshape(n, head_size // group_size, group_size), value).reshape(n, head_size)
+    if value == "u2":
+        v = rotate(np.clip(v.astype(np.float32), -F16_MAX, F16_MAX))
+    back_v = round_trip(v.reshape(n, head_size // group_size, group_size), value).reshape(n, head_size)
+    return back_k, rotate(back_v) if value == "u2" else back_v
 
 
 def tile_bytes(

@@ -8,6 +8,7 @@
 // there costs more.
 #include "kernels/amx_digits.hpp"
 #include "kernels/forward.hpp"
+#include "kernels/hadamard.hpp"
 #include "kernels/visibility.hpp"
 
 namespace crush {
@@ -67,6 +68,7 @@ public:
         for (int i = 0; i < n; ++i)
             if (tiles[i].masked) mask<I>(tiles[i], rows, rows_, scores_[0] + i * TILE);
         softmax(n * TILE);
+        Hadamard<I>::turn_sums(args_, *tiles[0].layout);
         add_values(tiles, n, prefetcher);
     }
 

@@ -2,6 +2,7 @@
 // functions would be compiled for this instruction set and might be linked into code for others.
 #pragma once
 
+#include "kernels/hadamard.hpp"
 #include "kernels/visibility.hpp"
 
 namespace crush {
@@ -292,6 +293,7 @@ struct AttendImpl {
             }
             for (int i = 0, end; i < n; i = end) {
                 for (end = i + 1; end < n && chunk[end].layout == chunk[i].layout;) ++end;
+                Hadamard<I>::turn_sums(a, *chunk[i].layout);
                 values<R>(chunk + i, end - i, s + i * TILE, i == 0 ? keep : one, a.acc, prefetcher);
             }
             n = num_next;

@@ -8,6 +8,7 @@
 // one number at a time; from memory 670 and 920, without prefetches 1100. docs/kv_store.md has more figures.
 #pragma once
 
+#include "kernels/hadamard.hpp"
 #include "kernels/pair_sums.hpp"
 #include "kernels/visibility.hpp"
 
@@ -54,6 +55,7 @@ public:
         for (int i = 0; i < n; ++i)
             if (tiles[i].masked) mask<I>(tiles[i], rows, rows_, scores_[0] + i * TILE);
         softmax(n * TILE);
+        Hadamard<I>::turn_sums(args_, *tiles[0].layout);
         for_codec(tiles[0].layout->value, [&](auto bits) {
             for_row_blocks(
                 [&](auto m, int first) { add_groups<decltype(m)::value, decltype(bits)::value>(tiles, n, first); });

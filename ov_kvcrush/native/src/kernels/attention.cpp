@@ -119,6 +119,8 @@ private:
         // Several row blocks walk through the tiles chunk by chunk, so that they stay cached.
         const size_t step = blocks > 1 ? CHUNK : std::max<size_t>(part.num_tiles, 1);
         const HeadView& view = unit.span->heads[unit.head];
+        int rotation[UNIT_ROWS / MAX_ROWS];
+        std::fill_n(rotation, blocks, ANY_ROTATION);
         for (size_t tile = 0; tile < part.num_tiles; tile += step)
             for (size_t b = 0; b < blocks; ++b) {
                 const size_t row = unit.rows * b / blocks, end = unit.rows * (b + 1) / blocks;
@@ -141,7 +143,9 @@ private:
                 args.max = state.max + row;
                 args.sum = state.sum + row;
                 args.acc = state.acc + row * size_;
+                args.rotation = rotation + b;
                 kernels_.attend(args);
+                if (last && rotation[b] > 0) kernels_.rotate(args.acc, args.rows, shape_.head_size, rotation[b]);
             }
         // Whoever ends the last part merges all of them, in their order.
         if (unit.num_parts == 1)

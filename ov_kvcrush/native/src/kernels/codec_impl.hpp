@@ -2,6 +2,7 @@
 // attend_impl.hpp)
 #pragma once
 
+#include "kernels/hadamard.hpp"
 #include "kernels/half.hpp"
 #include "kernels/kernels.hpp"
 
@@ -11,6 +12,7 @@ namespace {
 template <class I>
 struct CodecImpl {
     using V = typename I::V;
+    static constexpr int MAX_HEAD = 256;
 
     static int levels(Codec c) { return (1 << code_bits(c)) - 1; }
     static V clamped(V x) { return I::min(I::max(x, I::set1(-HALF_MAX)), I::set1(HALF_MAX)); }  // NaN: -HALF_MAX
@@ -149,6 +151,16 @@ struct CodecImpl {
 
     static void encode_values(uint8_t* tile, const TileLayout& l, const float* v, size_t stride, int count) {
         uint8_t* codes = tile + l.value_codes;
+        if (l.rotation) {
+            alignas(ALIGNMENT) float rows[TILE * MAX_HEAD];
+            for (int t = 0; t < count; ++t)
+                for (int c = 0; c < l.head_size; c += 16)
+                    I::store(rows + t * l.head_size + c, clamped(I::load(v + t * stride + c)));
+            Hadamard<I>::rotate(rows, count, l.head_size, l.rotation);
+            const auto width = static_cast<size_t>(l.head_size);
+            for (int c = 0; c < l.head_size; c += l.group_size) quantise_values(tile, l, rows + c, width, count, c);
+            return;
+        }
         if (is_quantised(l.value)) {
             for (int c = 0; c < l.head_size; c += l.group_size) quantise_values(tile, l, v + c, stride, count, c);
             return;
@@ -209,6 +221,7 @@ struct CodecImpl {
             }
         for (int t = 0; t < TILE; ++t)
             for (int c = 0; c < l.head_size; c += 16) I::store(v + t * l.head_size + c, value(tile, l, t, c));
+        if (l.rotation) Hadamard<I>::rotate(v, TILE, l.head_size, l.rotation);
     }
 
     static float half_at(const uint8_t* p, int i) { return float_of_half(reinterpret_cast<const uint16_t*>(p)[i]); }

@@ -26,6 +26,9 @@ struct Forward {
     static void append_token(uint8_t* tile, int slot, const float* k, const float* v) {
         BASE.append_token(tile, slot, k, v);
     }
+    static void rotate(float* rows, int num_rows, int head_size, int channels) {
+        BASE.rotate(rows, num_rows, head_size, channels);
+    }
 };
 
 template <const Kernels& BASE>
@@ -33,8 +36,8 @@ constexpr Kernels forward(const char* isa, void (*attend)(const AttendArgs&),
                           void (*staged_scores)(const StagedScores&) = nullptr,
                           void (*prefill)(const Prefill&) = nullptr) {
     using F = Forward<BASE>;
-    return {isa,      attend,           &F::scores,    &F::softmax, &F::encode, &F::decode, &F::write_mean,
-            &F::rank, &F::append_token, staged_scores, prefill};
+    return {isa,      attend,           &F::scores, &F::softmax,   &F::encode, &F::decode, &F::write_mean,
+            &F::rank, &F::append_token, &F::rotate, staged_scores, prefill};
 }
 
 }  // namespace

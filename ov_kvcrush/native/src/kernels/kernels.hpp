@@ -31,8 +31,10 @@ struct AttendArgs {
     int32_t window;               // 0 = none
     float* max;                   // [rows] running maximum, -inf at the beginning
     float* sum;                   // [rows] running sum of exp(score - max), 0 at the beginning
-    float* acc;                   // [rows, D] running sum of exp(score - max) * value
+    float* acc;                   // [rows, D] running sum of exp(score - max) * value, rotated as *rotation tells
+    int* rotation;                // as in TileLayout; ANY_ROTATION at the beginning, while acc is 0
 };
+constexpr int ANY_ROTATION = -1;
 
 enum class Reduce : int32_t { mean = 1, max = 2, sum_squares = 3 };
 
@@ -82,7 +84,7 @@ static inline size_t prefill_scratch(int head_size, int columns) {
 
 struct Kernels {
     const char* isa;
-    // Online softmax over the tiles; updates max, sum and acc. May be called again for more tiles.
+    // Online softmax over the tiles; updates max, sum, acc and rotation. May be called again for more tiles.
     void (*attend)(const AttendArgs&);
     // s[r * stride + TILE * i + t] = q_r . key_t of tile i, unmasked; slots beyond the count of a tile give 0.
     void (*scores)(const uint8_t* const* tiles, size_t num_tiles, const float* q, int rows, float* s, size_t stride);
@@ -99,6 +101,8 @@ struct Kernels {
     void (*rank)(const uint8_t* const* tiles, size_t num_tiles, const float* q, int rows, float* s, size_t stride);
     // Write one token into `slot` of a tile with float codecs (f32, bf16, f16).
     void (*append_token)(uint8_t* tile, int slot, const float* k, const float* v);
+    // Rotates rows [num_rows, head_size] in blocks of so many channels, as in TileLayout, or back.
+    void (*rotate)(float* rows, int num_rows, int head_size, int channels);
     // Null where there is none: then staged keys are scored as tiles.
     void (*staged_scores)(const StagedScores&);
     // Null where there is none: then prompts go through PagedAttention.

@@ -19,6 +19,7 @@ constexpr Kernels make_kernels(void (*attend)(const AttendArgs&) = &AttendImpl<I
             &RecallImpl<I>::write_mean,
             &RecallImpl<I>::rank,
             &CodecImpl<I>::append_token,
+            &Hadamard<I>::rotate,
             nullptr,
             nullptr};
 }

@@ -35,6 +35,17 @@ struct SimdAvx2 {
         const __m256 sign = _mm256_set1_ps(-0.f);
         return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
     }
+    template <int H>
+    static __m256 swap_lanes(__m256 x) {
+        if constexpr (H == 4) return _mm256_permute2f128_ps(x, x, 1);
+        return _mm256_permute_ps(x, H == 1 ? 0xb1 : 0x4e);
+    }
+    // Lane i is lane i ^ H.
+    template <int H>
+    static V swap_lanes(V x) {
+        if constexpr (H == 8) return {x.b, x.a};
+        return {swap_lanes<H>(x.a), swap_lanes<H>(x.b)};
+    }
     static float reduce_add(V x) {
         const __m256 s = _mm256_add_ps(x.a, x.b);
         __m128 r = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));

@@ -32,6 +32,12 @@ struct SimdAvx512 {
     static V max(V x, V y) { return _mm512_max_ps(x, y); }
     static V min(V x, V y) { return _mm512_min_ps(x, y); }
     static V abs(V x) { return _mm512_abs_ps(x); }
+    // Lane i is lane i ^ H.
+    template <int H>
+    static V swap_lanes(V x) {
+        if constexpr (H >= 4) return _mm512_shuffle_f32x4(x, x, H == 4 ? 0xb1 : 0x4e);
+        return _mm512_permute_ps(x, H == 1 ? 0xb1 : 0x4e);
+    }
     static float reduce_add(V x) { return _mm512_reduce_add_ps(x); }
     static float reduce_max(V x) { return _mm512_reduce_max_ps(x); }
     static float reduce_min(V x) { return _mm512_reduce_min_ps(x); }

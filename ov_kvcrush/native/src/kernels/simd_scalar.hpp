@@ -59,6 +59,11 @@ struct SimdScalar {
             return float_of_bits(bits & 0x7fffffffu);
         });
     }
+    // Lane i is lane i ^ H.
+    template <int H>
+    static V swap_lanes(const V& a) {
+        return lanes([&](int i) { return a.x[i ^ H]; });
+    }
     static float reduce_add(const V& a) {
         float s = 0;
         for (float x : a.x) s += x;

@@ -20,7 +20,8 @@ uint32_t place(uint32_t& end, int bytes) {
 
 }  // namespace
 
-TileLayout make_layout(Codec key, Codec value, int head_size, int group_size, bool listed, bool with_mean) {
+TileLayout make_layout(Codec key, Codec value, int head_size, int group_size, bool listed, bool with_mean,
+                       bool rotated) {
     require(head_size >= 16 && head_size <= 256 && head_size % 16 == 0, "head_size", "a multiple of 16 in 16..256",
             head_size);
     if (is_quantised(value))
@@ -32,6 +33,7 @@ TileLayout make_layout(Codec key, Codec value, int head_size, int group_size, bo
     l.listed = listed;
     l.head_size = head_size;
     l.group_size = group_size;
+    l.rotation = value == Codec::u2 && rotated ? head_size & -head_size : 0;
     const int key_params = is_quantised(key) ? 2 * head_size : 0;
     const int value_params = is_quantised(value) ? 2 * TILE * (head_size / group_size) : 0;
     uint32_t end = sizeof(TileHeader);

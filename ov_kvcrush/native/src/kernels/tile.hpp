@@ -40,13 +40,17 @@ struct TileLayout {
     int head_size;   // D: a multiple of 16, 16..256
     int group_size;  // channels that share a scale of the values: a multiple of 16 that divides D (unused by float
                      // values)
+    int rotation;    // channels of a block that the values are rotated in (kernels/hadamard.hpp), 0 = they are not
     uint32_t mean;   // 0 = there is none
     uint32_t key_codes, key_scale, key_min, value_codes, value_scale, value_min, positions;
     uint32_t bytes;  // of the whole tile
 };
 
 // Throws std::invalid_argument for a head size or group size out of the rules above.
-TileLayout make_layout(Codec key, Codec value, int head_size, int group_size, bool listed, bool with_mean = false);
+// Values u2 are rotated in the largest blocks of a power of two that divide D, unless `rotated` is false: so they were in
+// files of old.
+TileLayout make_layout(Codec key, Codec value, int head_size, int group_size, bool listed, bool with_mean = false,
+                       bool rotated = true);
 
 struct alignas(ALIGNMENT) TileHeader {
     std::atomic<uint32_t> refs;  // owners; only an exclusive owner writes

@@ -17,19 +17,22 @@ namespace {
 
 struct RecordHeader {
     uint8_t key, value;      // Codec
-    uint8_t kind;            // how the tile stores positions, see kind_of
+    uint8_t kind;            // flags, see Kind
     uint8_t position_bytes;  // of each position behind the first: 0 = they are consecutive, 1 and 2 = its distance
                              // from the one before, 4 = itself
     int32_t base;            // position of the first token
 };
 static_assert(sizeof(RecordHeader) == 8);
 
-// How a tile stores positions: it decides its size, and which tokens can be appended in place. Numbers of the file.
-enum Kind : uint8_t { ASCENDING = 0, LISTED = 1, NUM_KINDS = 2 };
+// Flags of the file. LISTED: how a tile stores positions, which decides its size, and which tokens can be appended in
+// place. ROTATED: its values are, as all of u2 are that were not written before there was this flag.
+enum Kind : uint8_t { LISTED = 1, ROTATED = 2, ALL_KINDS = 3 };
 
-Kind kind_of(const TileLayout& l) { return l.listed ? LISTED : ASCENDING; }
+uint8_t kind_of(const TileLayout& l) { return static_cast<uint8_t>((l.listed ? LISTED : 0) | (l.rotation ? ROTATED : 0)); }
 
-bool can_hold(Kind kind, const int32_t* positions, int count) { return kind == LISTED || !must_list(positions, count); }
+bool can_hold(uint8_t kind, const int32_t* positions, int count) {
+    return kind & LISTED || !must_list(positions, count);
+}
 
 int position_bytes_for(const int32_t* positions, int count) {
     int64_t least = 1, most = 1;  // distances
@@ -238,16 +241,17 @@ void Store::read_records(size_t h, const DumpedHead& row, const uint8_t* tiles, 
     for (int64_t begin = 0; begin < row.num_tokens; begin += TILE) {
         RecordHeader head;
         std::memcpy(&head, from.take(sizeof(head)), sizeof(head));
-        require(head.kind < NUM_KINDS, "kind of a tile must be 0 or 1", head.kind);
-        const auto kind = static_cast<Kind>(head.kind);
         Record record;
         const bool target = begin / TILE < row.num_target;
         const CodecPair codecs{check_codec("key", head.key, target, recent_.key),
                                check_codec("value", head.value, target, recent_.value)};
-        record.layout = &layout_for(h, codecs, kind == LISTED);
+        const int most = codecs.value == Codec::u2 ? ALL_KINDS : LISTED;
+        require(head.kind <= most, "kind of a tile must be in 0.." + std::to_string(most), head.kind);
+        const bool listed = head.kind & LISTED, plain = codecs.value == Codec::u2 && !(head.kind & ROTATED);
+        record.layout = plain ? &layouts_[layer_of_[h]].plain_u2[static_cast<size_t>(codecs.key)][listed] : &layout_for(h, codecs, listed);
         record.count = static_cast<int>(std::min<int64_t>(TILE, row.num_tokens - begin));
         take_positions(head, from, row.next_position, record.count, record.positions);
-        require(can_hold(kind, record.positions, record.count), "kind of a tile must be one for its positions",
+        require(can_hold(head.kind, record.positions, record.count), "kind of a tile must be one for its positions",
                 head.kind);
         record.payload = from.take(payload_bytes(*record.layout, record.count));
         records.push_back(record);

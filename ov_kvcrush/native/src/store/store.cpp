@@ -43,6 +43,10 @@ Store::Store(StoreConfig config, ParallelFor parallel)
         const int group = std::gcd(c.group_size, shape.head_size);
         Layouts l{};
         for (int key = 0; key < NUM_CODECS; ++key) {
+            for (const bool listed : {false, true}) {
+                l.plain_u2[key][listed] = make_layout(static_cast<Codec>(key), Codec::u2, shape.head_size, group,
+                                                      listed, c.recall.is_on(), false);
+            }
             for (int value = 0; value < NUM_CODECS; ++value) {
                 for (const bool listed : {false, true}) {
                     l.of[key][value][listed] = make_layout(static_cast<Codec>(key), static_cast<Codec>(value),

@@ -250,6 +250,7 @@ public:
 private:
     struct Layouts {
         TileLayout of[NUM_CODECS][NUM_CODECS][2];  // [key][value][listed]; tiles point to them
+        TileLayout plain_u2[NUM_CODECS][2];        // [key][listed]: values u2 that are not rotated, from files of old
         TileLayout staged;                         // keys only, as staged
         Staging staging;
     };
