@@ -15,6 +15,7 @@ from rich.text import Text
 from ov_kvcrush.bench.attention.measure import AttentionRow, AttentionSettings, layers_of, measure_attention
 from ov_kvcrush.bench.compare import CellResult, measure, num_stages
 from ov_kvcrush.bench.help import HELP
+from ov_kvcrush.bench.peers import LLAMA_CPP, peer_versions
 from ov_kvcrush.bench.plot import check_plot, read_reports, write_plot
 from ov_kvcrush.bench.process import WorkerError
 from ov_kvcrush.bench.report import (
@@ -25,7 +26,7 @@ from ov_kvcrush.bench.report import (
     make_rows,
 )
 from ov_kvcrush.bench.settings import BenchSettings
-from ov_kvcrush.bench.table import attention_table, ratios_table, rows_table, traffic_table
+from ov_kvcrush.bench.table import attention_table, ratios_tables, rows_table, traffic_table
 from ov_kvcrush.bench.traffic import TrafficRow, measure_traffic, traffic_report
 from ov_kvcrush.bench.traffic import num_stages as traffic_stages
 from ov_kvcrush.cli.console import out, progress
@@ -39,6 +40,7 @@ from ov_kvcrush.cli.policy_options import (
     OtherOptions,
     PolicyOptions,
     RecallOption,
+    WeightsOption,
     explain_if_asked,
 )
 from ov_kvcrush.config import PRECISIONS
@@ -52,11 +54,13 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 # What each mode takes beside the options that all take.
 _PLOT_ONLY = {"plot", "from_paths"}
 _ATTENTION_ONLY = {"threads", "layers"}
-_WHOLE_ONLY = {"new_tokens", "against", "max_num_batched_tokens", "max_kv_mb", "policy", "recall_tokens", "traffic"}
+_WHOLE_ONLY = {"new_tokens", "against", "gguf", "max_num_batched_tokens", "max_kv_mb", "policy", "budget"}
+_WHOLE_ONLY |= {"recall_tokens", "weights", "scaling", "traffic"}
 _TRAFFIC_ONLY = {"max_step_ms"}
-_NOT_TRAFFIC = {"new_tokens", "policy", "plot"}
+_NOT_TRAFFIC = {"new_tokens", "policy", "plot", "scaling"}
 _POLICY_ONLY = {"kept", "kept_tokens", "min_tokens", "policy_options"}
 _OPTION_NAMES = {
+    "contexts": "context",
     "from_paths": "from",
     "json_path": "json",
     "properties": "property",
@@ -68,7 +72,8 @@ _OPTION_NAMES = {
 def bench(
     context: typer.Context,
     model: Annotated[
-        Path | None, typer.Argument(help="Folder of an exported model; left out: SmolLM2-135M-Instruct.")
+        Path | None,
+        typer.Argument(help="Folder of an exported model, or a GGUF file; left out: SmolLM2-135M-Instruct."),
     ] = None,
     contexts: Annotated[
         str,
@@ -81,7 +86,19 @@ def bench(
         typer.Option(
             metavar="ENGINE",
             help="Compare with openvino_genai, driven directly: genai keeps all tokens, genai-policy as many as "
-            "--policy, with an eviction of its own.",
+            "--policy, with an eviction of its own. Or with llama.cpp, on the GGUF file that MODEL is or was.",
+        ),
+    ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --against llama.cpp: the file that the folder MODEL was made of."),
+    ] = None,
+    scaling: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[,N...]",
+            help="Instead of --context: the cost of a token over as many prompt tokens, of our engine, the same with "
+            "--recall-tokens if given, and --against, by default genai.",
         ),
     ] = None,
     policy: Annotated[
@@ -102,6 +119,7 @@ def bench(
     policy_options: OtherOptions = None,
     budget: BudgetOption = None,
     recall_tokens: RecallOption = None,
+    weights: WeightsOption = None,
     runs: Annotated[
         int | None,
         typer.Option(metavar="R", help="Measured runs per engine, after a warm-up: 3, with --attention 15."),
@@ -172,7 +190,7 @@ def bench(
             return
         key_precision, value_precision = _precisions(key_precision, value_precision, kv_precision)
         options: dict[str, Any] = {
-            "contexts": parse_numbers("context", contexts),
+            "contexts": parse_numbers("scaling" if scaling else "context", scaling or contexts),
             "batches": parse_numbers("batch", batch),
             "key_precision": key_precision,
             "value_precision": value_precision,
@@ -183,11 +201,16 @@ def bench(
             options["threads"] = None if threads is None else parse_numbers("threads", threads)
         if plot is not None and all(len(options.get(x) or "1") == 1 for x in ("contexts", "batches", "threads")):
             raise CrushError("--plot must have two values of --context, --batch or --threads to draw, got one of each")
+        if traffic and against == LLAMA_CPP:
+            raise CrushError(f"--against {LLAMA_CPP} must be left out with --traffic, got it")
+        if scaling:
+            against = against or "genai"
         if attention:
             report = _attention_report(model, layers, _given(options), console)
         else:
             options |= {"new_tokens": new_tokens, "against": against, "max_kv_mb": max_kv_mb}
-            options |= {"budget": budget, "recall_tokens": recall_tokens}
+            options |= {"budget": budget, "recall_tokens": recall_tokens, "weights": weights, "gguf": gguf}
+            options["recalls_beside"] = scaling is not None and recall_tokens is not None
             wanted = PolicyOptions(policy, kept, kept_tokens, min_tokens, tuple(policy_options or ()))
             options["policy"] = None if policy is None else wanted.build(policy)
             options["max_num_batched_tokens"] = max_num_batched_tokens
@@ -219,6 +242,8 @@ def _check_modes(given: set[str]) -> None:
         mode, unused = "with --from", given - _PLOT_ONLY
     elif "attention" in given:
         mode, unused = "with --attention", given & (_WHOLE_ONLY | _POLICY_ONLY)
+    elif not unused and "scaling" in given and "contexts" in given:
+        mode, unused = "with --scaling", {"contexts"}
     elif not unused and "traffic" in given:
         mode, unused = "with --traffic", given & (_NOT_TRAFFIC | _POLICY_ONLY)
     elif not unused and given & _TRAFFIC_ONLY:
@@ -251,7 +276,9 @@ def _traffic_report(settings: BenchSettings, max_step_ms: float, console: Consol
 def _whole_report(settings: BenchSettings, console: Console) -> dict[str, Any]:
     """Measure the engines and print the tables. Returns the content of the JSON file."""
     rows = _measure(settings, console)
-    return make_report(rows, settings, describe_environment(), _command())
+    environment = describe_environment()
+    environment["versions"] |= peer_versions(settings.engines)
+    return make_report(rows, settings, environment, _command())
 
 
 def _attention_report(
@@ -304,9 +331,8 @@ def _print_tables(rows: list[BenchRow]) -> None:
         return
     console = out()
     console.print(rows_table(rows))
-    ratios = make_ratios(rows)
-    if ratios:
-        console.print(ratios_table(ratios))
+    for table in ratios_tables(make_ratios(rows)):
+        console.print(table)
 
 
 def _say_error(console: Console, error: Exception) -> None:

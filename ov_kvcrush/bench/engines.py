@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,8 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush import native
 from ov_kvcrush.bench.measure import MeasuredEngine, MeasuredHandle, Storage
-from ov_kvcrush.bench.settings import EVICTING, OURS
+from ov_kvcrush.bench.peers import LLAMA_CPP, LlamaUnderTest
+from ov_kvcrush.bench.settings import EVICTING, OURS, RECALLING
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.errors import CrushError, reason_of
 from ov_kvcrush.genai.eviction import GenaiEviction, closest_genai_eviction
@@ -25,7 +27,9 @@ _DEFAULT_PRECISION = "u8"  # of a type that is not given beside one that is
 
 def make_engine(job: dict[str, Any]) -> MeasuredEngine:
     """Load the model of `job` (see BenchSettings.worker_job) on CPU. Raises CrushError if it cannot be loaded."""
-    return CrushUnderTest(job) if job["engine"] == OURS else GenaiUnderTest(job)
+    kinds: dict[str, Callable[[dict[str, Any]], MeasuredEngine]]
+    kinds = {OURS: CrushUnderTest, RECALLING: CrushUnderTest, LLAMA_CPP: LlamaUnderTest}
+    return kinds.get(job["engine"], GenaiUnderTest)(job)
 
 
 def eviction_of(job: dict[str, Any]) -> GenaiEviction | None:
@@ -85,7 +89,7 @@ def _cache_of(job: dict[str, Any]) -> tuple[CacheConfig, Storage]:
     wanted = {"key_precision": job["key_precision"], "value_precision": job["value_precision"]}
     wanted["max_bytes"] = job["max_kv_bytes"] or None
     wanted["policy"] = job["policy"]
-    wanted |= {"budget": job.get("budget"), "recall_tokens": job.get("recall_tokens")}
+    wanted |= {name: job.get(name) for name in ("budget", "recall_tokens", "weights")}
     cache = CacheConfig(**{name: value for name, value in wanted.items() if value is not None})
     reason = native.why_unavailable()
     if reason is None:

@@ -4,7 +4,7 @@
 HELP = """\
 Measure speed and memory of the engine on this machine, alone or beside openvino_genai.
 
-MODEL is the folder of an exported model; left out, it is SmolLM2-135M-Instruct.
+MODEL is the folder of an exported model or a GGUF file, which is converted once; left out, it is SmolLM2-135M-Instruct.
 
 Requests of random token ids are added at once and run to their end. \
 All engines get the same prompts, chunk size and OpenVINO properties, ignore the end of sequence, \
@@ -41,6 +41,13 @@ of the whole run, prompts included; of our engine only. It is part of the overhe
 [bold]--against genai-policy[/bold] lets openvino_genai keep as many tokens as our policy, rounded down to whole \
 blocks of 32, representatives included on both sides: with its KVCrush if ours is KVCrush, else with its plain eviction.
 
+[bold]--against llama.cpp[/bold] (pip install 'ov-kvcrush\\[peers]') runs the GGUF file itself beside our \
+conversion of it: the same prompts and chunks, as many threads as OpenVINO takes, llama.cpp's default cache of f16, \
+the likeliest token each time. One request at a time. \
+A process holds some 80 MiB of Python and libraries, with every engine.
+
+[bold]--scaling[/bold] is --context with one more engine: ours beside ours with --recall-tokens, and genai.
+
 [bold]--attention[/bold] measures one decode step of the model's attention layers alone: OpenVINO's PagedAttention on \
 u8, and ours. No weights are read; both caches hold the same random tokens. They take turns in one process, and before \
 each step a large array is read: that leaves no cache warm, and tells how fast this machine reads memory. \
@@ -60,6 +67,10 @@ measured: now, or earlier with --json.
   ov_kvcrush-bench my-model --context 1024,4096 --batch 1,8 --against genai
 
   ov_kvcrush-bench my-model --context 16384 --key-precision u4 --value-precision u2 --json out.json
+
+  ov_kvcrush-bench my-model.gguf --context 128,4096 --against llama.cpp
+
+  ov_kvcrush-bench my-model --scaling 512,2048,8192,32768 --recall-tokens 2048 --plot scaling.png --json scaling.json
 
   ov_kvcrush-bench my-model --context 8192 --policy kvcrush --kept 0.25 --against genai-policy
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ov_kvcrush.bench.settings import OURS, RECALLING
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.utils.json_file import check_writable, write_file
 
@@ -127,7 +128,10 @@ def points_of(report: Mapping[str, Any]) -> list[Point]:
         ):
             points.append(Point("attention", label, *place, row[name] / row["batch"], bound_of))
     for row in report.get("rows", []):
-        label = f"{row['engine']} {row['key_precision']}/{row['value_precision']}"
+        engine = OURS if row["engine"] == RECALLING else row["engine"]
+        label = f"{engine} {row['key_precision']}/{row['value_precision']}"
+        if row.get("recall_tokens"):
+            label += f" recall {row['recall_tokens']}"
         if row.get("policy", "none") != "none":
             label += f" {row['policy']}"
         points.append(Point("whole model", label, row["context"], row["batch"], 0, 1e3 / row["tokens_per_s"]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from ov_kvcrush.bench.attention.measure import AttentionRow, AttentionSettings
 from ov_kvcrush.bench.compare import CellResult, EngineRuns
 from ov_kvcrush.bench.measure import RunResult
-from ov_kvcrush.bench.settings import EVICTING, OURS, BenchSettings, Cell
+from ov_kvcrush.bench.settings import EVICTING, OURS, RECALLING, BenchSettings, Cell
 from ov_kvcrush.genai.eviction import closest_genai_eviction
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import name_of, settings_of
@@ -29,6 +28,7 @@ class BenchRow:
     policy: its name; of "genai-policy" that of what openvino_genai has instead. kept_tokens: tokens of the prompt that
         stay in the cache, of openvino_genai as it was told. policy_ms, policy_share: see RunResult.
     overhead_ms_per_step: see RunResult; None for an engine that does not tell.
+    recall_tokens: what its decode steps read, as CacheConfig.recall_tokens; None = everything.
     attention, key_precision, value_precision: see Storage. is_as_asked: whether these types are the ones asked for.
     kv_bytes, kv_bytes_per_token: see RunResult.
     peak_growth_bytes: largest resident size since the model was loaded, less the one right then: cache, blocks of
@@ -60,6 +60,7 @@ class BenchRow:
     policy_share: float | None
     overhead_ms_per_step: float | None
     runs: list[RunResult]
+    recall_tokens: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,12 @@ def make_row(cell: Cell, settings: BenchSettings, engine: EngineRuns) -> BenchRo
         policy_share=middle_if_told(lambda run: run.policy_share),
         overhead_ms_per_step=middle_if_told(lambda run: run.overhead_ms_per_step),
         runs=engine.runs,
+        recall_tokens=settings.recall_of(engine.engine),
     )
 
 
 def _policy_name(policy: Policy | None, engine: str, cell: Cell) -> str:
-    if policy is None or engine not in (OURS, EVICTING):
+    if policy is None or engine not in (OURS, RECALLING, EVICTING):
         return "none"
     if engine == EVICTING:
         return closest_genai_eviction(policy, policy.budget.tokens(cell.context)).name
@@ -137,10 +139,12 @@ def quotients(ours: Sequence[float], theirs: Sequence[float], more_is_better: bo
 
 
 def make_ratios(rows: Sequence[BenchRow]) -> list[dict[str, Any]]:
-    """One entry for each row of another engine that follows the row of ours for the same cell."""
+    """One entry for each row of another engine, and of ours with recall, against the row of ours for the same cell."""
     ratios: list[dict[str, Any]] = []
-    for ours, theirs in pairwise(rows):
-        if (ours.context, ours.batch) != (theirs.context, theirs.batch):
+    ours_by_cell = {(row.context, row.batch): row for row in rows if row.engine == OURS}
+    for theirs in rows:
+        ours = ours_by_cell.get((theirs.context, theirs.batch), theirs)
+        if ours is theirs:
             continue
         entry: dict[str, Any] = {
             "engine": ours.engine,
@@ -177,6 +181,7 @@ def make_report(
         "settings": {
             **asdict(settings),
             "model": str(settings.model),
+            "gguf": settings.gguf and str(settings.gguf),
             "policy": settings.policy and settings_of(settings.policy),
         },
         "command": command,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from ov_kvcrush import __version__
 from ov_kvcrush.bench.attention.measure import AttentionRow
+from ov_kvcrush.bench.peers import LLAMA_CPP, peer_versions
 from ov_kvcrush.bench.report import COMPARED, BenchRow
 from ov_kvcrush.bench.settings import OURS
 from ov_kvcrush.bench.traffic import TrafficRow
@@ -83,10 +86,21 @@ def _remarks(rows: Sequence[BenchRow]) -> list[str]:
         remarks.append("* cannot store the types that were asked for, and keeps its default")
     if any(row.engine == OURS and row.attention == "PagedAttention" for row in rows):
         remarks.append(f"{OURS} runs on PagedAttention, uncompressed: the native library is missing")
+    for package, version in peer_versions([row.engine for row in rows]).items():
+        ours = f"ov_kvcrush {__version__} on openvino {metadata.version('openvino')}"
+        remarks.append(f"{OURS}: {ours}; {LLAMA_CPP}: {package} {version}")
     return remarks
 
 
-def ratios_table(ratios: Sequence[dict[str, Any]]) -> Table:
+def ratios_tables(ratios: Sequence[dict[str, Any]]) -> list[Table]:
+    """One for each engine that ours was compared with."""
+    return [
+        _ratios_table([entry for entry in ratios if entry["against"] == name])
+        for name in dict.fromkeys(entry["against"] for entry in ratios)
+    ]
+
+
+def _ratios_table(ratios: Sequence[dict[str, Any]]) -> Table:
     """Three lines per cell: of the medians, of the best runs, the middle of the pairs of runs."""
     title = f"{ratios[0]['engine']} / {ratios[0]['against']}"
     table = _table(title, "quotient", "context", "batch", "TTFT", "TPOT", "tokens/s", "KV", "peak")

@@ -28,6 +28,7 @@ from ov_kvcrush.cli.policy_options import (
     OtherOptions,
     PolicyOptions,
     RecallOption,
+    WeightsOption,
     explain_if_asked,
     list_policies,
 )
@@ -183,6 +184,7 @@ def parse(
         ),
     ] = None,
     recall_tokens: RecallOption = None,
+    weights: WeightsOption = None,
     policy: Annotated[
         str | None,
         typer.Option(
@@ -229,8 +231,9 @@ def parse(
     )
     of_chat = PolicyOptions() if wish and wish.text is not None else wanted
     options = ChatOptions(
-        model, system, max_new_tokens, temperature, top_p, seed, engine, device, *cache, of_chat, budget, recall_tokens
-    )
+        model, system, max_new_tokens, temperature, top_p, seed, engine, device, *cache, of_chat, budget, recall_tokens,
+        weights,
+    )  # fmt: skip
     return Task(options, prompt, stats, json, show_kept, wish)
 
 

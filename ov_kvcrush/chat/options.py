@@ -28,7 +28,7 @@ class ChatOptions:
     engine, device: as in LLMPipeline.
     key_precision, value_precision: as in CacheConfig; None = the engine's default.
     max_kv_mb: limit of the KV store in MiB; None = by the free memory. openvino_genai takes whole GiB only.
-    budget, recall_tokens: as in CacheConfig.
+    budget, recall_tokens, weights: as in CacheConfig.
     policy: what stays in the cache; without a name KVCrush with our engine, where it can evict, else everything.
         Where nothing says how much stays or in which precision: as much as a plan of DEFAULT_BUDGET.
     Raises RequestError or CrushError naming the first field that cannot be used.
@@ -48,6 +48,7 @@ class ChatOptions:
     policy: PolicyOptions = field(default_factory=PolicyOptions)
     budget: str | None = None
     recall_tokens: str | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         SamplingParams(
@@ -82,7 +83,7 @@ class ChatOptions:
         if self.max_kv_mb is not None and check_engine(self.engine, self.device) != "genai":
             values["max_bytes"] = self.max_kv_mb << 20
         values["policy"] = self.eviction_policy()
-        values |= {"budget": self.budget, "recall_tokens": self.recall_tokens}
+        values |= {"budget": self.budget, "recall_tokens": self.recall_tokens, "weights": self.weights}
         given = {name: value for name, value in values.items() if value is not None}
         return CacheConfig(**given) if given else None
 

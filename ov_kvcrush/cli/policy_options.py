@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ov_kvcrush.config import WEIGHTS
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.policies.base import Budget, Policy
 from ov_kvcrush.policies.registry import Settings, SettingValue, as_policy, build, describe, names
@@ -24,6 +25,11 @@ RECALL_HELP = (
     "Tokens that each step of an answer reads of each KV head, at least 64, or a fraction of what it holds, as 1/8: "
     "those that its query needs most; all stay stored."
 )
+WEIGHTS_HELP = (
+    f"{', '.join(WEIGHTS)}: packed = steps of few rows read a second copy of the weights, which our products need; "
+    "plugin = no copy; auto, the default, = packed where it takes at most a quarter of the free memory."
+)
+WeightsOption = Annotated[str | None, typer.Option("--weights", metavar="HOW", help=WEIGHTS_HELP)]
 RecallOption = Annotated[str | None, typer.Option(metavar="N", help=RECALL_HELP)]
 BudgetOption = Annotated[str | None, typer.Option(metavar="F", help=BUDGET_HELP)]
 KeptOption = Annotated[

@@ -55,6 +55,8 @@ def genai_cache_properties(config: CacheConfig, properties: dict[str, Any]) -> d
         raise CrushError(f"shared_layers must be left out with engine='genai', got {dict(config.sharing)}")
     if config.recall_tokens is not None:
         raise CrushError(f"recall_tokens must be left out with engine='genai', got {config.recall_tokens}")
+    if config.weights == "packed":
+        raise CrushError("weights must be 'auto' or 'plugin' with engine='genai', got 'packed'")
     for name in ("budget_bytes", "quality"):
         if getattr(config, name):
             raise CrushError(

@@ -14,7 +14,7 @@ from ov_kvcrush.model.folder import check_model_folder
 from ov_kvcrush.model.gguf.convert import convert_gguf
 from ov_kvcrush.model.info import ModelInfo
 
-CONVERSION = 1  # raised when convert_gguf starts to write something else
+CONVERSION = 2  # raised when convert_gguf starts to write something else
 CACHE_VARIABLE = "OV_KVCRUSH_CACHE"
 
 Say = Callable[[str], None]

@@ -50,11 +50,11 @@ def default_model_folder() -> Path:
 
 def default_gguf(folder: Path, say: Callable[[str], None]) -> Path:
     """The GGUF file of the default model: that of the installed package, else fetched into `folder`."""
-    return _installed_gguf(say) or _fetched_gguf(folder, say)
+    return installed_gguf(say) or _fetched_gguf(folder, say)
 
 
-def _installed_gguf(say: Callable[[str], None]) -> Path | None:
-    """Find the file in the installed package without importing it (that would import the package `llm`)."""
+def installed_gguf(say: Callable[[str], None]) -> Path | None:
+    """The default model's file in the installed package, which is not imported (that would import `llm`), or None."""
     spec = importlib.util.find_spec(IMPORT_NAME)
     for place in (spec.submodule_search_locations or []) if spec else []:
         path = Path(place) / GGUF_NAME

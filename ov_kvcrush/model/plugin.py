@@ -79,6 +79,13 @@ def plugin_precisions(properties: Mapping[str, Any]) -> PluginPrecisions:
     return PluginPrecisions(*(_OWN_TYPES.get(name, name) for name in types))
 
 
+def plugin_threads(properties: Mapping[str, Any]) -> int:
+    """Threads of an inference with these properties."""
+    return int(
+        open_core().compile_model(one_operation(), "CPU", dict(properties)).get_property("INFERENCE_NUM_THREADS")
+    )
+
+
 def quantises_inputs(properties: Mapping[str, Any]) -> bool:
     """Whether the CPU plugin quantises what compressed weights are multiplied with."""
     compiled = open_core().compile_model(one_operation(), "CPU", dict(properties))

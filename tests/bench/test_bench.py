@@ -18,16 +18,18 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from ov_kvcrush import native
-from ov_kvcrush.bench import engines
+from ov_kvcrush.bench import cli, engines
 from ov_kvcrush.bench.attention.measure import layers_of
 from ov_kvcrush.bench.cli import app
-from ov_kvcrush.bench.compare import EngineRuns, measure, num_stages
+from ov_kvcrush.bench.compare import CellResult, EngineRuns, measure, num_stages
 from ov_kvcrush.bench.measure import RunResult, Storage, random_prompts, run_once, summarise
+from ov_kvcrush.bench.plot import panels_of, points_of
 from ov_kvcrush.bench.process import WorkerError, worker
 from ov_kvcrush.bench.report import make_ratios, make_row, make_rows, quotients
 from ov_kvcrush.bench.settings import BenchSettings, Cell
 from ov_kvcrush.cli.environment import describe_environment
 from ov_kvcrush.cli.parse import parse_numbers, parse_properties
+from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.model.plugin import plugin_precisions
 from ov_kvcrush.policies.registry import build, settings_of
@@ -209,6 +211,50 @@ def test_prompts_are_the_same_every_time_and_differ_from_each_other() -> None:
     assert len({row.tobytes() for row in prompts}) == 4
 
 
+# -- scaling -----------------------------------------------------------------------------------------------------------
+
+
+def test_scaling_measures_ours_with_and_without_recall_and_openvino_genai(
+    shallow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each engine's job says what its steps read; lines of the picture are told apart by it."""
+    seen: list[BenchSettings] = []
+
+    def made_up(chosen: BenchSettings, _: Any) -> Iterator[CellResult]:
+        seen.append(chosen)
+        for cell in chosen.cells:
+            yield CellResult(cell, [EngineRuns(n, 1.0, STORED, runs=[made_up_run()]) for n in chosen.engines])
+
+    monkeypatch.setattr(cli, "measure", made_up)
+    path = tmp_path / "out.json"
+    done = bench(shallow, "--scaling", "64,128", "--recall-tokens", "64", "--json", path)
+    assert done.exit_code == 0, done.output
+    assert seen[0].engines == ("crush", "crush-recall", "genai")
+    told = {engine: seen[0].worker_job(engine, Cell(64, 1)) for engine in seen[0].engines}
+    assert [job["recall_tokens"] for job in told.values()] == [None, "64", None]
+    assert engines._cache_of(told["crush-recall"])[0].recall_tokens == 64
+    report = json.loads(path.read_text())
+    assert [(entry["against"], entry["context"]) for entry in report["ratios"]] == [
+        (name, context) for context in (64, 128) for name in ("crush-recall", "genai")
+    ]
+    (panel,) = panels_of(points_of(report))
+    assert list(panel.lines) == ["crush u8/u8", "crush u8/u8 recall 64", "genai u8/u8"]
+    assert all([x for x, _ in line] == [64, 128] for line in panel.lines.values())
+    assert "crush / crush-recall" in done.output
+
+
+def test_what_is_recalled_stands_beside_the_only_engine_of_ours() -> None:
+    chosen = settings(recall_tokens="64", against="genai")
+    row = make_row(Cell(8, 1), chosen, EngineRuns("crush", 1.0, STORED, runs=[made_up_run()]))
+    assert (chosen.engines, row.recall_tokens) == (("crush", "genai"), "64")
+
+
+@pytest.mark.parametrize("weights", [None, "packed", "plugin"])
+def test_the_job_says_who_multiplies(weights: str | None) -> None:
+    cache, _ = engines._cache_of(settings(weights=weights).worker_job("crush", Cell(8, 1)))
+    assert cache.weights == (weights or CacheConfig().weights)
+
+
 # -- arithmetic --------------------------------------------------------------------------------------------------------
 
 
@@ -349,7 +395,7 @@ def test_request_that_ends_early_is_no_measurement() -> None:
 BAD_OPTIONS = {
     "unknown engine": (
         ("--against", "genei"),
-        "--against must be one of genai, genai-policy, got 'genei' (did you mean 'genai'?)",
+        "--against must be one of genai, genai-policy, llama.cpp, got 'genei' (did you mean 'genai'?)",
     ),
     "unknown policy": (("--policy", "kvcrash"), "got 'kvcrash' (did you mean 'kvcrush'?)"),
     "recall of too little": (("--recall-tokens", "32"), "recall_tokens must be an integer of at least 64"),
@@ -357,6 +403,23 @@ BAD_OPTIONS = {
         ("--recall-tokens", "64", "--attention"),
         "--recall-tokens must be left out with --attention",
     ),
+    "budget of attention alone": (
+        ("--budget", "1/8", "--attention"),
+        "--budget must be left out with --attention",
+    ),
+    "weights of attention alone": (
+        ("--weights", "plugin", "--attention"),
+        "--weights must be left out with --attention",
+    ),
+    "unknown weights": (("--weights", "ours"), "--weights must be one of auto, packed, plugin, got 'ours'"),
+    "scaling and context": (("--scaling", "64,128", "--context", "64"), "--context must be left out with --scaling"),
+    "scaling of attention alone": (
+        ("--scaling", "64,128", "--attention"),
+        "--scaling must be left out with --attention",
+    ),
+    "scaling of traffic": (("--scaling", "64,128", "--traffic"), "--scaling must be left out with --traffic"),
+    "scaling not a number": (("--scaling", "1k"), "--scaling must be whole numbers separated by commas, got '1k'"),
+    "plot of one length": (("--scaling", "64", "--plot", "x.png"), "--plot must have two values of --context"),
     "budget without policy": (("--kept", "0.5"), "--kept must be left out without --policy"),
     "setting without policy": (("--policy-option", "a=1"), "--policy-option must be left out without --policy"),
     "two budgets": (

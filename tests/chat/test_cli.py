@@ -221,6 +221,14 @@ BAD_ARGUMENTS = {
         ["--prompt", "x", "--recall-tokens", "32"],
         "recall_tokens must be an integer of at least 64",
     ),
+    "unknown weights": (
+        ["--prompt", "x", "--weights", "ours"],
+        "weights must be one of auto, packed, plugin, got 'ours'",
+    ),
+    "weights with genai": (
+        ["--prompt", "x", "--engine", "genai", "--weights", "packed"],
+        "weights must be 'auto' or 'plugin' with engine='genai', got 'packed'",
+    ),
     "recall with genai": (
         ["--prompt", "x", "--engine", "genai", "--recall-tokens", "64"],
         "recall_tokens must be left out with engine='genai', got 64",
@@ -378,6 +386,7 @@ def test_a_chat_that_is_told_nothing_has_the_default_budget() -> None:
     assert ChatOptions().eviction_policy() == ChatOptions(max_kv_mb=64).eviction_policy() == policy
     assert ChatOptions(budget="1/8").cache_config() == CacheConfig(budget="1/8", policy=policy)
     assert ChatOptions(recall_tokens="1/8").cache_config() == CacheConfig(recall_tokens=0.125, policy=policy)
+    assert ChatOptions(weights="plugin").cache_config() == CacheConfig(weights="plugin", policy=policy)
     whole = build("kvcrush", min_tokens=1024)
     named = [{"key_precision": "u8"}, {"value_precision": "u4"}]
     assert [ChatOptions(**given).eviction_policy() for given in named] == [whole] * 2  # type: ignore[arg-type]

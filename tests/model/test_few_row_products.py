@@ -9,6 +9,7 @@ import numpy as np
 import openvino as ov
 import openvino.opset15 as ops
 import pytest
+from chunked_logits import CHUNKS, F32, logits_at_chunk_ends
 from compressed_weights import half_bits, in_graph, packed, random_weights
 from native_stores import gaussian, require_native
 
@@ -16,8 +17,10 @@ from ov_kvcrush import native
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.model.graph import products as products_of_graphs
+from ov_kvcrush.model.graph.attention import attention_ops
 from ov_kvcrush.model.graph.compressed import read_linear
 from ov_kvcrush.model.graph.products import FEW_ROWS, use_few_row_products
+from ov_kvcrush.model.graph.rewrite import SAMPLED_ROWS, gather_sampled_rows, use_paged_attention
 from ov_kvcrush.model.load import load_model
 from ov_kvcrush.model.plugin import open_core
 from reference import product as reference
@@ -201,6 +204,34 @@ def test_what_zero_points_leave_out_is_put_into_them() -> None:
     assert np.abs(found - expected).max() <= 2**-8 * scales.view(np.float16).max()
     others = ops.reduce_sum(grouped, ops.constant(np.array([2], np.int64)), False)
     assert read_linear(ops.add(main, product(others, ops.constant(np.ones((48, 32), np.float32))))) is None
+
+
+def test_the_last_mlp_of_a_model_with_corrections_is_one_operation(shallow: Path) -> None:
+    """Sums of groups are of the sampled rows, too: those of the attention's output, and those inside the MLP."""
+    model = ov.Core().read_model(shallow / "openvino_model.xml")
+    use_paged_attention(model)
+    layers = len(attention_ops(model))
+    gather_sampled_rows(model)
+    rows = next(p for p in model.get_parameters() if p.get_friendly_name() == SAMPLED_ROWS)
+    readers = [target.get_node() for target in rows.output(0).get_target_inputs()]
+    assert len(readers) == 2, "the residual stream and the attention"
+    fed = {target.get_node().get_type_name() for node in readers for target in node.output(0).get_target_inputs()}
+    assert fed == {"Add", "MatMul", "Reshape"}
+    mlps = [part for part in products_of_graphs._mlps(model) if len(part.linears) == 3]
+    assert len(mlps) == layers
+
+
+def test_sums_of_sampled_rows_are_those_of_all_rows(shallow: Path) -> None:
+    """The logits of a model with corrections, step by step, as the model gives them that nobody rewrote."""
+    properties = {**F32, "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    ids = np.random.default_rng(6).integers(0, 49152, sum(CHUNKS))
+    ours = logits_at_chunk_ends(shallow, ids, CacheConfig("f32", "f32", attention="crush"), properties)
+    request = open_core().compile_model(shallow / "openvino_model.xml", "CPU", properties).create_infer_request()
+    inputs = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
+    inputs |= {"position_ids": np.arange(len(ids))[None], "beam_idx": np.zeros(1, np.int32)}
+    request.infer(inputs)
+    expected = request.get_tensor("logits").data[0][np.cumsum(CHUNKS) - 1]
+    np.testing.assert_allclose(ours, expected, atol=1e-3 * np.abs(expected).max(), rtol=0)
 
 
 def test_no_more_bytes_than_are_allowed() -> None:

@@ -11,10 +11,11 @@ from ov_kvcrush.errors import ModelError, reason_of
 from ov_kvcrush.model.graph.attention import K, Q, V, attention_ops
 from ov_kvcrush.model.graph.layer_sharing import SharedLayers, store_layers
 
-# Operations that treat each row of [rows, 1, channels] by itself; their other operands are weights.
+# Operations that treat each row of [rows, 1, channels] by itself; their other operands are weights. So does a Reshape
+# [0, 0, groups, -1], whose sums correct the zero points of models from GGUF.
 _ROW_WISE = frozenset(
-    {"Add", "Clamp", "Convert", "Divide", "Gelu", "MatMul", "Multiply", "MVN", "Power", "ReduceMean", "Relu", "RMS"}
-    | {"Sigmoid", "SoftPlus", "Split", "Sqrt", "Subtract", "Swish", "Tanh", "VariadicSplit"}
+    {"Add", "Clamp", "Convert", "Divide", "Gelu", "MatMul", "Multiply", "MVN", "Power", "ReduceMean", "ReduceSum"}
+    | {"Relu", "RMS", "Sigmoid", "SoftPlus", "Split", "Sqrt", "Subtract", "Swish", "Tanh", "VariadicSplit"}
 )
 
 _ATTENTIONS = ("PagedAttentionExtension", "CrushAttention")
@@ -177,8 +178,7 @@ def _row_wise_part(behind: set[str], head: ov.Node) -> dict[str, ov.Node]:
     while waiting:
         node = waiting.pop()
         name = node.get_friendly_name()
-        is_row_wise = node.get_type_name() in _ROW_WISE and all(_is_rows(o.partial_shape) for o in node.outputs())
-        if name in behind and name not in part and is_row_wise:
+        if name in behind and name not in part and _is_row_wise(node):
             part[name] = node
             waiting += [_source(target) for target in node.inputs()]
     # A node that is read from outside the part keeps all its rows, and so do its inputs.
@@ -196,13 +196,22 @@ def _row_wise_part(behind: set[str], head: ov.Node) -> dict[str, ov.Node]:
             del part[name]
 
 
+def _is_row_wise(node: ov.Node) -> bool:
+    if node.get_type_name() != "Reshape":
+        return node.get_type_name() in _ROW_WISE and all(_is_rows(o.partial_shape) for o in node.outputs())
+    before, pattern = node.input_value(0).get_partial_shape(), node.input_value(1).get_node()
+    if pattern.get_type_name() != "Constant" or not node.get_attributes()["special_zero"]:
+        return False
+    return _is_rows(before) and len(before) == 3 and np.asarray(pattern.data).ravel()[:2].tolist() == [0, 0]
+
+
 def _source(target: ov.Input) -> ov.Node:
     return target.get_source_output().get_node()
 
 
 def _is_rows(shape: ov.PartialShape) -> bool:
-    """Whether a tensor has the shape of hidden states, [rows, 1, channels]."""
-    return shape.rank.is_static and len(shape) == 3 and shape[0].is_dynamic and shape[1] == ov.Dimension(1)
+    """Whether a tensor has the shape of hidden states, [rows, 1, channels], or has them in groups."""
+    return shape.rank.is_static and len(shape) >= 3 and shape[0].is_dynamic and shape[1] == ov.Dimension(1)
 
 
 def _count(model: ov.Model, type_name: str) -> int:

@@ -8,13 +8,14 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/split.hpp"
+
 namespace crush {
 
 namespace {
 
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 constexpr size_t UNIT_ROWS = 64;  // query rows of a head that one task takes over its tiles, chunk by chunk
-constexpr size_t MIN_PART = 32, MAX_PARTS = 32;  // a decoding head is cut into up to 32 parts of at least 32 tiles
 
 size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
@@ -45,8 +46,8 @@ struct WorkPlan {
             for (int head = 0; head < shape.num_kv_heads; ++head) {
                 const size_t rows = span.num_rows * group, num_units = ceil_div(rows, UNIT_ROWS);
                 for (size_t u = 0; u < num_units; ++u) {
-                    const size_t first = rows * u / num_units, last = rows * (u + 1) / num_units;
-                    add(shape, span, head, first, last - first, num_units);
+                    const Split blocks{rows, num_units};
+                    add(shape, span, head, blocks.begin(u), blocks.size(u), num_units);
                 }
             }
     }
@@ -54,15 +55,11 @@ struct WorkPlan {
 private:
     void add(const LayerShape& shape, const AttendSpan& span, int head, size_t first_row, size_t rows,
              size_t num_units) {
-        const size_t tiles = span.heads[head].num_tiles;
-        size_t per_part = std::max(ceil_div(tiles, MAX_PARTS), MIN_PART);
-        if (num_units >= 8) per_part = std::max<size_t>(tiles, 1);
-        const size_t num_parts = std::max<size_t>(ceil_div(tiles, per_part), 1);
-        units.push_back({&span, head, first_row, rows, parts.size(), num_parts});
-        for (size_t p = 0; p < num_parts; ++p) {
-            const size_t from = p * per_part;
-            parts.push_back({units.size() - 1, from, std::min(per_part, tiles - std::min(from, tiles)), state_floats});
-            if (num_parts > 1) state_floats += rows * static_cast<size_t>(shape.head_size + 2);
+        const Split split = split_tiles(span.heads[head].num_tiles, num_units);
+        units.push_back({&span, head, first_row, rows, parts.size(), split.parts});
+        for (size_t p = 0; p < split.parts; ++p) {
+            parts.push_back({units.size() - 1, split.begin(p), split.size(p), state_floats});
+            if (split.parts > 1) state_floats += rows * static_cast<size_t>(shape.head_size + 2);
         }
     }
 };

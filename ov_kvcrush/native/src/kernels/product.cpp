@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "kernels/kernels.hpp"
+#include "kernels/split.hpp"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -58,14 +59,15 @@ void check(bool holds, const char* rule, size_t got) {
 constexpr size_t HUGE_PAGE = size_t{2} << 20;
 constexpr size_t TASK_BYTES = 64 << 10;  // of weights: a few microseconds
 
-// Of tasks that read `bytes` each, how many a thread takes at a time.
+// Of tasks that read `bytes` each, how many a thread takes at most at a time.
 size_t at_once(size_t bytes) { return std::max<size_t>(1, TASK_BYTES / bytes); }
 
-// tasks 0..n-1, `chunk` at a time
+// tasks 0..n-1, up to `most` at a time
 template <class Task>
-void in_chunks(const ParallelFor& parallel, size_t n, size_t chunk, const Task& task) {
-    parallel((n + chunk - 1) / chunk, [&](size_t i) {
-        for (size_t j = i * chunk; j < std::min(n, (i + 1) * chunk); ++j) task(j);
+void in_chunks(const ParallelFor& parallel, size_t n, size_t most, const Task& task) {
+    const Split split = split_by_size(n, most);
+    parallel(split.parts, [&](size_t i) {
+        for (size_t j = split.begin(i); j < split.begin(i + 1); ++j) task(j);
     });
 }
 
