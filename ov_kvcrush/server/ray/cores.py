@@ -19,7 +19,9 @@ def cpus_of(rank: int, count: int, cpus: list[int]) -> list[int]:
     """
     mine = cpus[rank * count : (rank + 1) * count]
     if len(mine) < count:
-        raise CrushError(f"cores must leave {count} processors for replica {rank} of this machine, got {len(cpus)} in all")
+        raise CrushError(
+            f"cores must leave {count} processors for replica {rank} of this machine, got {len(cpus)} in all"
+        )
     return mine
 
 

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 
 def labelled(texts: Iterable[tuple[str, str]]) -> bytes:
-    """What replicas tell, each (its name, its figures in Prometheus' text format), with the name as the label `replica`.
+    """What replicas tell, each (its name, its figures as text), with the name as the label `replica`.
 
     A family stands once, with the samples of all, as the format wants it.
     """

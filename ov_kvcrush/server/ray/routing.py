@@ -28,7 +28,7 @@ class Affinity:
 
 
 def affinity_of(path: str, body: Any, caller: str) -> Affinity | None:
-    """What a request is tied by: its context, `prompt_cache_key`, conversation, prompt or `user`, the first that it has.
+    """What ties a request: its context, `prompt_cache_key`, conversation, prompt or `user`, the first that it has.
 
     body: the parsed JSON, whatever it is. caller: who asks; keys of different callers have nothing in common.
     """
