@@ -36,7 +36,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Piece:
-    """More of one sequence: its text and its tokens, of which the text may lag behind. finish: why it ended, if it did."""
+    """More of one sequence: its text and its tokens, of which the text may lag behind. finish: why it ended."""
 
     index: int
     text: str
@@ -115,7 +115,7 @@ class Answer:
         }
 
     def cost(self) -> dict[str, Any]:
-        """What the answer took, beyond OpenAI's API: seconds, tokens whose KV is held, bytes and those of a bf16 cache."""
+        """What it took, beyond OpenAI's API: seconds, tokens whose KV is held, bytes and those of a bf16 cache."""
         stats = self.stats
         first = stats.token_times[0] if stats.token_times else []
         num_tokens = stats.num_input_tokens + sum(map(len, stats.token_times))

@@ -1,4 +1,4 @@
-"""What stands before every path: ids, keys, limits of bodies, the end of the server; and a line in the log behind it."""
+"""What stands before every path: ids, keys, limits of bodies, the server's end; and behind it a line in the log."""
 
 from __future__ import annotations
 

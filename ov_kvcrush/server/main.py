@@ -49,8 +49,8 @@ def serve(
             metavar="KEY",
             envvar="OV_KVCRUSH_API_KEYS",
             show_envvar=True,
-            help="Who sends it may ask; repeatable. Each key has contexts and cached prefixes of its own. Others can read "
-            "what a command line says: the variable, with blanks between keys, is for that.",
+            help="Who sends it may ask; repeatable. Each key has contexts and cached prefixes of its own. "
+            "Others can read command lines: the variable, with blanks between keys, is for that.",
         ),
     ] = None,
     alias: Annotated[str | None, typer.Option(metavar="NAME", help="The model's name; that of its folder.")] = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ov_kvcrush.core.outputs import PipelineMetrics, RequestStats
@@ -44,7 +44,6 @@ class Metrics:
         self.context_hits = counter("context_hits", "Of these, those whose context was in the store")
         self.context_loads = counter("context_loads", "Contexts that came back from their files")
         self.context_evictions = counter("context_evictions", "Contexts that left the store for their files")
-        self.active = Gauge(_PREFIX + "http_requests_active", "Requests being answered", registry=self.registry)
         self._steps: set[int] = set()
 
     def watch(self, read: Callable[[], PipelineMetrics], contexts: Callable[[], tuple[int, int, int]]) -> None:

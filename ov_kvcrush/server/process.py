@@ -20,7 +20,7 @@ _BACKLOG = 1024
 
 
 class ImpatientProtocol(HttpToolsProtocol):
-    """Closes a connection that has not sent the whole head of a request in time; uvicorn waits for the first for ever."""
+    """Closes a connection that has not sent the whole head of a request in time; uvicorn waits for ever."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Of asyncio.Protocol."""
@@ -61,7 +61,7 @@ class DrainingServer(uvicorn.Server):
         self._ending: asyncio.Task[None] | None = None
 
     @contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         """In the place of uvicorn's, which closes at once what listens."""
         loop = asyncio.get_running_loop()
         for one in (signal.SIGTERM, signal.SIGINT):

@@ -19,8 +19,8 @@ def generation_config(
 ) -> ov_genai.GenerationConfig:
     """The config of a request.
 
-    model: the model's own, a copy: what the body leaves out is as there, and else as OpenAI's defaults are. num_logprobs:
-    tokens whose log probability is told beside the drawn one's; None = none is told.
+    model: the model's own, a copy: what the body leaves out is as there, and else as OpenAI's defaults are.
+    num_logprobs: tokens whose log probability is told beside the drawn one's; None = none is told.
     """
     config = model
     config.apply_chat_template = False

@@ -35,7 +35,7 @@ class ContextFolder:
                 try:
                     yield _read(path)
                 except (OSError, ValueError, RecursionError) as error:
-                    tell("context left out", logging.WARNING, context=path.stem, error=type(error).__name__)
+                    tell("context left out", logging.WARNING, context=path.stem, reason=type(error).__name__)
 
     def write(self, held: HeldContext, context: Context) -> Path:
         """Write one. Raises ContextFileError; nothing is left of it then."""

@@ -24,8 +24,8 @@ FIGURES: dict[str, tuple[type, ...]] = {
 class HeldContext:
     """What is known of it without its bytes.
 
-    nbytes: in the store. kind: "text", which a question follows in the same message, or "conversation". policy: name and
-    settings of what chose. path: its file, None = it has none. context: None = it is in its file only.
+    nbytes: in the store. kind: "text", which a question follows in the same message, or "conversation". policy: name
+    and settings of what chose. path: its file, None = it has none. context: None = it is in its file only.
     """
 
     id: str

@@ -113,7 +113,7 @@ class ContextStore:
         try:
             return folder.write(made, context)
         except ContextFileError as error:
-            tell("context not written", logging.ERROR, context=made.id, error=type(error.__cause__ or error).__name__)
+            tell("context not written", logging.ERROR, context=made.id, reason=type(error.__cause__ or error).__name__)
             return None
 
     # -- using ---------------------------------------------------------------------------------------------------------

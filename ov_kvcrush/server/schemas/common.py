@@ -67,7 +67,7 @@ class SamplingFields(Strict):
     # What is told of the caller has no effect here.
     user: str | None = None
     metadata: dict[str, str] | None = None
-    # Beyond OpenAI's: the id of a context that the prompt goes on from, and passages of the prompt that no policy drops.
+    # Beyond OpenAI's: the id of a context that the prompt goes on from; passages that no policy drops.
     context: ContextId | None = None
     protect: Annotated[list[str], Field(max_length=256)] | None = None
 

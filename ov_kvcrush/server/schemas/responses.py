@@ -42,7 +42,7 @@ class TextFormat(Strict):
 class TextOptions(Strict):
     """Of the answer's text."""
 
-    format: TextFormat | None = None
+    format: TextFormat = TextFormat(type="text")
 
 
 class ResponseRequest(Strict):
