@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -55,9 +56,16 @@ class RaySettings:
 def parse_settings(args: Mapping[str, Any]) -> tuple[RaySettings, ServerSettings]:
     """The settings of replicas and of the server on each, from one mapping; the command line gives texts.
 
-    `replicas` stands for min_replicas and max_replicas. api_keys may be one key. Raises CrushError.
+    `replicas` stands for min_replicas and max_replicas. api_keys may be one key; api_keys_env names an environment
+    variable that has them, with blanks between: Ray shows the arguments of an application to whoever asks it.
+    Raises CrushError.
     """
     given = dict(args)
+    if "api_keys_env" in given:
+        variable = given.pop("api_keys_env")
+        given["api_keys"] = os.environ.get(str(variable), "").split()
+        if not given["api_keys"]:
+            raise CrushError(f"api_keys_env must name an environment variable with at least one key, got {variable!r}")
     if "replicas" in given:
         count = given.pop("replicas")
         given = {"min_replicas": count, "max_replicas": count} | given
