@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from ov_kvcrush.core.outputs import PipelineMetrics
+from ov_kvcrush.server import main
 from ov_kvcrush.server.metrics import Metrics
 from ov_kvcrush.server.ray.settings import parse_settings
 
@@ -23,7 +26,8 @@ DASHBOARD = json.loads((DEPLOY / "grafana/ov_kvcrush.json").read_text())
 def in_metrics() -> set[str]:
     """Names of all samples that the server's /metrics can have."""
     metrics = Metrics()
-    metrics.watch(PipelineMetrics, lambda: (0, 0, 0))
+    nothing = PipelineMetrics(**{field.name: 0 for field in fields(PipelineMetrics)})
+    metrics.watch(lambda: nothing, lambda: (0, 0, 0))
     names = set()
     for family in metrics.registry.collect():
         suffixes = {"histogram": ("_bucket", "_count", "_sum"), "counter": ("_total",)}.get(family.type, ("",))
@@ -75,8 +79,8 @@ def test_the_container_starts_a_program_with_options_it_has() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     entry = json.loads(re.findall(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)[0])
     command = [word for word in entry + COMPOSE["services"]["server"]["command"] if word.startswith("--")]
-    source = (ROOT / "ov_kvcrush/server/main.py").read_text()
-    assert all(f'"{option}"' in source for option in command), command
+    known = {option for parameter in typer.main.get_command(main.app).params for option in parameter.opts}
+    assert set(command) <= known
     assert f'{entry[0]} = "ov_kvcrush.server.main:main"' in (ROOT / "pyproject.toml").read_text()
     assert re.search(r"^USER (?!root)", text, re.MULTILINE)
     assert "/ready" in re.findall(r"^HEALTHCHECK .*\n.*$", text, re.MULTILINE)[0]
