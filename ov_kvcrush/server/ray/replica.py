@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import Any
 
 from ray import serve
 
@@ -31,8 +31,8 @@ class Replica:
             server = replace(server, max_kv_mb=max(1, free_memory_bytes() // (len(all_cpus) // cores) // 2 >> 20))
         self._pipeline = await asyncio.to_thread(_load, server, cores)
         self._app = create_app(server, self._pipeline)
-        self._life = self._app.router.lifespan_context(self._app)
-        await self._life.__aenter__()
+        self._life = AsyncExitStack()
+        await self._life.enter_async_context(self._app.router.lifespan_context(self._app))
 
     async def answer(self, request: HttpRequest) -> AsyncIterator[ResponseStart | bytes]:
         """Have the server answer, piece by piece."""
@@ -45,10 +45,8 @@ class Replica:
 
     async def __del__(self) -> None:
         """Called by Serve when the replica has no requests any more."""
-        life: Any = getattr(self, "_life", None)
-        if life is not None:
-            self._life = None
-            await life.__aexit__(None, None, None)
+        if hasattr(self, "_life"):  # it was ready
+            await self._life.aclose()
 
 
 def _load(server: ServerSettings, cores: int) -> ContinuousBatchingPipeline:
