@@ -31,13 +31,11 @@ def url(shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {"PYTHONPATH": str(Path(__file__).parents[2]), "OV_KVCRUSH_CACHE": os.environ.get("OV_KVCRUSH_CACHE", "")}
     ray.init(
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=80 << 20,
         log_to_driver=False,
-        runtime_env={"env_vars": {name: value for name, value in env.items() if value}},
     )
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
