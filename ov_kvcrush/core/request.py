@@ -145,6 +145,7 @@ class Request(StreamedRequest):
         self.peak_kv_bytes = 0
         self.eviction = eviction
         self.context = cache.context
+        self.cache_salt = cache.cache_salt
         self.prefill_only = cache.prefill_only
         self.returns_staged = cache.return_staged
         self.staged: StagedPrompt | None = None
