@@ -37,7 +37,8 @@ def served(settings: ServerSettings, pipeline: ContinuousBatchingPipeline | None
     thread.start()
     deadline = time.monotonic() + 120
     while not server.started:
-        assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
+        assert thread.is_alive(), "the server did not start"
+        assert time.monotonic() < deadline, "the server took too long to start"
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:

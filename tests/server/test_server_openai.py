@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -12,7 +13,7 @@ import pytest
 from served import Served, metric
 
 MODEL = "smol"
-ASKED: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+ASKED: list[Any] = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 12}
 WEATHER: dict[str, Any] = {
     "type": "function",
@@ -41,6 +42,7 @@ def test_the_model_is_listed(alice: openai.OpenAI) -> None:
 
 
 def test_a_chat_and_its_stream_say_the_same(alice: openai.OpenAI) -> None:
+    alice.chat.completions.create(messages=ASKED, **GREEDY)  # leaves its prefix for both
     whole = alice.chat.completions.create(messages=ASKED, **GREEDY)
     assert "Paris" in (whole.choices[0].message.content or "")
     assert whole.choices[0].finish_reason == "stop"
@@ -211,10 +213,13 @@ def test_a_wrong_key_is_refused(server: Served) -> None:
 def test_a_full_queue_is_told(alice: openai.OpenAI, server: Served) -> None:
     before = server.state.pipeline.get_metrics().requests
     assert before == 0
-    prompts = [f"Number {i}:" for i in range(128)]  # max_waiting is 64
-    with pytest.raises(openai.RateLimitError) as caught:
-        for _ in range(4):
-            alice.completions.create(prompt=prompts, model=MODEL, max_tokens=1)
+    prompts = [f"Number {i}:" for i in range(128)]
+    server.state.pipeline._backend._config = replace(config := server.state.pipeline._backend._config, max_waiting=1)  # type: ignore[attr-defined]
+    try:
+        with pytest.raises(openai.RateLimitError) as caught:
+            alice.completions.create(prompt=prompts, model=MODEL, max_tokens=20)
+    finally:
+        server.state.pipeline._backend._config = config  # type: ignore[attr-defined]
     assert caught.value.response.headers["retry-after"] == "1"
     assert "Paris" in (alice.chat.completions.create(messages=ASKED, **GREEDY).choices[0].message.content or "")
     assert metric(server.state, "requests_total", end="stop") > 0
