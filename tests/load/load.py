@@ -4,9 +4,9 @@
     python tests/load/load.py MODEL --clients 8 --seconds 60 --rounds 3 --json load.json
     python tests/load/load.py MODEL --against llama.cpp=http://127.0.0.1:9000   # a server that runs, beside ours
 
-Prints a table and writes JSON. Runs of one number of clients follow each other and are repeated in rounds: on a shared machine
-compare the rows of a round, not those of two days. The clients' own processor time is told, since it is taken from
-the server's where both share cores. docs/server_load.md has what came out.
+Prints a table and writes JSON. Runs of one number of clients follow each other and are repeated in rounds: on a shared
+machine compare the rows of a round, not those of two days. The clients' own processor time is told, since it is taken
+from the server's where both share cores. docs/server_load.md has what came out.
 """
 
 from __future__ import annotations
@@ -194,10 +194,8 @@ def machine() -> dict[str, Any]:
     """What the figures are of."""
     names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
     packages = {name: version(name) for name in ("openvino", "openvino-genai", "locust")}
-    return {
-        "cpu": names[0].split(":", 1)[1].strip() if names else platform.machine(),
-        "cores": os.cpu_count(),
-    } | packages
+    cpu = names[0].split(":", 1)[1].strip() if names else platform.machine()
+    return {"cpu": cpu, "cores": os.cpu_count(), **packages}
 
 
 def main() -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import random
 
+# fmt: off
 _WORDS = (
-    "river stone winter lamp garden copper window engine harbour violin letter orchard mirror bridge candle forest "
-    "market pencil island thunder blanket compass feather kettle ladder meadow needle oyster pepper quarry ribbon saddle "
-    "tunnel umbrella valley wagon anchor basket cellar desert emerald fountain glacier hammer insect jungle kitchen"
-).split()
+    "river", "stone", "winter", "lamp", "garden", "copper", "window", "engine", "harbour", "violin", "letter",
+    "orchard", "mirror", "bridge", "candle", "forest", "market", "pencil", "island", "thunder", "blanket",
+    "compass", "feather", "kettle", "ladder", "meadow", "needle", "oyster", "pepper", "quarry", "ribbon",
+    "saddle", "tunnel", "umbrella", "valley", "wagon", "anchor", "basket", "cellar", "desert", "emerald",
+    "fountain", "glacier", "hammer", "insect", "jungle", "kitchen",
+)
+# fmt: on
 
 
 def messages(client: int, number: int, num_words: int) -> list[dict[str, str]]:

@@ -56,6 +56,7 @@ export class Chat {
         }
         meter.reason = chunk.choices[0]?.finish_reason ?? meter.reason;
         meter.usage = chunk.usage ?? meter.usage;
+        meter.cost = chunk.kvcrush ?? meter.cost;
       }
     } catch (error) {
       if (error.name === "AbortError") meter.reason = "stopped";
@@ -124,6 +125,7 @@ export class Chat {
 class Meter {
   reason = null;
   usage = null;
+  cost = null;
   #begin = performance.now();
   #first = null;
   #last = null;
@@ -144,12 +146,13 @@ class Meter {
     const usage = this.usage ?? {};
     const list = document.createElement("dl");
     list.className = "cost";
+    const cost = this.cost ?? {};
     const made = usage.completion_tokens ?? null;
     showCost(list, [
       ["read", count(usage.prompt_tokens)],
       ["written", count(made)],
-      ["kept", count(usage.kv_cache?.kept_tokens)],
-      ["KV cache", bytesAgainst(usage.kv_cache?.bytes, usage.kv_cache?.bf16_bytes)],
+      ["kept", count(cost.kept_tokens)],
+      ["KV cache", bytesAgainst(cost.kv_bytes, cost.bf16_bytes)],
       ["TTFT", milliseconds(this.#first === null ? null : this.#first - this.#begin)],
       ["TPOT", made > 1 ? milliseconds((this.#last - this.#first) / (made - 1)) : null],
     ]);
