@@ -23,7 +23,7 @@ _SWITCHES = (
     "--disable-sync",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
-WAIT_S = 120  # no test asserts a time: this only ends one that hangs
+WAIT_S = 60  # no test asserts a time: this only ends one that hangs
 
 Driver = webdriver.Chrome
 
