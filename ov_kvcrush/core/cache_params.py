@@ -45,6 +45,9 @@ class CacheParams:
     context: KV that the first tokens of the prompt have already; the policy chooses from what follows.
     return_snapshot: hand the KV out at the end, as `Handle.snapshot`.
     prefill_only: end when the prompt has its KV, without a token; implies return_snapshot.
+    budget: bytes over those of a bf16 cache, instead of what the engine was told; needs a policy.
+    cache_salt: cached prefixes serve only requests of the same one, as vLLM has it: who may not know by its timing what
+        another has asked gets another.
     fan_out: caches that are made from the same prefill, `Handle.fan_out_snapshots`; needs prefill_only, and no
         snapshot of the request itself is left then.
     An engine takes spans only: `prompts.spans.resolve` turns texts into them.
@@ -58,6 +61,8 @@ class CacheParams:
     context: KVSnapshot | None = None
     return_snapshot: bool = False
     prefill_only: bool = False
+    budget: float | None = None
+    cache_salt: str = ""
     fan_out: tuple[FanOut, ...] = ()
 
     @property

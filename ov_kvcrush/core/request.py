@@ -143,6 +143,7 @@ class Request(StreamedRequest):
         self.peak_kv_bytes = 0
         self.eviction = eviction
         self.context = cache.context
+        self.cache_salt = cache.cache_salt
         self.prefill_only = cache.prefill_only
         self.returns_snapshot = (cache.return_snapshot or cache.prefill_only) and not fan_out
         self.snapshot: KVSnapshot | None = None

@@ -307,3 +307,7 @@ class Engine:
     def kv_heads(self) -> list[int]:
         """KV heads of each layer that stores keys and values."""
         return [layer.num_kv_heads for layer in self._model.layers]
+
+    def bf16_kv_bytes(self, num_tokens: int) -> int:
+        """Bytes of a bf16 cache of so many tokens, keys and values of all layers."""
+        return num_tokens * sum(2 * 2 * layer.num_kv_heads * layer.head_size for layer in self._model.layers)

@@ -77,7 +77,8 @@ class InputProcessor:
         """A checked request. targets: of each of `params.fan_out`. Raises RequestError."""
         if (params.context or params.return_snapshot or params.prefill_only) and self._cache.snapshots is None:
             raise RequestError("context must not be asked for with attention='paged', got one; engine='crush' holds it")
-        plan = self.plan_for(params.policy or self._policy, np.size(ids), asks=not params.prefill_only)
+        wanted = params.policy or self._policy
+        plan = self.plan_for(wanted, np.size(ids), asks=not params.prefill_only, budget=params.budget)
         eviction = self._eviction(params, np.size(ids), plan)
         num_evicted = params.context.state.num_evicted if params.context else 0
         ids = self.check_prompt(ids, eviction, params.context)
@@ -148,14 +149,19 @@ class InputProcessor:
         capacity = self._cache.capacity_tokens(eviction, num_evicted)
         return min(capacity, self._model.context_length or capacity)
 
-    def plan_for(self, policy: Policy | None, num_tokens: int, *, asks: bool) -> CachePlan | None:
+    def plan_for(
+        self, policy: Policy | None, num_tokens: int, *, asks: bool, budget: float | None = None
+    ) -> CachePlan | None:
         """The plan of a prompt; None where none was asked for, and where a request wants no policy.
 
         asks: whether the prompt ends with its question. What reads a prompt twice does not choose by that.
+        budget: in the place of the planner's. Raises RequestError for one without a policy that can meet it.
         """
+        is_known = asks and not (policy is not None and policy.inputs.replay)
+        if budget is not None:
+            return self._default_plans.plan_within(budget, policy, num_tokens, "known" if is_known else "unknown")
         if policy is None or isinstance(policy, KeepAll):
             return None
-        is_known = asks and not policy.inputs.replay
         planner = self._planner if is_known else self._context_planner
         if planner is not None:
             return planner.plan(num_tokens)

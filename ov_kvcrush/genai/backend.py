@@ -241,6 +241,10 @@ class GenaiBackend:
         """Not told."""
         return []
 
+    def bf16_kv_bytes(self, num_tokens: int) -> int:
+        """Not told."""
+        return 0
+
     def clear_prefixes(self) -> None:
         """Nothing to do: openvino_genai drops kept prefixes itself when it needs their memory."""
 

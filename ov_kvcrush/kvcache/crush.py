@@ -137,9 +137,8 @@ class CrushKVCache:
         context = sequence.request.context
         if context is not None:
             return self._start_from(sequence, context, context.num_tokens)
-        found = self.prefixes.match(
-            sequence.ids[:], lambda snapshot, length: serves(snapshot, sequence, length), least_common(sequence)
-        )
+        least, salt = least_common(sequence), sequence.request.cache_salt
+        found = self.prefixes.match(sequence.ids[:], lambda kept, n: serves(kept, sequence, n), least, salt)
         return self._start_from(sequence, *found) if found else None
 
     def _start_from(self, sequence: Sequence, snapshot: KVSnapshot, length: int) -> SequenceKV | None:
@@ -188,7 +187,7 @@ class CrushKVCache:
         """Keep the stored KV. A prompt that ends while it is staged leaves nothing."""
         snapshot = self._share(sequence)
         if snapshot is not None:
-            self.prefixes.put(sequence.ids[: sequence.num_cached], snapshot)
+            self.prefixes.put(sequence.ids[: sequence.num_cached], snapshot, sequence.request.cache_salt)
             if self._prefix_bytes:
                 self._room.shrink(self._prefix_bytes)
 

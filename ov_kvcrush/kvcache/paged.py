@@ -65,7 +65,8 @@ class PagedKVCache:
 
     def allocate(self, sequence: Sequence) -> bool:
         """Give a waiting sequence the blocks of all its tokens, those of a cached prefix among them."""
-        cached, length = self.prefixes.match(sequence.ids[:]) or (np.zeros(0, np.int32), 0)
+        found = self.prefixes.match(sequence.ids[:], salt=sequence.request.cache_salt)
+        cached, length = found or (np.zeros(0, np.int32), 0)
         shared = cached[: blocks_for(length)]
         self.pool.share(shared)
         written = int(shared[-1]) if length % BLOCK_SIZE else None
@@ -139,7 +140,7 @@ class PagedKVCache:
         if sequence.num_cached:
             blocks = self._kv[sequence].blocks[: blocks_for(sequence.num_cached)].copy()
             self.pool.share(blocks)
-            self.prefixes.put(sequence.ids[: sequence.num_cached], blocks)
+            self.prefixes.put(sequence.ids[: sequence.num_cached], blocks, sequence.request.cache_salt)
 
     def clear_prefixes(self) -> None:
         """Give back the blocks of ended sequences."""

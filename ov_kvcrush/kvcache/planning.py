@@ -11,10 +11,11 @@ import numpy as np
 from ov_kvcrush import native
 from ov_kvcrush.config import DEFAULT_BUDGET, PRECISIONS, CacheConfig, parse_budget
 from ov_kvcrush.core.eviction import Choice
-from ov_kvcrush.errors import CrushError
+from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.model.fingerprints import model_fingerprint
 from ov_kvcrush.model.load import LoadedModel
 from ov_kvcrush.policies.base import DefaultBudget, Policy
+from ov_kvcrush.policies.keep_all import KeepAll
 from ov_kvcrush.policies.plans.geometry import CacheGeometry
 from ov_kvcrush.policies.plans.plan import CachePlan
 from ov_kvcrush.policies.plans.planner import BytePlanner
@@ -33,6 +34,7 @@ _FEW_TEXTS = (
     "ov_kvcrush-profile --texts %d makes a better one"
 )
 
+_MOST_PLANNERS = 32  # budgets that requests name
 LEAST_TOKENS = 36  # sinks and recent tokens, which always stay
 
 
@@ -144,21 +146,42 @@ class DefaultPlans:
         self._model = model
         self._config = config
         self._is_off = model.attention != "crush" or not config.has_default_budget
-        self._planners: dict[str, BytePlanner] = {}  # by use
+        self._planners: dict[tuple[str, float], BytePlanner] = {}  # by use and budget
 
     def plan(self, policy: Policy, num_tokens: int, use: str) -> CachePlan | None:
         """By the profile of a use; None where the policy's own budget holds, or the prompt is short."""
         least = policy.budget.min_tokens
         if self._is_off or not isinstance(policy.budget, DefaultBudget) or num_tokens <= least:
             return None
-        if use not in self._planners:
+        return self._planner(use, parse_budget(DEFAULT_BUDGET)).plan(num_tokens, least)
+
+    def plan_within(self, budget: float, policy: Policy | None, num_tokens: int, use: str) -> CachePlan:
+        """The plan of a request that names its own budget. Raises RequestError where none can be met."""
+        if policy is None or isinstance(policy, KeepAll):
+            raise RequestError(f"budget must come with a policy that evicts, got {budget:g} with none")
+        if not isinstance(policy.budget, DefaultBudget):
+            raise RequestError("budget must be left out where policy says how much stays, got both")
+        if self._model.attention != "crush" or (self._config.key_precision, self._config.value_precision) != (
+            "u8",
+            "u8",
+        ):
+            raise RequestError(
+                f"budget must be left out where precisions are given or there is no store, got {budget:g}"
+            )
+        return self._planner(use, budget).plan(num_tokens)
+
+    def _planner(self, use: str, budget: float) -> BytePlanner:
+        key = use, budget
+        if key not in self._planners:
             profile = find_profile(self._model, self._config, use)
-            budget = parse_budget(DEFAULT_BUDGET)
             geometry = geometry_of(self._model, self._config)
-            self._planners[use] = BytePlanner(geometry, _heads(self._model), profile, budget)
+            made = BytePlanner(geometry, _heads(self._model), profile, budget)
+            if len(self._planners) >= _MOST_PLANNERS:
+                self._planners.clear()
+            self._planners[key] = made
             if profile is None:  # nobody asked for a budget: no warning
                 _log.info(*_NO_PROFILE)
-        return self._planners[use].plan(num_tokens, least)
+        return self._planners[key]
 
 
 def _heads(model: LoadedModel) -> list[int]:

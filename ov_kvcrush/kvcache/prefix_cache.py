@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -22,10 +23,15 @@ _LAST = 1 << 62  # behind every key
 
 @dataclass(frozen=True, eq=False)
 class Prefix(Generic[KV]):
-    """Tokens int64 (S,) and what holds their keys and values."""
+    """Tokens int64 (S,) and what holds their keys and values. salt: of the requests that it may serve."""
 
     ids: np.ndarray
     kv: KV
+    salt: str = ""
+
+    def common(self, ids: np.ndarray, salt: str) -> int:
+        """Leading tokens that it has in common with those of a request."""
+        return common_length(self.ids, ids) if self.salt == salt else 0
 
 
 class PrefixCache(Generic[KV]):
@@ -33,6 +39,7 @@ class PrefixCache(Generic[KV]):
 
     They lie in the order of their tokens, too. There, those that share most with a prompt are the neighbours of its own
     place, and the further away one is, the less it shares: a search costs the prompt's length and what it refuses.
+    Those of one salt lie together, and share nothing with those of others.
 
     release: gives back the KV of a prefix that is dropped. replaces: whether the second serves whatever the first does,
     which holds the tokens that the second begins with.
@@ -58,26 +65,30 @@ class PrefixCache(Generic[KV]):
         """What is kept, the least recently used first; still the cache's."""
         return [prefix.kv for prefix in self._by_use.values()]
 
-    def put(self, ids: np.ndarray, kv: KV) -> None:
+    def put(self, ids: np.ndarray, kv: KV, salt: str = "") -> None:
         """Keep `kv`, which now belongs to the cache, as that of `ids`. Prefixes that it replaces are dropped."""
-        for key in list(self._contained_in(ids)):
+        for key in list(self._contained_in(ids, salt)):
             if self._replaces(self._by_use[key].kv, kv):
                 self._drop(key)
         key = next(self._keys)
-        self._by_use[key] = Prefix(ids.copy(), kv)
-        insort(self._by_ids, (_sortable(ids), key))
+        self._by_use[key] = Prefix(ids.copy(), kv, salt)
+        insort(self._by_ids, (_sortable(ids, salt), key))
         if self._max_prefixes is not None and len(self) > self._max_prefixes:
             self.drop_oldest()
 
     def match(
-        self, ids: np.ndarray, usable: Callable[[KV, int], bool] = lambda kv, length: True, least: int = 1
+        self,
+        ids: np.ndarray,
+        usable: Callable[[KV, int], bool] = lambda kv, length: True,
+        least: int = 1,
+        salt: str = "",
     ) -> tuple[KV, int] | None:
         """Find the longest common prefix with `ids`, short of its last token, whose logits are needed.
 
         usable: whether the first `length` tokens of what is kept can serve. least: the fewest tokens that are worth it.
         Returns what holds them, still the cache's, and their number; None if there are none.
         """
-        for key, length in self._by_common(ids[:-1]):
+        for key, length in self._by_common(ids[:-1], salt):
             if length < least:
                 return None
             if usable(self._by_use[key].kv, length):
@@ -107,15 +118,15 @@ class PrefixCache(Generic[KV]):
         while self.drop_oldest():
             pass
 
-    def _by_common(self, ids: np.ndarray) -> Iterator[tuple[int, int]]:
+    def _by_common(self, ids: np.ndarray, salt: str) -> Iterator[tuple[int, int]]:
         """Keys and their tokens in common with `ids`, the most first."""
-        after = bisect_left(self._by_ids, (_sortable(ids), -1))
+        after = bisect_left(self._by_ids, (_sortable(ids, salt), -1))
         before = after - 1
 
         def common(place: int) -> int:
             if not 0 <= place < len(self._by_ids):
                 return 0
-            return common_length(self._by_use[self._by_ids[place][1]].ids, ids)
+            return self._by_use[self._by_ids[place][1]].common(ids, salt)
 
         left, right = common(before), common(after)
         while left or right:
@@ -128,17 +139,17 @@ class PrefixCache(Generic[KV]):
                 after += 1
                 right = common(after)
 
-    def _contained_in(self, ids: np.ndarray) -> Iterator[int]:
+    def _contained_in(self, ids: np.ndarray, salt: str) -> Iterator[int]:
         """Keys of prefixes that `ids` begins with, the longest first."""
         longest = len(ids)
         place = len(self._by_ids)
         while longest:
-            place = bisect_right(self._by_ids, (_sortable(ids[:longest]), _LAST), hi=place) - 1
+            place = bisect_right(self._by_ids, (_sortable(ids[:longest], salt), _LAST), hi=place) - 1
             if place < 0:
                 return
             key = self._by_ids[place][1]
             # Nothing lies between it and ids[:longest]: no contained prefix is longer than what they share.
-            longest = common_length(self._by_use[key].ids, ids[:longest])
+            longest = self._by_use[key].common(ids[:longest], salt)
             if longest == len(self._by_use[key].ids):
                 yield key
             else:
@@ -146,13 +157,14 @@ class PrefixCache(Generic[KV]):
 
     def _drop(self, key: int) -> None:
         prefix = self._by_use.pop(key)
-        del self._by_ids[bisect_left(self._by_ids, (_sortable(prefix.ids), key))]
+        del self._by_ids[bisect_left(self._by_ids, (_sortable(prefix.ids, prefix.salt), key))]
         self._release(prefix.kv)
 
 
-def _sortable(ids: np.ndarray) -> bytes:
-    """Tokens as bytes in the order of the tokens, which are not negative."""
-    return ids.astype(">i8").tobytes()
+def _sortable(ids: np.ndarray, salt: str) -> bytes:
+    """Tokens as bytes in the order of the tokens, which are not negative; those of one salt one behind the other."""
+    group = hashlib.blake2b(salt.encode(), digest_size=16).digest() if salt else bytes(16)
+    return group + ids.astype(">i8").tobytes()
 
 
 def common_length(a: np.ndarray, b: np.ndarray) -> int:

@@ -160,6 +160,8 @@ class PipelineBase:
         kept: float | None = None,
         protect: spans.Protect = (),
         progress: Progress | None = None,
+        budget: float | str | None = None,
+        cache_salt: str = "",
     ) -> Context:
         """Read a text or a conversation once and compress it, to be asked often: `generate(question, context=...)`.
 
@@ -171,10 +173,12 @@ class PipelineBase:
             that a pipeline names, 0.25.
         protect: passages of the text, or spans (begin, end) of its tokens, that stay.
         progress: called with the number of tokens that were read and that of all; both readings count.
+        budget: its bytes over those of a bf16 cache, as CacheConfig.budget, in the place of the pipeline's.
+        cache_salt: cached prefixes and contexts serve only texts of the same salt.
         The same text with the same policy shares the bytes of a context that there is already.
         Raises RequestError for a text that cannot be run, OutOfMemory where the store has no room.
         """
-        return self._compressor.compress(text, policy, kept, protect, progress)
+        return self._compressor.compress(text, policy, kept, protect, progress, budget, cache_salt)
 
     @visiting
     def compress_ids(
@@ -228,6 +232,10 @@ class PipelineBase:
         handles = self._loop.run(rows, [self._options(config, {})] * len(rows), None, metrics, params)
         outputs = [handle.outputs()[0] for handle in handles]
         return [(self._text(output, metrics), list(output.generated_ids)) for output in outputs]
+
+    def bf16_kv_bytes(self, num_tokens: int) -> int:
+        """Bytes of a bf16 cache of so many tokens, nothing evicted; 0 with engine="genai", which does not tell."""
+        return self._backend.bf16_kv_bytes(num_tokens)
 
     def stop(self, thread: int | None = None) -> None:
         """End a running `generate` after its step; it returns what there is. For other threads or signal handlers.

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import openvino_genai as ov_genai
 
+from ov_kvcrush.config import parse_budget
 from ov_kvcrush.contexts import saving
 from ov_kvcrush.contexts.context import Context, Progress, context_policy
 from ov_kvcrush.core.cache_params import CacheParams, FanOut
 from ov_kvcrush.core.eviction import NO_REPLAY_PROMPT, ReplayPrompt
 from ov_kvcrush.core.perf_metrics import PerfMetrics
+from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipelines.backend import Backend
 from ov_kvcrush.pipelines.request_loop import RequestLoop
 from ov_kvcrush.policies.base import Policy
@@ -54,9 +56,18 @@ class ContextCompressor:
         self._compressed: weakref.WeakValueDictionary[tuple[Any, ...], Context] = weakref.WeakValueDictionary()
 
     def compress(
-        self, text: Any, policy: PolicyLike, kept: float | None, protect: Any, progress: Progress | None
+        self,
+        text: Any,
+        policy: PolicyLike,
+        kept: float | None,
+        protect: Any,
+        progress: Progress | None,
+        budget: float | str | None = None,
+        cache_salt: str = "",
     ) -> Context:
         """See PipelineBase.compress."""
+        if budget is not None and kept is not None:
+            raise RequestError(f"kept must be left out with budget, which says how much stays, got {kept}")
         metrics = PerfMetrics()
         chosen = context_policy(policy, kept)
         content, ids, head = self._encoder.open(text, metrics)
@@ -69,9 +80,11 @@ class ContextCompressor:
             system,
             replay_prompt=self._replay_prompt_for(chosen),
             prefill_only=True,
+            budget=None if budget is None else parse_budget(budget),
+            cache_salt=cache_salt,
         )
         params = spans.resolve(asked, ids, self._tokenizer)
-        key = (ids.tobytes(), chosen, params.protect, params.system)
+        key = (ids.tobytes(), chosen, params.protect, params.system, params.budget, cache_salt)
         known = self._compressed.get(key)
         if known is not None and known.is_open and known.content == content:
             return known.fork()

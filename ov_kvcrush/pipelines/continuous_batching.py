@@ -99,6 +99,7 @@ class ContinuousBatchingPipeline(PipelineBase):
         priority: int = 0,
         timeout_s: float | None = None,
         logit_bias: Mapping[int, float] | None = None,
+        cache_salt: str = "",
         **options: Any,
     ) -> Handle:
         """Queue one prompt: a text, encoded as it is, a ChatHistory, or an ov.Tensor of token ids [1, S] or [S], by
@@ -107,7 +108,9 @@ class ContinuousBatchingPipeline(PipelineBase):
         It runs when somebody calls `step`, or waits for its handle, and while the handle is held.
         policy: which tokens stay in the KV cache, as CacheConfig.policy; None = as the pipeline was told.
         protect: what a policy must not drop: passages of the prompt, or spans (begin, end) of its tokens.
-        context: what `compress` made of a text: the prompt, a text or ids, is a question about it.
+        context: what `compress` made of a text: the prompt, a text or ids, is a question about it; a ChatHistory is
+            what is said after it, the first message in the context's own where that is open.
+        cache_salt: cached prefixes serve only requests of the same salt.
         priority, timeout_s, logit_bias: as RequestOptions has them.
         Raises RequestError for a prompt or a config that cannot be run, and for an id that is in use; QueueFull where
         too many wait.
@@ -117,16 +120,17 @@ class ContinuousBatchingPipeline(PipelineBase):
         prompt = only_one(prompt=prompt, input_ids=input_ids)
         config = self._options(generation_config, options)
         begun = require_context(context)
-        if begun is not None and isinstance(prompt, ov_genai.ChatHistory):
-            raise RequestError("context must be left out with a ChatHistory, got one")
         params = CacheParams(
             as_policy(policy),
             check_protect(protect),
             context=begun.snapshot_for(self._compressor) if begun else None,
+            cache_salt=cache_salt,
         )
         asked = RequestOptions(priority, timeout_s, logit_bias or {})
         metrics = self._new_metrics()
-        if not isinstance(prompt, str):
+        if begun is not None and isinstance(prompt, ov_genai.ChatHistory):
+            ids = self._context_encoder.conversation(begun.ids, begun.content, prompt, metrics)
+        elif not isinstance(prompt, str):
             ids, params = self._encode_other(prompt, params, metrics)
             ids = ids if begun is None else np.concatenate([begun.ids, ids])
         elif begun is not None:

@@ -106,6 +106,27 @@ class ContextEncoder:
         history = context.history(context.asked(question))
         return self.joined(ids, context, self._encoder.render(history, metrics), metrics)
 
+    def conversation(
+        self, ids: np.ndarray, context: ContextText, history: ov_genai.ChatHistory, metrics: PerfMetrics
+    ) -> np.ndarray:
+        """Tokens int64 (T,) of a context, `ids` (S,), and the messages that follow it. Raises RequestError."""
+        new = content_of(history)
+        check_messages(new.messages)
+        if not context.messages:
+            raise RequestError("context must be of a model with a chat template to be followed by messages, got a text")
+        if new.tools and new.tools != context.tools:
+            raise RequestError("tools must be those of the context, got others: it was read with its own")
+        first, *rest = new.messages
+        if not context.is_open:
+            messages = (*context.messages, *new.messages)
+        elif first["role"] == "user" and isinstance(first["content"], str):
+            messages = (*context.asked(first["content"]), *rest)
+        else:
+            raise RequestError(
+                f"messages must begin with a text of the user where the context is a text, got {first['role']!r}"
+            )
+        return self.joined(ids, context, self._encoder.render(context.history(messages), metrics), metrics)
+
     def joined(self, ids: np.ndarray, context: ContextText, rendered: str, metrics: PerfMetrics) -> np.ndarray:
         """Tokens int64 (T,) of a rendered conversation that begins with a context, `ids` (S,). Raises RequestError."""
         if not rendered.startswith(context.rendered):

@@ -1,0 +1,106 @@
+"""The process of a server: signals that let running requests end, and connections that say nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from ov_kvcrush.server.edge import Drain
+from ov_kvcrush.server.logs import tell
+from ov_kvcrush.server.settings import ServerSettings
+
+_BACKLOG = 1024
+
+
+class ImpatientProtocol(HttpToolsProtocol):
+    """Closes a connection that has not sent the whole head of a request in time; uvicorn waits for ever."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Of asyncio.Protocol."""
+        super().connection_made(transport)
+        self._head_timer = self.loop.call_later(self.timeout_keep_alive, self._give_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Of asyncio.Protocol."""
+        self._head_timer.cancel()
+        super().connection_lost(exc)
+
+    def on_headers_complete(self) -> None:
+        """Of httptools."""
+        self._head_timer.cancel()
+        super().on_headers_complete()
+
+    def on_message_begin(self) -> None:
+        """Of httptools: also of the second request of a connection."""
+        super().on_message_begin()
+        self._head_timer.cancel()
+        self._head_timer = self.loop.call_later(self.timeout_keep_alive, self._give_up)
+
+    def _give_up(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+class DrainingServer(uvicorn.Server):
+    """Ends as an orchestrator wants it: at SIGTERM new requests are answered with 503, running ones end, exit 0.
+
+    A second signal ends at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Drain, timeout_s: float) -> None:
+        super().__init__(config)
+        self._drain = drain
+        self._timeout_s = timeout_s
+        self._ending: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """In the place of uvicorn's, which closes at once what listens."""
+        loop = asyncio.get_running_loop()
+        for one in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(one, self._told, one)
+        try:
+            yield
+        finally:
+            for one in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(one)
+
+    def _told(self, number: signal.Signals) -> None:
+        if self._ending is not None:
+            self.should_exit = self.force_exit = True
+            return
+        tell("draining", signal=number.name, active=self._drain.num_active)
+        self._drain.is_draining = True
+        self._ending = asyncio.ensure_future(self._end())
+
+    async def _end(self) -> None:
+        try:
+            await asyncio.wait_for(self._drain.wait_idle(), self._timeout_s)
+        except asyncio.TimeoutError:
+            tell("drain cut", active=self._drain.num_active)
+        self.should_exit = True
+
+
+def make_server(app: FastAPI, settings: ServerSettings) -> DrainingServer:
+    """uvicorn for an app that `create_app` made."""
+    options: dict[str, Any] = {
+        "host": settings.host,
+        "port": settings.port,
+        "http": ImpatientProtocol,
+        "ws": "none",
+        "loop": "auto",
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "backlog": _BACKLOG,
+        "timeout_keep_alive": settings.idle_timeout_s,
+        "timeout_graceful_shutdown": 1,  # what runs has had its time by then
+    }
+    return DrainingServer(uvicorn.Config(app, **options), app.state.drain, settings.drain_timeout_s)
