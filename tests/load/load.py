@@ -52,7 +52,7 @@ def shared_options(args: argparse.Namespace) -> list[str]:
 def server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
     """`ov_kvcrush-serve`, ready: its address and process id. Raises RuntimeError if it does not come up."""
     url = f"http://127.0.0.1:{(port := free_port())}"
-    start = [sys.executable, "-m", "ov_kvcrush.server", *([args.model] if args.model else []), "--port", str(port)]
+    start = [sys.executable, "-m", "ov_kvcrush.server.main", *([args.model] if args.model else []), "--port", str(port)]
     process = subprocess.Popen([*start, *shared_options(args)], stderr=subprocess.DEVNULL)
     try:
         end = time.monotonic() + 300

@@ -53,13 +53,12 @@ export async function listContexts() {
 }
 
 export async function getContext(id) {
-  return (await request(`v1/contexts/${encodeURIComponent(id)}`)).json();
+  return (await request(`v1/contexts/${encodeURIComponent(id)}?kept_map=true`)).json();
 }
 
 export async function makeContext(file, budget, signal) {
   const form = new FormData();
   form.append("file", file, file.name);
-  form.append("name", file.name);
   if (budget) form.append("budget", budget);
   return (await request("v1/contexts", { method: "POST", body: form, signal })).json();
 }

@@ -8,9 +8,9 @@ function level(share) {
   return share <= 0 ? 0 : Math.min(4, 1 + Math.floor(share * 4 - 1e-9));
 }
 
-// pieces: [{text, kept}], kept = share of all KV heads that hold it, 0 to 1.
-export function showKeptMap(pieces, strip, legend, text) {
-  const shares = cells(pieces);
+// texts, kept: of each token, its text and the share of all KV heads that hold it, 0 to 1.
+export function showKeptMap({ texts, kept }, strip, legend, text) {
+  const shares = cells(kept);
   strip.replaceChildren(...shares.map((share) => coloured("i", level(share))));
   const held = shares.reduce((sum, share) => sum + share, 0) / Math.max(1, shares.length);
   strip.setAttribute("aria-label", `Of the document's tokens a head keeps ${Math.round(100 * held)} % on average.`);
@@ -21,7 +21,7 @@ export function showKeptMap(pieces, strip, legend, text) {
       return item;
     }),
   );
-  text.replaceChildren(...runs(pieces));
+  text.replaceChildren(...runs(texts, kept));
 }
 
 function coloured(tag, of) {
@@ -31,24 +31,24 @@ function coloured(tag, of) {
 }
 
 // The mean share of each cell of the strip.
-function cells(pieces) {
-  const number = Math.min(CELLS, pieces.length);
+function cells(kept) {
+  const number = Math.min(CELLS, kept.length);
   return Array.from({ length: number }, (_, i) => {
-    const part = pieces.slice(Math.floor((i * pieces.length) / number), Math.floor(((i + 1) * pieces.length) / number));
-    return part.reduce((sum, piece) => sum + piece.kept, 0) / part.length;
+    const part = kept.slice(Math.floor((i * kept.length) / number), Math.floor(((i + 1) * kept.length) / number));
+    return part.reduce((sum, share) => sum + share, 0) / part.length;
   });
 }
 
 // Spans of neighbours of the same level.
-function runs(pieces) {
+function runs(texts, kept) {
   const spans = [];
   let last = -1;
-  for (const { text, kept } of pieces) {
-    if (level(kept) !== last) {
-      last = level(kept);
+  texts.forEach((text, i) => {
+    if (level(kept[i]) !== last) {
+      last = level(kept[i]);
       spans.push(coloured("span", last));
     }
     spans[spans.length - 1].append(text);
-  }
+  });
   return spans;
 }

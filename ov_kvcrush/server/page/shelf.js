@@ -55,9 +55,9 @@ export class Shelf {
       const context = await getContext(id);
       if (id !== this.chosen()) return; // another one was chosen meanwhile
       showCost(this.#at("held-cost"), [
-        ["tokens", count(context.tokens)],
+        ["tokens", count(context.num_tokens)],
         ["kept", count(context.kept_tokens)],
-        ["KV cache", bytesAgainst(context.bytes, context.bf16_bytes)],
+        ["KV cache", bytesAgainst(context.kv_bytes, context.bf16_bytes)],
         ["read in", milliseconds(context.seconds * 1000)],
       ]);
       showKeptMap(context.kept_map, this.#at("strip"), this.#at("legend"), this.#at("text"));

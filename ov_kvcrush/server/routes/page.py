@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastapi import APIRouter, HTTPException
+from fastapi import APIRouter
 from fastapi.responses import FileResponse
+
+from ov_kvcrush.server.errors import ApiError
 
 PAGE = Path(__file__).parents[1] / "page"
 TYPES = {
@@ -44,5 +46,5 @@ async def part(name: str) -> FileResponse:
 def _file(name: str) -> FileResponse:
     path = PAGE / name
     if path.name != name or path.suffix not in TYPES or not path.is_file():
-        raise HTTPException(404, f"page file must be one of the page's, got {name!r}")
+        raise ApiError(404, "path must be one of the server's, got another")
     return FileResponse(path, media_type=TYPES[path.suffix], headers=HEADERS)
