@@ -99,7 +99,7 @@ def over_http(url: str, clients: int, args: argparse.Namespace) -> tuple[Figures
     with tempfile.TemporaryDirectory() as folder:
         answers = Path(folder) / "answers.json"
         command = [sys.executable, "-m", "locust", "-f", str(HERE / "locustfile.py"), "--headless", "--only-summary"]
-        command += ["--host", url, "-u", str(clients), "-r", str(clients), "-t", f"{run_time}s", "-s", "300"]
+        command += ["--host", url, "-u", str(clients), "-r", str(clients), "-t", f"{round(run_time)}s", "-s", "300"]
         command += ["--answers", str(answers), "--model-name", model_name(url, args.key), "--key", args.key]
         command += ["--prompt-words", str(args.prompt_words), "--max-tokens", str(args.max_tokens)]
         # Its exit code is 1 where requests failed: they are counted here.
