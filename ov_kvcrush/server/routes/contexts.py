@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -186,13 +187,16 @@ def _object(state: ServerState, held: HeldContext) -> dict[str, Any]:
 
 
 def _map(state: ServerState, kept: KeptTokens) -> dict[str, Any]:
-    """texts: of each token. kept: the share of all layers and KV heads that hold it, in [0, 1]."""
+    """texts: of each token; a character of several tokens is with its last. kept: the share of all layers and KV heads
+    that hold it, in [0, 1].
+    """
+    characters = codecs.getincrementaldecoder("utf-8")("replace")
     length, heads = len(kept.ids), [places for layer in kept.positions for places in layer]
     counts = np.zeros(length, np.int64)
     for places in heads:
         counts += np.bincount(places[places < length], minlength=length)
     shares = counts / max(len(heads), 1)
     return {
-        "texts": [state.texts.text(token) for token in kept.ids.tolist()],
+        "texts": [characters.decode(state.texts.raw(token)) for token in kept.ids.tolist()],
         "kept": [round(float(share), 3) for share in shares],
     }
