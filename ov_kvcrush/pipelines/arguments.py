@@ -13,7 +13,6 @@ from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.genai.stock_eviction import policy_of
 
 _BACKENDS = ("PA", "SDPA")
-_OTHER_MODES = ("draft_model", "prompt_lookup")
 
 
 def llm_arguments(args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
@@ -64,13 +63,23 @@ def model_properties(properties: dict[str, Any], scheduler_config: Any, engine: 
         scheduler_config = rest.pop("scheduler_config")
     if engine == "genai":
         return rest, scheduler_config
-    for name in _OTHER_MODES:
-        if rest.pop(name, None):
-            raise CrushError(f"{name} must be left out with engine='crush', which generates one token a step")
+    if rest.pop("draft_model", None):
+        raise CrushError("draft_model must be left out with engine='crush'")
     adapters = rest.pop("adapters", None)
     if adapters is not None and adapters.get_adapters_and_alphas():
         raise CrushError("adapters must be empty with engine='crush': it has no LoRA adapters")
     return rest, scheduler_config
+
+
+def prompt_lookup_of(properties: dict[str, Any], engine: str) -> tuple[dict[str, Any], bool]:
+    """The properties without `prompt_lookup`, and whether it is asked for; openvino_genai has its own."""
+    if engine == "genai":
+        return properties, False
+    rest = dict(properties)
+    wanted = rest.pop("prompt_lookup", False)
+    if not isinstance(wanted, bool):
+        raise CrushError(f"prompt_lookup must be True or False, got {wanted!r}")
+    return rest, wanted
 
 
 def with_stock_eviction(scheduler_config: Any, cache_config: Any) -> Any:

@@ -50,8 +50,12 @@ def make_backend(
     tokenizer: ov_genai.Tokenizer,
     config: ov_genai.GenerationConfig,
     is_own_tokenizer: bool,
+    prompt_lookup: bool = False,
 ) -> Backend:
-    """The engine by its name, with the model loaded. is_own_tokenizer: whether the tokenizer is not the folder's."""
+    """The engine by its name, with the model loaded. is_own_tokenizer: whether the tokenizer is not the folder's.
+
+    prompt_lookup: of engine="crush"; openvino_genai's own is among the properties.
+    """
     settings = CacheConfig.from_options(cache_config)
     if engine == "genai":
         if cache_config is not None:
@@ -69,7 +73,7 @@ def make_backend(
     grammars = GrammarCompiler(
         None if is_own_tokenizer else folder, tokenizer, model.vocab_size, model_end_tokens(config)
     )
-    return Engine(model, scheduler, config, tokenizer.decode, settings, grammars=grammars)
+    return Engine(model, scheduler, config, tokenizer.decode, settings, None, grammars, prompt_lookup)
 
 
 def _warn_of_ends_outside(config: ov_genai.GenerationConfig, vocab_size: int | None, folder: Path) -> None:
