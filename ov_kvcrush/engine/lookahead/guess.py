@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-_MEMORY = 0.9  # weight of what is known, beside one more token: ten or so count
-_WEIGHT = 2.0  # of what is believed of guesses before any was seen, in tokens
+_MEMORY = 0.95  # weight of what is known, beside one more token: twenty or so count
+_WEIGHT = 1.5  # of what is believed of guesses before any was seen, in tokens
 
 
 class Guess(NamedTuple):

@@ -24,11 +24,17 @@ int64_t num_staying(const Head& head, int64_t num_tokens) {
     return stay;
 }
 
-bool holds_from(const Head& head, int64_t begin, int64_t end, int64_t num_tokens) {
-    for (int64_t i = begin; i < end; i += TILE) {
-        if (header(head.tiles[static_cast<size_t>(i / TILE)]).max_position >= num_tokens) return true;
+// Whether the first `stay` tokens of a head are at positions below num_tokens.
+bool all_below(const Head& head, int64_t stay, int64_t num_tokens) {
+    for (int64_t i = 0; i < stay; i += TILE) {
+        const uint8_t* tile = head.tiles[static_cast<size_t>(i / TILE)];
+        if (header(tile).max_position < num_tokens) continue;
+        int32_t positions[TILE];
+        read_positions(tile, positions);
+        const int64_t count = std::min<int64_t>(TILE, stay - i);
+        if (*std::max_element(positions, positions + count) >= num_tokens) return false;
     }
-    return false;
+    return true;
 }
 
 }  // namespace
@@ -42,8 +48,8 @@ void Store::crop(int32_t id, int64_t num_tokens) {
     std::vector<int64_t> stay;
     for (const Head& head : sequence.heads) {
         stay.push_back(num_staying(head, num_tokens));
-        require(!holds_from(head, 0, head.num_target * TILE, num_tokens),
-                "num_tokens must leave the tiles that have left the recent window", num_tokens);
+        require(all_below(head, stay.back(), num_tokens),
+                "num_tokens must be above the positions of the tiles that have left the recent window", num_tokens);
         for (int64_t i = stay.back() / TILE; i < (head.num_tokens + TILE - 1) / TILE; ++i) {
             if (i * TILE >= stay.back() || stay.back() < head.num_tokens) {
                 require(header(head.tiles[static_cast<size_t>(i)]).refs.load() == 1,
