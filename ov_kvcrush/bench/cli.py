@@ -36,6 +36,7 @@ from ov_kvcrush.cli.policy_options import (
     BudgetOption,
     KeptOption,
     KeptTokensOption,
+    LookupOption,
     OtherOptions,
     PolicyOptions,
     RecallOption,
@@ -52,7 +53,16 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 # What each mode takes beside the options that all take.
 _PLOT_ONLY = {"plot", "from_paths"}
 _ATTENTION_ONLY = {"threads", "layers"}
-_WHOLE_ONLY = {"new_tokens", "against", "max_num_batched_tokens", "max_kv_mb", "policy", "recall_tokens", "traffic"}
+_WHOLE_ONLY = {
+    "new_tokens",
+    "against",
+    "max_num_batched_tokens",
+    "max_kv_mb",
+    "policy",
+    "recall_tokens",
+    "traffic",
+    "prompt_lookup",
+}
 _TRAFFIC_ONLY = {"max_step_ms"}
 _NOT_TRAFFIC = {"new_tokens", "policy", "plot"}
 _POLICY_ONLY = {"kept", "kept_tokens", "min_tokens", "policy_options"}
@@ -102,6 +112,7 @@ def bench(
     policy_options: OtherOptions = None,
     budget: BudgetOption = None,
     recall_tokens: RecallOption = None,
+    prompt_lookup: LookupOption = False,
     runs: Annotated[
         int | None,
         typer.Option(metavar="R", help="Measured runs per engine, after a warm-up: 3, with --attention 15."),
@@ -187,7 +198,7 @@ def bench(
             report = _attention_report(model, layers, _given(options), console)
         else:
             options |= {"new_tokens": new_tokens, "against": against, "max_kv_mb": max_kv_mb}
-            options |= {"budget": budget, "recall_tokens": recall_tokens}
+            options |= {"budget": budget, "recall_tokens": recall_tokens, "prompt_lookup": prompt_lookup or None}
             wanted = PolicyOptions(policy, kept, kept_tokens, min_tokens, tuple(policy_options or ()))
             options["policy"] = None if policy is None else wanted.build(policy)
             options["max_num_batched_tokens"] = max_num_batched_tokens

@@ -48,6 +48,8 @@ class BenchSettings:
     max_kv_mb: limit of our store in MiB, None = by the free memory; other engines get what the cell needs.
     budget: bytes of our cache over those of bf16, as CacheConfig.budget; None = by precisions and policy.
     recall_tokens: what our decode steps read, as CacheConfig.recall_tokens; None = everything.
+    prompt_lookup: whether each engine guesses tokens by its own prompt lookup. Random prompts repeat nothing, so what
+        it finds is in the answers.
     policy: what stays in our cache, None = everything. Of the others "genai-policy" alone evicts: as many tokens.
     Raises CrushError naming the option, its rule and the value.
     """
@@ -69,6 +71,7 @@ class BenchSettings:
     policy: Policy | None = None
     budget: str | None = None
     recall_tokens: str | None = None
+    prompt_lookup: bool = False
 
     def __post_init__(self) -> None:
         for option, values in (("context", self.contexts), ("batch", self.batches)):
@@ -144,6 +147,7 @@ class BenchSettings:
             "policy": None if self.policy is None else settings_of(self.policy),
             "budget": self.budget,
             "recall_tokens": self.recall_tokens,
+            "prompt_lookup": self.prompt_lookup,
             "max_num_seqs": max(cell.batch, 256),
             "context": cell.context,
             "batch": cell.batch,

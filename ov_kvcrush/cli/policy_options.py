@@ -25,6 +25,12 @@ RECALL_HELP = (
     "those that its query needs most; all stay stored."
 )
 RecallOption = Annotated[str | None, typer.Option(metavar="N", help=RECALL_HELP)]
+LookupOption = Annotated[
+    bool,
+    typer.Option(
+        "--prompt-lookup", help="Guess tokens by what followed the last ones before: several a step, the same answer."
+    ),
+]
 BudgetOption = Annotated[str | None, typer.Option(metavar="F", help=BUDGET_HELP)]
 KeptOption = Annotated[
     float | None,

@@ -93,7 +93,6 @@ BAD: list[tuple[str, str, Call]] = [
     ("too many tokens", "num_tokens", lambda s: s.store.reserve(s.full, 2**62)),
     ("negative promised", "promised", lambda s: s.store.reserve(s.full, 1, -1)),
     ("negative crop", "num_tokens", lambda s: s.store.crop(s.full, -1)),
-    ("crop of what has settled", "num_tokens", lambda s: s.store.crop(s.full, 0)),
     ("crop of a staged one", "sequence", lambda s: s.store.crop(s.staged, 0)),
     ("negative cut", "num_tokens", lambda s: s.store.fork(s.full, -1)),
     ("cut behind the end", "num_tokens", lambda s: s.store.fork(s.full, 41)),
