@@ -23,6 +23,7 @@ from ov_kvcrush.engine.grammar.compiler import GrammarCompiler
 from ov_kvcrush.engine.guarded_snapshots import GuardedSnapshots
 from ov_kvcrush.engine.handle import GenerationHandle
 from ov_kvcrush.engine.input_processor import Decode, InputProcessor
+from ov_kvcrush.engine.lookahead.draft_model import DraftModel
 from ov_kvcrush.engine.lookahead.drafts import Drafts
 from ov_kvcrush.engine.lookahead.prompt_lookup import PromptLookup
 from ov_kvcrush.engine.model_runner import ModelRunner
@@ -51,7 +52,8 @@ class Engine:
 
     Everything may be called from any thread: what touches the cache is done between two steps, by `thread`.
     defaults: the model's generation config. grammars: of structured output; None = it is refused. prompt_lookup:
-    whether steps run what followed the last tokens of a text before, too (docs/lookahead.md).
+    whether steps run what followed the last tokens of a text before, too (docs/lookahead.md). draft: a model of
+    the same vocabulary whose guesses they run instead.
     shared: an engine on the same model whose staging blocks and thread this
     one shares; each has its own store and requests, and what one prefills may be committed to the store of the other.
     """
@@ -66,6 +68,7 @@ class Engine:
         shared: Engine | None = None,
         grammars: GrammarCompiler | None = None,
         prompt_lookup: bool = False,
+        draft: LoadedModel | None = None,
     ) -> None:
         cache_config = cache_config or CacheConfig()
         self._model = model
@@ -74,12 +77,14 @@ class Engine:
         self._decode = decode
         self._cache_config = cache_config
         self.grammars = grammars
-        self._prompt_lookup = prompt_lookup
+        self._prompt_lookup, self._draft = prompt_lookup, draft
         self.thread: EngineThread = shared.thread if shared else EngineThread()
         self.cache: KVCacheManager = make_kv_cache_manager(
             model, config, cache_config, shared.cache if shared else None
         )
         self.drafts = Drafts(PromptLookup(), self.cache) if prompt_lookup else None
+        if draft is not None:
+            self.drafts = Drafts(DraftModel(draft, config, model.vocab_size), self.cache)
         self.scheduler = Scheduler(config, self.cache, self.drafts)
         self._runner = ModelRunner(model, self.cache)
         self._inbox: deque[Request] = deque()
@@ -126,6 +131,7 @@ class Engine:
             self,
             self.grammars,
             self._prompt_lookup,
+            self._draft,
         )
 
     # -- requests ------------------------------------------------------------------------------------------------------

@@ -72,6 +72,8 @@ class Scheduler:
         self.waiting = deque(s for s in self.waiting if s not in gone)
         for sequence in gone:
             self._cache.free(sequence)
+            if self._drafts:
+                self._drafts.forget(sequence)
 
     def schedule(self) -> SchedulerOutput:
         """Decide the next step and take memory for it. Without rows there is nothing to do."""

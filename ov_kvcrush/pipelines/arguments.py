@@ -11,6 +11,7 @@ import openvino_genai as ov_genai
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.genai.stock_eviction import policy_of
+from ov_kvcrush.pipelines.draft import DraftSource, as_stock, check_draft
 
 _BACKENDS = ("PA", "SDPA")
 
@@ -63,23 +64,23 @@ def model_properties(properties: dict[str, Any], scheduler_config: Any, engine: 
         scheduler_config = rest.pop("scheduler_config")
     if engine == "genai":
         return rest, scheduler_config
-    if rest.pop("draft_model", None):
-        raise CrushError("draft_model must be left out with engine='crush'")
     adapters = rest.pop("adapters", None)
     if adapters is not None and adapters.get_adapters_and_alphas():
         raise CrushError("adapters must be empty with engine='crush': it has no LoRA adapters")
     return rest, scheduler_config
 
 
-def prompt_lookup_of(properties: dict[str, Any], engine: str) -> tuple[dict[str, Any], bool]:
-    """The properties without `prompt_lookup`, and whether it is asked for; openvino_genai has its own."""
-    if engine == "genai":
-        return properties, False
+def lookahead_of(properties: dict[str, Any], engine: str) -> tuple[dict[str, Any], bool, DraftSource | None]:
+    """The properties without `prompt_lookup` and `draft_model`, and these two; openvino_genai has its own."""
     rest = dict(properties)
-    wanted = rest.pop("prompt_lookup", False)
+    if engine == "genai":
+        return {name: as_stock(value) for name, value in rest.items()}, False, None
+    wanted, draft = rest.pop("prompt_lookup", False), rest.pop("draft_model", None)
     if not isinstance(wanted, bool):
         raise CrushError(f"prompt_lookup must be True or False, got {wanted!r}")
-    return rest, wanted
+    if wanted and draft is not None:
+        raise CrushError("prompt_lookup must be False with a draft_model, got both")
+    return rest, wanted, None if draft is None else check_draft(draft)
 
 
 def with_stock_eviction(scheduler_config: Any, cache_config: Any) -> Any:

@@ -13,6 +13,7 @@ import openvino_genai as ov_genai
 import pytest
 from both_libraries import EXACT
 from eviction_runs import F32, add, kv_of, line_of, small, tokens
+from lookahead_runs import NEW_TOKENS, AllIn, accepted, answers, ids_of
 
 import ov_kvcrush as ours
 from ov_kvcrush import CacheConfig, ContinuousBatchingPipeline, GenerationConfig, LLMPipeline, SchedulerConfig
@@ -28,17 +29,9 @@ from ov_kvcrush.engine.lookahead.prompt_lookup import find_repeated
 from ov_kvcrush.engine.token_rounds import SampledRows, sample_each, take_tokens
 from ov_kvcrush.model.load import LoadedModel, load_model
 
-NEW_TOKENS = 70  # over two borders of tiles
 U8 = {"key_precision": "u8", "value_precision": "u4"}
 WHOLE = {"key_precision": "f32", "value_precision": "f32"}
 WRONG = 287  # a token that the tiny model never says by itself
-
-
-class AllIn(DraftPace):
-    """Runs every token that is guessed, whatever it costs."""
-
-    def choose(self, odds: Any, most: Any, room: int) -> list[int]:
-        return list(most)
 
 
 class Misled:
@@ -48,11 +41,16 @@ class Misled:
         self._answers = answers
         self._num_right = num_right
 
-    def guess(self, sequences: Any, most: int) -> Iterator[Guess | None]:
+    is_free = True
+
+    def guess(self, sequences: Any, most: Any) -> Iterator[Guess | None]:
         for sequence in sequences:
             right = self._answers[sequence.request.request_id][sequence.num_generated :]
             wrong = [*right[: self._num_right], WRONG, *right[self._num_right :]]
             yield Guess(tuple(wrong[:5]), 1)
+
+    def forget(self, sequence: Any) -> None:
+        pass
 
 
 @pytest.fixture(autouse=True)
@@ -78,48 +76,7 @@ def make_engine(model: LoadedModel, cache: dict[str, Any], lookahead: bool, **sc
     return Engine(model, settings, defaults, lambda ids: "", CacheConfig(**cache), prompt_lookup=lookahead)
 
 
-def ids_of(length: int, seed: int = 0) -> np.ndarray:
-    """A text that repeats itself."""
-    rng = np.random.default_rng(seed)
-    return np.resize(rng.integers(0, 256, max(length // 3, 1)), length)
-
-
-def accepted(handles: list[Any]) -> tuple[int, int]:
-    requests = [handle.request for handle in handles]
-    return sum(r.num_accepted for r in requests), sum(r.num_drafted for r in requests)
-
-
 # -- answers -----------------------------------------------------------------------------------------------------------
-
-
-def mixed_configs() -> list[GenerationConfig]:
-    """Eight requests, each with something else that depends on the tokens before."""
-    grammar = GenerationConfig(max_new_tokens=40)
-    grammar.structured_output_config = ours.StructuredOutputConfig(regex="(ab|cd){3,12}")
-    long = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True}
-    return [
-        GenerationConfig(**long),
-        GenerationConfig(**long, repetition_penalty=1.05, logprobs=3),
-        GenerationConfig(**long, presence_penalty=0.2, frequency_penalty=0.05),
-        GenerationConfig(max_new_tokens=NEW_TOKENS, min_new_tokens=9, stop_token_ids=set(range(0, 288, 3))),
-        GenerationConfig(**long, do_sample=True, temperature=0.4, top_k=20, rng_seed=5, logprobs=1),
-        GenerationConfig(**long, do_sample=True, temperature=0.3, num_return_sequences=2, rng_seed=6),
-        grammar,
-        GenerationConfig(max_new_tokens=12, num_beams=3, num_return_sequences=2),
-    ]
-
-
-def answers(pipe: ContinuousBatchingPipeline, together: bool) -> tuple[list[Any], list[Any]]:
-    """What each request said, how sure it was and why it ended; and the handles."""
-    handles = []
-    for i, config in enumerate(mixed_configs()):
-        handles.append(pipe.add_request(i, ov.Tensor(ids_of(25 + 7 * i, seed=i)[None]), config))
-        while not together and pipe.has_non_finished_requests():
-            pipe.step()
-    while pipe.has_non_finished_requests():
-        pipe.step()
-    said = [[(o.generated_ids, o.finish_reason) for o in handle.outputs()] for handle in handles]
-    return said, handles
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +160,12 @@ def test_chats_streamers_and_metrics(folder: Path) -> None:
         def __init__(self, answer: list[int]) -> None:
             self._answer = answer
 
-        def guess(self, sequences: Any, most: int) -> list[Guess | None]:
+        is_free = True
+
+        def forget(self, sequence: Any) -> None:
+            pass
+
+        def guess(self, sequences: Any, most: Any) -> list[Guess | None]:
             return [Guess(tuple(self._answer[s.num_generated :][:5]), 1) for s in sequences]
 
     class Ten(ours.StreamerBase):  # type: ignore[misc]

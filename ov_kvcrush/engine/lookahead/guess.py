@@ -26,10 +26,13 @@ class Odds:
         self._right: dict[int, float] = {}
         self._seen: dict[int, float] = {}
         self._open: tuple[int, Guess] | None = None  # the last guess, and the tokens before it
+        self.kind = 3  # of the last guess
+        self.num_unseen = 0  # steps since one, where guesses cost something
 
     def note(self, num_tokens: int, guess: Guess | None) -> None:
         """A guess of what follows `num_tokens` tokens."""
         self._open = None if guess is None else (num_tokens, guess)
+        self.kind = guess.kind if guess else self.kind
 
     def learn(self, ids: list[int], begin: int) -> None:
         """ids: those from position `begin` on; what came behind the last guess is among them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence as Items
 
 import numpy as np
 
@@ -13,14 +13,19 @@ from ov_kvcrush.engine.lookahead.guess import Guess
 class PromptLookup:
     """Guesses by the text alone, which costs a few reads of its tokens: 60 us for 128k of them."""
 
-    def guess(self, sequences: Iterable[Sequence], most: int) -> list[Guess | None]:
-        """What may follow each, `most` tokens at most."""
+    is_free = True
+
+    def guess(self, sequences: Items[Sequence], most: Items[int]) -> list[Guess | None]:
+        """What may follow each, that many tokens at most."""
         found = []
-        for sequence in sequences:
+        for sequence, size in zip(sequences, most, strict=True):
             params = sequence.request.lookahead
-            size = min(most, params.num_tokens) if params else 0
-            found.append(find_repeated(sequence.ids.view, params.max_ngram_size, size) if params and size else None)
+            assert params is not None, "a guess for a request that wants none"
+            found.append(find_repeated(sequence.ids.view, params.max_ngram_size, size) if size else None)
         return found
+
+    def forget(self, sequence: Sequence) -> None:
+        """Nothing is held."""
 
 
 def find_repeated(ids: np.ndarray, max_ngram: int, most: int) -> Guess | None:
