@@ -232,5 +232,5 @@ def test_members() -> None:
     for name in names:
         (line,) = (line for line in text if line.startswith(f"  {name}:"))
         assert line in own
-    for name in ("TokenizedInputs", "StopCriteria", "StructuredOutputConfig", "CacheEvictionConfig", "draft_model"):
+    for name in ("TokenizedInputs", "StopCriteria", "StructuredOutputConfig", "CacheEvictionConfig"):
         assert getattr(ours, name) is getattr(stock, name)
