@@ -37,7 +37,6 @@ from openvino_genai import (
     TokenizedInputs,
     Tokenizer,
     VLLMParserWrapper,
-    draft_model,
     get_version,
 )
 
@@ -64,6 +63,7 @@ from ov_kvcrush.errors import (
     RequestTimeout,
 )
 from ov_kvcrush.pipelines.continuous_batching import ContinuousBatchingPipeline
+from ov_kvcrush.pipelines.draft import draft_model
 from ov_kvcrush.pipelines.llm import LLMPipeline
 
 __version__ = "0.1.0"

@@ -37,6 +37,7 @@ from ov_kvcrush.cli.policy_options import (
     BudgetOption,
     KeptOption,
     KeptTokensOption,
+    LookupOption,
     OtherOptions,
     PolicyOptions,
     RecallOption,
@@ -55,7 +56,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 _PLOT_ONLY = {"plot", "from_paths"}
 _ATTENTION_ONLY = {"threads", "layers"}
 _WHOLE_ONLY = {"new_tokens", "against", "gguf", "max_num_batched_tokens", "max_kv_mb", "policy", "budget"}
-_WHOLE_ONLY |= {"recall_tokens", "weights", "scaling", "traffic"}
+_WHOLE_ONLY |= {"recall_tokens", "weights", "scaling", "traffic", "prompt_lookup"}
 _TRAFFIC_ONLY = {"max_step_ms"}
 _NOT_TRAFFIC = {"new_tokens", "policy", "plot", "scaling"}
 _POLICY_ONLY = {"kept", "kept_tokens", "min_tokens", "policy_options"}
@@ -120,6 +121,7 @@ def bench(
     budget: BudgetOption = None,
     recall_tokens: RecallOption = None,
     weights: WeightsOption = None,
+    prompt_lookup: LookupOption = False,
     runs: Annotated[
         int | None,
         typer.Option(metavar="R", help="Measured runs per engine, after a warm-up: 3, with --attention 15."),
@@ -210,6 +212,7 @@ def bench(
         else:
             options |= {"new_tokens": new_tokens, "against": against, "max_kv_mb": max_kv_mb}
             options |= {"budget": budget, "recall_tokens": recall_tokens, "weights": weights, "gguf": gguf}
+            options["prompt_lookup"] = prompt_lookup or None
             options["recalls_beside"] = scaling is not None and recall_tokens is not None
             wanted = PolicyOptions(policy, kept, kept_tokens, min_tokens, tuple(policy_options or ()))
             options["policy"] = None if policy is None else wanted.build(policy)

@@ -15,6 +15,7 @@ from ov_kvcrush.bench.measure import MeasuredEngine, MeasuredHandle, Storage
 from ov_kvcrush.bench.peers import LLAMA_CPP, LlamaUnderTest
 from ov_kvcrush.bench.settings import EVICTING, OURS, RECALLING
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
+from ov_kvcrush.core.lookahead_params import NGRAM_SIZE, NUM_TOKENS
 from ov_kvcrush.errors import CrushError, reason_of
 from ov_kvcrush.genai.eviction import GenaiEviction, closest_genai_eviction
 from ov_kvcrush.model.plugin import capped_properties, kept_signal_stack, paged_precisions, plugin_precisions
@@ -38,31 +39,40 @@ def eviction_of(job: dict[str, Any]) -> GenaiEviction | None:
     return None if policy is None else closest_genai_eviction(policy, policy.budget.tokens(job["context"]))
 
 
-def _greedy(new_tokens: int) -> ov_genai.GenerationConfig:
+def _greedy(new_tokens: int, prompt_lookup: bool) -> ov_genai.GenerationConfig:
     config = ov_genai.GenerationConfig()
     config.max_new_tokens = new_tokens
     config.ignore_eos = True
+    if prompt_lookup:
+        config.num_assistant_tokens, config.max_ngram_size = NUM_TOKENS, NGRAM_SIZE
     return config
+
+
+def _properties_of(job: dict[str, Any]) -> dict[str, Any]:
+    """What an engine is loaded with."""
+    return dict(job["properties"]) | ({"prompt_lookup": True} if job.get("prompt_lookup") else {})
 
 
 class CrushUnderTest:
     """This package's ContinuousBatchingPipeline."""
 
     def __init__(self, job: dict[str, Any]) -> None:
+        self._prompt_lookup = bool(job.get("prompt_lookup"))
         cache, self._storage = _cache_of(job)
         values = {name: job[name] for name in _SCHEDULER_FIELDS}
         if cache.attention == "crush":
             values["num_kv_blocks"] = 0  # the store takes memory as it fills, up to max_bytes or half of what is free
         values["max_step_ms"] = job.get("max_step_ms", 0)  # all requests come at once: no answer waits for a prompt
         self._pipeline = ContinuousBatchingPipeline(
-            job["model"], SchedulerConfig(**values), "CPU", job["properties"], engine=OURS, cache_config=cache
+            job["model"], SchedulerConfig(**values), "CPU", _properties_of(job), engine=OURS, cache_config=cache
         )
 
     def storage(self) -> Storage:
         return self._storage
 
     def add(self, request_id: int, ids: np.ndarray, new_tokens: int) -> MeasuredHandle:
-        return self._pipeline.add_request(request_id, ov.Tensor(ids[None]), _greedy(new_tokens))
+        config = _greedy(new_tokens, self._prompt_lookup)
+        return self._pipeline.add_request(request_id, ov.Tensor(ids[None]), config)
 
     def step(self) -> None:
         self._pipeline.step()
@@ -118,6 +128,7 @@ class GenaiUnderTest:
     """openvino_genai's own ContinuousBatchingPipeline, not through this package."""
 
     def __init__(self, job: dict[str, Any]) -> None:
+        self._prompt_lookup = bool(job.get("prompt_lookup"))
         self._context = int(job["context"])
         scheduler = ov_genai.SchedulerConfig()
         for name in _SCHEDULER_FIELDS:
@@ -129,7 +140,7 @@ class GenaiUnderTest:
         scheduler.use_cache_eviction = self._eviction is not None
         if self._eviction:
             scheduler.cache_eviction_config = self._eviction.config()
-        properties = {**capped_properties(), **job["properties"]}
+        properties = {**capped_properties(), **_properties_of(job)}
         try:
             if job["key_precision"] or job["value_precision"]:
                 key, value = (job[name] or _DEFAULT_PRECISION for name in ("key_precision", "value_precision"))
@@ -143,7 +154,8 @@ class GenaiUnderTest:
             ) from None
 
     def add(self, request_id: int, ids: np.ndarray, new_tokens: int) -> MeasuredHandle:
-        handle: MeasuredHandle = self._pipeline.add_request(request_id, ov.Tensor(ids[None]), _greedy(new_tokens))
+        config = _greedy(new_tokens, self._prompt_lookup)
+        handle: MeasuredHandle = self._pipeline.add_request(request_id, ov.Tensor(ids[None]), config)
         return handle
 
     def step(self) -> None:

@@ -56,6 +56,8 @@ class BenchSettings:
     recalls_beside: measure our engine twice, without recall_tokens and with.
     weights: who multiplies with them in our engine, as CacheConfig.weights; None = its default.
     gguf: the file that `model` was converted from, for llama.cpp.
+    prompt_lookup: whether each engine guesses tokens by its own prompt lookup. Random prompts repeat nothing, so what
+        it finds is in the answers.
     policy: what stays in our cache, None = everything. Of the others "genai-policy" alone evicts: as many tokens.
     Raises CrushError naming the option, its rule and the value.
     """
@@ -80,6 +82,7 @@ class BenchSettings:
     recalls_beside: bool = False
     weights: str | None = None
     gguf: Path | None = None
+    prompt_lookup: bool = False
 
     def __post_init__(self) -> None:
         for option, values in (("context", self.contexts), ("batch", self.batches)):
@@ -175,6 +178,7 @@ class BenchSettings:
             "recall_tokens": self.recall_of(engine),
             "weights": self.weights,
             "gguf": self.gguf and str(self.gguf),
+            "prompt_lookup": self.prompt_lookup,
             "max_num_seqs": max(cell.batch, 256),
             "context": cell.context,
             "batch": cell.batch,

@@ -25,6 +25,7 @@ from ov_kvcrush.cli.policy_options import (
     NAME_OR_LIST,
     KeptOption,
     KeptTokensOption,
+    LookupOption,
     OtherOptions,
     PolicyOptions,
     RecallOption,
@@ -185,6 +186,7 @@ def parse(
     ] = None,
     recall_tokens: RecallOption = None,
     weights: WeightsOption = None,
+    prompt_lookup: LookupOption = False,
     policy: Annotated[
         str | None,
         typer.Option(
@@ -231,9 +233,21 @@ def parse(
     )
     of_chat = PolicyOptions() if wish and wish.text is not None else wanted
     options = ChatOptions(
-        model, system, max_new_tokens, temperature, top_p, seed, engine, device, *cache, of_chat, budget, recall_tokens,
+        model,
+        system,
+        max_new_tokens,
+        temperature,
+        top_p,
+        seed,
+        engine,
+        device,
+        *cache,
+        of_chat,
+        budget,
+        recall_tokens,
         weights,
-    )  # fmt: skip
+        prompt_lookup,
+    )
     return Task(options, prompt, stats, json, show_kept, wish)
 
 
@@ -247,6 +261,8 @@ def _carry_out(task: Task, messages: Messages) -> int:
 
 def _load(options: ChatOptions, messages: Messages) -> ChatPipeline:
     configs: dict[str, Any] = {"cache_config": options.cache_config(), "scheduler_config": options.scheduler_config()}
+    if options.prompt_lookup:
+        configs["prompt_lookup"] = True
     with messages.console.status("Loading the model"), _warnings_as_notes(messages):
         return ChatPipeline(options.model, options.device, engine=options.engine, **configs)
 

@@ -8,6 +8,7 @@ from typing import Any
 from ov_kvcrush import native
 from ov_kvcrush.cli.policy_options import PolicyOptions
 from ov_kvcrush.config import CacheConfig, SchedulerConfig, check_engine
+from ov_kvcrush.core.lookahead_params import NGRAM_SIZE, NUM_TOKENS
 from ov_kvcrush.core.sampling_params import SamplingParams, make_generation_config
 from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.genai.backend import genai_cache_properties
@@ -28,7 +29,7 @@ class ChatOptions:
     engine, device: as in LLMPipeline.
     key_precision, value_precision: as in CacheConfig; None = the engine's default.
     max_kv_mb: limit of the KV store in MiB; None = by the free memory. openvino_genai takes whole GiB only.
-    budget, recall_tokens, weights: as in CacheConfig.
+    budget, recall_tokens, weights: as in CacheConfig. prompt_lookup: as in LLMPipeline.
     policy: what stays in the cache; without a name KVCrush with our engine, where it can evict, else everything.
         Where nothing says how much stays or in which precision: as much as a plan of DEFAULT_BUDGET.
     Raises RequestError or CrushError naming the first field that cannot be used.
@@ -49,6 +50,7 @@ class ChatOptions:
     budget: str | None = None
     recall_tokens: str | None = None
     weights: str | None = None
+    prompt_lookup: bool = False
 
     def __post_init__(self) -> None:
         SamplingParams(
@@ -113,6 +115,8 @@ class ChatOptions:
     def generation_options(self) -> dict[str, Any]:
         """The options for `LLMPipeline.generate`; what is not among them stays as the model's own config has it."""
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        if self.prompt_lookup:  # openvino_genai has no defaults of its own
+            options |= {"num_assistant_tokens": NUM_TOKENS, "max_ngram_size": NGRAM_SIZE}
         if self.temperature > 0:
             options |= {"temperature": self.temperature, "rng_seed": self.seed}
             if self.top_p != 1:

@@ -31,6 +31,12 @@ WEIGHTS_HELP = (
 )
 WeightsOption = Annotated[str | None, typer.Option("--weights", metavar="HOW", help=WEIGHTS_HELP)]
 RecallOption = Annotated[str | None, typer.Option(metavar="N", help=RECALL_HELP)]
+LookupOption = Annotated[
+    bool,
+    typer.Option(
+        "--prompt-lookup", help="Guess tokens by what followed the last ones before: several a step, the same answer."
+    ),
+]
 BudgetOption = Annotated[str | None, typer.Option(metavar="F", help=BUDGET_HELP)]
 KeptOption = Annotated[
     float | None,

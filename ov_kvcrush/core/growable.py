@@ -54,6 +54,10 @@ class GrowableArray:
         """Put `value` in the place of the last element."""
         self._data[self._length - 1] = value
 
+    def shorten(self, length: int) -> None:
+        """Remove all elements but the first `length`."""
+        self._length = min(self._length, length)
+
     def clear(self) -> None:
         """Remove every element."""
         self._length = 0

@@ -11,6 +11,7 @@ from ov_kvcrush.core.cache_params import DEFAULT_CACHE_PARAMS, CacheParams, KVTa
 from ov_kvcrush.core.eviction import EvictionSpec, EvictionState
 from ov_kvcrush.core.grammar import TokenGrammar
 from ov_kvcrush.core.growable import GrowableArray
+from ov_kvcrush.core.lookahead_params import LookaheadParams
 from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
 from ov_kvcrush.core.sampling_params import SamplingParams
 from ov_kvcrush.core.snapshot import KVSnapshot
@@ -23,6 +24,7 @@ from ov_kvcrush.policies.plans.plan import CachePlan
 FinishReason = ov_genai.GenerationFinishReason
 
 _MAX_CAPTURED_ROWS = 65536  # of the store
+MAX_DRAFT_TOKENS = 7  # of a sequence in a step: products and attention are made for eight rows
 
 
 def _no_decoder(ids: list[int]) -> str:
@@ -120,7 +122,8 @@ class Request(StreamedRequest):
     ids: int64 (S,), checked by the engine before. decode: tokens -> text, for stop strings only. keep_kv: leave the KV
     in the prefix cache at the end. eviction: None = all tokens stay as they are. fan_out: caches to be made from its
     prefill, each with its eviction and its target; nothing is left of the request itself then. staged: what it left on
-    staging blocks. root: the sequence that
+    staging blocks. lookahead: how tokens are guessed, None = not at all. num_drafted, num_accepted: guessed tokens that
+    were run, and those that were right. root: the sequence that
     reads the prompt, from which all others fork; it is the first of them but in a beam search.
     """
 
@@ -135,8 +138,11 @@ class Request(StreamedRequest):
         cache: CacheParams = DEFAULT_CACHE_PARAMS,
         fan_out: tuple[tuple[EvictionSpec | None, KVTarget], ...] = (),
         options: RequestOptions = DEFAULT_REQUEST_OPTIONS,
+        lookahead: LookaheadParams | None = None,
     ) -> None:
         super().__init__(request_id, options)
+        self.lookahead = lookahead
+        self.num_drafted = self.num_accepted = 0
         self.params = params
         self.decode = decode
         self.keep_kv = keep_kv
@@ -184,8 +190,13 @@ class Request(StreamedRequest):
 
     @property
     def captured_rows(self) -> int:
-        """Query rows to be captured while the request runs. A wider window sees fewer, as in a shorter text."""
-        return min(max((eviction.window for eviction in self.evictions), default=0), _MAX_CAPTURED_ROWS)
+        """Query rows to be captured while the request runs. A wider window sees fewer, as in a shorter text.
+
+        Rows that are taken back have overwritten older ones: there are as many more.
+        """
+        window = max((eviction.window for eviction in self.evictions), default=0)
+        spare = MAX_DRAFT_TOKENS if window and self.lookahead else 0
+        return min(window + spare, _MAX_CAPTURED_ROWS)
 
     @property
     def replayer(self) -> EvictionSpec | None:

@@ -19,12 +19,6 @@ _FIELDS = tuple(
     n for n in dir(ov_genai.GenerationConfig) if isinstance(vars(ov_genai.GenerationConfig).get(n), property)
 )
 
-# Fields that select a way of decoding which the crush engine does not have, with what they are for.
-# What only sets such a way (diversity_penalty, num_assistant_tokens) means nothing without it, as in openvino_genai.
-_UNSUPPORTED = {
-    "max_ngram_size": "prompt lookup decoding",
-}
-
 
 def make_generation_config(
     base: ov_genai.GenerationConfig | None, options: dict[str, Any]
@@ -257,16 +251,12 @@ def check_generation_config(config: ov_genai.GenerationConfig) -> None:
 
 
 def refuse_unsupported(config: ov_genai.GenerationConfig) -> None:
-    """Raise RequestError for the first field that asks for a way of decoding which the crush engine does not have."""
+    """Raise RequestError for what the crush engine does not have.
+
+    What only sets a mode that a pipeline was not made with (num_assistant_tokens, max_ngram_size) means nothing without
+    it, as in openvino_genai.
+    """
     if config.adapters is not None and config.adapters.get_adapters_and_alphas():
         raise RequestError(
             "adapters must be empty with engine='crush', got some: it has no LoRA yet; use engine='genai'"
         )
-    default = ov_genai.GenerationConfig()
-    for name, purpose in _UNSUPPORTED.items():
-        value, usual = getattr(config, name), getattr(default, name)
-        if value != usual:
-            raise RequestError(
-                f"{name} must be {usual!r} with engine='crush', got {value!r}: it has no {purpose} yet; "
-                "use engine='genai'"
-            )

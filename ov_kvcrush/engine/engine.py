@@ -23,6 +23,9 @@ from ov_kvcrush.engine.grammar.compiler import GrammarCompiler
 from ov_kvcrush.engine.guarded_snapshots import GuardedSnapshots
 from ov_kvcrush.engine.handle import GenerationHandle
 from ov_kvcrush.engine.input_processor import Decode, InputProcessor
+from ov_kvcrush.engine.lookahead.draft_model import DraftModel
+from ov_kvcrush.engine.lookahead.drafts import Drafts
+from ov_kvcrush.engine.lookahead.prompt_lookup import PromptLookup
 from ov_kvcrush.engine.model_runner import ModelRunner
 from ov_kvcrush.engine.output_processor import OutputProcessor
 from ov_kvcrush.engine.scheduler import Scheduler
@@ -48,7 +51,9 @@ class Engine:
     """Continuous batching over one compiled model.
 
     Everything may be called from any thread: what touches the cache is done between two steps, by `thread`.
-    defaults: the model's generation config. grammars: of structured output; None = it is refused.
+    defaults: the model's generation config. grammars: of structured output; None = it is refused. prompt_lookup:
+    whether steps run what followed the last tokens of a text before, too (docs/lookahead.md). draft: a model of
+    the same vocabulary whose guesses they run instead.
     shared: an engine on the same model whose staging blocks and thread this
     one shares; each has its own store and requests, and what one prefills may be committed to the store of the other.
     """
@@ -62,6 +67,8 @@ class Engine:
         cache_config: CacheConfig | None = None,
         shared: Engine | None = None,
         grammars: GrammarCompiler | None = None,
+        prompt_lookup: bool = False,
+        draft: LoadedModel | None = None,
     ) -> None:
         cache_config = cache_config or CacheConfig()
         self._model = model
@@ -70,11 +77,15 @@ class Engine:
         self._decode = decode
         self._cache_config = cache_config
         self.grammars = grammars
+        self._prompt_lookup, self._draft = prompt_lookup, draft
         self.thread: EngineThread = shared.thread if shared else EngineThread()
         self.cache: KVCacheManager = make_kv_cache_manager(
             model, config, cache_config, shared.cache if shared else None
         )
-        self.scheduler = Scheduler(config, self.cache)
+        self.drafts = Drafts(PromptLookup(), self.cache) if prompt_lookup else None
+        if draft is not None:
+            self.drafts = Drafts(DraftModel(draft, config, model.vocab_size), self.cache)
+        self.scheduler = Scheduler(config, self.cache, self.drafts)
         self._runner = ModelRunner(model, self.cache)
         self._inbox: deque[Request] = deque()
         self.requests: dict[int, Request] = {}  # that have not ended
@@ -86,8 +97,9 @@ class Engine:
         of_contexts = make_context_planner(model, cache_config, planner)
         default_plans = DefaultPlans(model, cache_config)
         self._input = InputProcessor(
-            model, self.cache, config, policy, defaults, decode, planner, of_contexts, default_plans, grammars
-        )
+            model, self.cache, config, policy, defaults, decode, planner, of_contexts, default_plans, grammars,
+            looks_ahead=self.drafts is not None,
+        )  # fmt: skip
         self._output = OutputProcessor(self.scheduler, self.cache, self.requests, self._add_lock, self.snapshots.own)
         self._num_steps = 0
         self._usage_sum = 0.0
@@ -110,7 +122,17 @@ class Engine:
                 "staging_bytes must be left out beside another pipeline, whose staging blocks are shared, "
                 f"got {cache_config.staging_bytes}"
             )
-        return Engine(self._model, self._config, self._defaults, self._decode, cache_config, self, self.grammars)
+        return Engine(
+            self._model,
+            self._config,
+            self._defaults,
+            self._decode,
+            cache_config,
+            self,
+            self.grammars,
+            self._prompt_lookup,
+            self._draft,
+        )
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -226,7 +248,7 @@ class Engine:
         logits = self._runner.infer()
         infer_end = time.perf_counter()
         for row in step.rows:
-            row.sequence.num_cached += row.num_tokens
+            row.sequence.num_cached += row.num_known
         for sequence, error in self.cache.commit(step.rows, self._runner.attention_scores):
             self._output.fail(sequence, error or self._out_of_memory(sequence))
         sampling_s = self._output.process(step, logits)
@@ -250,7 +272,11 @@ class Engine:
         seconds = time.perf_counter() - start
         self._last_step = StepSeconds(inference_s, sampling_s, seconds - inference_s, policy_s)
         num_decodes = sum(row.is_decode for row in step.rows)
-        self.scheduler.pace.note(num_decodes, step.num_tokens - num_decodes, seconds)
+        num_drafts = step.num_draft_tokens
+        num_prompt_rows = step.num_tokens - num_decodes - num_drafts
+        self.scheduler.pace.note(num_decodes, num_prompt_rows, seconds)
+        if self.drafts and not num_prompt_rows:
+            self.drafts.pace.note(num_drafts, seconds)
         for request in {row.sequence.request for row in step.rows}:
             request.steps.append((self._num_steps, self._last_step))
 

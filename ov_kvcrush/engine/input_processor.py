@@ -12,6 +12,7 @@ import openvino_genai as ov_genai
 from ov_kvcrush.config import SchedulerConfig
 from ov_kvcrush.core.cache_params import CacheParams, KVTarget
 from ov_kvcrush.core.eviction import EvictionSpec, check_spans
+from ov_kvcrush.core.lookahead_params import LookaheadParams
 from ov_kvcrush.core.request import Request
 from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
 from ov_kvcrush.core.sampling_params import SamplingParams, refuse_unsupported
@@ -38,7 +39,8 @@ class InputProcessor:
     defaults: the model's generation config; its end-of-sequence tokens hold where a request names none. policy: of
     requests that name none. planner: for all requests with a policy; None = `default_plans` for those whose policy
     names no budget, for others the policy's own, and the cache's precisions. context_planner: likewise, of prompts
-    whose question comes after compression. grammars: of structured output; None = it is refused.
+    whose question comes after compression. grammars: of structured output; None = it is refused. looks_ahead: whether
+    tokens are guessed.
     """
 
     def __init__(
@@ -53,7 +55,10 @@ class InputProcessor:
         context_planner: BytePlanner | None,
         default_plans: DefaultPlans,
         grammars: GrammarCompiler | None = None,
+        *,
+        looks_ahead: bool = False,
     ) -> None:
+        self._looks_ahead = looks_ahead
         self._grammars = grammars
         self._planner = planner
         self._context_planner = context_planner
@@ -98,7 +103,8 @@ class InputProcessor:
             raise RequestError(
                 f"{field} must be at most max_num_seqs={self._config.max_num_seqs}, got {sampling.num_sequences}"
             )
-        request = Request(request_id, ids, sampling, self._decode, keep_kv, eviction, params, fan_out, options)
+        ahead = LookaheadParams.from_config(config) if self._looks_ahead and not sampling.beam else None
+        request = Request(request_id, ids, sampling, self._decode, keep_kv, eviction, params, fan_out, options, ahead)
         request.sequences[0].grammar = self._grammar(config, sampling)
         return request
 

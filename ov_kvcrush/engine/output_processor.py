@@ -19,10 +19,10 @@ from ov_kvcrush.core.step import SchedulerOutput
 from ov_kvcrush.core.streamed_request import Status
 from ov_kvcrush.core.token_stream import Outputs
 from ov_kvcrush.engine.beams import Beams
-from ov_kvcrush.engine.grammar import masks as grammar_masks
-from ov_kvcrush.engine.sampler import Sampled, sample, sample_rows
+from ov_kvcrush.engine.sampler import Sampled
 from ov_kvcrush.engine.scheduler import Scheduler
-from ov_kvcrush.errors import CrushError, OutOfMemory
+from ov_kvcrush.engine.token_rounds import Row, SampledRows, sample_each, take_tokens
+from ov_kvcrush.errors import OutOfMemory
 from ov_kvcrush.kvcache.manager import KVCacheManager
 
 _log = logging.getLogger(__name__)
@@ -58,18 +58,11 @@ class OutputProcessor:
         self._end_prefilled(step)
         start = time.perf_counter()
         rows = list(self._due(step, logits))
-        due = [(member, row) for sequence, row in rows for member in self._members(sequence)]
-        chosen = []
-        for (member, _), sampled in zip(due, self._sample(due), strict=True):
-            try:
-                if isinstance(sampled, Exception):
-                    raise sampled
-                _accept(member, sampled, start)
-                chosen.append(member)
-            except Exception as error:
-                self.fail(member, error)
-        grammar_masks.advance(chosen)  # while all else happens, up to the next draw
-        searches = self._beams.take(((s, row) for s, row in rows if s.request.params.beam), start)
+        due = [SampledRows(member, row, draft) for sequence, row, draft in rows for member in self._members(sequence)]
+        take_tokens(due, start, self._sample, self.fail)
+        self._take_back([rows for rows in due if rows.draft])
+        chosen = [rows.sequence for rows in due if rows.num_taken and not rows.sequence.error]
+        searches = self._beams.take(((s, row[0]) for s, row, _ in rows if s.request.params.beam), start)
         sampling_s = time.perf_counter() - start
         for sequence, broke in searches:
             if broke:
@@ -83,6 +76,20 @@ class OutputProcessor:
             self._tell(member)
             self.end_if_complete(member.request)
         return sampling_s
+
+    def _take_back(self, drafted: list[SampledRows]) -> None:
+        """Have the cache forget the guessed tokens that are not the sequences'."""
+        for rows in drafted:
+            sequence, num_run = rows.sequence, 1 + len(rows.draft)
+            if sequence.error:  # it has no memory any more
+                continue
+            sequence.num_cached += rows.num_taken - 1
+            sequence.request.num_drafted += len(rows.draft)
+            sequence.request.num_accepted += rows.num_taken - 1
+            try:
+                self._cache.settle(sequence, num_run, rows.num_taken)
+            except Exception as error:
+                self.fail(sequence, error)
 
     def _end_prefilled(self, step: SchedulerOutput) -> None:
         """End the requests that wanted nothing but the KV of their prompt."""
@@ -107,13 +114,17 @@ class OutputProcessor:
             num_read += num_again * done // total
         return num_read, request.num_prompt_tokens + num_again
 
-    def _due(self, step: SchedulerOutput, logits: np.ndarray) -> Iterator[tuple[Sequence, np.ndarray]]:
-        """Sequences that get a token now, with their logits. A prompt that is read twice waits with those it has."""
-        logits_rows = iter(logits)
+    def _due(self, step: SchedulerOutput, logits: np.ndarray) -> Iterator[tuple[Sequence, np.ndarray, tuple[int, ...]]]:
+        """Sequences that get a token now, with their logits (rows, vocabulary) and what was guessed behind the first.
+
+        A prompt that is read twice waits with those it has.
+        """
+        begin = 0
         for row in step.rows:
             sequence = row.sequence.replays or row.sequence
             if row.samples:
-                sequence.held_logits = next(logits_rows)
+                sequence.held_logits = logits[begin : begin + row.num_samples]
+                begin += row.num_samples
             held = sequence.held_logits
             if held is None or sequence.is_finished:  # its KV found no room
                 continue
@@ -121,14 +132,11 @@ class OutputProcessor:
                 sequence.held_logits = held.copy()
                 continue
             sequence.held_logits = None
-            yield sequence, held
+            yield sequence, held, row.draft
 
-    def _sample(self, due: list[tuple[Sequence, np.ndarray]]) -> list[Sampled | Exception]:
+    def _sample(self, rows: list[Row]) -> list[Sampled | Exception]:
         """The next token of each, or what is wrong with it."""
-        try:
-            return list(sample_rows(due))
-        except Exception:  # of one of them: which, they tell one by one
-            return [_sampled_alone(sequence, row) for sequence, row in due]
+        return sample_each(rows)
 
     def _members(self, sequence: Sequence) -> list[Sequence]:
         """The sequences that take their next token from this row: all of a request's when its prompt is complete.
@@ -298,45 +306,6 @@ def _own_copy(error: BaseException) -> Exception:
         return error
     own.__cause__ = error
     return own
-
-
-def _sampled_alone(sequence: Sequence, logits: np.ndarray) -> Sampled | Exception:
-    try:
-        return sample(logits, sequence)
-    except Exception as error:
-        return error
-
-
-def _accept(sequence: Sequence, sampled: Sampled, now: float) -> None:
-    token, logprob, top = sampled
-    if token < 0 and sequence.grammar is not None:
-        raise CrushError("logit_bias must leave a token that the grammar allows, got a ban of all of them")
-    if token < 0:
-        raise FloatingPointError("logits must have a finite maximum, got none: the model or its precision broke")
-    sequence.ids.append(token)
-    sequence.token_times.append(now)
-    sequence.logprobs.append(logprob)
-    sequence.cumulative_logprob += logprob
-    if top is not None:
-        sequence.top_logprobs.append(top)
-    sequence.finish_reason = finish_reason(sequence, token)
-
-
-def finish_reason(sequence: Sequence, token: int) -> ov_genai.GenerationFinishReason:
-    """Why `sequence` ends with `token`, NONE if it goes on."""
-    params = sequence.request.params
-    if sequence.stop_tracker and sequence.stop_tracker.add(token):
-        return FinishReason.STOP
-    grammar = sequence.grammar
-    if token in params.stop_token_ids and (
-        sequence.num_generated >= params.min_new_tokens or (grammar is not None and grammar.is_complete)
-    ):
-        return FinishReason.STOP
-    if grammar is not None and grammar.completes(sequence.generated):
-        return FinishReason.STOP
-    if sequence.num_generated >= params.max_new_tokens:
-        return FinishReason.LENGTH
-    return FinishReason.NONE
 
 
 def _settle(sequence: Sequence) -> None:

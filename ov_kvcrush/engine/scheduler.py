@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 
 from ov_kvcrush.config import SchedulerConfig
 from ov_kvcrush.core.request import Sequence
 from ov_kvcrush.core.step import ScheduledTokens, SchedulerOutput
+from ov_kvcrush.engine.lookahead.drafts import Drafts
 from ov_kvcrush.engine.step_pace import StepPace
 from ov_kvcrush.kvcache.manager import KVCacheManager
 from ov_kvcrush.kvcache.replay import ROWS as REPLAY_ROWS
@@ -26,11 +28,14 @@ class Scheduler:
     Prompts run in the order of the moments at which each would be read if it had the machine for itself: a short one
     that comes later goes before a long one, until that has waited for as long as its own reading takes. Where several
     are there, a quarter of the rows is kept for those behind the first.
+
+    drafts: what may follow decoding sequences, run with them where that pays; None = one token a step.
     """
 
-    def __init__(self, config: SchedulerConfig, cache: KVCacheManager) -> None:
+    def __init__(self, config: SchedulerConfig, cache: KVCacheManager, drafts: Drafts | None = None) -> None:
         self._config = config
         self._cache = cache
+        self._drafts = drafts
         self.pace = StepPace(config.max_step_ms / 1e3)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of arrival
@@ -67,6 +72,8 @@ class Scheduler:
         self.waiting = deque(s for s in self.waiting if s not in gone)
         for sequence in gone:
             self._cache.free(sequence)
+            if self._drafts:
+                self._drafts.forget(sequence)
 
     def schedule(self) -> SchedulerOutput:
         """Decide the next step and take memory for it. Without rows there is nothing to do."""
@@ -91,7 +98,19 @@ class Scheduler:
             if budget > 0 and sequence in self.running:
                 budget -= self._schedule_rows(sequence, 1, rows, unschedulable)
                 sequence.last_scheduled = self._num_steps
-        return budget
+        return budget - self._add_drafts(budget, rows)
+
+    def _add_drafts(self, budget: int, rows: list[ScheduledTokens]) -> int:
+        """Let guessed tokens follow the decode rows, as far as there is memory that nobody has to give up for them."""
+        if self._drafts is None or not rows or budget <= 0:
+            return 0
+        num_tokens = 0
+        guessed = self._drafts.guess([row.sequence for row in rows], budget)
+        for i, (row, draft) in enumerate(zip(rows, guessed, strict=True)):
+            if draft and self._cache.append_slots(row.sequence, 1 + len(draft)):
+                rows[i] = replace(row, num_tokens=1 + len(draft), draft=draft)
+                num_tokens += len(draft)
+        return num_tokens
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 

@@ -13,19 +13,20 @@ import numpy as np
 import openvino as ov
 
 from ov_kvcrush import native
-from ov_kvcrush.core.eviction import Choice, EvictionSpec, EvictionState, PerHead
+from ov_kvcrush.core.eviction import Choice, EvictionSpec, EvictionState
 from ov_kvcrush.core.request import Sequence
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.core.step import ScheduledTokens
 from ov_kvcrush.kvcache.admission import Admission
 from ov_kvcrush.kvcache.attention_plan import PREFILL, STAGED, STORED, PlanEntry, write_plan
 from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, blocks_for
-from ov_kvcrush.kvcache.eviction import CacheView, split_heads
+from ov_kvcrush.kvcache.drafted import max_draft, settle
+from ov_kvcrush.kvcache.eviction import CacheView
 from ov_kvcrush.kvcache.manager import KVCacheUsage
 from ov_kvcrush.kvcache.model_inputs import PrefillInputs, row_inputs, sampled_rows
 from ov_kvcrush.kvcache.planning import precisions_of, tiers_of
 from ov_kvcrush.kvcache.prefix_cache import PrefixCache, least_common, serves, serves_all_of
-from ov_kvcrush.kvcache.replay import ROWS, Reader, ReplayState
+from ov_kvcrush.kvcache.replay import ROWS, Reader, ReplayState, hand_out_scores
 from ov_kvcrush.kvcache.room import Room
 from ov_kvcrush.kvcache.sequence_kv import SequenceKV
 from ov_kvcrush.kvcache.snapshots import SnapshotStore
@@ -46,7 +47,8 @@ class CrushKVCache:
 
     heads: (H, K) of each layer. max_prefixes: cached prefixes, None = no limit. chunk: rows of one step, at most.
     prefix_bytes: the most that cached prefixes hold; 0 = what is free. pages_prompts: whether the model has
-    PagedAttention, for prompts that the store has no kernel for.
+    PagedAttention, for prompts that the store has no kernel for. draft_rows: of one sequence in a step, where some are
+    guessed, at most.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class CrushKVCache:
         prefix_bytes: int = 0,
         *,
         pages_prompts: bool,
+        draft_rows: int = BLOCK_SIZE,
     ) -> None:
         self.store = store
         self.staging = staging
@@ -76,6 +79,7 @@ class CrushKVCache:
         self._prefix_bytes = prefix_bytes
         self._heads = heads
         self._chunk = chunk
+        self._draft_rows = draft_rows
         self._pages_prompts = pages_prompts
         self._view = CacheView(store, heads)
         self._kv: dict[Sequence, SequenceKV] = {}
@@ -221,18 +225,15 @@ class CrushKVCache:
 
     def eviction_state(self, sequence: Sequence) -> EvictionState:
         """What policies left of a sequence; nothing chosen where it is not allocated."""
-        kv = self._kv.get(sequence)
-        return kv.state if kv else EvictionState()
+        return kv.state if (kv := self._kv.get(sequence)) else EvictionState()
 
     def replay(self, sequence: Sequence) -> ReplayState | None:
         """The second reading of its prompt, from its allocation to its commit."""
-        kv = self._kv.get(sequence)
-        return kv.replay if kv else None
+        return kv.replay if (kv := self._kv.get(sequence)) else None
 
     def bytes_of(self, sequence: Sequence) -> int:
         """Bytes of the tiles that a sequence can reach."""
-        kv = self._kv.get(sequence)
-        return self.store.nbytes_of(kv.store_id) if kv else 0
+        return self.store.nbytes_of(kv.store_id) if (kv := self._kv.get(sequence)) else 0
 
     def usage(self) -> KVCacheUsage:
         """The store's bytes; blocks are those that as many bytes of long prompts would take."""
@@ -249,7 +250,7 @@ class CrushKVCache:
 
     def step_inputs(self, rows: Items[ScheduledTokens]) -> dict[str, np.ndarray]:
         """Rows of staged prompts first; the others follow."""
-        order = self._in_order(rows)
+        order = sorted(rows, key=lambda row: not self._kv[row.sequence].is_staged)
         staged = [row for row in order if self._kv[row.sequence].is_staged]
         num_staged_rows = sum(row.num_tokens for row in staged)
         staged_kind = STAGED if self._pages_prompts else PREFILL
@@ -271,10 +272,6 @@ class CrushKVCache:
             CRUSH_PLAN: write_plan(begin, num_staged_rows if self._pages_prompts else 0, entries),
         }
 
-    def _in_order(self, rows: Items[ScheduledTokens]) -> list[ScheduledTokens]:
-        """Staged rows come first in a step."""
-        return sorted(rows, key=lambda row: not self._kv[row.sequence].is_staged)
-
     def commit(
         self, rows: Items[ScheduledTokens], scores: Callable[[], list[np.ndarray]]
     ) -> list[tuple[Sequence, Exception | None]]:
@@ -283,6 +280,8 @@ class CrushKVCache:
         failed: list[tuple[Sequence, Exception | None]] = []
         for row in rows:
             s = row.sequence.replays or row.sequence
+            if row.draft:  # which of its rows stay, `settle` is told
+                continue
             try:
                 if not self._commit_row(s, row.num_tokens):
                     failed.append((s, None))
@@ -304,19 +303,19 @@ class CrushKVCache:
             del self._admission.prefilling[s]
         return True
 
+    def max_draft(self, sequence: Sequence, most: int) -> int:
+        """None where a prompt is not complete; up to the next tile that settles, or the next choice of a policy."""
+        kv, is_read = self._kv[sequence], sequence not in self._admission.prefilling
+        return max_draft(sequence, kv.state, self._draft_rows, most) if is_read and not kv.is_staged else 0
+
+    def settle(self, sequence: Sequence, num_run: int, num_kept: int) -> None:
+        """Take back tokens that were guessed wrong; quantise, and evict, as after a step of one row."""
+        settle(self.store, self._kv[sequence], sequence.num_cached, num_run - num_kept)
+        self._evict(sequence, self._kv[sequence], is_read=False)
+
     def take_scores(self, rows: Items[ScheduledTokens], scores: Callable[[], list[np.ndarray]]) -> None:
         """Hand each reader the attention scores of its rows in the step that was just run."""
-        readers = [s for row in rows if isinstance(s := row.sequence, Reader)]  # all staged: in the order of the step
-        if not readers:
-            return
-        found: list[PerHead] = [[] for _ in readers]
-        for (num_heads, num_kv_heads), flat in zip(self._heads, scores(), strict=True):
-            lengths = [s.num_cached for s in readers for _ in range(num_kv_heads)]
-            heads = [x.copy() for x in split_heads(flat, num_heads // num_kv_heads, lengths)]
-            for index, of_reader in enumerate(found):
-                of_reader.append(heads[index * num_kv_heads : (index + 1) * num_kv_heads])
-        for reader, of_reader in zip(readers, found, strict=True):
-            reader.take_scores(of_reader)
+        hand_out_scores([s for row in rows if isinstance(s := row.sequence, Reader)], self._heads, scores)
 
     def replays_on(self, kv: SequenceKV) -> bool:
         """Whether a complete prompt is still to be read again; makes its next reader."""

@@ -11,7 +11,7 @@ from ov_kvcrush.kvcache.crush import CrushKVCache
 from ov_kvcrush.kvcache.manager import KVCacheManager
 from ov_kvcrush.kvcache.paged import PagedKVCache
 from ov_kvcrush.kvcache.planning import recent_precision
-from ov_kvcrush.kvcache.recall import recall_of
+from ov_kvcrush.kvcache.recall import RECALL_ROWS, recall_of
 from ov_kvcrush.kvcache.staging import Staging
 from ov_kvcrush.model.load import LoadedModel
 from ov_kvcrush.utils.process_memory import free_memory_bytes
@@ -56,7 +56,7 @@ def make_kv_cache_manager(
     heads = [(x.num_heads, x.num_kv_heads) for x in model.layers]
     return CrushKVCache(
         store, heads, staging, max_prefixes, scheduler.max_num_batched_tokens, cache.prefix_bytes,
-        pages_prompts=model.pages_prompts,
+        pages_prompts=model.pages_prompts, draft_rows=RECALL_ROWS if recall_of(cache) else BLOCK_SIZE,
     )  # fmt: skip
 
 

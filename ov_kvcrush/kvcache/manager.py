@@ -99,10 +99,20 @@ class KVCacheManager(Protocol):
     def commit(
         self, rows: Items[ScheduledTokens], scores: Callable[[], list[np.ndarray]]
     ) -> list[tuple[Sequence, Exception | None]]:
-        """Note that the inference of `rows` is done (`num_cached` is up to date).
+        """Note that the inference of `rows` is done (`num_cached` is up to date, without guessed tokens).
 
         scores: the attention scores of each layer, flat, as the model gave them. Returns the sequences whose KV found
         no room (None), or whose policy broke; the caller ends them.
+        """
+
+    def max_draft(self, sequence: Sequence, most: int) -> int:
+        """How many guessed tokens, `most` at most, can be run behind the next one so that each row reads what it would
+        read in a step of its own."""
+
+    def settle(self, sequence: Sequence, num_run: int, num_kept: int) -> None:
+        """Note which of the `num_run` rows with guessed tokens of the last step are the sequence's: the first ones.
+
+        `commit` leaves such rows to this.
         """
 
     def bytes_of(self, sequence: Sequence) -> int:

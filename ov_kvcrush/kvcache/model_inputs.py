@@ -13,7 +13,7 @@ from ov_kvcrush.model.graph.rewrite import PAGED_ROWS
 
 def row_inputs(rows: Items[ScheduledTokens]) -> dict[str, np.ndarray]:
     """input_ids, position_ids i64 (T,) of T rows."""
-    ids = [row.sequence.ids[row.sequence.num_cached : row.sequence.num_cached + row.num_tokens] for row in rows]
+    ids = [row.ids for row in rows]
     counts = np.array([row.num_tokens for row in rows])
     past = np.array([row.sequence.num_cached + row.sequence.position_offset for row in rows])
     ends = np.cumsum(counts)
@@ -45,9 +45,9 @@ def paged_inputs(rows: Items[ScheduledTokens], tables: Items[np.ndarray]) -> dic
 
 
 def sampled_rows(rows: Items[ScheduledTokens], order: Items[ScheduledTokens]) -> np.ndarray:
-    """i64: the last row of each of `rows` that samples, in a step whose rows come in `order`."""
+    """i64: the last rows of each of `rows` that sample, in a step whose rows come in `order`."""
     ends = dict(zip((row.sequence for row in order), np.cumsum([row.num_tokens for row in order]), strict=True))
-    return np.array([ends[row.sequence] - 1 for row in rows if row.samples], np.int64)
+    return np.array([ends[r.sequence] - i for r in rows for i in range(r.num_samples, 0, -1)], np.int64)
 
 
 class PrefillInputs:

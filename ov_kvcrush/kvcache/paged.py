@@ -177,6 +177,13 @@ class PagedKVCache:
         """Nothing is left to do: PagedAttention has written the blocks."""
         return []
 
+    def max_draft(self, sequence: Sequence, most: int) -> int:
+        """All: nothing is quantised again, and nothing is evicted."""
+        return most
+
+    def settle(self, sequence: Sequence, num_run: int, num_kept: int) -> None:
+        """Nothing is left to do: later tokens are written over those that were wrong."""
+
     def bytes_of(self, sequence: Sequence) -> int:
         """Bytes of the sequence's blocks."""
         kv = self._kv.get(sequence)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ov_kvcrush.config import CacheConfig
 
+RECALL_ROWS = 4  # of one sequence in a step, at most, where not all is read; native/src/store/recall.hpp
+
 
 def recall_of(config: CacheConfig) -> float:
     """Tokens, a fraction below 1 of what a head holds, or 0 for all of them."""

@@ -7,7 +7,8 @@ in its block table, its own rows follow on blocks that the next reader writes ov
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from ov_kvcrush.core.growable import GrowableArray
 from ov_kvcrush.core.request import Sequence
 from ov_kvcrush.kvcache.attention_plan import MAX_OF_ROWS
 from ov_kvcrush.kvcache.block_pool import BLOCK_SIZE, blocks_for
+from ov_kvcrush.kvcache.eviction import split_heads
 from ov_kvcrush.policies.base import Replay
 
 ROWS = 512  # of one step: their queries are held for all layers
@@ -150,3 +152,22 @@ class ReplayState:
         for found, scores in zip(self._found, reader.scores, strict=True):
             for head, values in zip(found, scores, strict=True):
                 head[:, begin:end] = values
+
+
+def hand_out_scores(
+    readers: Items[Reader], heads: Items[tuple[int, int]], scores: Callable[[], list[np.ndarray]]
+) -> None:
+    """Give each reader the attention scores of its rows in a step. readers: in the order of the step, all staged.
+
+    heads: (H, K) of each layer. scores: of each layer, flat.
+    """
+    if not readers:
+        return
+    found: list[PerHead] = [[] for _ in readers]
+    for (num_heads, num_kv_heads), flat in zip(heads, scores(), strict=True):
+        lengths = [reader.num_cached for reader in readers for _ in range(num_kv_heads)]
+        of_heads = [x.copy() for x in split_heads(flat, num_heads // num_kv_heads, lengths)]
+        for index, of_reader in enumerate(found):
+            of_reader.append(of_heads[index * num_kv_heads : (index + 1) * num_kv_heads])
+    for reader, of_reader in zip(readers, found, strict=True):
+        reader.take_scores(of_reader)

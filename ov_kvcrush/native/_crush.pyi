@@ -79,6 +79,10 @@ class Store:
     def fork(self, seq: int, num_tokens: int | None = None) -> int:
         """A new sequence that shares all tiles and captured queries. With num_tokens: only positions below it, without
         captured queries, and no head may have dropped any. Raises StoreFull."""
+    def crop(self, seq: int, num_tokens: int) -> None:
+        """Take back the tokens at positions from num_tokens on, and their captured queries, as if they had never been
+        appended, but that queries that they took the place of are lost. Empty tiles are freed. ValueError, with nothing
+        changed, where some have left the recent window or share a tile."""
     def reserve(self, seq: int, num_tokens: int, promised: int = 0) -> bool:
         """Slots for num_tokens more in every head, and room for their captured queries, all or nothing; False if nbytes
         would exceed max_bytes - promised."""

@@ -17,6 +17,7 @@ set(CRUSH_CORE_SOURCES
   store/claim.cpp
   store/clusters.cpp
   store/compact.cpp
+  store/crop.cpp
   store/precisions.cpp
   store/prefill.cpp
   store/recall.cpp

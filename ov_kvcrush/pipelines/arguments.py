@@ -11,9 +11,9 @@ import openvino_genai as ov_genai
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.genai.stock_eviction import policy_of
+from ov_kvcrush.pipelines.draft import DraftSource, as_stock, check_draft
 
 _BACKENDS = ("PA", "SDPA")
-_OTHER_MODES = ("draft_model", "prompt_lookup")
 
 
 def llm_arguments(args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
@@ -64,13 +64,23 @@ def model_properties(properties: dict[str, Any], scheduler_config: Any, engine: 
         scheduler_config = rest.pop("scheduler_config")
     if engine == "genai":
         return rest, scheduler_config
-    for name in _OTHER_MODES:
-        if rest.pop(name, None):
-            raise CrushError(f"{name} must be left out with engine='crush', which generates one token a step")
     adapters = rest.pop("adapters", None)
     if adapters is not None and adapters.get_adapters_and_alphas():
         raise CrushError("adapters must be empty with engine='crush': it has no LoRA adapters")
     return rest, scheduler_config
+
+
+def lookahead_of(properties: dict[str, Any], engine: str) -> tuple[dict[str, Any], bool, DraftSource | None]:
+    """The properties without `prompt_lookup` and `draft_model`, and these two; openvino_genai has its own."""
+    rest = dict(properties)
+    if engine == "genai":
+        return {name: as_stock(value) for name, value in rest.items()}, False, None
+    wanted, draft = rest.pop("prompt_lookup", False), rest.pop("draft_model", None)
+    if not isinstance(wanted, bool):
+        raise CrushError(f"prompt_lookup must be True or False, got {wanted!r}")
+    if wanted and draft is not None:
+        raise CrushError("prompt_lookup must be False with a draft_model, got both")
+    return rest, wanted, None if draft is None else check_draft(draft)
 
 
 def with_stock_eviction(scheduler_config: Any, cache_config: Any) -> Any:

@@ -24,7 +24,7 @@ from ov_kvcrush.errors import RequestError
 from ov_kvcrush.model.converted import folder_of_gguf
 from ov_kvcrush.model.default import default_model_path
 from ov_kvcrush.model.folder import check_model_folder
-from ov_kvcrush.pipelines.arguments import model_properties, with_stock_eviction
+from ov_kvcrush.pipelines.arguments import lookahead_of, model_properties, with_stock_eviction
 from ov_kvcrush.pipelines.backend import Backend, Handle
 from ov_kvcrush.pipelines.compress import ContextCompressor
 from ov_kvcrush.pipelines.loading import load_generation_config, load_tokenizer, make_backend, with_cache
@@ -69,6 +69,7 @@ class PipelineBase:
         start = time.perf_counter()
         self._engine_name = check_engine(engine, device)
         properties, scheduler_config = model_properties(properties, scheduler_config, self._engine_name)
+        properties, prompt_lookup, draft = lookahead_of(properties, self._engine_name)
         if self._engine_name == "crush":
             cache_config = with_stock_eviction(scheduler_config, cache_config)
         folder = Path(models_path) if models_path is not None else default_model_path()
@@ -92,6 +93,8 @@ class PipelineBase:
             self._tokenizer,
             self._config,
             self._has_own_tokenizer,
+            prompt_lookup,
+            draft,
         )
         self._load_s = time.perf_counter() - start
         self._begin(backend, cache_config)

@@ -39,6 +39,9 @@ class ContinuousBatchingPipeline(PipelineBase):
     tokenizer: None = the one in the folder.
     scheduler_config: SchedulerConfig of this package or of openvino_genai, or a dict with its fields.
     properties: OpenVINO properties for `compile_model`.
+    prompt_lookup: True = steps also run what followed the last tokens of a text before (docs/lookahead.md), as many as
+        `num_assistant_tokens` of the config, found by up to `max_ngram_size` tokens. It changes no answer.
+    draft_model: what `draft_model(path)` of this package gives: a model of the same vocabulary that guesses instead.
     engine: "crush" (default on CPU) or "genai" (default elsewhere).
     cache_config: CacheConfig, or a dict with its fields: precisions and memory of keys and values.
     Raises ModelError or CrushError before anything heavy starts if an argument cannot be used.

@@ -42,6 +42,9 @@ class LLMPipeline(PipelineBase):
     tokenizer: None = the one in the folder.
     device: "CPU" (default), or another device of `openvino.Core().available_devices` with engine="genai".
     config, **properties: OpenVINO properties for `compile_model`; a "scheduler_config" may be among them.
+    prompt_lookup: True = steps also run what followed the last tokens of a text before (docs/lookahead.md), as many as
+        `num_assistant_tokens` of the config, found by up to `max_ngram_size` tokens. It changes no answer.
+    draft_model: what `draft_model(path)` of this package gives: a model of the same vocabulary that guesses instead.
     engine: "crush" (default on CPU) or "genai" (default elsewhere).
     cache_config: CacheConfig, or a dict with its fields: precisions and memory of keys and values.
     scheduler_config: SchedulerConfig of this package or of openvino_genai, or a dict with its fields.

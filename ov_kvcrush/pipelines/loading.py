@@ -14,9 +14,11 @@ from ov_kvcrush.engine.engine import Engine
 from ov_kvcrush.engine.grammar.compiler import GrammarCompiler
 from ov_kvcrush.errors import CrushError, ModelError, reason_of
 from ov_kvcrush.genai.backend import GenaiBackend, genai_cache_properties
+from ov_kvcrush.model.folder import check_model_folder
 from ov_kvcrush.model.load import load_model
 from ov_kvcrush.model.plugin import kept_signal_stack
 from ov_kvcrush.pipelines.backend import Backend
+from ov_kvcrush.pipelines.draft import DraftSource, check_vocabulary
 
 
 def load_tokenizer(folder: Path, properties: dict[str, Any]) -> ov_genai.Tokenizer:
@@ -50,8 +52,13 @@ def make_backend(
     tokenizer: ov_genai.Tokenizer,
     config: ov_genai.GenerationConfig,
     is_own_tokenizer: bool,
+    prompt_lookup: bool = False,
+    draft: DraftSource | None = None,
 ) -> Backend:
-    """The engine by its name, with the model loaded. is_own_tokenizer: whether the tokenizer is not the folder's."""
+    """The engine by its name, with the model loaded. is_own_tokenizer: whether the tokenizer is not the folder's.
+
+    prompt_lookup, draft: of engine="crush"; openvino_genai's own are among the properties.
+    """
     settings = CacheConfig.from_options(cache_config)
     if engine == "genai":
         if cache_config is not None:
@@ -64,12 +71,19 @@ def make_backend(
     attention = settings.choose_attention()
     if attention == "crush":
         settings, properties = settings.with_properties(properties)
+    if draft is not None:
+        check_model_folder(draft.models_path)
+        check_vocabulary(load_tokenizer(draft.models_path, {}), tokenizer, draft.models_path)
     model = load_model(folder, device, properties, attention, settings.sharing, settings.weights)
     _warn_of_ends_outside(config, model.vocab_size, folder)
+    guesser = None
+    if draft is not None:
+        own = {**properties, **draft.properties}
+        guesser = load_model(draft.models_path, device, own, attention, (), settings.weights)
     grammars = GrammarCompiler(
         None if is_own_tokenizer else folder, tokenizer, model.vocab_size, model_end_tokens(config)
     )
-    return Engine(model, scheduler, config, tokenizer.decode, settings, grammars=grammars)
+    return Engine(model, scheduler, config, tokenizer.decode, settings, None, grammars, prompt_lookup, guesser)
 
 
 def _warn_of_ends_outside(config: ov_genai.GenerationConfig, vocab_size: int | None, folder: Path) -> None:

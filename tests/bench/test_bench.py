@@ -546,6 +546,13 @@ def test_the_job_says_what_is_recalled(shallow: Path) -> None:
     assert cache.recall_tokens == 512
 
 
+def test_prompt_lookup_is_asked_of_each_engine(shallow: Path) -> None:
+    chosen = BenchSettings.for_model(shallow, prompt_lookup=True, against="genai")
+    for name in chosen.engines:
+        assert engines._properties_of(chosen.worker_job(name, Cell(8, 1)))["prompt_lookup"] is True
+    assert engines._properties_of(BenchSettings.for_model(shallow).worker_job("crush", Cell(8, 1))) == {}
+
+
 def test_types_need_the_native_library(monkeypatch: pytest.MonkeyPatch, shallow: Path) -> None:
     monkeypatch.setattr(native, "why_unavailable", lambda: "nobody built it")
     chosen = BenchSettings.for_model(shallow)

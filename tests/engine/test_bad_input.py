@@ -155,7 +155,6 @@ def ids(*tokens: int) -> ov.Tensor:
         (ids(1), {"top_p": 1.5}, "top_p"),
         (ids(1), {"max_new_token": 4}, "did you mean 'max_new_tokens'"),
         (ids(1), {"num_beams": 3, "num_beam_groups": 2, "diversity_penalty": 1.0}, "divisible by num_beam_groups=2"),
-        (ids(1), {"max_ngram_size": 2}, "prompt lookup"),
         (ids(1), {"num_return_sequences": 2}, "num_return_sequences"),
     ],
 )

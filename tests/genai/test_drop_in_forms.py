@@ -57,7 +57,7 @@ def test_forms_of_continuous_batching_pipeline(folder: Path, batching: Pipes) ->
     ("options", "message"),
     [
         ({"ATTENTION_BACKEND": "XX"}, "ATTENTION_BACKEND must be PA or SDPA, got 'XX'"),
-        ({"prompt_lookup": True}, "prompt_lookup must be left out"),
+        ({"prompt_lookup": 3}, "prompt_lookup must be True or False, got 3"),
         ({"config": {"scheduler_config": {}}, "scheduler_config": {}}, "scheduler_config must be given once"),
     ],
 )
@@ -105,6 +105,7 @@ def test_parameters_of_other_modes_are_ignored(llm: Pipes) -> None:
     for options in (
         {"num_assistant_tokens": 0},
         {"num_assistant_tokens": 3},
+        {"num_assistant_tokens": 3, "max_ngram_size": 2},
         {"diversity_penalty": 1.0},
         {"num_beam_groups": 2},
         {"no_repeat_ngram_size": 2},
@@ -231,5 +232,5 @@ def test_members() -> None:
     for name in names:
         (line,) = (line for line in text if line.startswith(f"  {name}:"))
         assert line in own
-    for name in ("TokenizedInputs", "StopCriteria", "StructuredOutputConfig", "CacheEvictionConfig", "draft_model"):
+    for name in ("TokenizedInputs", "StopCriteria", "StructuredOutputConfig", "CacheEvictionConfig"):
         assert getattr(ours, name) is getattr(stock, name)

@@ -121,6 +121,30 @@ def test_a_layer_that_appends_nothing_attends_to_what_is_there(run: Run, run_rea
     np.testing.assert_array_equal(places, np.arange(66, 70))
 
 
+def test_captured_queries_of_rows_that_are_taken_back_do_not_count(run: Run, store: Store) -> None:
+    """Of a window of 4 and 3 rows that may be wrong in a step, the last 4 right ones are always there."""
+    q, k, v = rows(90)
+    wrong_q, wrong_k, wrong_v = rows(90, seed=1)
+    sequence, begin = new_sequence(store, 0, capture=4 + 3), 0
+    for count, num_wrong in ((1, 0), (5, 3), (1, 3), (1, 3), (1, 3), (30, 0), (1, 2), (2, 1), (3, 0), (1, 3)):
+        part = slice(begin, begin + count)
+        mixed = [
+            np.concatenate([right[part], wrong[:num_wrong]])
+            for right, wrong in ((q, wrong_q), (k, wrong_k), (v, wrong_v))
+        ]
+        assert store.reserve(sequence, count + num_wrong)
+        plan = write_plan(count + num_wrong, 0, [PlanEntry(sequence, 0, count + num_wrong, begin)])
+        out, _ = run(store.id, plan, *mixed)
+        begin += count
+        np.testing.assert_allclose(out[:count], causal_attention(q[:begin], k[:begin], v[:begin])[-count:], atol=1e-5)
+        store.crop(sequence, begin)
+        captured, places = store.captured(sequence, 0)
+        num_there = min(begin, 4)
+        assert len(places) >= num_there
+        np.testing.assert_array_equal(places[-num_there:], np.arange(begin - num_there, begin))
+        np.testing.assert_array_equal(captured[-num_there:], q[begin - num_there : begin])
+
+
 def test_prompt_rows_pass_through_and_the_others_follow(run: Run, store: Store) -> None:
     q, k, v = rows(9)
     paged = np.random.default_rng(1).standard_normal((9, HEADS * SIZE), np.float32)

@@ -193,6 +193,14 @@ class Stores(RuleBasedStateMachine):
             self.quantize_aged(which)
 
     @precondition(lambda self: self.twins)
+    @rule(which=st.integers(0, 99), n=st.integers(0, 70))
+    def crop(self, which: int, n: int) -> None:
+        twin = self.pick(which)
+        end = max(0, self.theirs.next_position(twin.theirs) - n)
+        mine = outcome(lambda: self.mine.crop(twin.mine, end))
+        assert mine == outcome(lambda: self.theirs.crop(twin.theirs, end))
+
+    @precondition(lambda self: self.twins)
     @rule(which=st.integers(0, 99))
     def quantize_aged(self, which: int) -> None:
         """Which tiles wait when not all fit is left to the store: from there on the two would go separate ways."""
@@ -285,6 +293,49 @@ class Stores(RuleBasedStateMachine):
 
 TestStores = Stores.TestCase
 TestStores.settings = settings(max_examples=examples(120), stateful_step_count=25, deadline=None)
+
+
+# -- tokens that are taken back ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", FLOATS)
+@pytest.mark.parametrize("far", [0, MAX_GAP + 3])
+def test_tokens_that_are_taken_back_leave_no_trace(precision: str, far: int) -> None:
+    """Bytes and positions, and what is appended afterwards, are those of a store that never had them."""
+    for before, wrong in ((1, 3), (29, 6), (31, 1), (32, 5), (64, 40)):
+        found = []
+        for is_misled in (False, True):
+            rng = np.random.default_rng(before)
+            cache = Cache(layer(), recent=precision, recent_tokens=200)
+            store, begin = cache.store, before + far
+            seq = cache.new(rng, before)
+            if is_misled:
+                cache.append(seq, np.random.default_rng(99), wrong, begin)
+                store.crop(seq, before)
+            now = [*store.dump(seq), store.positions(seq, 0, 1), np.array([store.nbytes, store.free_slots(seq)])]
+            cache.append(seq, rng, 7, begin)
+            found.append([*now, *store.dump(seq), store.attend(0, [(seq, 0, 1, begin + 7)], gaussian(rng, 1, 128))])
+        for mine, theirs in zip(*found, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_what_has_settled_or_is_shared_is_not_taken_back() -> None:
+    cache = Cache(layer())
+    store = cache.store
+    seq = cache.new(np.random.default_rng(0), 100)  # two tiles have settled
+    before = store.dump(seq)
+    for num_tokens in (0, 63, -1):
+        with pytest.raises(ValueError, match="num_tokens must be"):
+            store.crop(seq, num_tokens)
+    twin = store.fork(seq)
+    with pytest.raises(ValueError, match="shared"):
+        store.crop(seq, 99)
+    store.crop(seq, 100)
+    for got, wanted in zip(store.dump(seq), before, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    store.release(twin)
+    store.crop(seq, 64)
+    np.testing.assert_array_equal(store.positions(seq, 0, 0), np.arange(64))
 
 
 # -- bytes -------------------------------------------------------------------------------------------------------------

@@ -234,6 +234,31 @@ class ReferenceStore:
             self._append(head, to_float(k[:, part], self.recent[0]), to_float(v[:, part], self.recent[1]), positions)
         self._sequences[seq].next_position = max(self._sequences[seq].next_position, first_position + n)
 
+    def crop(self, seq: int, num_tokens: int) -> None:
+        """Take back the last tokens, at positions from num_tokens on, none of them settled or in a shared tile."""
+        cached = self._sequences[seq]
+        if num_tokens >= cached.next_position:
+            return
+        plans = []
+        for head in cached.heads:
+            stay = head.num_tokens
+            positions = head.tokens()[2]
+            while stay > TILE * head.num_target and positions[stay - 1] >= num_tokens:
+                stay -= 1
+            changed = head.tiles[stay // TILE :] if stay < head.num_tokens else []
+            if (positions[:stay] >= num_tokens).any() or any(self._is_shared(tile) for tile in changed):
+                raise ValueError("num_tokens must leave what has settled or is shared")
+            plans.append(stay)
+        for head, stay in zip(cached.heads, plans, strict=True):
+            tiles, head.num_empty = head.tiles, 0
+            head.tiles = tiles[: -(-stay // TILE)]
+            rest = stay % TILE
+            if rest and stay < sum(len(tile.positions) for tile in tiles):
+                last = head.tiles[-1]
+                cut = (last.k[:rest], last.v[:rest], last.positions[:rest])
+                head.tiles[-1] = replace(last, k=cut[0], v=cut[1], positions=cut[2])
+        cached.next_position = num_tokens
+
     def quantize_aged(self, seq: int) -> bool:
         """Move what left the recent window of each head into tiles of the target precision; without room it waits.
 

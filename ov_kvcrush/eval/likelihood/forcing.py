@@ -10,7 +10,6 @@ import numpy as np
 import openvino_genai as ov_genai
 
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
-from ov_kvcrush.core import request as requests
 from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.core.step import SchedulerOutput
@@ -21,6 +20,7 @@ from ov_kvcrush.engine.handle import GenerationHandle
 from ov_kvcrush.engine.input_processor import Decode
 from ov_kvcrush.engine.output_processor import OutputProcessor
 from ov_kvcrush.engine.sampler import Sampled
+from ov_kvcrush.engine.token_rounds import Row
 from ov_kvcrush.errors import OutOfMemory
 from ov_kvcrush.model.load import LoadedModel
 
@@ -72,12 +72,12 @@ class _ForcedOutput(OutputProcessor):
             self.advance(step.num_tokens)
         return super().process(step, logits)
 
-    def _sample(self, due: list[tuple[requests.Sequence, np.ndarray]]) -> list[Sampled | Exception]:
-        answers = [self.answers.get(sequence.request.request_id) for sequence, _ in due]
-        free = iter(super()._sample([one for one, answer in zip(due, answers, strict=True) if answer is None]))
+    def _sample(self, rows: list[Row]) -> list[Sampled | Exception]:
+        answers = [self.answers.get(sequence.request.request_id) for sequence, _ in rows]
+        free = iter(super()._sample([one for one, answer in zip(rows, answers, strict=True) if answer is None]))
         return [
             next(free) if answer is None else Sampled(answer.note(row, sequence.num_generated))
-            for (sequence, row), answer in zip(due, answers, strict=True)
+            for (sequence, row), answer in zip(rows, answers, strict=True)
         ]
 
 

@@ -88,6 +88,7 @@ NB_MODULE(_crush, m) {
         .def("precisions", &S::precisions, "seq"_a)
         .def("release", &S::release, "seq"_a)
         .def("fork", &S::fork, "seq"_a, "num_tokens"_a = nb::none())
+        .def("crop", &S::crop, "seq"_a, "num_tokens"_a)
         .def("reserve", &S::reserve, "seq"_a, "num_tokens"_a, "promised"_a = 0)
         .def("free_slots", &S::free_slots, "seq"_a)
         .def("quantize_aged", &S::quantize_aged, "seq"_a)

@@ -178,6 +178,12 @@ int32_t PyStore::fork(int64_t seq, std::optional<int64_t> num_tokens) {
     return s->fork(to_id(seq), num_tokens);
 }
 
+void PyStore::crop(int64_t seq, int64_t num_tokens) {
+    const auto s = store();
+    const ReleaseGil release;
+    s->crop(to_id(seq), num_tokens);
+}
+
 bool PyStore::reserve(int64_t seq, int64_t num_tokens, int64_t promised) {
     const auto s = store();
     const size_t kept = to_size("promised", promised);

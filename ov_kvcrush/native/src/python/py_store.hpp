@@ -39,6 +39,7 @@ public:
     Output<uint8_t> precisions(int64_t seq) const;
     void release(int64_t seq);
     int32_t fork(int64_t seq, std::optional<int64_t> num_tokens);
+    void crop(int64_t seq, int64_t num_tokens);
     bool reserve(int64_t seq, int64_t num_tokens, int64_t promised);
     int64_t free_slots(int64_t seq) const;
     void quantize_aged(int64_t seq);

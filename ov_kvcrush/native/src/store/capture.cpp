@@ -69,6 +69,7 @@ Store::Rings Store::larger_rings(const Sequence& sequence, size_t begin, size_t 
             std::copy(old->q.begin(), old->q.end(), ring->q.begin());
             std::copy(old->position.begin(), old->position.end(), ring->position.begin());
             ring->seen = old->seen;
+            ring->first = old->first;
         }
         rings.add += ring_bytes(ring.get(), layer);
         if (old && !shared) rings.remove += ring_bytes(old.get(), layer);
@@ -133,7 +134,7 @@ void Store::captured_locked(const Sequence& sequence, size_t layer, std::vector<
     if (capacity == 0 || !sequence.captures[layer]) return;
     const Capture& ring = *sequence.captures[layer];
     const size_t width = width_of(config_.layers[layer]);
-    for (int64_t i = std::max<int64_t>(0, ring.seen - capacity); i < ring.seen; ++i) {
+    for (int64_t i = ring.oldest(); i < ring.seen; ++i) {
         const auto slot = static_cast<size_t>(i % capacity);
         const auto row = ring.q.begin() + static_cast<std::ptrdiff_t>(slot * width);
         rows.insert(rows.end(), row, row + static_cast<std::ptrdiff_t>(width));

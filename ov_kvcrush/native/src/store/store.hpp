@@ -1,6 +1,7 @@
 // The compressed KV store: for each sequence, layer and KV head a ragged list of tokens in tiles.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -80,7 +81,20 @@ struct Head {
 struct Capture {
     std::vector<float> q;
     std::vector<int32_t> position;
-    int64_t seen = 0;  // rows so far; row i is in slot i % capture_rows
+    int64_t seen = 0;   // rows so far; row i is in slot i % capture_rows
+    int64_t first = 0;  // rows before it were written over by rows that were dropped since
+
+    int64_t oldest() const { return std::max(first, seen - static_cast<int64_t>(position.size())); }
+    // The last rows that are at `begin` or behind it.
+    int64_t num_from(int64_t begin) const {
+        int64_t n = 0;
+        while (seen - n > oldest() && position[static_cast<size_t>(seen - n - 1) % position.size()] >= begin) ++n;
+        return n;
+    }
+    void drop(int64_t num_rows) {
+        first = oldest();
+        seen -= num_rows;
+    }
 };
 
 struct Sequence {
@@ -157,6 +171,10 @@ public:
     int64_t free_slots(int32_t id) const;
     // append_locked, with the lock.
     void append(int32_t id, size_t layer, const float* k, const float* v, int64_t n, int64_t first_position);
+    // Takes back the tokens, and the captured queries, at positions from num_tokens on: the sequence is as before they
+    // were appended, but for captured queries that they took the place of. Empty tiles are freed. Throws
+    // std::invalid_argument where some have left the recent window, or share a tile, with nothing changed.
+    void crop(int32_t id, int64_t num_tokens);
     // Encodes tokens that have left the recent window of each head into target tiles; with recall, those of several
     // tiles are grouped by their keys. Never fails: a tile
     // that cannot be replaced within the limit, or for want of memory, stays as it is until the next call.

@@ -41,6 +41,21 @@ void make_empty(uint8_t* tile, const TileLayout& layout) {
     make_header(tile, layout);
 }
 
+void drop_positions(uint8_t* tile, int count) {
+    TileHeader& h = header(tile);
+    int32_t positions[TILE];
+    read_positions(tile, positions);
+    if (h.layout->listed) std::fill(listed_positions(tile) + count, listed_positions(tile) + h.count, 0);
+    for (int slot = count; slot < h.count; ++slot) {
+        if (slot > 0 && h.gap_low[0] == slot) h.gap_low[0] = 0;
+        if (slot > 0) h.gap_low[slot] = 0;
+        h.gap_high &= ~(uint64_t{3} << 2 * slot);
+    }
+    h.count = count;
+    h.min_position = count ? *std::min_element(positions, positions + count) : INT32_MAX;
+    h.max_position = count ? *std::max_element(positions, positions + count) : -1;
+}
+
 void set_position(uint8_t* tile, int slot, int32_t position) {
     TileHeader& h = header(tile);
     if (h.layout->listed) {

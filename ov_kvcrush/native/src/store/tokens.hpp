@@ -33,6 +33,9 @@ void copy_tile(uint8_t* tile, const TileLayout&, const uint8_t* source);
 // Updates the bounds, not the count.
 void set_position(uint8_t* tile, int slot, int32_t position);
 
+// Takes the tokens from slot `count` on out of a tile, whose codes are the caller's.
+void drop_positions(uint8_t* tile, int count);
+
 // Reads positions of single tokens of the tiles of one head. Cheap in ascending order: it reads a tile at once.
 class PositionReader {
 public:
