@@ -88,11 +88,6 @@ def attention_reason(config: Mapping[str, Any], label: str) -> str | None:
         return f"{label} has layers of {kind!r}: {_STATE_SPACE}"
     if config.get("attention_chunk_size"):
         return f"{label} attends in chunks (attention_chunk_size); only full and sliding attention can be run"
-    if config.get("attn_logit_softcapping"):
-        return (
-            f"{label} caps its attention scores (attn_logit_softcapping={config['attn_logit_softcapping']}), "
-            "which OpenVINO's attention kernels leave out: its answers would be wrong"
-        )
     if config.get("kv_lora_rank"):
         return f"{label} uses multi-head latent attention (kv_lora_rank), whose cache is not one of keys and values"
     if config.get("use_bidirectional_attention") in (True, "all"):

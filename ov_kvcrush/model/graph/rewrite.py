@@ -8,7 +8,7 @@ import openvino.opset15 as ops
 from openvino.utils.node_factory import NodeFactory
 
 from ov_kvcrush.errors import ModelError, reason_of
-from ov_kvcrush.model.graph.attention import K, Q, V, attention_ops
+from ov_kvcrush.model.graph.attention import ALIBI_SLOPES, K, Q, V, attention_ops
 from ov_kvcrush.model.graph.layer_sharing import SharedLayers, store_layers
 
 # Operations that treat each row of [rows, 1, channels] by itself; their other operands are weights.
@@ -47,6 +47,13 @@ def use_paged_attention(model: ov.Model) -> int:
             f"got {layers} of {max(before, layers + left)} layers that can be paged"
         )
     return layers
+
+
+def set_alibi_slopes(model: ov.Model, slopes: tuple[float, ...]) -> None:
+    """Give each PagedAttention the slopes that its rewrite did not find. slopes: one per query head, or none."""
+    for op in attention_ops(model) if slopes else ():
+        constant = ops.constant(np.array(slopes, np.float32))
+        op.input(ALIBI_SLOPES).replace_source_output(constant.output(0))
 
 
 def use_crush_attention(
