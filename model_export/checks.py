@@ -104,10 +104,10 @@ def check_gguf(path: Path) -> Source:
     return Source(path, path.name, True, (path,), num_weights)
 
 
-def check_hf_folder(folder: Path, name: str | None = None) -> Source:
+def check_hf_folder(folder: Path, name: str | None = None, trust_remote_code: bool = False) -> Source:
     """Check a Hugging Face folder; ExportError with the reason if it is no model, incomplete, or cannot be run."""
     config = _config_of(folder)
-    reason = unsupported_reason(config)
+    reason = unsupported_reason(config, trust_remote_code)
     if reason:
         raise ExportError(f"SOURCE must be a model that the engine can run, got {folder}: {reason}")
     try:

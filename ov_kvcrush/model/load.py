@@ -17,7 +17,7 @@ from ov_kvcrush.model.graph.layer_sharing import SharedLayers, check_shared_laye
 from ov_kvcrush.model.graph.products import use_few_row_products
 from ov_kvcrush.model.graph.rewrite import (
     gather_sampled_rows,
-    set_alibi_slopes,
+    restore_mask,
     use_crush_attention,
     use_paged_attention,
 )
@@ -130,7 +130,7 @@ def load_model(
         raise ModelError(f"{folder / MODEL_XML} must be a readable OpenVINO model, got: {reason_of(error)}") from None
     _check_is_llm(model, folder)
     use_paged_attention(model)
-    set_alibi_slopes(model, terms.alibi_slopes)
+    restore_mask(model, terms)
     layers: tuple[AttentionLayer, ...] = ()
     precision, pages_prompts = "f32", True
     if attention == "crush":

@@ -1,7 +1,8 @@
-"""What models make of attention scores beside softmax, where the exported graph does not say it.
+"""What models make of attention scores beside softmax, where the graph does not say it.
 
 OpenVINO's ScaledDotProductAttention has no soft cap, so an exported graph is without; and its rewrite to PagedAttention
-finds the slopes of ALiBi in the masks of some families and silently drops those of others (openvino 2026.4).
+finds slopes of ALiBi and sliding windows in the masks of most families and silently drops those of others (openvino
+2026.4).
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ov_kvcrush.errors import ModelError
-from ov_kvcrush.model.hf_config import head_sizes, pick
+from ov_kvcrush.model.hf_config import head_sizes, pick, sliding_windows_of
 
 
 @dataclass(frozen=True)
 class ScoreTerms:
     """soft_cap: score = soft_cap * tanh(score / soft_cap), 0 = none. alibi_slopes: one per query head, or none: score
-    += slope * (position of the token - position of the row), as the graph does not say it."""
+    += slope * (position of the token - position of the row). windows: tokens that a row of each layer sees, 0 = all; or
+    none, where the graph says it."""
 
     soft_cap: float = 0.0
     alibi_slopes: tuple[float, ...] = ()
+    windows: tuple[int, ...] = ()
 
 
 def score_terms(config: Mapping[str, Any]) -> ScoreTerms:
@@ -29,7 +32,8 @@ def score_terms(config: Mapping[str, Any]) -> ScoreTerms:
     cap = config.get("attn_logit_softcapping") or 0.0
     if not isinstance(cap, (int, float)) or isinstance(cap, bool) or not 0 <= cap < math.inf:
         raise ModelError(f"attn_logit_softcapping must be a positive number, got {cap!r}")
-    family, slopes = config.get("model_type"), ()
+    family = config.get("model_type")
+    slopes: tuple[float, ...] = ()
     if family == "falcon" and config.get("alibi"):
         # Falcon scales the scores with their slopes.
         scale = head_sizes(config)[0] ** -0.5
@@ -39,7 +43,10 @@ def score_terms(config: Mapping[str, Any]) -> ScoreTerms:
         attention = attention if isinstance(attention, Mapping) else {}
         if attention.get("alibi", True):
             slopes = mpt_slopes(pick(config, "num_heads"), attention.get("alibi_bias_max", 8))
-    return ScoreTerms(float(cap), slopes)
+    windows: tuple[int, ...] = ()
+    if family == "gpt_neo":
+        windows = tuple(window or 0 for window in sliding_windows_of(config, pick(config, "num_layers")))
+    return ScoreTerms(float(cap), slopes, windows)
 
 
 def bloom_slopes(num_heads: int) -> tuple[float, ...]:

@@ -32,32 +32,13 @@ _SLIDING: dict[str, Any] = {"sliding_window": WINDOW, "layer_types": ["sliding_a
 _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
 
 # What a config needs beside _SHARED.
-OWN: dict[str, dict[str, Any]] = {
-    "afmoe": {
-        **_HEADS, **_SLIDING, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
-        "num_dense_layers": 1, "num_shared_experts": 1,
-    },
+EXPORTED: dict[str, dict[str, Any]] = {
     "arcee": _HEADS,
     "biogpt": {},
-    "bitnet": _GROUPED,
     "bloom": {},
     "codegen": {"n_ctx": 512, "rotary_dim": 16},
     "cohere": {**_GROUPED, "use_qk_norm": True, "logit_scale": 1.0},
     "cohere2": {**_GROUPED, **_SLIDING, "logit_scale": 1.0},
-    "dbrx": {
-        "d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 512,
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
-        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 128},
-    },
-    "deepseek_v2": {
-        "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32,
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
-    },
-    "deepseek_v3": {
-        "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32,
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1,
-    },
-    "exaone4": {**_GROUPED, **_SLIDING},
     "falcon": {"multi_query": True, "parallel_attn": True, "alibi": False},
     "gemma": _HEADS,
     "gemma2": {**_HEADS, **_SLIDING, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 3.0},
@@ -75,7 +56,6 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoe": {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
     "hunyuan_v1_dense": _HEADS,
     "llama": _HEADS,
-    "llama4_text": {**_HEADS, "num_local_experts": 2, "intermediate_size_mlp": 192},
     "mistral": {**_HEADS, "sliding_window": WINDOW},
     "mixtral": {**_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "mpt": {"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 512},
@@ -85,7 +65,6 @@ OWN: dict[str, dict[str, Any]] = {
     "persimmon": {},
     "phi": {"partial_rotary_factor": 0.5},
     "phi3": {**_GROUPED, "sliding_window": WINDOW},
-    "phimoe": {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen2": {**_GROUPED, "use_sliding_window": False},
     "qwen2_moe": {
         **_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
@@ -111,11 +90,11 @@ def model_type(kind: str) -> str:
 
 
 def tiny_architecture(kind: str, folder: Path, seed: int = 0) -> Path:
-    """Write a random float32 model of `kind`, a key of OWN or VARIANTS, with a byte-level tokenizer; return `folder`."""
+    """Write a random float32 model of `kind`, a key of EXPORTED or VARIANTS, with a byte-level tokenizer; return `folder`."""
     import torch
     import transformers
 
-    name, own = VARIANTS.get(kind, (kind, OWN.get(kind, {})))
+    name, own = VARIANTS.get(kind, (kind, EXPORTED.get(kind, {})))
     config = transformers.CONFIG_MAPPING[name](**{**_SHARED, **own})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
