@@ -75,7 +75,6 @@ EXPORTED: dict[str, dict[str, Any]] = {
     "smollm3": {**_GROUPED, "no_rope_layers": [1, 0]},
     "stablelm": {**_GROUPED, "partial_rotary_factor": 0.25},
     "starcoder2": {**_GROUPED, "sliding_window": WINDOW},
-    "xglm": {"d_model": 128, "ffn_dim": 192, "num_layers": 2, "attention_heads": 4},
 }  # fmt: skip
 
 # Variants of one architecture that attend in another way.
