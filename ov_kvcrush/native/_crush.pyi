@@ -15,9 +15,7 @@ Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 UInt8 = npt.NDArray[np.uint8]
 UInt16 = npt.NDArray[np.uint16]
-_Layer = (
-    tuple[int, int, int, int, float] | tuple[int, int, int, int, float, float, Sequence[float], Sequence[float]]
-)
+_Layer = tuple[int, int, int, int, float] | tuple[int, int, int, int, float, float, Sequence[float], Sequence[float]]
 
 class StoreFull(MemoryError):
     """`nbytes` would exceed `max_bytes`; nothing has changed. The text has the numbers."""

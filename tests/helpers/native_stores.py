@@ -13,7 +13,9 @@ from reference import codec as reference
 
 Array = npt.NDArray[Any]
 Span = tuple[int, int, int, int]  # sequence, first row, number of rows, position of the first row
-LayerTuple = tuple[int, int, int, int, float] | tuple[int, int, int, int, float, float, Sequence[float], Sequence[float]]
+LayerTuple = (
+    tuple[int, int, int, int, float] | tuple[int, int, int, int, float, float, Sequence[float], Sequence[float]]
+)
 
 PRECISIONS = ["f32", "bf16", "f16", "u8", "u4", "u2"]
 DEFAULTS: dict[str, Any] = {"key": "u8", "value": "u8", "recent": "bf16", "recent_tokens": 32, "group_size": 32}

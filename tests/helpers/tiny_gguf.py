@@ -145,7 +145,9 @@ def random_blocks(type_name: str, num_blocks: int, rng: np.random.Generator) -> 
     """Blocks of random codes and scales: uint8 (num_blocks, bytes)."""
     import gguf
 
-    blocks = rng.integers(0, 256, (num_blocks, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]][1]), np.uint8)
+    blocks = rng.integers(
+        0, 256, (num_blocks, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]][1]), np.uint8
+    )
     for at, size in RANDOM_SCALES[type_name].items():
         scales = (size * rng.uniform(0.5, 2, (num_blocks, 1))).astype(np.float16)
         blocks[:, at : at + 2] = scales.view(np.uint8)

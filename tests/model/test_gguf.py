@@ -248,7 +248,11 @@ def test_info_from_metadata(q8_gguf: Path) -> None:
         *(
             pytest.param("llama", weight_type, tolerance, marks=pytest.mark.exhaustive)
             for weight_type, tolerance in (
-                ("Q5_0", 1e-3), ("Q5_1", 0.5), ("Q2_K", 0.5), ("IQ4_NL", 1e-2), ("IQ4_XS", 1e-2),
+                ("Q5_0", 1e-3),
+                ("Q5_1", 0.5),
+                ("Q2_K", 0.5),
+                ("IQ4_NL", 1e-2),
+                ("IQ4_XS", 1e-2),
             )
         ),
     ],

@@ -39,7 +39,9 @@ def weights(rows: np.ndarray, type_name: str) -> np.ndarray:
 @pytest.mark.parametrize("type_name", list(TARGETS))
 @settings(max_examples=examples(60), deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), num_blocks=st.integers(1, 3), num_rows=st.integers(1, 5))
-def test_weights_are_those_of_the_file_or_the_nearest(type_name: str, seed: int, num_blocks: int, num_rows: int) -> None:
+def test_weights_are_those_of_the_file_or_the_nearest(
+    type_name: str, seed: int, num_blocks: int, num_rows: int
+) -> None:
     rng = np.random.default_rng(seed)
     rows = blocks_of(type_name, num_rows * num_blocks, rng).reshape(num_rows, -1)
     expected = weights(rows, type_name)

@@ -47,7 +47,11 @@ def test_attention_equals_the_reference(isa: str, terms: str, precision: str, he
     shape = layer(terms, head_size=head_size, window=window)
     cache = Cache(shape, key=key, value=value, group_size=16, isa=isa)
     plain = Cache(shape[:5], key=key, value=value, group_size=16, isa=isa)
-    spans: list[Span] = [(cache.new(rng, 30), 0, 1, 29), (cache.new(rng, 150), 1, 20, 130), (cache.new(rng, 1500), 21, 2, 1498)]
+    spans: list[Span] = [
+        (cache.new(rng, 30), 0, 1, 29),
+        (cache.new(rng, 150), 1, 20, 130),
+        (cache.new(rng, 1500), 21, 2, 1498),
+    ]
     q = gaussian(rng, 23, 6 * head_size)
     expected = cache.attention(0, spans, q)
     quantised = "u" in key and "u" in value
@@ -85,9 +89,7 @@ def test_scores_equal_the_reference(isa: str, terms: str, how: str, staged_as: s
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(
-    ("terms", "staged_as", "window"), covering(["cap", "all"], ["f32", "bf16"], [0, 45])
-)
+@pytest.mark.parametrize(("terms", "staged_as", "window"), covering(["cap", "all"], ["f32", "bf16"], [0, 45]))
 def test_prompts_of_capped_layers_are_read_in_pieces(isa: str, terms: str, staged_as: str, window: int) -> None:
     """PagedAttention has no cap: with any instruction set they go through the store's own blocks."""
     rng = np.random.default_rng(7)

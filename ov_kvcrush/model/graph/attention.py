@@ -128,7 +128,5 @@ def _constants(op: ov.Node, index: int, name: str) -> np.ndarray:
     try:
         result = open_core().compile_model(ov.Model([value], []), "CPU")([])[0]
     except RuntimeError:
-        raise ModelError(
-            f"scale, sliding window, ALiBi slopes and sinks of layer {name!r} must be constants"
-        ) from None
+        raise ModelError(f"scale, sliding window, ALiBi slopes and sinks of layer {name!r} must be constants") from None
     return np.asarray(result).reshape(-1)
