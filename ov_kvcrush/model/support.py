@@ -77,6 +77,7 @@ _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 _WRONG_GRAPHS = {
     "afmoe": "its mixture of experts, as optimum-intel 2.1 exports it, mixes up the rows of a step",
     "phimoe": "optimum-intel 2.1 exports a graph that computes something else",
+    "gpt_neox_japanese": "optimum-intel 2.1 exports its attention as single operations, which OpenVINO cannot page",
     "xglm": "optimum-intel 2.1 exports its attention as single operations, which OpenVINO cannot page",
     "jais": "its ALiBi positions, in code of its own, get lost in OpenVINO's rewrite to PagedAttention",
 }

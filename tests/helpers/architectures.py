@@ -49,7 +49,6 @@ EXPORTED: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"n_positions": 512, "multi_query": True},
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "gpt_neox": {"rotary_pct": 0.25},
-    "gpt_neox_japanese": {"rotary_pct": 1.0, "intermediate_multiple_size": 2},
     "gpt_oss": {**_HEADS, **_SLIDING, **_EXPERTS},
     "gptj": {"n_positions": 512, "rotary_dim": 16},
     "granite": {**_GROUPED, "attention_multiplier": 0.1, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
@@ -89,7 +88,7 @@ def model_type(kind: str) -> str:
 
 
 def tiny_architecture(kind: str, folder: Path, seed: int = 0) -> Path:
-    """Write a random float32 model of `kind`, a key of EXPORTED or VARIANTS, with a byte-level tokenizer; return `folder`."""
+    """Write a random float32 model of `kind`, of EXPORTED or VARIANTS, with a byte-level tokenizer; return `folder`."""
     import torch
     import transformers
 
@@ -109,7 +108,7 @@ def _randomise(parameters: Iterable[tuple[str, Any]]) -> None:
     """Biases, sinks and weights that start at zero or one, or with another deviation, tell nothing else."""
     import torch
 
-    for name, parameter in parameters:
+    for _, parameter in parameters:
         with torch.no_grad():
             if parameter.dim() < 2:
                 parameter.add_(torch.randn_like(parameter) * 0.2)

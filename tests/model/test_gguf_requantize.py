@@ -1,4 +1,4 @@
-"""Weights of types that openvino_genai does not know mean the same, or the nearest, in the type they are rewritten to."""
+"""Weights of types that openvino_genai does not know mean the same, or the nearest, in the type they are given."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from ov_kvcrush.errors import ModelError
 from ov_kvcrush.model.support import unsupported_reason
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
-# Each mechanism once: soft cap, sinks and experts, ALiBi that OpenVINO's rewrite finds, ALiBi and windows that it drops,
-# with learned positions. Partial rotary positions, parallel blocks and windows are in test_architectures.py.
+# Each mechanism once: soft cap, sinks and experts, ALiBi that OpenVINO's rewrite finds, ALiBi and windows that it drops
+# (with learned positions). Partial rotary positions, parallel blocks and windows are in test_architectures.py.
 ALWAYS = ("gemma2", "gpt_oss", "bloom", "mpt", "gpt_neo")
 CAPPED = ("gemma2",)
 CACHES = {

@@ -78,7 +78,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Metadata and tensor table of a GGUF file whose length covers all of them. table_start: byte offset of the table."""
+    """Metadata and tensor table of a GGUF file whose length covers all of them. table_start: where the table begins."""
 
     version: int
     metadata: Mapping[str, Any]

@@ -1,8 +1,8 @@
 """Weights of GGUF types that openvino_genai's converter does not know, as the nearest type that it does.
 
 Q5_0 and IQ4_NL become Q8_0 with the same scales and numbers: nothing changes. IQ4_XS as well, and Q3_K as Q6_K, but for
-the product of two scales, which becomes a float16 (2^-11 of it). Q5_1, Q5_K and Q2_K have minima, which Q8_0 has not: a
-weight moves by at most 1/254 of the largest of its group of 32, an eighth of the distance of two levels of Q5_K at most.
+the product of two scales, which becomes a float16 (2^-11 of it). Q5_1, Q5_K and Q2_K have minima, which Q8_0 has not:
+a weight moves by at most 1/254 of the largest of its group of 32.
 """
 
 from __future__ import annotations
