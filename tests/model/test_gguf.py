@@ -232,7 +232,7 @@ def test_info_from_metadata(q8_gguf: Path) -> None:
 
 
 # Q4_1 and Q4_K get float16 zero points (whole ones would differ by 7), F16 weights are multiplied in less than float32,
-# Q5_1, Q5_K and Q2_K are rounded to 8 bits.
+# Q5_1, Q5_K and Q2_K are rounded to 8 bits, Q3_K goes by way of Q6_K (0.07 seen).
 @pytest.mark.parametrize(
     ("kind", "weight_type", "tolerance"),
     [
@@ -243,7 +243,7 @@ def test_info_from_metadata(q8_gguf: Path) -> None:
         ("qwen2", "Q8_0", 1e-3),
         ("qwen3", "Q4_0", 1e-3),
         ("llama", "Q4_K", 1.0),
-        ("llama", "Q3_K", 1e-2),
+        ("llama", "Q3_K", 0.5),
         ("llama", "Q5_K", 0.5),
         *(
             pytest.param("llama", weight_type, tolerance, marks=pytest.mark.exhaustive)
