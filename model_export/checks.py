@@ -14,6 +14,7 @@ from typing import Any
 from model_export.options import BYTES_PER_WEIGHT, WeightOptions
 from ov_kvcrush.errors import ExportError, ModelError
 from ov_kvcrush.model.gguf.reader import read_gguf_header
+from ov_kvcrush.model.gguf.requantize import requantized_bytes
 from ov_kvcrush.model.info import ModelInfo, read_json_object
 from ov_kvcrush.model.support import unsupported_reason
 
@@ -79,11 +80,13 @@ def needed_bytes(source: Source, options: WeightOptions | None, with_scores: boo
 
     with_scores: for a while the weights are there twice, when those are in their final format.
     """
-    if options is None:  # a GGUF that keeps its own weights
-        size: float = sum(file.stat().st_size for file in source.files)
+    rewritten = 0
+    if options is None:  # a GGUF that keeps its own weights, or the nearest that OpenVINO keeps
+        rewritten = sum(requantized_bytes(read_gguf_header(file)) for file in source.files)
+        size: float = rewritten or sum(file.stat().st_size for file in source.files)
     else:
         size = source.num_weights * BYTES_PER_WEIGHT[options.weight_format]
-    beside = size if with_scores else 0
+    beside = max(rewritten, size if with_scores else 0)
     if options is not None and options.weight_format in ("int8", "int4"):
         beside = source.num_weights * BYTES_PER_WEIGHT["fp32"]
     return int(size + beside) + DISK_MARGIN_BYTES
@@ -101,10 +104,10 @@ def check_gguf(path: Path) -> Source:
     return Source(path, path.name, True, (path,), num_weights)
 
 
-def check_hf_folder(folder: Path, name: str | None = None) -> Source:
+def check_hf_folder(folder: Path, name: str | None = None, trust_remote_code: bool = False) -> Source:
     """Check a Hugging Face folder; ExportError with the reason if it is no model, incomplete, or cannot be run."""
     config = _config_of(folder)
-    reason = unsupported_reason(config)
+    reason = unsupported_reason(config, trust_remote_code)
     if reason:
         raise ExportError(f"SOURCE must be a model that the engine can run, got {folder}: {reason}")
     try:

@@ -77,7 +77,7 @@ def export_model(
     say("checking the source")
     if is_gguf and options is None:
         return _convert_gguf(Path(source), out, attention_scores, overwrite, say)
-    checked = _gguf_source(Path(source)) if is_gguf else _hf_source(source, say)
+    checked = _gguf_source(Path(source)) if is_gguf else _hf_source(source, say, trust_remote_code)
     check_export_installed()
     assert options is not None
     check_disk(checked, options, out, attention_scores is not None)
@@ -125,10 +125,10 @@ def _gguf_source(source: Path) -> Source:
     return checked
 
 
-def _hf_source(source: str | os.PathLike[str], say: Progress) -> Source:
+def _hf_source(source: str | os.PathLike[str], say: Progress, trust_remote_code: bool) -> Source:
     path = Path(source)
     if path.is_dir():
-        return check_hf_folder(path)
+        return check_hf_folder(path, trust_remote_code=trust_remote_code)
     if path.exists():
         raise ExportError(f"SOURCE must be a Hugging Face folder, a hub id or a .gguf file, got the file {path}")
     from model_export.hub import fetch, is_hub_id
@@ -136,7 +136,7 @@ def _hf_source(source: str | os.PathLike[str], say: Progress) -> Source:
     if not is_hub_id(str(source)):
         raise ExportError(f"SOURCE must be a folder that exists, a hub id (owner/name) or a .gguf file, got {source}")
     check_export_installed()  # the hub's client comes with it
-    return check_hf_folder(fetch(str(source), say), name=str(source))
+    return check_hf_folder(fetch(str(source), say, trust_remote_code), str(source), trust_remote_code)
 
 
 def _export(

@@ -19,11 +19,11 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def fetch(name: str, say: Callable[[str], None]) -> Path:
+def fetch(name: str, say: Callable[[str], None], trust_remote_code: bool = False) -> Path:
     """Return the local folder of a hub model, fetching what is not cached; ExportError with the hub's words."""
     say(f"fetching {name}")
     config = read_json_object(_ask(name, _fetch_config))
-    reason = unsupported_reason(config or {})
+    reason = unsupported_reason(config or {}, trust_remote_code)
     if reason:
         raise ExportError(f"SOURCE must be a model that the engine can run, got {name}: {reason}")
     return _ask(name, _fetch_all)

@@ -10,7 +10,7 @@ from ov_kvcrush.errors import ModelError
 # Model families have named the same thing differently; the first name present counts.
 ALIASES: dict[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
-    "num_heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
+    "num_heads": ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads"),
     "num_kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
     "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
     "vocab_size": ("vocab_size", "n_vocab"),
@@ -57,6 +57,8 @@ def sliding_windows_of(config: Mapping[str, Any], num_layers: int) -> tuple[int 
     """Return for each layer the number of last tokens it attends to, or None where it attends to all."""
     window = config.get("sliding_window")
     family = config.get("model_type")
+    if family == "gpt_neo":
+        return _local_windows(config, num_layers)
     if window is None or (family in SWITCHED_SLIDING and not config.get("use_sliding_window")):
         return (None,) * num_layers
     window = _count("sliding_window", window)
@@ -75,6 +77,15 @@ def sliding_windows_of(config: Mapping[str, Any], num_layers: int) -> tuple[int 
             raise ModelError(f"max_window_layers must be a whole number of at least 0, got {first!r}")
         return tuple(window if layer >= first else None for layer in range(num_layers))
     return (window if family in ALWAYS_SLIDING else None,) * num_layers
+
+
+def _local_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
+    """GPT-Neo names its layers "global" and "local"; a local one sees window_size tokens."""
+    kinds = config.get("attention_layers")
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        raise ModelError(f"attention_layers must be a list of {num_layers} names, got {kinds!r}")
+    window = _count("window_size", config.get("window_size", 256))
+    return tuple(window if kind == "local" else None for kind in kinds)
 
 
 def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:

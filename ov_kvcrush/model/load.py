@@ -15,9 +15,15 @@ from ov_kvcrush.model.folder import IR_NAME, check_model_folder
 from ov_kvcrush.model.graph.attention import AttentionLayer, attention_ops, read_layer
 from ov_kvcrush.model.graph.layer_sharing import SharedLayers, check_shared_layers, share_layers
 from ov_kvcrush.model.graph.products import use_few_row_products
-from ov_kvcrush.model.graph.rewrite import gather_sampled_rows, use_crush_attention, use_paged_attention
+from ov_kvcrush.model.graph.rewrite import (
+    gather_sampled_rows,
+    restore_mask,
+    use_crush_attention,
+    use_paged_attention,
+)
 from ov_kvcrush.model.info import read_json_object, read_model_info
 from ov_kvcrush.model.plugin import one_operation, open_core, plugin_precisions, quantises_inputs
+from ov_kvcrush.model.score_terms import score_terms
 from ov_kvcrush.model.support import attention_reason
 from ov_kvcrush.utils.process_memory import free_memory_bytes
 
@@ -108,7 +114,14 @@ def load_model(
     device = check_device(core, device)
     check_properties(core, device, properties)
     info = read_model_info(folder)
-    reason = attention_reason(read_json_object(folder / "config.json") or {}, "the model")
+    config = read_json_object(folder / "config.json") or {}
+    reason = attention_reason(config, "the model")
+    terms = score_terms(config)
+    if terms.soft_cap and attention != "crush":
+        reason = (
+            f"it caps its attention scores (attn_logit_softcapping={terms.soft_cap}), which OpenVINO's attention "
+            "leaves out: its answers would be wrong with cache_config attention='paged'"
+        )
     if reason:
         raise ModelError(f"model in {str(folder)!r} must be one that the engine can run, but {reason}")
     try:
@@ -117,10 +130,11 @@ def load_model(
         raise ModelError(f"{folder / MODEL_XML} must be a readable OpenVINO model, got: {reason_of(error)}") from None
     _check_is_llm(model, folder)
     use_paged_attention(model)
+    restore_mask(model, terms)
     layers: tuple[AttentionLayer, ...] = ()
     precision, pages_prompts = "f32", True
     if attention == "crush":
-        layers = tuple(read_layer(op) for op in attention_ops(model))
+        layers = tuple(read_layer(op, terms.soft_cap) for op in attention_ops(model))
         check_shared_layers(shared_layers, layers)
         share_layers(model, shared_layers)
         readers = {i for i, _ in shared_layers}

@@ -15,6 +15,7 @@ Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 UInt8 = npt.NDArray[np.uint8]
 UInt16 = npt.NDArray[np.uint16]
+_Layer = tuple[int, int, int, int, float] | tuple[int, int, int, int, float, float, Sequence[float], Sequence[float]]
 
 class StoreFull(MemoryError):
     """`nbytes` would exceed `max_bytes`; nothing has changed. The text has the numbers."""
@@ -35,7 +36,7 @@ class Store:
     def __init__(
         self,
         *,
-        layers: list[tuple[int, int, int, int, float]],
+        layers: Sequence[_Layer],
         key: str,
         value: str,
         recent: str,
@@ -45,7 +46,8 @@ class Store:
         isa: str = "",
         recall_tokens: float = 0,
     ) -> None:
-        """layers: (H, K, D, sliding window in tokens or 0, softmax scale) each. Precisions: f32, bf16, f16, u8, u4, u2;
+        """layers: (H, K, D, sliding window in tokens or 0, softmax scale) each, and, where a model has that, (...,
+        soft cap of scores or 0, ALiBi slopes (H,) or (), sinks (H,) or ()). Precisions: f32, bf16, f16, u8, u4, u2;
         the newest `recent_tokens` of a head stay in `recent`. group_size: channels that share a scale of the values.
         max_bytes: hard limit of `nbytes`, 0 = none. isa: kernels to use, "" = the best of this CPU.
         recall_tokens: tokens that steps of up to four rows read of a head, beside the tiles of the text's first four
@@ -195,9 +197,10 @@ def info() -> dict[str, Any]:
     `openvino` (version). Raises ValueError if OV_KVCRUSH_ISA is not scalar, avx2, avxvnni, avx512, avx512vnni or
     amx."""
 
-def can_prefill(layers: list[tuple[int, int, int, int, float]], staging: str, isa: str = "") -> bool:
+def can_prefill(layers: Sequence[_Layer], staging: str, isa: str = "") -> bool:
     """Whether `Store.prefill` reads prompts of all these layers, so that they can do without PagedAttention: they are
-    staged as bf16, and there is a kernel (AMX; head sizes that are multiples of 32)."""
+    staged as bf16, and there is a kernel (AMX; head sizes that are multiples of 32; no ALiBi, no sinks), or scores are
+    capped, which PagedAttention cannot do."""
 
 def tile_bytes(
     key: str, value: str, head_size: int, group_size: int, listed: bool = False, with_mean: bool = False

@@ -13,7 +13,9 @@ from reference import codec as reference
 
 Array = npt.NDArray[Any]
 Span = tuple[int, int, int, int]  # sequence, first row, number of rows, position of the first row
-LayerTuple = tuple[int, int, int, int, float]
+LayerTuple = (
+    tuple[int, int, int, int, float] | tuple[int, int, int, int, float, float, Sequence[float], Sequence[float]]
+)
 
 PRECISIONS = ["f32", "bf16", "f16", "u8", "u4", "u2"]
 DEFAULTS: dict[str, Any] = {"key": "u8", "value": "u8", "recent": "bf16", "recent_tokens": 32, "group_size": 32}
@@ -116,7 +118,7 @@ class Cache:
             for h in range(shape.num_heads):
                 k, v, positions = self.tokens(seq, index, h * shape.num_kv_heads // shape.num_heads)
                 span = slice(begin, begin + num_rows)
-                p = reference.probabilities(rows[span, h], k, positions, at, shape.scale, shape.window)
+                p = reference.probabilities(shape, h, rows[span, h], k, positions, at)
                 out[span, h] = p @ v.astype(np.float64)
         return out.reshape(q.shape).astype(np.float32)
 
@@ -165,7 +167,7 @@ def score_tokens(
     group = shape.num_heads // shape.num_kv_heads
     parts = [
         reference.reduce_rows(
-            reference.probabilities(rows[:, group * h + g], k, positions, at, shape.scale, shape.window), how
+            reference.probabilities(shape, group * h + g, rows[:, group * h + g], k, positions, at), how
         )
         for h, (k, _, positions) in enumerate(heads)
         for g in range(group)

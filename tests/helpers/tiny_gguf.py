@@ -8,7 +8,19 @@ from typing import Any
 import numpy as np
 from tiny_models import CHAT_TEMPLATE, VOCAB_SIZE, tiny_tokenizer
 
-FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 15}
+FILE_TYPES = {
+    "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17,
+    "IQ4_NL": 25, "IQ3_S": 26, "IQ4_XS": 30,
+}  # fmt: skip
+# Types that nothing here writes: byte offsets of the float16 numbers of a block, and numbers that make weights of 0.2.
+RANDOM_SCALES: dict[str, dict[int, float]] = {
+    "Q2_K": {80: 0.015, 82: 0.015},
+    "Q3_K": {108: 0.005},
+    "Q5_K": {0: 0.0006, 2: 0.01},
+    "IQ4_NL": {0: 0.003},
+    "IQ4_XS": {0: 0.0002},
+    "IQ3_S": {0: 0.001},
+}
 ROPE_THETA = 50000.0
 MERGED = "th"  # openvino_genai wants at least one merge; its token is the first id after the special ones
 
@@ -99,6 +111,11 @@ def _quantize(values: np.ndarray, kind: Any) -> np.ndarray:
     """As gguf.quantize, which cannot write Q4_K: that is done here in the plainest way."""
     import gguf
 
+    if kind.name in RANDOM_SCALES:
+        # A row's blocks follow from its numbers: they are the same wherever the row is written.
+        num_blocks = values.shape[1] // gguf.GGML_QUANT_SIZES[kind][0]
+        rngs = [np.random.default_rng(row[:4].view(np.uint32)) for row in np.ascontiguousarray(values)]
+        return np.stack([random_blocks(kind.name, num_blocks, rng).reshape(-1) for rng in rngs])
     if kind.name != "Q4_K":
         return np.asarray(gguf.quantize(values, kind))
     groups = values.reshape(len(values), -1, 8, 32)
@@ -122,6 +139,19 @@ def _quantize(values: np.ndarray, kind: Any) -> np.ndarray:
         (q[..., 0::2, :] | q[..., 1::2, :] << 4).reshape(*q.shape[:2], 128),
     ]
     return np.concatenate(parts, axis=-1).reshape(len(values), -1)
+
+
+def random_blocks(type_name: str, num_blocks: int, rng: np.random.Generator) -> np.ndarray:
+    """Blocks of random codes and scales: uint8 (num_blocks, bytes)."""
+    import gguf
+
+    blocks = rng.integers(
+        0, 256, (num_blocks, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]][1]), np.uint8
+    )
+    for at, size in RANDOM_SCALES[type_name].items():
+        scales = (size * rng.uniform(0.5, 2, (num_blocks, 1))).astype(np.float16)
+        blocks[:, at : at + 2] = scales.view(np.uint8)
+    return blocks
 
 
 def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:

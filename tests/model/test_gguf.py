@@ -231,7 +231,8 @@ def test_info_from_metadata(q8_gguf: Path) -> None:
     assert info.weight_format == "gguf-Q8_0"
 
 
-# Q4_1 and Q4_K get float16 zero points (whole ones would differ by 7), F16 weights are multiplied in less than float32.
+# Q4_1 and Q4_K get float16 zero points (whole ones would differ by 7), F16 weights are multiplied in less than float32,
+# Q5_1, Q5_K and Q2_K are rounded to 8 bits, Q3_K goes by way of Q6_K (0.07 seen).
 @pytest.mark.parametrize(
     ("kind", "weight_type", "tolerance"),
     [
@@ -242,6 +243,18 @@ def test_info_from_metadata(q8_gguf: Path) -> None:
         ("qwen2", "Q8_0", 1e-3),
         ("qwen3", "Q4_0", 1e-3),
         ("llama", "Q4_K", 1.0),
+        ("llama", "Q3_K", 0.5),
+        ("llama", "Q5_K", 0.5),
+        *(
+            pytest.param("llama", weight_type, tolerance, marks=pytest.mark.exhaustive)
+            for weight_type, tolerance in (
+                ("Q5_0", 1e-3),
+                ("Q5_1", 0.5),
+                ("Q2_K", 0.5),
+                ("IQ4_NL", 1e-2),
+                ("IQ4_XS", 1e-2),
+            )
+        ),
     ],
 )
 def test_converted_model_computes_what_the_file_says(
@@ -256,7 +269,7 @@ def test_converted_model_computes_what_the_file_says(
 
     path, out = tmp_path / "m.gguf", tmp_path / "out"
     source = tiny_hf(kind)
-    if weight_type == "Q4_K":  # its blocks need rows of 256
+    if weight_type.endswith(("_K", "XS")):  # their blocks need rows of 256
         sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8}
         source = tiny_model(kind, tmp_path_factory.mktemp("wide"), **sizes)
     model = tiny_gguf(path, source, weight_type)
@@ -345,10 +358,11 @@ def test_what_the_converter_cannot_do_is_refused(tiny_hf: Callable[[str], Path],
     assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
 
 
-def test_weight_type_of_no_use_is_refused(tiny_hf: Callable[[str], Path], tmp_path: Path) -> None:
+def test_weight_type_of_no_use_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    tiny_gguf(path, tiny_hf("llama"), "Q5_0")
-    with pytest.raises(ModelError, match=r"must be of type .*, got Q5_0"):
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8}
+    tiny_gguf(path, tiny_model("llama", tmp_path / "wide", **sizes), "IQ3_S")
+    with pytest.raises(ModelError, match=r"must be of type .*, got IQ3_S"):
         convert_gguf(path, tmp_path / "out")
 
 

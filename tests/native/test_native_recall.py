@@ -124,7 +124,7 @@ def test_what_is_computed_is_attention_over_what_is_read(isa: str) -> None:
                 read = (TILE * tiles[:, None] + np.arange(TILE)).ravel()
                 read = read[read < len(k)]
                 k, v, positions = k[read], v[read], positions[read]
-            p = reference.probabilities(rows[h : h + 1], k, positions, np.array([1000]), shape.scale, shape.window)
+            p = reference.probabilities(shape, h, rows[h : h + 1], k, positions, np.array([1000]))
             expected[h] = p @ v
         got = cache.store.attend(index, [(seq, 0, 1, 1000)], q)
         tolerance = 2e-4 + cache.rounding(index, [(seq, 0, 1, 1000)], q)

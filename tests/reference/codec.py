@@ -161,26 +161,39 @@ def num_target_tiles(num_tokens: int, recent_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Layer:
-    """Shape of a layer: query head h reads KV head h // (H / K); a window of 0 tokens is none; scale is of q . k."""
+    """Shape of a layer: query head h reads KV head h // (H / K); a window of 0 tokens is none; scale is of q . k.
+
+    soft_cap: score = soft_cap * tanh(score / soft_cap), 0 = none. slopes (H,): score += slope * (position - that of the
+    row). sinks (H,): a score more in the sum of the softmax.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_size: int
     window: int
     scale: float
+    soft_cap: float = 0.0
+    slopes: tuple[float, ...] = ()
+    sinks: tuple[float, ...] = ()
 
 
-def probabilities(q: Array, k: Array, positions: Array, row_positions: Array, scale: float, window: int) -> Array:
-    """Softmax (R, S) of rows q (R, D) over keys (S, D).
+def probabilities(layer: Layer, head: int, q: Array, k: Array, positions: Array, row_positions: Array) -> Array:
+    """Softmax (R, S) of rows q (R, D) of a query head over keys (S, D).
 
     A row at position p sees positions p - window + 1 .. p; a row that sees none has probabilities of 0.
     """
     age = row_positions[:, None].astype(np.int64) - positions[None, :].astype(np.int64)
-    sees = (age >= 0) & ((age < window) if window else True)
-    logits = np.where(sees, q.astype(np.float64) @ k.astype(np.float64).T * scale, -np.inf)
-    top = logits.max(axis=1, keepdims=True, initial=-1e300)
+    sees = (age >= 0) & ((age < layer.window) if layer.window else True)
+    scores = q.astype(np.float64) @ k.astype(np.float64).T * layer.scale
+    if layer.soft_cap:
+        scores = layer.soft_cap * np.tanh(scores / layer.soft_cap)
+    if layer.slopes:
+        scores = scores - layer.slopes[head] * age
+    logits = np.where(sees, scores, -np.inf)
+    sink = np.full((len(q), 1), layer.sinks[head] if layer.sinks else -np.inf)
+    top = np.concatenate([logits, sink], axis=1).max(axis=1, keepdims=True, initial=-1e300)
     weights = np.exp(logits - top)
-    return np.asarray(weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-300))
+    return np.asarray(weights / np.maximum(weights.sum(axis=1, keepdims=True) + np.exp(sink - top), 1e-300))
 
 
 def reduce_rows(p: Array, how: str) -> Array:

@@ -19,6 +19,7 @@ from ov_kvcrush.errors import ModelError
 from ov_kvcrush.model.folder import check_model_folder
 from ov_kvcrush.model.gguf.detokenizer import show_user_defined_tokens
 from ov_kvcrush.model.gguf.reader import GgufHeader, read_gguf_header
+from ov_kvcrush.model.gguf.requantize import TARGETS, requantize, requantized_bytes
 from ov_kvcrush.model.gguf.zero_points import restore_zero_points
 from ov_kvcrush.model.info import ModelInfo
 from ov_kvcrush.utils.atomic import atomic_folder
@@ -68,10 +69,17 @@ def convert_gguf(
     info = _with_origin(info, header, source_name or gguf.name, sha256_of_file(gguf))
     try:
         with atomic_folder(out, replace=overwrite) as partial:
+            known, known_header = gguf, header
+            if requantized_bytes(header):
+                say("rewriting weights in types that OpenVINO keeps")
+                known = partial / "known.gguf"
+                known_header = requantize(header, gguf, known)
             say("building the OpenVINO model")
-            run_genai_converter(gguf, partial)
+            run_genai_converter(known, partial)
             say("restoring exact zero points")
-            restore_zero_points(header, gguf, partial)
+            restore_zero_points(known_header, known, partial)
+            if known != gguf:
+                known.unlink()
             show_user_defined_tokens(header, partial)
             say("writing the folder")
             _write_configs(header, info, partial)
@@ -123,7 +131,7 @@ def _unsupported(meta: Mapping[str, Any], header: GgufHeader) -> str | None:
     if scaling != "none" or "rope_freqs.weight" in header.tensors:
         return "RoPE must be unscaled, got scaled frequencies, which openvino_genai's GGUF converter leaves out"
     for tensor in header.tensors.values():
-        wanted = ("F32",) if len(tensor.dims) == 1 else MATRIX_TYPES
+        wanted = ("F32",) if len(tensor.dims) == 1 else (*MATRIX_TYPES, *TARGETS)
         if tensor.type_name not in wanted:
             return f"tensor {tensor.name!r} must be of type {', '.join(wanted)}, got {tensor.type_name}"
     size, rotary = _key_length(meta, str(arch)), meta.get(f"{arch}.rope.dimension_count")

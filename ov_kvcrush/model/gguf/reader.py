@@ -78,12 +78,13 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Metadata and tensor table of a GGUF file whose length covers all of them."""
+    """Metadata and tensor table of a GGUF file whose length covers all of them. table_start: where the table begins."""
 
     version: int
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
     file_bytes: int
+    table_start: int
 
 
 def read_gguf_header(path: str | os.PathLike[str]) -> GgufHeader:
@@ -195,6 +196,7 @@ def _tensor_table(cursor: _Cursor, version: int, metadata: dict[str, Any], num_t
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment < 8 or alignment & (alignment - 1):
         raise cursor.wrong(f"general.alignment must be a power of two of at least 8, got {alignment!r}")
+    table_start = cursor.at
     entries = [_tensor_entry(cursor, alignment) for _ in range(num_tensors)]
     start = -(-cursor.at // alignment) * alignment
     tensors = {name: GgufTensor(name, kind, dims, start + offset, count) for name, kind, dims, offset, count in entries}
@@ -210,7 +212,7 @@ def _tensor_table(cursor: _Cursor, version: int, metadata: dict[str, Any], num_t
             f"{cursor.name} must be complete: its tensors end at byte {end}, the file has {cursor.size} bytes: "
             "it is truncated, fetch it again"
         )
-    return GgufHeader(version, metadata, tensors, cursor.size)
+    return GgufHeader(version, metadata, tensors, cursor.size, table_start)
 
 
 def _tensor_entry(cursor: _Cursor, alignment: int) -> tuple[str, str, tuple[int, ...], int, int]:

@@ -75,23 +75,27 @@ def _decode_q4_1(rows: np.ndarray) -> Decoded:
     """Blocks of 32: scale and minimum (float16), 16 bytes: values 0..15 in the low halves, 16..31 in the high ones."""
     blocks = rows.reshape(len(rows), -1, 20)
     values = np.concatenate([blocks[:, :, 4:] & 15, blocks[:, :, 4:] >> 4], axis=-1)
-    return values, _halves(blocks[:, :, 0:2]), -_halves(blocks[:, :, 2:4])
+    return values, halves(blocks[:, :, 0:2]), -halves(blocks[:, :, 2:4])
 
 
 def _decode_q4_k(rows: np.ndarray) -> Decoded:
     """Blocks of 256: two float16, which multiply the 6-bit scales and minima of 8 groups (12 bytes), 128 bytes."""
     blocks = rows.reshape(len(rows), -1, 144)
-    low, high, mixed = blocks[:, :, 4:8], blocks[:, :, 8:12], blocks[:, :, 12:16]
-    scale = np.concatenate([low & 63, (mixed & 15) | (low >> 6) << 4], axis=-1)
-    minimum = np.concatenate([high & 63, (mixed >> 4) | (high >> 6) << 4], axis=-1)
     quarters = blocks[:, :, 16:].reshape(len(rows), -1, 4, 1, GROUP)
     values = np.concatenate([quarters & 15, quarters >> 4], axis=3).reshape(len(rows), -1, GROUP)
-    scale = _halves(blocks[:, :, 0:2])[:, :, None] * scale
-    minimum = _halves(blocks[:, :, 2:4])[:, :, None] * minimum
+    scale, minimum = k_scales_and_minima(blocks.reshape(-1, 144))
     return values, scale.reshape(len(rows), -1), minimum.reshape(len(rows), -1)
 
 
-def _halves(pairs: np.ndarray) -> np.ndarray:
+def k_scales_and_minima(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of blocks (blocks, bytes) of Q4_K or Q5_K, which begin alike: float32 (blocks, 8) each."""
+    low, high, mixed = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    scale = np.concatenate([low & 63, (mixed & 15) | (low >> 6) << 4], axis=-1)
+    minimum = np.concatenate([high & 63, (mixed >> 4) | (high >> 6) << 4], axis=-1)
+    return halves(blocks[:, None, 0:2]) * scale, halves(blocks[:, None, 2:4]) * minimum
+
+
+def halves(pairs: np.ndarray) -> np.ndarray:
     """Bytes (rows, blocks, 2) as float16 numbers, widened to float32 (rows, blocks)."""
     return np.ascontiguousarray(pairs).view(np.float16)[:, :, 0].astype(np.float32)
 

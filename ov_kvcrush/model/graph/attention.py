@@ -19,7 +19,11 @@ MAX_GROUP = 16
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One attention operation. window: tokens a token sees, itself included; 0 = all before it. scale: of q . k."""
+    """One attention operation. window: tokens a token sees, itself included; 0 = all before it. scale: of q . k.
+
+    soft_cap: score = soft_cap * tanh(score / soft_cap), 0 = none. alibi_slopes: of each query head, score += slope *
+    (position of the token - position of the row). sinks: of each query head, a score more in the sum of the softmax.
+    """
 
     name: str
     num_heads: int
@@ -27,11 +31,17 @@ class AttentionLayer:
     head_size: int
     window: int
     scale: float
+    soft_cap: float = 0.0
+    alibi_slopes: tuple[float, ...] = ()
+    sinks: tuple[float, ...] = ()
 
     @property
-    def shape(self) -> tuple[int, int, int, int, float]:
+    def shape(self) -> tuple[int, int, int, int, float, float, tuple[float, ...], tuple[float, ...]]:
         """All but the name, as the native store takes it."""
-        return self.num_heads, self.num_kv_heads, self.head_size, self.window, self.scale
+        return (
+            self.num_heads, self.num_kv_heads, self.head_size, self.window, self.scale,
+            self.soft_cap, self.alibi_slopes, self.sinks,
+        )  # fmt: skip
 
 
 def attention_ops(model: ov.Model) -> list[ov.Node]:
@@ -39,8 +49,11 @@ def attention_ops(model: ov.Model) -> list[ov.Node]:
     return [op for op in model.get_ordered_ops() if op.get_type_name() == "PagedAttentionExtension"]
 
 
-def read_layer(op: ov.Node) -> AttentionLayer:
-    """Read one PagedAttention operation. Raises ModelError naming it if CrushAttention cannot stand in for it."""
+def read_layer(op: ov.Node, soft_cap: float = 0.0) -> AttentionLayer:
+    """Read one PagedAttention operation. Raises ModelError naming it if CrushAttention cannot stand in for it.
+
+    soft_cap: of the scores, which no operation of OpenVINO has (see `score_terms`).
+    """
     info = {key: value.value for key, value in op.get_rt_info().items()}
     name = op.get_friendly_name()
     head_size, num_kv_heads = int(info["k_head_size"]), int(info["num_k_heads"])
@@ -52,10 +65,10 @@ def read_layer(op: ov.Node) -> AttentionLayer:
         head_size=head_size,
         window=int(_constant(op, SLIDING_WINDOW, name)),
         scale=_scale(op, name, head_size),
+        soft_cap=soft_cap,
+        alibi_slopes=_per_head(op, ALIBI_SLOPES, name, width // head_size),
+        sinks=_per_head(op, SINKS, name, width // head_size),
     )
-    for part, index in (("ALiBi", ALIBI_SLOPES), ("sinks", SINKS)):
-        if not _is_empty(op.input_value(index)):
-            raise ModelError(f"attention of layer {name!r} must be without {part}, which CrushAttention does not have")
     if int(info["v_head_size"]) != head_size or int(info["num_v_heads"]) != num_kv_heads:
         raise ModelError(
             f"keys and values of layer {name!r} must have the same heads, "
@@ -91,13 +104,29 @@ def _is_empty(value: ov.Output) -> bool:
     return shape.is_static and 0 in shape.to_shape()
 
 
+def _per_head(op: ov.Node, index: int, name: str, num_heads: int) -> tuple[float, ...]:
+    """An input that has a number for each query head, or none."""
+    if _is_empty(op.input_value(index)):
+        return ()
+    numbers = _constants(op, index, name)
+    if len(numbers) != num_heads or not np.isfinite(numbers).all():
+        raise ModelError(
+            f"ALiBi slopes and sinks of layer {name!r} must be {num_heads} finite numbers, got {len(numbers)}"
+        )
+    return tuple(map(float, numbers))
+
+
 def _constant(op: ov.Node, index: int, name: str) -> float:
-    """The number that an input is. The windows of gemma3 are small expressions of constants: those are computed."""
+    return float(_constants(op, index, name)[0])
+
+
+def _constants(op: ov.Node, index: int, name: str) -> np.ndarray:
+    """The numbers that an input is. The windows of gemma3 are small expressions of constants: those are computed."""
     value = op.input_value(index)
     if value.get_node().get_type_name() == "Constant":
-        return float(np.asarray(value.get_node().data).reshape(-1)[0])
+        return np.asarray(value.get_node().data).reshape(-1)
     try:
         result = open_core().compile_model(ov.Model([value], []), "CPU")([])[0]
     except RuntimeError:
-        raise ModelError(f"scale and sliding window of layer {name!r} must be constants") from None
-    return float(np.asarray(result).reshape(-1)[0])
+        raise ModelError(f"scale, sliding window, ALiBi slopes and sinks of layer {name!r} must be constants") from None
+    return np.asarray(result).reshape(-1)

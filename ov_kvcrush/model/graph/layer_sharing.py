@@ -55,8 +55,8 @@ def store_layers(num_layers: int, shared: SharedLayers) -> list[int]:
     return [places[owners.get(layer, layer)] for layer in range(num_layers)]
 
 
-def _different(a: AttentionLayer, b: AttentionLayer) -> tuple[str, float, float] | None:
+def _different(a: AttentionLayer, b: AttentionLayer) -> tuple[str, object, object] | None:
     """What two layers differ in, and both values. The store has one shape for all that read a layer of it."""
-    names = ("KV heads", "head size", "sliding window", "query heads", "scale")
-    values = [(x.num_kv_heads, x.head_size, x.window, x.num_heads, x.scale) for x in (a, b)]
+    names = ("KV heads", "head size", "sliding window", "query heads", "scale", "ALiBi slopes")
+    values = [(x.num_kv_heads, x.head_size, x.window, x.num_heads, x.scale, x.alibi_slopes) for x in (a, b)]
     return next((found for found in zip(names, *values, strict=True) if found[1] != found[2]), None)

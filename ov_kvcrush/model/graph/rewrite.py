@@ -8,8 +8,9 @@ import openvino.opset15 as ops
 from openvino.utils.node_factory import NodeFactory
 
 from ov_kvcrush.errors import ModelError, reason_of
-from ov_kvcrush.model.graph.attention import K, Q, V, attention_ops
+from ov_kvcrush.model.graph.attention import ALIBI_SLOPES, SLIDING_WINDOW, K, Q, V, attention_ops
 from ov_kvcrush.model.graph.layer_sharing import SharedLayers, store_layers
+from ov_kvcrush.model.score_terms import ScoreTerms
 
 # Operations that treat each row of [rows, 1, channels] by itself; their other operands are weights. So does a Reshape
 # [0, 0, groups, -1], whose sums correct the zero points of models from GGUF.
@@ -48,6 +49,22 @@ def use_paged_attention(model: ov.Model) -> int:
             f"got {layers} of {max(before, layers + left)} layers that can be paged"
         )
     return layers
+
+
+def restore_mask(model: ov.Model, terms: ScoreTerms) -> None:
+    """Give each PagedAttention the slopes and the window that its rewrite did not find.
+
+    Raises ModelError if there are not as many layers as `terms` says.
+    """
+    layers = attention_ops(model)
+    if terms.windows and len(terms.windows) != len(layers):
+        raise ModelError(f"model must have {len(terms.windows)} layers as its config.json says, got {len(layers)}")
+    for layer, op in enumerate(layers):
+        if terms.alibi_slopes:
+            slopes = ops.constant(np.array(terms.alibi_slopes, np.float32))
+            op.input(ALIBI_SLOPES).replace_source_output(slopes.output(0))
+        if terms.windows:
+            op.input(SLIDING_WINDOW).replace_source_output(ops.constant(np.int32(terms.windows[layer])).output(0))
 
 
 def use_crush_attention(

@@ -65,6 +65,7 @@ public:
                 store_sums(sums_, true);
             }
         }
+        for (int i = 0; adjusts(args_) && i < n; ++i) adjust<I>(tiles[i], args_, LOG2E, scores_[0] + i * TILE);
         for (int i = 0; i < n; ++i)
             if (tiles[i].masked) mask<I>(tiles[i], rows, rows_, scores_[0] + i * TILE);
         softmax(n * TILE);

@@ -284,6 +284,7 @@ struct AttendImpl {
             TilePrefetcher<I> prefetcher(after, num_prefetched, n * steps_per_tile);
             for (int i = 0; i < n; ++i) {
                 score<R>(chunk[i].tile, *chunk[i].layout, q, s + i * TILE, prefetcher);
+                if (adjusts(a)) adjust<I>(chunk[i], a, 1, s + i * TILE);
                 if (chunk[i].masked) mask<I>(chunk[i], rows, R, s + i * TILE);
             }
             float keep[R], one[R];
@@ -382,6 +383,15 @@ struct AttendImpl {
         const V factor = I::set1(1.f / I::reduce_add(total));
         for (size_t i = 0; i < whole; i += 16) I::store(s + i, I::mul(I::load(s + i), factor));
         I::store(tail, I::mul(last, factor));
+        for (size_t i = whole; i < n; ++i) s[i] = tail[i - whole];
+    }
+
+    static void cap(float* s, size_t n, float cap) {
+        const size_t whole = n / 16 * 16;
+        for (size_t i = 0; i < whole; i += 16) I::store(s + i, soft_capped<I>(I::load(s + i), cap));
+        alignas(ALIGNMENT) float tail[16] = {};
+        for (size_t i = whole; i < n; ++i) tail[i - whole] = s[i];
+        I::store(tail, soft_capped<I>(I::load(tail), cap));
         for (size_t i = whole; i < n; ++i) s[i] = tail[i - whole];
     }
 };

@@ -52,6 +52,7 @@ public:
                     add_keys<decltype(m)::value, decltype(bits)::value>(tiles[i], i, first);
                 });
         });
+        for (int i = 0; adjusts(args_) && i < n; ++i) adjust<I>(tiles[i], args_, LOG2E, scores_[0] + i * TILE);
         for (int i = 0; i < n; ++i)
             if (tiles[i].masked) mask<I>(tiles[i], rows, rows_, scores_[0] + i * TILE);
         softmax(n * TILE);

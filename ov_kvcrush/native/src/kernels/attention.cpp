@@ -92,26 +92,27 @@ public:
     void work() {
         std::vector<float> q(UNIT_ROWS * size_), state(UNIT_ROWS * (size_ + 2));
         std::vector<int32_t> positions(UNIT_ROWS);
+        std::vector<float> slopes(shape_.slopes.empty() ? 0 : UNIT_ROWS);
         // The next part is claimed early, so that its tiles can be prefetched.
         size_t next = claim();
         while (next < plan_.parts.size()) {
             const Part& part = plan_.parts[next];
             next = claim();
             run(part, next < plan_.parts.size() ? &plan_.parts[next] : nullptr, q.data(), positions.data(),
-                state.data());
+                slopes.empty() ? nullptr : slopes.data(), state.data());
         }
     }
 
 private:
     size_t claim() { return next_part_.fetch_add(1, std::memory_order_relaxed); }
 
-    void run(const Part& part, const Part* next, float* q, int32_t* positions, float* own_state) {
+    void run(const Part& part, const Part* next, float* q, int32_t* positions, float* slopes, float* own_state) {
         const Unit& unit = plan_.units[part.unit];
         const SoftmaxState state(unit.num_parts > 1 ? &states_[part.state] : own_state, unit.rows);
         std::fill_n(state.max, unit.rows, NONE);
         std::fill_n(state.sum, unit.rows, 0.f);
         std::fill_n(state.acc, unit.rows * size_, 0.f);
-        load_rows(unit, q, positions);
+        load_rows(unit, q, positions, slopes);
         const size_t blocks = ceil_div(unit.rows, MAX_ROWS);
         // Several row blocks walk through the tiles chunk by chunk, so that they stay cached.
         const size_t step = blocks > 1 ? CHUNK : std::max<size_t>(part.num_tiles, 1);
@@ -137,6 +138,8 @@ private:
                 args.q = q + row * size_;
                 args.row_position = positions + row;
                 args.window = shape_.window;
+                args.soft_cap = shape_.soft_cap;
+                args.slope = slopes ? slopes + row : nullptr;
                 args.max = state.max + row;
                 args.sum = state.sum + row;
                 args.acc = state.acc + row * size_;
@@ -151,17 +154,20 @@ private:
             merge(unit);
     }
 
+    size_t query_head(const Unit& unit, size_t row) const {
+        return static_cast<size_t>(unit.head) * group_ + (unit.first_row + row) % group_;
+    }
     size_t q_offset(const Unit& unit, size_t row) const {
         const size_t token = unit.span->row_begin + (unit.first_row + row) / group_;
-        const size_t head = static_cast<size_t>(unit.head) * group_ + (unit.first_row + row) % group_;
-        return (token * static_cast<size_t>(shape_.num_heads) + head) * size_;
+        return (token * static_cast<size_t>(shape_.num_heads) + query_head(unit, row)) * size_;
     }
 
-    void load_rows(const Unit& unit, float* q, int32_t* positions) const {
+    void load_rows(const Unit& unit, float* q, int32_t* positions, float* slopes) const {
         for (size_t r = 0; r < unit.rows; ++r) {
             const float* from = q_ + q_offset(unit, r);
             for (size_t c = 0; c < size_; ++c) q[r * size_ + c] = from[c] * shape_.scale;
             positions[r] = unit.span->first_position + static_cast<int32_t>((unit.first_row + r) / group_);
+            if (slopes) slopes[r] = shape_.slopes[query_head(unit, r)];
         }
     }
 
@@ -179,6 +185,11 @@ private:
             for (size_t p = 0; p < n; ++p) max = std::max(max, states[p].max[r]);
             std::fill_n(to, size_, 0.f);
             if (max == NONE) continue;  // a row that sees nothing
+            if (!shape_.sinks.empty()) {
+                const float sink = shape_.sinks[query_head(unit, r)];
+                max = std::max(max, sink);
+                sum = std::exp(sink - max);
+            }
             for (size_t p = 0; p < n; ++p) {
                 const float weight = std::exp(states[p].max[r] - max);
                 const float* acc = states[p].acc + r * size_;
@@ -201,6 +212,11 @@ private:
 };
 
 void check_shape(const LayerShape& shape) {
+    const auto is_per_head = [&](const std::vector<float>& x) {
+        return x.empty() || x.size() == static_cast<size_t>(shape.num_heads);
+    };
+    if (!is_per_head(shape.slopes) || !is_per_head(shape.sinks))
+        throw std::invalid_argument("slopes and sinks must be " + std::to_string(shape.num_heads) + " or none");
     if (shape.num_kv_heads < 1 || shape.num_heads < 1 || shape.num_heads % shape.num_kv_heads)
         throw std::invalid_argument("num_heads must be a multiple of num_kv_heads, got " +
                                     std::to_string(shape.num_heads) + " and " + std::to_string(shape.num_kv_heads));
@@ -209,15 +225,17 @@ void check_shape(const LayerShape& shape) {
 // Scores of one query head: its rows in blocks, each softmaxed over all tokens and then reduced into out [tokens].
 class HeadScores {
 public:
-    HeadScores(const Kernels& kernels, const LayerShape& shape, const HeadView& view, const int32_t* row_position,
-               size_t num_rows)
-        : kernels_(kernels), shape_(shape), view_(view), row_position_(row_position), num_rows_(num_rows) {}
+    HeadScores(const Kernels& kernels, const LayerShape& shape, size_t head, const HeadView& view,
+               const int32_t* row_position, size_t num_rows)
+        : kernels_(kernels), shape_(shape), head_(head), view_(view), row_position_(row_position), num_rows_(num_rows) {
+    }
 
     // q: the head's part of the first row, rows are H * D apart
     void run(const float* q, Reduce reduce, float* out) const {
-        const size_t size = static_cast<size_t>(shape_.head_size), stride = view_.num_tiles * TILE;
+        const size_t size = static_cast<size_t>(shape_.head_size), num_slots = view_.num_tiles * TILE;
+        const size_t num_sinks = shape_.sinks.empty() ? 0 : 1, stride = num_slots + 16 * num_sinks;
         std::vector<float> scores(std::min<size_t>(MAX_ROWS, num_rows_) * stride), rows(MAX_ROWS * size),
-            total(stride, 0.f);
+            total(num_slots, 0.f);
         for (size_t from = 0; from < num_rows_; from += MAX_ROWS) {
             const size_t n = std::min<size_t>(MAX_ROWS, num_rows_ - from);
             for (size_t r = 0; r < n; ++r)
@@ -227,8 +245,11 @@ public:
             kernels_.scores(view_.tiles, view_.num_tiles, rows.data(), static_cast<int>(n), scores.data(), stride);
             for (size_t r = 0; r < n; ++r) {
                 float* s = scores.data() + r * stride;
+                if (shape_.soft_cap > 0) kernels_.cap(s, num_slots, shape_.soft_cap);
+                if (!shape_.slopes.empty()) add_slope(row_position_[from + r], s);
                 mask(row_position_[from + r], s);
-                kernels_.softmax(s, stride);
+                if (num_sinks) s[num_slots] = shape_.sinks[head_];
+                kernels_.softmax(s, num_slots + num_sinks);
                 add(reduce, s, total.data());
             }
         }
@@ -239,6 +260,16 @@ public:
     }
 
 private:
+    void add_slope(int32_t row_position, float* s) const {
+        const float slope = shape_.slopes[head_];
+        for (size_t i = 0; i < view_.num_tiles; ++i, s += TILE) {
+            int32_t at[TILE];
+            read_positions(view_.tiles[i], at);
+            for (int t = 0; t < header(view_.tiles[i]).count; ++t)
+                s[t] += slope * static_cast<float>(at[t] - row_position);
+        }
+    }
+
     void mask(int32_t row_position, float* s) const {
         const int64_t low =
             shape_.window > 0 ? int64_t{row_position} - shape_.window : std::numeric_limits<int64_t>::min();
@@ -269,6 +300,7 @@ private:
 
     const Kernels& kernels_;
     const LayerShape& shape_;
+    const size_t head_;  // of the queries
     const HeadView& view_;
     const int32_t* row_position_;
     const size_t num_rows_;
@@ -307,7 +339,7 @@ void attention_scores(const Kernels& kernels, const LayerShape& shape, const Hea
         for (size_t g = 0; g < group; ++g, out += tokens) to.push_back(out);
     }
     parallel(static_cast<size_t>(shape.num_heads), [&](size_t h) {
-        const HeadScores scores(kernels, shape, heads[h / group], row_position, num_rows);
+        const HeadScores scores(kernels, shape, h, heads[h / group], row_position, num_rows);
         scores.run(q + h * static_cast<size_t>(shape.head_size), reduce, to[h]);
     });
 }

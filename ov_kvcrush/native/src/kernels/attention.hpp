@@ -32,6 +32,11 @@ struct LayerShape {
     int num_heads, num_kv_heads, head_size;  // H, K, D; query head h reads KV head h / (H / K)
     int32_t window;                          // sliding window in tokens, 0 = none
     float scale;                             // of q . k
+    float soft_cap = 0;                      // score = soft_cap * tanh(score / soft_cap); 0 = none
+    std::vector<float> slopes = {};          // [H], ALiBi: score += slope * (position - row's position); or none
+    std::vector<float> sinks = {};           // [H]: a score more, of no token, in the sum of the softmax; or none
+
+    bool adjusts() const { return soft_cap > 0 || !slopes.empty() || !sinks.empty(); }
 };
 
 // out[row, H * D] = attention for all rows of all spans. q: [rows, H * D].

@@ -15,6 +15,7 @@ struct Forward {
         BASE.scores(tiles, num_tiles, q, rows, s, stride);
     }
     static void softmax(float* s, size_t n) { BASE.softmax(s, n); }
+    static void cap(float* s, size_t n, float cap) { BASE.cap(s, n, cap); }
     static void encode(uint8_t* tile, const float* k, size_t k_stride, const float* v, size_t v_stride, int count) {
         BASE.encode(tile, k, k_stride, v, v_stride, count);
     }
@@ -36,8 +37,8 @@ constexpr Kernels forward(const char* isa, void (*attend)(const AttendArgs&),
                           void (*staged_scores)(const StagedScores&) = nullptr,
                           void (*prefill)(const Prefill&) = nullptr) {
     using F = Forward<BASE>;
-    return {isa,      attend,           &F::scores, &F::softmax,   &F::encode, &F::decode, &F::write_mean,
-            &F::rank, &F::append_token, &F::rotate, staged_scores, prefill};
+    return {isa,        attend,        &F::scores, &F::softmax,      &F::cap,    &F::encode,    &F::decode,
+            &F::write_mean, &F::rank, &F::append_token, &F::rotate, staged_scores, prefill};
 }
 
 }  // namespace

@@ -29,6 +29,8 @@ struct AttendArgs {
     const float* q;               // [rows, D], already times the softmax scale
     const int32_t* row_position;  // [rows]
     int32_t window;               // 0 = none
+    float soft_cap;               // score = soft_cap * tanh(score / soft_cap); 0 = none
+    const float* slope;           // [rows] score += slope * (position - row_position); null = none
     float* max;                   // [rows] running maximum, -inf at the beginning
     float* sum;                   // [rows] running sum of exp(score - max), 0 at the beginning
     float* acc;                   // [rows, D] running sum of exp(score - max) * value, rotated as *rotation tells
@@ -90,6 +92,8 @@ struct Kernels {
     void (*scores)(const uint8_t* const* tiles, size_t num_tiles, const float* q, int rows, float* s, size_t stride);
     // s = exp(s - max(s)) / sum: softmax in place over n numbers, -inf gives 0; all -inf gives all 0.
     void (*softmax)(float* s, size_t n);
+    // s = cap * tanh(s / cap) of n numbers, in place.
+    void (*cap)(float* s, size_t n, float cap);
     // Fill a tile with count tokens from k, v [count, D] (row strides in floats), and zero codes beyond. Only codes,
     // scales and mins are written; the header is the caller's, with layout and count set.
     void (*encode)(uint8_t* tile, const float* k, size_t k_stride, const float* v, size_t v_stride, int count);

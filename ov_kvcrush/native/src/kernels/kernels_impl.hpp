@@ -14,6 +14,7 @@ constexpr Kernels make_kernels(void (*attend)(const AttendArgs&) = &AttendImpl<I
             attend,
             &AttendImpl<I>::scores,
             &AttendImpl<I>::softmax,
+            &AttendImpl<I>::cap,
             &CodecImpl<I>::encode,
             &CodecImpl<I>::decode,
             &RecallImpl<I>::write_mean,

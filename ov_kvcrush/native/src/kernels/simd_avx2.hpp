@@ -74,7 +74,7 @@ struct SimdAvx2 {
         const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
         return _mm256_and_ps(alive, _mm256_mul_ps(p, _mm256_castsi256_ps(bits)));
     }
-    // 2^t for t <= 0, 0 below -126
+    // 2^t for t <= 100, 0 below -126
     static V exp2(V t, const float* poly) { return {exp2(t.a, poly), exp2(t.b, poly)}; }
 
     static V load_bf16(const uint16_t* p) {

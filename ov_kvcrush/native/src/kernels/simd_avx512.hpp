@@ -41,7 +41,7 @@ struct SimdAvx512 {
     static float reduce_add(V x) { return _mm512_reduce_add_ps(x); }
     static float reduce_max(V x) { return _mm512_reduce_max_ps(x); }
     static float reduce_min(V x) { return _mm512_reduce_min_ps(x); }
-    // 2^t for t <= 0. Both instructions take the floor themselves, and give 0 and 2^-inf = 0 for -inf.
+    // 2^t for t <= 100. Both instructions take the floor themselves, and give 0 and 2^-inf = 0 for -inf.
     static V exp2(V t, const float* poly) {
         const V f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
         V p = set1(poly[5]);

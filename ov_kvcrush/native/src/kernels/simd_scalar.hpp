@@ -79,7 +79,7 @@ struct SimdScalar {
         for (float x : a.x) m = x < m ? x : m;
         return m;
     }
-    // 2^t for t <= 0, 0 below -126
+    // 2^t for t <= 100, 0 below -126
     static V exp2(const V& t, const float* poly) {
         return lanes([&](int i) {
             if (!(t.x[i] > -126.f)) return 0.f;

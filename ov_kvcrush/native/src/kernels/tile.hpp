@@ -17,6 +17,7 @@ constexpr int NUM_CODECS = 6;
 static constexpr int code_bits(Codec codec) {
     return codec == Codec::f32 ? 32 : codec == Codec::u8 ? 8 : codec == Codec::u4 ? 4 : codec == Codec::u2 ? 2 : 16;
 }
+static constexpr size_t bytes_per_number(Codec codec) { return static_cast<size_t>(code_bits(codec)) / 8; }  // floats
 static constexpr bool is_quantised(Codec codec) { return codec >= Codec::u8; }
 static constexpr int codes_per_dword(Codec codec) { return 32 / code_bits(codec); }
 static constexpr int code_shift(Codec codec, int i) { return 8 * (i % 4) + code_bits(codec) * (i / 4); }

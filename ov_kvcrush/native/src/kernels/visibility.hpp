@@ -106,6 +106,36 @@ inline void attend_visible(void (*attend)(const AttendArgs&), const AttendArgs& 
     attend(args);
 }
 
+// cap * tanh(x / cap) = cap * (1 - 2 / (1 + e^(2 x / cap))). Where the exponent of 2 is beyond +-100 that is +-cap.
+template <class I>
+typename I::V soft_capped(typename I::V x, float cap) {
+    const auto one = I::set1(1), two = I::set1(2);
+    const auto t = I::max(I::min(I::mul(x, I::set1(2 * LOG2E / cap)), I::set1(100)), I::set1(-100));
+    return I::mul(I::set1(cap), I::sub(one, I::div(two, I::add(one, I::exp2(t, EXP2_POLY)))));
+}
+
+inline bool adjusts(const AttendArgs& a) { return a.soft_cap > 0 || a.slope; }
+
+// What some models make of the scores of a tile, before the mask. `unit`: what the scores are multiplied by.
+// Cost of a tile and row: some 40 instructions for the cap, 6 for the slope.
+template <class I>
+void adjust(const VisibleTile& v, const AttendArgs& a, float unit, float* s) {
+    if (a.soft_cap > 0)
+        for (int r = 0; r < a.rows; ++r)
+            for (int t = 0; t < TILE; t += 16) {
+                float* at = s + r * STRIDE + t;
+                I::store(at, soft_capped<I>(I::load(at), a.soft_cap * unit));
+            }
+    if (!a.slope) return;
+    int32_t position[TILE] = {};
+    read_positions(v.tile, position);
+    for (int r = 0; r < a.rows; ++r) {
+        const float slope = a.slope[r] * unit;
+        for (int t = 0; t < TILE; ++t)
+            s[r * STRIDE + t] += slope * static_cast<float>(position[t] - a.row_position[r]);
+    }
+}
+
 template <class I>
 void mask(const VisibleTile& v, const RowBounds& rows, int num_rows, float* s) {
     int32_t at[TILE];

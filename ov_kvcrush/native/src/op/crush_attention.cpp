@@ -114,7 +114,7 @@ private:
     Store& store_;
     const size_t layer_;
     const bool appends_;
-    const LayerShape shape_;
+    const LayerShape& shape_;
     const ov::TensorVector& inputs_;
     ov::TensorVector& outputs_;
     size_t width_ = 0, kv_width_ = 0;

@@ -6,13 +6,19 @@
 #include <cstdint>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <variant>
+#include <vector>
 
 #include "kernels/attention.hpp"
 #include "store/require.hpp"
 
 namespace crush {
 
-using LayerArgument = std::tuple<int64_t, int64_t, int64_t, int64_t, double>;  // H, K, D, window, scale
+using PlainLayer = std::tuple<int64_t, int64_t, int64_t, int64_t, double>;  // H, K, D, window, scale
+// And soft_cap, slopes, sinks
+using LayerArgument = std::variant<PlainLayer, std::tuple<int64_t, int64_t, int64_t, int64_t, double, double,
+                                                          std::vector<double>, std::vector<double>>>;
 
 inline constexpr std::array<const char*, 6> CODEC_NAMES{"f32", "bf16", "f16", "u8", "u4", "u2"};  // by Codec
 constexpr size_t NUM_FLOAT_CODECS = 3;                                                            // the first ones
@@ -40,9 +46,22 @@ inline size_t to_size(const char* field, int64_t number) {
 inline int32_t to_id(int64_t seq) { return seq >= 0 && seq <= INT32_MAX ? static_cast<int32_t>(seq) : -1; }
 
 inline LayerShape layer_shape_of(const LayerArgument& layer) {
-    const auto& [num_heads, num_kv_heads, head_size, window, scale] = layer;
-    return {to_int("num_heads", num_heads), to_int("num_kv_heads", num_kv_heads), to_int("head_size", head_size),
-            to_int("window", window), static_cast<float>(scale)};
+    LayerShape shape{};
+    std::visit(
+        [&](const auto& of) {
+            shape.num_heads = to_int("num_heads", std::get<0>(of));
+            shape.num_kv_heads = to_int("num_kv_heads", std::get<1>(of));
+            shape.head_size = to_int("head_size", std::get<2>(of));
+            shape.window = to_int("window", std::get<3>(of));
+            shape.scale = static_cast<float>(std::get<4>(of));
+            if constexpr (!std::is_same_v<std::decay_t<decltype(of)>, PlainLayer>) {
+                shape.soft_cap = static_cast<float>(std::get<5>(of));
+                shape.slopes.assign(std::get<6>(of).begin(), std::get<6>(of).end());
+                shape.sinks.assign(std::get<7>(of).begin(), std::get<7>(of).end());
+            }
+        },
+        layer);
+    return shape;
 }
 
 }  // namespace crush

@@ -20,12 +20,14 @@ size_t tile_bytes(const std::string& key, const std::string& value, int64_t head
 bool can_prefill(const std::vector<LayerArgument>& layers, const std::string& staging, const std::string& isa) {
     const Codec codec = codec_of("staging", staging, NUM_FLOAT_CODECS);
     const Kernels& chosen = kernels(isa);
-    return std::all_of(layers.begin(), layers.end(), [&](const LayerArgument& layer) {
-        const LayerShape shape = layer_shape_of(layer);
+    std::vector<LayerShape> shapes;
+    for (const LayerArgument& layer : layers) {
+        shapes.push_back(layer_shape_of(layer));
+        const LayerShape& shape = shapes.back();
         require(shape.num_kv_heads >= 1 && shape.num_heads % shape.num_kv_heads == 0,
                 "num_heads must be a multiple of num_kv_heads", shape.num_heads);
-        return can_prefill(chosen, shape, codec);
-    });
+    }
+    return can_prefill(chosen, shapes, codec);
 }
 
 std::pair<Output<float>, Output<float>> encode_decode(const std::string& key, const std::string& value,

@@ -1,7 +1,8 @@
 // Rows of fresh prompts that bypass PagedAttention: keys and values go to staging blocks, and attention reads them
-// there.
+// there; without a kernel for that, from tiles that are made of them for the step.
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 
 #include "kernels/half.hpp"
 #include "store/require.hpp"
@@ -10,11 +11,25 @@
 namespace crush {
 namespace {
 
-// [count, D] rows, `stride` numbers apart, as bf16: the nearest, half to even.
-void write_rows(const float* from, size_t stride, size_t count, size_t size, uint8_t* to) {
+// [count, D] rows, `stride` numbers apart, as float numbers of the codec: the nearest, half to even.
+void write_rows(const float* from, size_t stride, size_t count, size_t size, Codec codec, uint8_t* to) {
     auto* out = reinterpret_cast<uint16_t*>(to);
-    for (size_t i = 0; i < count; ++i, from += stride, out += size)
-        for (size_t c = 0; c < size; ++c) out[c] = bf16_of_float(from[c]);
+    for (size_t i = 0; i < count; ++i, from += stride, to += size * bytes_per_number(codec), out += size) {
+        if (codec == Codec::f32) std::memcpy(to, from, size * sizeof(float));
+        if (codec == Codec::bf16)
+            for (size_t c = 0; c < size; ++c) out[c] = bf16_of_float(from[c]);
+        if (codec == Codec::f16)
+            for (size_t c = 0; c < size; ++c) out[c] = half_of_float(from[c], Rounding::nearest);
+    }
+}
+
+bool has_prefill(const Kernels& kernels, const LayerShape& shape, Codec staging) {
+    return kernels.prefill && staging == Codec::bf16 && shape.head_size % 32 == 0 && shape.scale > 0 &&
+           shape.num_heads / shape.num_kv_heads <= PREFILL_MAX_COLUMNS && !shape.adjusts();
+}
+
+bool any_capped(const std::vector<LayerShape>& layers) {
+    return std::any_of(layers.begin(), layers.end(), [](const LayerShape& shape) { return shape.soft_cap > 0; });
 }
 
 // The rows of one KV head that are computed together.
@@ -26,21 +41,24 @@ struct Task {
 
 }  // namespace
 
-bool can_prefill(const Kernels& kernels, const LayerShape& shape, Codec staging) {
-    return kernels.prefill && staging == Codec::bf16 && shape.head_size % 32 == 0 && shape.scale > 0 &&
-           shape.num_heads / shape.num_kv_heads <= PREFILL_MAX_COLUMNS;
+bool can_prefill(const Kernels& kernels, const std::vector<LayerShape>& layers, Codec staging) {
+    return any_capped(layers) || std::all_of(layers.begin(), layers.end(), [&](const LayerShape& shape) {
+               return has_prefill(kernels, shape, staging);
+           });
 }
 
 void Store::prefill_locked(size_t layer, const std::vector<RowSpan>& spans, const float* q, const float* k,
                            const float* v, float* out, int num_threads) const {
     const LayerShape& shape = config_.layers[layer];
     const Staging& staging = layouts_[layer].staging;
-    if (!can_prefill(*kernels_, shape, staging.codec))
+    const bool has_kernel = has_prefill(*kernels_, shape, staging.codec);
+    if (!has_kernel && !any_capped(config_.layers))
         throw std::invalid_argument("prompts must go through PagedAttention with kernels " +
                                     std::string(kernels_->isa));
     const auto num_kv_heads = static_cast<size_t>(shape.num_kv_heads), size = static_cast<size_t>(shape.head_size);
     const size_t group = static_cast<size_t>(shape.num_heads) / num_kv_heads, kv_width = num_kv_heads * size;
-    const size_t block_bytes = TILE * size * sizeof(uint16_t), most_rows = PREFILL_MAX_COLUMNS / group;
+    const size_t row_bytes = size * bytes_per_number(staging.codec), block_bytes = TILE * row_bytes;
+    const size_t most_rows = std::max<size_t>(PREFILL_MAX_COLUMNS / group, 1);
 
     std::vector<std::vector<uint8_t*>> blocks;  // for each span: keys of each head, then values of each head
     std::vector<Task> tasks;
@@ -71,13 +89,14 @@ void Store::prefill_locked(size_t layer, const std::vector<RowSpan>& spans, cons
             const size_t token = static_cast<size_t>(task.span->first_position) + row, slot = token % TILE;
             const size_t count = std::min<size_t>(TILE - slot, end - row);
             const size_t from = (task.span->row_begin + row) * kv_width + task.head * size;
-            const size_t to = slot * size * sizeof(uint16_t);
-            write_rows(k + from, kv_width, count, size, task.keys[token / TILE] + to);
-            write_rows(v + from, kv_width, count, size, task.values[token / TILE] + to);
+            const size_t to = slot * row_bytes;
+            write_rows(k + from, kv_width, count, size, staging.codec, task.keys[token / TILE] + to);
+            write_rows(v + from, kv_width, count, size, staging.codec, task.values[token / TILE] + to);
             row += count;
         }
     });
 
+    if (!has_kernel) return attend_staged(layer, spans, q, out, num_threads);
     // Longest tasks first: the last rows see the most tokens.
     std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) {
         return a.span->first_position + static_cast<int64_t>(a.first) >
@@ -107,6 +126,22 @@ void Store::prefill_locked(size_t layer, const std::vector<RowSpan>& spans, cons
             kernels_->prefill(a);
         }
     });
+}
+
+void Store::attend_staged(size_t layer, const std::vector<RowSpan>& spans, const float* q, float* out,
+                          int num_threads) const {
+    const LayerShape& shape = config_.layers[layer];
+    for (const RowSpan& span : spans) {
+        const int64_t first_seen = shape.window > 0 ? int64_t{span.first_position} - shape.window + 1 : 0;
+        const size_t first_tile = static_cast<size_t>(std::max<int64_t>(first_seen, 0)) / TILE;
+        std::vector<uint8_t> storage;
+        std::vector<const uint8_t*> pointers;
+        const std::vector<HeadView> views =
+            staged_views_locked(*span.sequence, layer, layouts_[layer].staged, first_tile,
+                                static_cast<size_t>(span.first_position) + span.num_rows, storage, pointers);
+        attend(*kernels_, shape, {{views.data(), span.row_begin, span.num_rows, span.first_position}}, q, out,
+               num_threads, parallel_);
+    }
 }
 
 }  // namespace crush

@@ -12,8 +12,6 @@
 namespace crush {
 namespace {
 
-size_t bytes_per_number(Codec codec) { return static_cast<size_t>(code_bits(codec)) / 8; }
-
 // n numbers at `from`, which need not be aligned, as float32.
 void widen(Codec codec, const uint8_t* from, size_t n, float* to) {
     if (codec == Codec::f32) {
@@ -52,7 +50,8 @@ void Store::set_staging(size_t layer, Staging staging) {
     require(staging.num_blocks <= INT_MAX, "num_blocks must be below 2147483648", staging.num_blocks);
     const std::lock_guard<std::mutex> lock(mutex_);
     layouts_[layer].staging = staging;
-    layouts_[layer].staged = keys_only(staging.codec, config_.layers[layer].head_size);
+    layouts_[layer].staged_keys = keys_only(staging.codec, config_.layers[layer].head_size);
+    layouts_[layer].staged = make_layout(staging.codec, staging.codec, config_.layers[layer].head_size, 16, false);
 }
 
 void Store::check_staged(const Sequence& sequence, size_t layer) const {
@@ -81,33 +80,37 @@ void Store::attach_prefill(int32_t id, std::vector<int32_t> blocks, int64_t num_
     sequence.staged_tokens = num_tokens;
 }
 
-std::vector<HeadView> Store::staged_views_locked(const Sequence& sequence, size_t layer, std::vector<uint8_t>& storage,
+std::vector<HeadView> Store::staged_views_locked(const Sequence& sequence, size_t layer, const TileLayout& layout,
+                                                 size_t first_tile, size_t num_tokens, std::vector<uint8_t>& storage,
                                                  std::vector<const uint8_t*>& pointers) const {
     check_staged(sequence, layer);
     const Staging& staging = layouts_[layer].staging;
-    const TileLayout& keys = layouts_[layer].staged;
-    const auto num_tiles = static_cast<size_t>((sequence.staged_tokens + TILE - 1) / TILE);
+    const size_t num_tiles = (num_tokens + TILE - 1) / TILE - first_tile;
     const size_t num_heads = first_head_[layer + 1] - first_head_[layer];
     const int width = config_.layers[layer].head_size;
     const size_t block_bytes = static_cast<size_t>(TILE * width) * bytes_per_number(staging.codec);
 
-    storage.resize(num_heads * num_tiles * keys.bytes + ALIGNMENT);
+    storage.resize(num_heads * num_tiles * layout.bytes + ALIGNMENT);
     pointers.resize(num_heads * num_tiles);
     const size_t shift = (ALIGNMENT - reinterpret_cast<uintptr_t>(storage.data()) % ALIGNMENT) % ALIGNMENT;
     run_parallel(pointers.size(), [&](size_t i) {
-        const size_t head = i / num_tiles, tile = i % num_tiles;
-        uint8_t* to = storage.data() + shift + i * keys.bytes;
+        const size_t head = i / num_tiles, tile = first_tile + i % num_tiles;
+        uint8_t* to = storage.data() + shift + i * layout.bytes;
         auto* h = new (to) TileHeader{};
-        h->layout = &keys;
+        h->layout = &layout;
         h->min_position = static_cast<int32_t>(tile * TILE);
-        h->count = static_cast<int32_t>(std::min<int64_t>(TILE, sequence.staged_tokens - h->min_position));
+        h->count = static_cast<int32_t>(std::min<size_t>(TILE, num_tokens - tile * TILE));
         h->max_position = h->min_position + h->count - 1;
         const auto block = static_cast<size_t>(sequence.staged_blocks[tile]);
         const uint8_t* from = staging.keys + (block * num_heads + head) * block_bytes;
         if (staging.codec == Codec::f32) {
-            transpose<uint32_t>(from, h->count, width, to + keys.key_codes);
+            transpose<uint32_t>(from, h->count, width, to + layout.key_codes);
         } else {
-            transpose<uint16_t>(from, h->count, width, to + keys.key_codes);
+            transpose<uint16_t>(from, h->count, width, to + layout.key_codes);
+        }
+        if (layout.bytes > layout.value_codes) {  // rows of tokens, as they are staged; zeros beyond the last
+            std::memcpy(to + layout.value_codes, staging.values + (from - staging.keys),
+                        static_cast<size_t>(h->count * width) * bytes_per_number(staging.codec));
         }
         pointers[i] = to;
     });
@@ -126,8 +129,10 @@ void Store::scores_locked(const Sequence& sequence, size_t layer, const float* q
     if (sequence.staged_tokens && score_blocks(sequence, layer, rows, out)) return;
     std::vector<uint8_t> storage;
     std::vector<const uint8_t*> pointers;
-    const std::vector<HeadView> views = sequence.staged_tokens ? staged_views_locked(sequence, layer, storage, pointers)
-                                                               : views_locked(sequence, layer);
+    const std::vector<HeadView> views =
+        sequence.staged_tokens ? staged_views_locked(sequence, layer, layouts_[layer].staged_keys, 0,
+                                                     static_cast<size_t>(sequence.staged_tokens), storage, pointers)
+                               : views_locked(sequence, layer);
     const LayerShape& shape = config_.layers[layer];
     const size_t begin = out.size();
     out.resize(begin + num_scores(shape, views));
@@ -138,6 +143,7 @@ bool Store::score_blocks(const Sequence& sequence, size_t layer, StagedScores ro
     const LayerShape& shape = config_.layers[layer];
     const Staging& staging = layouts_[layer].staging;
     if (!kernels_->staged_scores || staging.codec != Codec::bf16 || shape.head_size < MIN_STAGED_HEAD) return false;
+    if (shape.adjusts()) return false;
     check_staged(sequence, layer);
     const auto num_kv_heads = static_cast<size_t>(shape.num_kv_heads), size = static_cast<size_t>(shape.head_size);
     const size_t group = static_cast<size_t>(shape.num_heads) / num_kv_heads;

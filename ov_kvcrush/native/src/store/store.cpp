@@ -20,6 +20,14 @@ void check_layer(const LayerShape& l) {
             "head_size must be a multiple of 16 in 16..256", l.head_size);
     require(l.window >= 0, "window must be at least 0", l.window);
     require(std::isfinite(l.scale), "scale must be finite", l.scale);
+    require(l.soft_cap == 0 || (l.soft_cap >= 1e-6f && std::isfinite(l.soft_cap)),
+            "soft_cap must be 0, or finite and at least 1e-6", l.soft_cap);
+    for (const auto& [name, numbers] : {std::pair{"slopes", &l.slopes}, std::pair{"sinks", &l.sinks}}) {
+        require(numbers->empty() || numbers->size() == static_cast<size_t>(l.num_heads),
+                std::string(name) + " must be none, or one for each of " + std::to_string(l.num_heads) + " heads",
+                numbers->size());
+        for (const float x : *numbers) require(std::isfinite(x), std::string(name) + " must be finite", x);
+    }
 }
 
 }  // namespace

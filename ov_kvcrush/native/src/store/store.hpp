@@ -136,8 +136,9 @@ struct TokenBuffer;
 
 void check_capture_rows(int64_t rows);  // throws std::invalid_argument
 
-// Whether Store::prefill_locked works with these kernels for such a layer, with staging blocks of this codec.
-bool can_prefill(const Kernels& kernels, const LayerShape& shape, Codec staging);
+// Whether Store::prefill_locked is to read prompts of all these layers, with staging blocks of this codec: the kernels
+// have one of their own for it, or PagedAttention cannot, since scores are capped.
+bool can_prefill(const Kernels& kernels, const std::vector<LayerShape>& layers, Codec staging);
 
 // Every public function takes the lock, but for the *_locked ones: their caller holds it, for a whole layer.
 class Store {
@@ -258,8 +259,10 @@ public:
     void attend_locked(size_t layer, const std::vector<RowSpan>&, const float* q, float* out, int num_threads) const;
     // The means of the first num_target_tiles tiles of a head: f32 [tiles, D]. Throws without recall.
     std::vector<float> means(int32_t id, size_t layer, size_t head) const;
-    // Tiles with the keys of a staged prompt only, copied from its staging blocks into `storage`: for scores.
-    std::vector<HeadView> staged_views_locked(const Sequence&, size_t layer, std::vector<uint8_t>& storage,
+    // Tiles of a staged prompt from token first_tile * 32 to num_tokens, copied from its staging blocks into `storage`:
+    // with keys only, for scores, or with values too.
+    std::vector<HeadView> staged_views_locked(const Sequence&, size_t layer, const TileLayout&, size_t first_tile,
+                                              size_t num_tokens, std::vector<uint8_t>& storage,
                                               std::vector<const uint8_t*>& pointers) const;
     // Appends to `out` the attention_scores of rows q [num_rows, H * D] over a layer of a sequence, stored or staged.
     void scores_locked(const Sequence&, size_t layer, const float* q, const int32_t* row_position, size_t num_rows,
@@ -269,7 +272,7 @@ private:
     struct Layouts {
         TileLayout of[NUM_CODECS][NUM_CODECS][2];  // [key][value][listed]; tiles point to them
         TileLayout plain_u2[NUM_CODECS][2];        // [key][listed]: values u2 that are not rotated, from files of old
-        TileLayout staged;                         // keys only, as staged
+        TileLayout staged_keys, staged;            // as staged: keys only, and with values
         Staging staging;
     };
     // Rings to take the place of those of a sequence; null: that one stays.
@@ -315,6 +318,8 @@ private:
     void check_staged(const Sequence&, size_t layer) const;
     void read_staged(const Sequence&, size_t layer, size_t head, const int32_t* tokens, int count, TokenBuffer&) const;
     void read_staged_keys(const Sequence&, size_t head, const std::vector<MovedToken>&, float* to) const;
+    // Attention of rows of staged prompts whose keys and values are in their blocks.
+    void attend_staged(size_t layer, const std::vector<RowSpan>&, const float* q, float* out, int num_threads) const;
     // Appends the scores of a staged prompt straight from its blocks. False if the kernels cannot.
     bool score_blocks(const Sequence&, size_t layer, StagedScores, std::vector<float>& out) const;
     // Whether so many tokens of a head are put into tiles by their keys: where a step does not read all of them.

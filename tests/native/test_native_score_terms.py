@@ -1,0 +1,145 @@
+"""Soft caps, ALiBi and sinks: attention, scores and prompts equal the numpy reference on every instruction set."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from covering import covering
+from native_stores import ISAS, Array, Cache, LayerTuple, Span, gaussian, keys_values, require_native, stage_random
+
+from ov_kvcrush import native
+
+pytestmark = pytest.mark.numerics
+
+CAP = 2.0
+NO_NUMBERS: tuple[float, ...] = ()
+# soft cap, slope of the first head, sink of the first head
+TERMS = {"cap": (CAP, 0.0, None), "alibi": (0.0, 0.2, None), "sinks": (0.0, 0.0, 1.0), "all": (CAP, 0.05, 3.0)}
+
+
+@pytest.fixture(autouse=True)
+def _native() -> None:
+    require_native()
+
+
+def layer(terms: str, num_heads: int = 6, num_kv_heads: int = 2, head_size: int = 64, window: int = 0) -> LayerTuple:
+    """Each query head has a slope and a sink of its own; scores are some +-3."""
+    cap, slope, sink = TERMS[terms]
+    slopes = [slope / (h + 1) for h in range(num_heads)] if slope else NO_NUMBERS
+    sinks = [sink - h for h in range(num_heads)] if sink is not None else NO_NUMBERS
+    return (num_heads, num_kv_heads, head_size, window, head_size**-0.5, cap, slopes, sinks)
+
+
+def assert_close(got: Array, expected: Array, rounding: float = 0) -> None:
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * float(np.abs(expected).max()) + rounding)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("terms", "precision", "head_size", "window"),
+    covering(list(TERMS), ["u8/u8", "u4/u2", "f32/f32", "bf16/u8"], [32, 48, 128], [0, 40]),
+)
+def test_attention_equals_the_reference(isa: str, terms: str, precision: str, head_size: int, window: int) -> None:
+    """Decode rows, many rows, and so many tokens that threads share them; a term that is left out would be seen."""
+    rng = np.random.default_rng(head_size)
+    key, value = precision.split("/")
+    shape = layer(terms, head_size=head_size, window=window)
+    cache = Cache(shape, key=key, value=value, group_size=16, isa=isa)
+    plain = Cache(shape[:5], key=key, value=value, group_size=16, isa=isa)
+    spans: list[Span] = [
+        (cache.new(rng, 30), 0, 1, 29),
+        (cache.new(rng, 150), 1, 20, 130),
+        (cache.new(rng, 1500), 21, 2, 1498),
+    ]
+    q = gaussian(rng, 23, 6 * head_size)
+    expected = cache.attention(0, spans, q)
+    quantised = "u" in key and "u" in value
+    rounding = cache.rounding(0, spans, q) if quantised else 0
+    assert_close(cache.store.attend(0, spans, q), expected, rounding)
+    cache.layers = plain.layers
+    assert np.abs(cache.attention(0, spans, q) - expected).max() > 20 * (1e-4 + rounding)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("staged_as", [None, "f32", "bf16"])
+@pytest.mark.parametrize(("terms", "how"), covering(list(TERMS), ["mean", "max", "sum_squares"]))
+def test_scores_equal_the_reference(isa: str, terms: str, how: str, staged_as: str | None) -> None:
+    rng = np.random.default_rng(4)
+    cache = Cache(layer(terms, window=90), isa=isa)
+    prompt = keys_values(rng, 111, 2 * 64)
+    seq = cache.store.create()
+    if staged_as:
+        cache.attach_prefill(seq, [prompt], staged_as)
+    else:
+        assert cache.store.reserve(seq, 111)
+        cache.store.append(seq, 0, *prompt, 0)
+    q, at = gaussian(rng, 11, 6 * 64), np.arange(100, 111, dtype=np.int32)
+    got = cache.store.scores(seq, 0, q, at, how)
+    if staged_as:
+        cache.store.commit_prefill(seq)
+        other = Cache(layer(terms, window=90), key=staged_as, value=staged_as, recent=staged_as, isa=isa)
+        kept = other.store.create()
+        other.attach_prefill(kept, [prompt], staged_as)
+        other.store.commit_prefill(kept)
+        expected = other.scores(kept, 0, q, at, how)
+    else:
+        expected = cache.scores(seq, 0, q, at, how)
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("terms", "staged_as", "window"), covering(["cap", "all"], ["f32", "bf16"], [0, 45]))
+def test_prompts_of_capped_layers_are_read_in_pieces(isa: str, terms: str, staged_as: str, window: int) -> None:
+    """PagedAttention has no cap: with any instruction set they go through the store's own blocks."""
+    rng = np.random.default_rng(7)
+    shape = layer(terms, window=window)
+    cache = Cache(shape, key="f32", value="f32", recent="f32", group_size=16, isa=isa)
+    k, v = keys_values(rng, 150, 2 * 64)
+    if staged_as == "bf16":
+        k, v = (x.view(np.uint32) & 0xFFFF0000 for x in (k, v))
+        k, v = k.view(np.float32), v.view(np.float32)
+    seq = cache.store.create()
+    cache.attach_prefill(seq, [(np.full_like(k, np.nan), np.full_like(v, np.nan))], staged_as)
+    q = gaussian(rng, 150, 6 * 64)
+    parts = [
+        cache.store.prefill(0, [(seq, 0, b - a, a)], q[a:b], k[a:b], v[a:b]) for a, b in ((0, 70), (70, 71), (71, 150))
+    ]
+    cache.store.commit_prefill(seq)
+    assert_close(np.concatenate(parts), cache.attention(0, [(seq, 0, 150, 0)], q))
+
+
+def test_capped_prompts_are_not_for_paged_attention() -> None:
+    for staging in ("f32", "bf16"):
+        assert native.can_prefill([layer("cap"), layer("all")], staging)
+        assert not native.can_prefill([layer("alibi")], staging)
+        assert not native.can_prefill([layer("sinks")], staging)
+
+
+@pytest.mark.parametrize(
+    ("terms", "words"),
+    [
+        ((-1.0, (), ()), "soft_cap must be 0, or finite"),
+        ((float("nan"), (), ()), "soft_cap must be 0, or finite"),
+        ((0.0, (1.0,), ()), "slopes must be none, or one for each of 2 heads"),
+        ((0.0, (), (1.0, 2.0, 3.0)), "sinks must be none, or one for each of 2 heads"),
+        ((0.0, (1.0, float("inf")), ()), "slopes must be finite"),
+        ((0.0, (), (float("nan"), 0.0)), "sinks must be finite"),
+    ],
+)
+def test_wrong_terms_are_refused(terms: tuple[float, tuple[float, ...], tuple[float, ...]], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Cache((2, 1, 32, 0, 0.2, *terms))
+
+
+def test_a_sink_takes_what_tokens_do_not_get() -> None:
+    """A sink far above all scores leaves nothing, one far below changes nothing."""
+    rng = np.random.default_rng(0)
+    q, outputs = gaussian(rng, 1, 64), []
+    for sink in (-1e4, 1e4):
+        cache = Cache((2, 1, 32, 0, 0.2, 0.0, (), (sink, sink)), key="f32", value="f32", recent="f32")
+        seq = stage_random(cache, np.random.default_rng(1), 40)
+        cache.store.commit_prefill(seq)
+        outputs.append(cache.store.attend(0, [(seq, 0, 1, 39)], q))
+    assert (outputs[1] == 0).all()
+    assert np.abs(outputs[0]).max() > 0.1
