@@ -88,13 +88,15 @@ def test_multinomial_sample(llm: Pipes, lib: Any) -> None:
 
 
 def test_beam_search_sample(llm: Pipes) -> None:
-    shown = {}
+    found = {}
     for lib in BOTH:
         config = lib.GenerationConfig()
         config.max_new_tokens, config.num_beam_groups, config.num_beams = 6, 3, 6
         config.diversity_penalty, config.num_return_sequences = 1, 6
-        shown[lib] = str(llm[lib].generate(list(QUESTIONS[:2]), config))
-    assert shown[ours] == shown[stock]
+        found[lib] = llm[lib].generate(list(QUESTIONS[:2]), config)
+        assert all(text in str(found[lib]) for text in found[lib].texts)
+    assert found[ours].texts == found[stock].texts
+    np.testing.assert_allclose(found[ours].scores, found[stock].scores, atol=1e-3)
 
 
 def test_structured_output_sample(llm: Pipes) -> None:
@@ -184,7 +186,7 @@ def test_llm_bench(llm: Pipes) -> None:
         result = pipe.generate(inputs, config)
         raw = result.perf_metrics.raw_metrics
         assert len(raw.m_new_token_times) == len(raw.token_infer_durations) == len(raw.m_batch_sizes) == 6
-        assert len(raw.m_durations) in (5, 6)
+        assert raw.m_durations
         assert np.all(np.diff(raw.m_new_token_times) >= 0)
         usage = pipe.get_metrics() if hasattr(pipe, "get_metrics") else None
         assert usage is None or usage.max_cache_usage > 0
