@@ -36,7 +36,8 @@ class SchedulerConfig:
     cache_size: capacity in GiB; 0 with `num_kv_blocks=0` = half of the memory that is free when the model is loaded.
     dynamic_split_fuse: cut prompts into chunks; False = a prompt enters only whole.
     max_num_seqs: sequences that run at the same time.
-    enable_prefix_caching: keep the KV of ended requests, and reuse it for prompts that begin with the same tokens.
+    enable_prefix_caching: keep the KV of ended requests, and reuse it for prompts of which at least half begins with
+        the same tokens. As in openvino_genai, an LLMPipeline that is given no scheduler config does so.
     max_step_ms: bound on the time between two tokens of an answer while prompts are read beside it: chunks are as long
         as it allows, by what the last ones took. 0 = no bound. Prompts that nobody waits beside are not cut by it.
     max_waiting: requests that may wait for their turn; one more is refused with QueueFull. 0 = any number.
@@ -105,8 +106,9 @@ class CacheConfig:
         are read chunk by chunk through the store, which is slower. 0 = enough for 65536 tokens, or for the model's
         context if that is longer, and at most a quarter of the free memory.
     prefix_bytes: what the KV of ended requests may hold, where it is kept for prompts that begin alike
-        (`enable_prefix_caching`) or for a chat's next turn; the least recently used goes first. 0 = what is free, until
-        a request needs it. Contexts do not count: they are their holder's.
+        (`enable_prefix_caching`) or for a chat's next turn; the least recently used goes first, and all of it gives way
+        to requests that need it. 0 = what is free of a store whose size is given; of one that takes half of the free
+        memory a quarter, but the latest stays whatever it holds. Contexts do not count: they are their holder's.
     policy: which tokens stay: a Policy of `ov_kvcrush.policies`, a name, or a dict with "name" and settings; None =
         all. A request may ask for another.
     budget: bytes of the cache over those of a bf16 cache of all tokens, as "1/8" or 0.125: a plan says how many tokens

@@ -255,6 +255,7 @@ class Engine:
         self._measure(step, start, infer_end - infer_start, sampling_s)
 
     def _out_of_memory(self, sequence: Sequence) -> OutOfMemory:
+        self._max_usage = 100.0  # what is left is less than anybody can use
         usage = self.cache.usage()
         what = "context" if sequence.request.prefill_only else "prompt and answer"
         return OutOfMemory(

@@ -95,7 +95,8 @@ class InputProcessor:
         vocab_size = self._model.vocab_size
         sampling = SamplingParams.from_config(config, self._defaults, len(ids), room, vocab_size, options.logit_bias)
         # What goes on from a context is not what its own policy would have left of the prompt.
-        keeps_kv = params.keep_kv or self._config.enable_prefix_caching
+        # What only reads a prompt leaves a snapshot, whose holder says how long it stays.
+        keeps_kv = params.keep_kv or (self._config.enable_prefix_caching and not params.prefill_only)
         keep_kv = keeps_kv and params.context is None and not params.fan_out
         fan_out = self._fan_out(params, ids, targets)
         if sampling.num_sequences > self._config.max_num_seqs:

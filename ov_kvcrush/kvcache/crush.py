@@ -27,7 +27,7 @@ from ov_kvcrush.kvcache.model_inputs import PrefillInputs, row_inputs, sampled_r
 from ov_kvcrush.kvcache.planning import precisions_of, tiers_of
 from ov_kvcrush.kvcache.prefix_cache import PrefixCache, least_common, serves, serves_all_of
 from ov_kvcrush.kvcache.replay import ROWS, Reader, ReplayState, hand_out_scores
-from ov_kvcrush.kvcache.room import Room
+from ov_kvcrush.kvcache.room import PrefixLimit, Room
 from ov_kvcrush.kvcache.sequence_kv import SequenceKV
 from ov_kvcrush.kvcache.snapshots import SnapshotStore
 from ov_kvcrush.kvcache.staging import Staging, commit_for_each, commit_prefill
@@ -46,7 +46,7 @@ class CrushKVCache:
     the cache has grown over its budget.
 
     heads: (H, K) of each layer. max_prefixes: cached prefixes, None = no limit. chunk: rows of one step, at most.
-    prefix_bytes: the most that cached prefixes hold; 0 = what is free. pages_prompts: whether the model has
+    prefix_limit: what cached prefixes may hold; None = what is free. pages_prompts: whether the model has
     PagedAttention, for prompts that the store has no kernel for. draft_rows: of one sequence in a step, where some are
     guessed, at most.
     """
@@ -58,7 +58,7 @@ class CrushKVCache:
         staging: Staging,
         max_prefixes: int | None,
         chunk: int,
-        prefix_bytes: int = 0,
+        prefix_limit: PrefixLimit | None = None,
         *,
         pages_prompts: bool,
         draft_rows: int = BLOCK_SIZE,
@@ -76,7 +76,7 @@ class CrushKVCache:
         self._room = Room(store, self._admission, self.prefixes)
         self._fill = partial(commit_prefill, self._room)
         self.snapshots = SnapshotStore(self._room, [num_kv_heads for _, num_kv_heads in heads], self._fill)
-        self._prefix_bytes = prefix_bytes
+        self._prefix_limit = prefix_limit
         self._heads = heads
         self._chunk = chunk
         self._draft_rows = draft_rows
@@ -191,8 +191,8 @@ class CrushKVCache:
         snapshot = self._share(sequence)
         if snapshot is not None:
             self.prefixes.put(sequence.ids[: sequence.num_cached], snapshot, sequence.request.cache_salt)
-            if self._prefix_bytes:
-                self._room.shrink(self._prefix_bytes)
+            if self._prefix_limit:
+                self._room.shrink(self._prefix_limit.max_bytes, self._prefix_limit.fewest)
 
     def clear_prefixes(self) -> None:
         """Give back the KV of ended sequences."""

@@ -12,12 +12,14 @@ from ov_kvcrush.kvcache.manager import KVCacheManager
 from ov_kvcrush.kvcache.paged import PagedKVCache
 from ov_kvcrush.kvcache.planning import recent_precision
 from ov_kvcrush.kvcache.recall import RECALL_ROWS, recall_of
+from ov_kvcrush.kvcache.room import PrefixLimit
 from ov_kvcrush.kvcache.staging import Staging
 from ov_kvcrush.model.load import LoadedModel
 from ov_kvcrush.utils.process_memory import free_memory_bytes
 
 _FREE_MEMORY_SHARE = 0.5  # of the free memory, taken by a cache without a given size
 _STAGING_SHARE = 0.25  # of the free memory, at most, taken by staging blocks without a given size
+_PREFIX_SHARE = 0.25  # of a store without a given size, taken by the KV of ended requests
 _STAGED_TOKENS = 65536  # of prompts read at the same time, where staging has no given size
 
 
@@ -55,9 +57,18 @@ def make_kv_cache_manager(
         staging = shared.staging
     heads = [(x.num_heads, x.num_kv_heads) for x in model.layers]
     return CrushKVCache(
-        store, heads, staging, max_prefixes, scheduler.max_num_batched_tokens, cache.prefix_bytes,
+        store, heads, staging, max_prefixes, scheduler.max_num_batched_tokens, _prefix_limit(scheduler, cache, store),
         pages_prompts=model.pages_prompts, draft_rows=RECALL_ROWS if recall_of(cache) else BLOCK_SIZE,
     )  # fmt: skip
+
+
+def _prefix_limit(scheduler: SchedulerConfig, cache: CacheConfig, store: native.Store) -> PrefixLimit | None:
+    """What kept prefixes may hold: of a store whose size nobody chose they fill a part only, None = all of it."""
+    if cache.prefix_bytes:
+        return PrefixLimit(cache.prefix_bytes)
+    if cache.max_bytes or scheduler.num_kv_blocks or scheduler.cache_size:
+        return None
+    return PrefixLimit(int(store.max_bytes * _PREFIX_SHARE), fewest=1)
 
 
 def _make_store(model: LoadedModel, scheduler: SchedulerConfig, cache: CacheConfig) -> native.Store:

@@ -14,6 +14,14 @@ from ov_kvcrush.kvcache.prefix_cache import PrefixCache
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class PrefixLimit:
+    """Bytes that cached prefixes may hold; `fewest` of the latest stay whatever they hold, while nobody needs them."""
+
+    max_bytes: int
+    fewest: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Room:
     """The store's bytes, what of them is promised, and the prefixes that give way."""
@@ -60,13 +68,21 @@ class Room:
             raise reasons[-1]
         return found[0]
 
-    def shrink(self, limit: int) -> None:
-        """Drop the least recently used prefixes until the others hold `limit` bytes at most, shared ones once."""
+    def shrink(self, limit: int, fewest: int = 0) -> None:
+        """Drop the least recently used prefixes until the others hold `limit` bytes at most, shared ones once.
+
+        fewest: so many of the latest stay in any case.
+        """
+        if self.store.nbytes <= limit:  # known without a look at each tile
+            return
         kept = self.prefixes.kept()
         held = len(kept)
-        self.prefixes.drop_until(
-            lambda dropped: self.store.nbytes_of_all([x.store_id for x in kept[len(dropped) : held]]) <= limit
-        )
+
+        def is_enough(dropped: list[KVSnapshot]) -> bool:
+            left = kept[len(dropped) : held]
+            return len(left) <= fewest or self.store.nbytes_of_all([x.store_id for x in left]) <= limit
+
+        self.prefixes.drop_until(is_enough)
 
     def freed_by(self, kept: list[KVSnapshot]) -> int:
         """Bytes that would be free without these."""

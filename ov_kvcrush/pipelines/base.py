@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import openvino_genai as ov_genai
 
-from ov_kvcrush.config import CacheConfig, check_engine
+from ov_kvcrush.config import CacheConfig, SchedulerConfig, check_engine
 from ov_kvcrush.contexts.context import Context, Progress
 from ov_kvcrush.core.cache_params import CacheParams, Span
 from ov_kvcrush.core.outputs import GenerationOutput, KeptTokens, PipelineMetrics, StepSeconds
@@ -55,6 +55,8 @@ def visiting(method: Method) -> Method:
 class PipelineBase:
     """A loaded model, its tokenizer, and an engine that runs requests on it."""
 
+    _default_scheduler_config = SchedulerConfig()
+
     def __init__(
         self,
         models_path: str | Path | None,
@@ -70,6 +72,8 @@ class PipelineBase:
         self._engine_name = check_engine(engine, device)
         properties, scheduler_config = model_properties(properties, scheduler_config, self._engine_name)
         properties, prompt_lookup, draft = lookahead_of(properties, self._engine_name)
+        if scheduler_config is None and self._engine_name == "crush":
+            scheduler_config = self._default_scheduler_config
         if self._engine_name == "crush":
             cache_config = with_stock_eviction(scheduler_config, cache_config)
         folder = Path(models_path) if models_path is not None else default_model_path()

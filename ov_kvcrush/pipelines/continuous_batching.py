@@ -172,7 +172,8 @@ class ContinuousBatchingPipeline(PipelineBase):
 
         One config holds for all, or a list has one for each. A streamer is for a single prompt and a single sequence.
         policy, protect, priority, timeout_s, logit_bias: as for `add_request`, for all prompts.
-        Returns texts for texts and histories, ids for tensors. Raises RequestError; then none of the prompts is run.
+        Returns texts for texts and histories, ids for tensors. One that the cache has no more room for ends with what
+        there is, as in openvino_genai: its status is IGNORED. Raises RequestError; then none of the prompts is run.
         """
         prompts = only_one(prompts=prompts, prompt=prompt, input_ids=input_ids, histories=histories)
         single = isinstance(prompts, (str, ov_genai.ChatHistory)) or not isinstance(prompts, (list, tuple))
@@ -191,7 +192,7 @@ class ContinuousBatchingPipeline(PipelineBase):
         rows = [ids for ids, _ in prompts_of]
         caches = [self._resolve(own, ids) for ids, own in prompts_of]
         asked = RequestOptions(priority, timeout_s, logit_bias or {})
-        handles = self._loop.run(rows, configs, streamer, metrics, caches, asked)
+        handles = self._loop.run(rows, configs, streamer, metrics, caches, asked, may_be_cut=True)
         results = [self._result(i, handle, rows[i], configs[i], metrics, as_text) for i, handle in enumerate(handles)]
         if turn is not None and handles[0].get_status() != CANCEL:
             turn.append({"role": "assistant", "content": results[0].m_generation_ids[0]})

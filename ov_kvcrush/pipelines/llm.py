@@ -11,6 +11,7 @@ import numpy as np
 import openvino as ov
 import openvino_genai as ov_genai
 
+from ov_kvcrush.config import SchedulerConfig
 from ov_kvcrush.contexts.context import Context, require_context
 from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.core.outputs import DecodedResults, EncodedResults
@@ -47,9 +48,12 @@ class LLMPipeline(PipelineBase):
     draft_model: what `draft_model(path)` of this package gives: a model of the same vocabulary that guesses instead.
     engine: "crush" (default on CPU) or "genai" (default elsewhere).
     cache_config: CacheConfig, or a dict with its fields: precisions and memory of keys and values.
-    scheduler_config: SchedulerConfig of this package or of openvino_genai, or a dict with its fields.
+    scheduler_config: SchedulerConfig of this package or of openvino_genai, or a dict with its fields. None = ours with
+        enable_prefix_caching=True.
     Raises ModelError or CrushError before anything heavy starts if an argument cannot be used.
     """
+
+    _default_scheduler_config = SchedulerConfig(enable_prefix_caching=True)
 
     def __init__(
         self,
@@ -125,7 +129,7 @@ class LLMPipeline(PipelineBase):
             self._history.append({"role": "system", "content": system_message})
 
     def finish_chat(self) -> None:
-        """Forget the conversation and give its KV back."""
+        """Forget the conversation; give back its KV, and what is kept of other prompts."""
         self._history = None
         self._chat_known = NEW_CHAT
         self._chat_start = self._chat_context = None

@@ -76,9 +76,12 @@ class RequestLoop:
         metrics: PerfMetrics,
         params: Sequence[CacheParams],
         options: RequestOptions = DEFAULT_REQUEST_OPTIONS,
+        *,
+        may_be_cut: bool = False,
     ) -> list[Handle]:
         """Run prompts to their end together. Fills `metrics`. If anything is raised, none of them is left running.
 
+        may_be_cut: what ends for lack of memory is an answer too, whose status is IGNORED.
         Raises what kept a request from its whole answer: OutOfMemory, RequestTimeout, or what broke.
         """
         start = time.perf_counter()
@@ -96,7 +99,8 @@ class RequestLoop:
                 pump(handles[0], sink)
             for handle in handles:
                 handle.wait()
-                handle.raise_error()
+                if not (may_be_cut and isinstance(handle.error, OutOfMemory)):
+                    handle.raise_error()
         for handle, none in zip(handles, is_echo, strict=True):
             if none:
                 handle.cut(0)

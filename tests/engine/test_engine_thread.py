@@ -194,7 +194,7 @@ def test_a_dropped_handle_ends_its_request(pipe: ContinuousBatchingPipeline) -> 
     assert len(kept.outputs()[0].generated_ids) == 40
 
 
-def test_a_full_cache_is_an_error_and_not_a_short_answer(folder: Path) -> None:
+def test_a_full_cache_is_told_and_not_a_short_answer(folder: Path) -> None:
     tight = make(folder, {"max_bytes": 1 << 19})
     store: Any = tight._backend.cache.store  # type: ignore[attr-defined]
     room = tight._backend.cache.capacity_tokens(None)  # type: ignore[attr-defined]
@@ -205,8 +205,10 @@ def test_a_full_cache_is_an_error_and_not_a_short_answer(folder: Path) -> None:
         with pytest.raises(OutOfMemory, match=r"got 200 tokens with \d+ of \d+ bytes in use; raise max_bytes or close"):
             handle.raise_error()
         for question in (ids(200), ids(8)):
-            with pytest.raises(OutOfMemory, match="prompt and answer must fit into the KV store beside what is there"):
-                tight.generate([question], greedy(150))
+            result = tight.generate([question], greedy(150))[0]
+            assert result.m_status == GenerationStatus.IGNORED
+            assert len(result.m_generation_ids[0]) < 150
+        assert tight.get_metrics().max_cache_usage == 100
         assert context.is_open
     assert len(tight.generate([ids(200)], greedy(8))[0].m_generation_ids[0]) == 8
     assert store.nbytes == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import openvino as ov
 import pytest
 from eviction_runs import F32
 
-from ov_kvcrush import Context, ContinuousBatchingPipeline, LLMPipeline, OutOfMemory, SchedulerConfig
+from ov_kvcrush import CacheConfig, Context, ContinuousBatchingPipeline, LLMPipeline, OutOfMemory, SchedulerConfig
 from ov_kvcrush.core.eviction import EvictionState
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.kvcache.block_pool import BlockPool
+from ov_kvcrush.kvcache.factory import make_kv_cache_manager
 from ov_kvcrush.kvcache.prefix_cache import PrefixCache
-from ov_kvcrush.kvcache.room import Room
+from ov_kvcrush.kvcache.room import PrefixLimit, Room
+from ov_kvcrush.model.load import load_model
 
 TEXT = "In the harbour of Anstruther lie nine boats. " * 6
 
@@ -82,6 +85,30 @@ def test_shared_bytes_count_once() -> None:
     assert len(room.prefixes) == 8
     room.shrink(12)
     assert len(room.prefixes) == 2
+
+
+def test_the_latest_stay_whatever_they_hold() -> None:
+    _, _, room = room_of(100, [{1}, {2}, set(range(10, 40))])
+    room.shrink(5, fewest=1)
+    assert [kept.store_id for kept in room.prefixes.kept()] == [2]
+    room.shrink(5)
+    assert not len(room.prefixes)
+
+
+def test_only_a_store_of_a_given_size_is_filled_with_prefixes(tiny_ir: Callable[[str], Path]) -> None:
+    """Elsewhere they hold a quarter of it, and the latest stays, for a chat's next turn."""
+    config = CacheConfig(key_precision="f32", value_precision="f32", attention="crush")
+    model = load_model(tiny_ir("llama"), "CPU", F32, "crush")
+    for scheduler, cache, expected in (
+        (SchedulerConfig(cache_size=1), config, None),
+        (SchedulerConfig(num_kv_blocks=8), config, None),
+        (SchedulerConfig(), replace(config, max_bytes=1 << 20), None),
+        (SchedulerConfig(cache_size=1), replace(config, prefix_bytes=7), PrefixLimit(7)),
+    ):
+        manager: Any = make_kv_cache_manager(model, scheduler, cache)
+        assert manager._prefix_limit == expected
+    manager = make_kv_cache_manager(model, SchedulerConfig(), config)
+    assert manager._prefix_limit == PrefixLimit(int(manager.store.max_bytes * 0.25), fewest=1)
 
 
 def test_blocks_are_freed_by_their_last_owners() -> None:

@@ -343,11 +343,17 @@ def test_a_failed_or_cancelled_turn_leaves_the_chat_as_it_was(shallow: Path) -> 
 
 
 def test_prefix_caching_reuses_prompts_exactly(shallow: Path) -> None:
-    pipe = LLMPipeline(shallow, scheduler_config=SchedulerConfig(enable_prefix_caching=True), **F32)
+    """It is on where nobody gives a scheduler config, as in openvino_genai."""
+    pipe = LLMPipeline(shallow, **F32)
     first = pipe.generate([QUESTION], max_new_tokens=16)
     again = pipe.generate([QUESTION], max_new_tokens=16)
     assert again.texts == first.texts
     assert again.perf_metrics.num_reused_tokens == first.perf_metrics.get_num_input_tokens() - 1
+    off = LLMPipeline(shallow, scheduler_config=SchedulerConfig(), **F32)
+    for _ in range(2):
+        fresh = off.generate([QUESTION], max_new_tokens=16)
+        assert (fresh.texts, fresh.perf_metrics.num_reused_tokens) == (first.texts, 0)
+    assert off.get_metrics().kv_cache_size_in_bytes == 0
 
 
 # -- nothing left ----------------------------------------------------------------------------------------------------

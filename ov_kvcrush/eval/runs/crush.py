@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ov_kvcrush.config import CacheConfig
+from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.contexts.context import Context
 from ov_kvcrush.core.sampling_params import model_end_tokens
 from ov_kvcrush.core.staged_prompt import StagedPrompt
@@ -83,7 +83,9 @@ class CrushRuns:
         compares: bool = True,
     ) -> None:
         first, *others = caches
-        self._reader = LLMPipeline(model, "CPU", dict(properties), cache_config=caches[first])
+        # Nothing is kept for later prompts: what a setting costs does not depend on what came before.
+        alone = SchedulerConfig(enable_prefix_caching=False)
+        self._reader = LLMPipeline(model, "CPU", dict(properties), cache_config=caches[first], scheduler_config=alone)
         self._pipelines = {first: self._reader, **{name: self._reader.with_cache(caches[name]) for name in others}}
         self._rows = ContextRows(self._reader)
         config = self._reader.get_generation_config()
