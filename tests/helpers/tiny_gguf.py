@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from tiny_models import CHAT_TEMPLATE, VOCAB_SIZE, tiny_tokenizer
 
+from ov_kvcrush.model.gguf.requantize import TARGETS, requantized_rows
+
 FILE_TYPES = {
     "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17,
     "IQ4_NL": 25, "IQ3_S": 26, "IQ4_XS": 30,
@@ -27,6 +29,8 @@ MERGED = "th"  # openvino_genai wants at least one merge; its token is the first
 
 def tiny_gguf(path: Path, hf_folder: Path, weight_type: str = "F16", **metadata: Any) -> Any:
     """Write the model of `hf_folder` (llama, qwen2 or qwen3) as a GGUF and return it with the weights of the file.
+
+    Where the type is requantised before it is converted, with the weights that it becomes.
 
     weight_type: one of FILE_TYPES, for all matrices; vectors are float32. metadata: extra keys, or None to leave a
     usual key out (dots are written as double underscores).
@@ -64,12 +68,20 @@ def tiny_gguf(path: Path, hf_folder: Path, weight_type: str = "F16", **metadata:
                 stored = _quantize(values, kind)
             writer.add_tensor(target, stored, raw_dtype=kind)
             # Blocks lie within rows, so that quantising and reordering rows commute.
-            weight.copy_(torch.from_numpy(gguf.dequantize(_quantize(values, kind), kind).copy()))
+            weight.copy_(torch.from_numpy(_meant(_quantize(values, kind), weight_type).copy()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return model
+
+
+def _meant(rows: np.ndarray, weight_type: str) -> np.ndarray:
+    import gguf
+
+    if weight_type in TARGETS:
+        rows, weight_type = requantized_rows(weight_type, rows), TARGETS[weight_type]
+    return np.asarray(gguf.dequantize(rows, gguf.GGMLQuantizationType[weight_type]))
 
 
 def _write_shape(writer: Any, config: Any, file_type: int) -> None:

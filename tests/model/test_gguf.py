@@ -232,7 +232,8 @@ def test_info_from_metadata(q8_gguf: Path) -> None:
 
 
 # Q4_1 and Q4_K get float16 zero points (whole ones would differ by 7), F16 weights are multiplied in less than float32,
-# Q5_1, Q5_K and Q2_K are rounded to 8 bits, Q3_K goes by way of Q6_K (0.07 seen).
+# Types that are requantised are compared with what they become (test_gguf_requantize.py has what that loses); the
+# converter's products of Q6_K's scales are float16.
 @pytest.mark.parametrize(
     ("kind", "weight_type", "tolerance"),
     [
@@ -244,15 +245,15 @@ def test_info_from_metadata(q8_gguf: Path) -> None:
         ("qwen3", "Q4_0", 1e-3),
         ("llama", "Q4_K", 1.0),
         ("llama", "Q3_K", 0.5),
-        ("llama", "Q5_K", 0.5),
+        ("llama", "Q5_K", 1e-3),
         *(
             pytest.param("llama", weight_type, tolerance, marks=pytest.mark.exhaustive)
             for weight_type, tolerance in (
                 ("Q5_0", 1e-3),
-                ("Q5_1", 0.5),
-                ("Q2_K", 0.5),
-                ("IQ4_NL", 1e-2),
-                ("IQ4_XS", 1e-2),
+                ("Q5_1", 1e-3),
+                ("Q2_K", 1e-3),
+                ("IQ4_NL", 1e-3),
+                ("IQ4_XS", 1e-3),
             )
         ),
     ],
