@@ -48,8 +48,8 @@ struct TileLayout {
 };
 
 // Throws std::invalid_argument for a head size or group size out of the rules above.
-// Values u2 are rotated in the largest blocks of a power of two that divide D, unless `rotated` is false: so they were in
-// files of old.
+// Values u2 are rotated in blocks of the largest power of two that divides D, unless `rotated` is false: so they were
+// in files of old.
 TileLayout make_layout(Codec key, Codec value, int head_size, int group_size, bool listed, bool with_mean = false,
                        bool rotated = true);
 

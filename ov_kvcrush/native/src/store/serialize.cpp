@@ -28,7 +28,9 @@ static_assert(sizeof(RecordHeader) == 8);
 // place. ROTATED: its values are, as all of u2 are that were not written before there was this flag.
 enum Kind : uint8_t { LISTED = 1, ROTATED = 2, ALL_KINDS = 3 };
 
-uint8_t kind_of(const TileLayout& l) { return static_cast<uint8_t>((l.listed ? LISTED : 0) | (l.rotation ? ROTATED : 0)); }
+uint8_t kind_of(const TileLayout& l) {
+    return static_cast<uint8_t>((l.listed ? LISTED : 0) | (l.rotation ? ROTATED : 0));
+}
 
 bool can_hold(uint8_t kind, const int32_t* positions, int count) {
     return kind & LISTED || !must_list(positions, count);
@@ -248,7 +250,8 @@ void Store::read_records(size_t h, const DumpedHead& row, const uint8_t* tiles, 
         const int most = codecs.value == Codec::u2 ? ALL_KINDS : LISTED;
         require(head.kind <= most, "kind of a tile must be in 0.." + std::to_string(most), head.kind);
         const bool listed = head.kind & LISTED, plain = codecs.value == Codec::u2 && !(head.kind & ROTATED);
-        record.layout = plain ? &layouts_[layer_of_[h]].plain_u2[static_cast<size_t>(codecs.key)][listed] : &layout_for(h, codecs, listed);
+        record.layout = plain ? &layouts_[layer_of_[h]].plain_u2[static_cast<size_t>(codecs.key)][listed]
+                              : &layout_for(h, codecs, listed);
         record.count = static_cast<int>(std::min<int64_t>(TILE, row.num_tokens - begin));
         take_positions(head, from, row.next_position, record.count, record.positions);
         require(can_hold(head.kind, record.positions, record.count), "kind of a tile must be one for its positions",
