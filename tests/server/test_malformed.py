@@ -1,4 +1,4 @@
-"""Bodies that mean nothing: each is refused in OpenAI's shape, and whatever is sent, nothing is the server's failure."""
+"""Bodies that mean nothing: each is refused in OpenAI's shape; whatever is sent is no failure of the server."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ LIMITS = {"/v1/responses": "max_output_tokens"}  # the others' is max_tokens
 FIELDS = (
     "messages", "prompt", "input", "text", "model", "n", "temperature", "top_p", "top_k", "min_p", "seed", "stop",
     "presence_penalty", "frequency_penalty", "repetition_penalty", "max_tokens", "max_completion_tokens",
-    "max_output_tokens", "min_tokens", "ignore_eos", "logit_bias", "stream", "stream_options", "response_format", "user",
-    "metadata", "context", "protect", "logprobs", "top_logprobs", "tools", "tool_choice", "echo", "best_of", "name",
-    "policy", "budget", "kept", "instructions", "store", "suffix", "parallel_tool_calls",
+    "max_output_tokens", "min_tokens", "ignore_eos", "logit_bias", "stream", "stream_options", "response_format",
+    "user", "metadata", "context", "protect", "logprobs", "top_logprobs", "tools", "tool_choice", "echo", "best_of",
+    "name", "policy", "budget", "kept", "instructions", "store", "suffix", "parallel_tool_calls",
 )  # fmt: skip
 # Of these no field takes any value, wherever it stands.
 WRONG: dict[str, list[Any]] = {
