@@ -134,6 +134,10 @@ class _Exchange:
             raise ApiError(403, "Origin must be this machine's for a server without keys, got another")
 
     @property
+    def _announces_body(self) -> bool:
+        return "transfer-encoding" in self._headers or self._headers.get("content-length", "0") != "0"
+
+    @property
     def _limit(self) -> int:
         kind = self._headers.get("content-type", "").partition(";")[0].strip().lower()
         is_file = kind == UPLOAD and self._scope["path"] == "/v1/contexts"
@@ -169,7 +173,7 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self._status = message["status"]
             headers = [*message.get("headers", ()), (b"x-request-id", self._id.encode())]
-            if self._drain.is_draining or (self._status >= 400 and not self._has_body):
+            if self._drain.is_draining or (self._announces_body and not self._has_body):
                 headers.append((b"connection", b"close"))
             message = {**message, "headers": headers}
         elif message["type"] == "http.response.body":

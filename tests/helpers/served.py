@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,11 @@ class Served:
     def port(self) -> int:
         return int(self.url.rsplit(":", 1)[1])
 
+    @property
+    def model(self) -> str:
+        """Its name in the API."""
+        return self.state.name
+
 
 @contextmanager
 def served(settings: ServerSettings, pipeline: ContinuousBatchingPipeline | None = None) -> Iterator[Served]:
@@ -47,6 +52,14 @@ def served(settings: ServerSettings, pipeline: ContinuousBatchingPipeline | None
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive()
+
+
+def until(is_so: Callable[[], bool], seconds: float = 120) -> None:
+    """Wait for what a server does by itself. Raises AssertionError where it does not come."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "the server did not come to it"
+        time.sleep(0.02)
 
 
 def metric(state: ServerState, name: str, **labels: str) -> float:

@@ -49,11 +49,11 @@ def shared_options(args: argparse.Namespace) -> list[str]:
 
 
 @contextmanager
-def server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    """`ov_kvcrush-serve`, ready: its address and process id. Raises RuntimeError if it does not come up."""
+def server(args: argparse.Namespace, *more: str) -> Iterator[tuple[str, int]]:
+    """`ov_kvcrush-serve`, ready: its address and process id. more: arguments. Raises RuntimeError where it is not."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     start = [sys.executable, "-m", "ov_kvcrush.server.main", *([args.model] if args.model else []), "--port", str(port)]
-    process = subprocess.Popen([*start, *shared_options(args)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*start, *shared_options(args), *more], stderr=subprocess.DEVNULL)
     try:
         end = time.monotonic() + 300
         while not _is_ready(url):

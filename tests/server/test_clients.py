@@ -8,17 +8,13 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from live_server import LiveServer, live_server
+from served import Served
 
-from ov_kvcrush import CacheConfig, ContinuousBatchingPipeline
-from ov_kvcrush.server.settings import ServerSettings
-
-KEY = "a-key-of-the-clients"
+KEY = "key-of-alice"
 TEXT = (Path(__file__).parents[2] / "docs" / "clients.md").read_text()
 HEADINGS = re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:]
 BLOCKS = [
@@ -26,13 +22,6 @@ BLOCKS = [
     for heading in HEADINGS
     for number, (language, block) in enumerate(re.findall(r"^```(\w+)\n(.*?)^```", heading, re.MULTILINE | re.DOTALL))
 ]
-
-
-@pytest.fixture(scope="module")
-def server(smollm2: Path) -> Iterator[LiveServer]:
-    pipe = ContinuousBatchingPipeline(smollm2, cache_config=CacheConfig(max_bytes=128 << 20))
-    with live_server(pipe, ServerSettings(api_keys=(KEY,))) as server:
-        yield server
 
 
 def run(language: str, block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -57,7 +46,7 @@ def test_every_client_has_a_block() -> None:
 
 @pytest.mark.parametrize(("language", "block"), BLOCKS)
 def test_a_block_of_the_docs_runs_and_answers(
-    language: str, block: str, server: LiveServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    language: str, block: str, server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "http://127.0.0.1:8000/v1" in block
     there = block.replace("http://127.0.0.1:8000/v1", f"{server.url}/v1").replace("KEY", KEY)
@@ -69,7 +58,7 @@ def test_a_block_of_the_docs_runs_and_answers(
     assert contexts_of(server) == before  # it deletes what it makes
 
 
-def contexts_of(server: LiveServer) -> list[str]:
+def contexts_of(server: Served) -> list[str]:
     found = httpx.get(f"{server.url}/v1/contexts", headers={"Authorization": f"Bearer {KEY}"})
     return [context["id"] for context in found.json()["data"]]
 

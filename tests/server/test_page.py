@@ -11,12 +11,12 @@ from typing import Any
 import httpx
 import pytest
 from browser import Driver, chromium, drop_file, prefer, requests_of, resize, until
-from live_server import LiveServer, live_server
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from served import Served, served
 
-from ov_kvcrush import CacheConfig, ContinuousBatchingPipeline, SchedulerConfig
+from ov_kvcrush import ContinuousBatchingPipeline
 from ov_kvcrush.server.routes.page import PAGE
 from ov_kvcrush.server.settings import ServerSettings
 
@@ -29,15 +29,8 @@ DOCUMENT = " ".join(
 
 
 @pytest.fixture(scope="module")
-def pipe(smollm2: Path) -> ContinuousBatchingPipeline:
-    return ContinuousBatchingPipeline(
-        smollm2, SchedulerConfig(enable_prefix_caching=True), cache_config=CacheConfig(max_bytes=256 << 20)
-    )
-
-
-@pytest.fixture(scope="module")
-def server(pipe: ContinuousBatchingPipeline) -> Iterator[LiveServer]:
-    with live_server(pipe, ServerSettings()) as server:
+def server(pipeline: ContinuousBatchingPipeline) -> Iterator[Served]:
+    with served(ServerSettings(port=0), pipeline) as server:
         yield server
 
 
@@ -48,7 +41,7 @@ def browser() -> Iterator[Driver]:
 
 
 @pytest.fixture
-def page(browser: Driver, server: LiveServer) -> Iterator[Driver]:
+def page(browser: Driver, server: Served) -> Iterator[Driver]:
     """The page as it is opened; whatever was asked for meanwhile was this server's, and no script failed."""
     resize(browser, 1280, 800, mobile=False)
     prefer(browser, "light")
@@ -62,7 +55,7 @@ def page(browser: Driver, server: LiveServer) -> Iterator[Driver]:
     assert not failed
 
 
-def open_page(browser: Driver, server: LiveServer) -> None:
+def open_page(browser: Driver, server: Served) -> None:
     requests_of(browser)
     browser.get("about:blank")
     requests_of(browser)
@@ -95,7 +88,7 @@ def number(figure: str) -> int:
     return int(figure.replace(",", ""))
 
 
-def metric(server: LiveServer, name: str) -> float:
+def metric(server: Served, name: str) -> float:
     found = re.search(rf"^ov_kvcrush_{name} (\S+)$", httpx.get(f"{server.url}/metrics").text, re.MULTILINE)
     assert found, name
     return float(found[1])
@@ -131,7 +124,7 @@ def test_a_later_question_knows_the_earlier_ones(page: Driver) -> None:
     assert not page.find_elements(By.CLASS_NAME, "turn")
 
 
-def test_stop_ends_the_request_on_the_server_too(page: Driver, server: LiveServer) -> None:
+def test_stop_ends_the_request_on_the_server_too(page: Driver, server: Served) -> None:
     ask(page, "Tell me a very long story about the sea.", 4000)
     until(page, lambda b: b.find_element(By.CSS_SELECTOR, ".assistant p").text)
     assert not at(page, "send").is_displayed()
@@ -144,7 +137,7 @@ def test_stop_ends_the_request_on_the_server_too(page: Driver, server: LiveServe
     assert "Paris" in answer(page).text
 
 
-def test_a_dropped_document_is_asked_and_shows_what_is_kept(page: Driver, server: LiveServer) -> None:
+def test_a_dropped_document_is_asked_and_shows_what_is_kept(page: Driver, server: Served) -> None:
     drop_file(page, "#log", "pumps.txt", DOCUMENT)
     until(page, lambda b: at(b, "held").is_displayed())
     held = costs(at(page, "held"))
@@ -334,7 +327,7 @@ def test_the_browser_keeps_the_page_from_asking_anybody_else(page: Driver) -> No
     page.refresh()
 
 
-def test_files_come_with_their_policy_and_nothing_else_is_served(server: LiveServer) -> None:
+def test_files_come_with_their_policy_and_nothing_else_is_served(server: Served) -> None:
     paths = ["/", *(f"/page/{path.name}" for path in PAGE.iterdir())]
     for path in paths:
         got = httpx.get(server.url + path)
@@ -348,8 +341,8 @@ def test_files_come_with_their_policy_and_nothing_else_is_served(server: LiveSer
         assert httpx.get(server.url + path).status_code == 404
 
 
-def test_the_key_stays_in_its_tab(browser: Driver, pipe: ContinuousBatchingPipeline) -> None:
-    with live_server(pipe, ServerSettings(api_keys=(KEY,))) as server:
+def test_the_key_stays_in_its_tab(browser: Driver, pipeline: ContinuousBatchingPipeline) -> None:
+    with served(ServerSettings(port=0, api_keys=(KEY,)), pipeline) as server:
         resize(browser, 1280, 800, mobile=False)
         open_page(browser, server)
         until(browser, lambda b: at(b, "problem").is_displayed())

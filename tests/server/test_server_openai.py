@@ -10,9 +10,11 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from served import Served, metric
+from served import Served, metric, until
 
-MODEL = "smol"
+from ov_kvcrush.model.default import DEFAULT_MODEL_NAME
+
+MODEL = DEFAULT_MODEL_NAME
 ASKED: list[Any] = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 12}
 WEATHER: dict[str, Any] = {
@@ -201,18 +203,8 @@ def test_what_is_wrong_is_refused_by_its_field(
     assert caught.value.request_id
 
 
-def test_a_wrong_key_is_refused(server: Served) -> None:
-    for key in ("key-of-alic", "nobody"):
-        with (
-            openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as client,
-            pytest.raises(openai.AuthenticationError),
-        ):
-            client.models.list()
-
-
 def test_a_full_queue_is_told(alice: openai.OpenAI, server: Served) -> None:
-    before = server.state.pipeline.get_metrics().requests
-    assert before == 0
+    until(lambda: server.state.pipeline.get_metrics().requests == 0)
     prompts = [f"Number {i}:" for i in range(128)]
     server.state.pipeline._backend._config = replace(config := server.state.pipeline._backend._config, max_waiting=1)  # type: ignore[attr-defined]
     try:
