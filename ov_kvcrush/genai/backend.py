@@ -29,6 +29,7 @@ from ov_kvcrush.errors import (
 )
 from ov_kvcrush.genai.eviction import scheduler_fields, translate
 from ov_kvcrush.genai.request import GenaiHandle, GenaiRequest
+from ov_kvcrush.model.adapters import NO_ADAPTERS, AdapterParams
 from ov_kvcrush.model.hf_config import pick
 from ov_kvcrush.model.info import read_json_object
 from ov_kvcrush.model.load import check_device
@@ -234,6 +235,10 @@ class GenaiBackend:
     def load_snapshot(self, arrays: SnapshotArrays, policy: Policy | None, base: int, base_kept: int) -> KVSnapshot:
         """Contexts live in the store."""
         raise ContextFileError("context must be loaded with engine='crush', got 'genai'")
+
+    def adapters_of(self, key: str) -> AdapterParams:
+        """None are known: no context is read here."""
+        return NO_ADAPTERS
 
     def storage(self) -> dict[str, str]:
         """Not told."""
