@@ -42,14 +42,13 @@ class Adapter(ov_genai.Adapter):  # type: ignore[misc]
     """
 
     def __init__(self, source: str | os.PathLike[str] | ov.Tensor) -> None:
-        is_tensor = isinstance(source, ov.Tensor)
-        self._path = None if is_tensor else Path(source)
+        self._path = None if isinstance(source, ov.Tensor) else Path(source)
         self.name = "a tensor" if self._path is None else str(self._path)
-        data = np.asarray(source.data).tobytes() if is_tensor else _content(Path(source))
+        data = _content(self._path) if self._path else np.asarray(source.data).tobytes()  # type: ignore[union-attr]
         self.digest = hashlib.sha256(data).hexdigest()[:16]
         self.layers, self.base_shapes = _layers(data, self.name)
         try:
-            super().__init__(source if is_tensor else str(source))
+            super().__init__(str(self._path) if self._path else source)
         except RuntimeError as error:
             raise CrushError(
                 f"adapter {self.name!r} must be one that openvino_genai reads: {reason_of(error)}"
@@ -90,21 +89,24 @@ class AdapterConfig(ov_genai.AdapterConfig):  # type: ignore[misc]
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         self._objects: list[Adapter] = []
-        self._remember(*args, *named.values())
+        self._keep(*args, *named.values())
 
-    def _remember(self, *values: Any) -> None:
-        for value in values:
-            if isinstance(value, (list, tuple)):
-                self._remember(*value)
-            elif isinstance(value, Adapter) and not any(value is known for known in self._objects):
-                self._objects.append(value)
+    def _keep(self, *values: Any) -> None:
+        self._remember(values)
         if len(self.get_adapters()) != len(super().get_adapters()):
             raise CrushError("adapters must be of ov_kvcrush.Adapter, got one that does not tell what it holds")
+
+    def _remember(self, values: Any) -> None:
+        for value in values:
+            if isinstance(value, (list, tuple)):
+                self._remember(value)
+            elif isinstance(value, Adapter) and not any(value is known for known in self._objects):
+                self._objects.append(value)
 
     def add(self, adapter: Any, *alpha: Any, **named: Any) -> AdapterConfig:
         """One more adapter."""
         super().add(adapter, *alpha, **named)
-        self._remember(adapter, *named.values())
+        self._keep(adapter, *named.values())
         return self
 
     def remove(self, adapter: Any) -> AdapterConfig:
@@ -120,7 +122,7 @@ class AdapterConfig(ov_genai.AdapterConfig):  # type: ignore[misc]
     def set_adapters_and_alphas(self, adapters: Any) -> None:
         """These and no others."""
         super().set_adapters_and_alphas(adapters)
-        self._remember(adapters)
+        self._keep(adapters)
 
     def get_adapters(self) -> list[Adapter]:
         """Those that were given, in the order in which they were first."""
@@ -158,7 +160,7 @@ class ModelAdapters:
 
     @classmethod
     def of(cls, config: ov_genai.AdapterConfig | None) -> ModelAdapters:
-        """Those of the config that a pipeline is made with. Raises CrushError for some that do not tell what they hold."""
+        """Those of a pipeline's config. Raises CrushError for some that do not tell what they hold."""
         check_own(config)
         if not config:
             return cls()
@@ -239,7 +241,7 @@ def _content(path: Path) -> bytes:
 def _layers(data: bytes, name: str) -> tuple[dict[str, LowRank], dict[str, tuple[int, ...]]]:
     """The matrices of each module, and the shapes of base weights, which PEFT repeats beside those of an LM head."""
     try:
-        tensors: dict[str, Any] = dict(safetensors.deserialize(data))
+        tensors: dict[str, Any] = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise CrushError(f"adapter {name!r} must be a safetensors file, got: {error}") from None
     matrices: dict[str, dict[str, np.ndarray]] = {}
