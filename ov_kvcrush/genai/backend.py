@@ -159,6 +159,8 @@ class GenaiBackend:
         if outside:
             rule = f"in 0..{self.vocab_size - 1}" if self.vocab_size else "at least 0"
             raise RequestError(f"token ids must be {rule}, got {outside[0]}")
+        if config.adapters:
+            raise RequestError("adapters must be empty with engine='genai', got some; engine='crush' has them")
         ends = checked_end_tokens(config, self._defaults, self.vocab_size)
         if ends:  # with ignore_eos it would ignore all of them, and without an end token take the model's
             config.ignore_eos = False

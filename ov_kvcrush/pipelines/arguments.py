@@ -67,9 +67,15 @@ def model_properties(properties: dict[str, Any], scheduler_config: Any) -> tuple
 
 
 def adapters_of(properties: dict[str, Any], engine: str) -> tuple[dict[str, Any], ModelAdapters]:
-    """The properties without `adapters`, and these; openvino_genai has its own. Raises CrushError."""
+    """The properties without `adapters`, and these. Raises CrushError, for any at all with engine="genai"."""
     rest = dict(properties)
-    return rest, ModelAdapters() if engine == "genai" else ModelAdapters.of(rest.pop("adapters", None))
+    config = rest.pop("adapters", None)
+    if engine == "genai" and config:
+        raise CrushError(
+            "adapters must be empty with engine='genai', got some: openvino_genai does not heed them in requests that "
+            "are added one by one, as here"
+        )
+    return rest, ModelAdapters.of(config)
 
 
 def lookahead_of(properties: dict[str, Any], engine: str) -> tuple[dict[str, Any], bool, DraftSource | None]:

@@ -208,6 +208,16 @@ def test_what_a_request_may_not_ask_is_refused_by_name(
         ours.AdapterConfig([adapters["a"], stock.Adapter(str(files["a"]))])
 
 
+def test_the_other_engine_refuses_them(adapters: dict[str, ours.Adapter], tiny_ir: Callable[[str], Path]) -> None:
+    """openvino_genai takes them, and does not heed them in requests that are added."""
+    config = ours.AdapterConfig(adapters["a"])
+    with pytest.raises(ours.CrushError, match="adapters must be empty with engine='genai'"):
+        ours.LLMPipeline(tiny_ir("llama"), "CPU", engine="genai", adapters=config)
+    other = ours.LLMPipeline(tiny_ir("llama"), "CPU", engine="genai", adapters=ours.AdapterConfig(), **EXACT)
+    with pytest.raises(ours.RequestError, match="adapters must be empty with engine='genai'"):
+        other.generate(ov.Tensor(IDS[None]), adapters=config)
+
+
 def test_a_config_follows_its_changes(adapters: dict[str, ours.Adapter]) -> None:
     a, b = adapters.values()
     config = ours.AdapterConfig(a)
