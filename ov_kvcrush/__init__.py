@@ -4,8 +4,6 @@ The objects that openvino_genai hands out are used as they are and exported here
 """
 
 from openvino_genai import (
-    Adapter,
-    AdapterConfig,
     AggregationMode,
     CacheEvictionConfig,
     ChatHistory,
@@ -62,6 +60,7 @@ from ov_kvcrush.errors import (
     RequestError,
     RequestTimeout,
 )
+from ov_kvcrush.model.adapters import Adapter, AdapterConfig
 from ov_kvcrush.pipelines.continuous_batching import ContinuousBatchingPipeline
 from ov_kvcrush.pipelines.draft import draft_model
 from ov_kvcrush.pipelines.llm import LLMPipeline

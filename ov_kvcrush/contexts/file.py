@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from ov_kvcrush.core.snapshot import FrozenPerHead
 from ov_kvcrush.errors import ContextFileError, did_you_mean
-from ov_kvcrush.model.fingerprints import FINGERPRINT_FIELDS, NOT_SHARED, token_ids_fingerprint
+from ov_kvcrush.model.fingerprints import FINGERPRINT_FIELDS, NO_ADAPTER, NOT_SHARED, token_ids_fingerprint
 from ov_kvcrush.utils.atomic import atomic_write
 
 _FORMAT = "ov_kvcrush.context"
@@ -285,7 +285,7 @@ def _record(header: bytes, data: Array) -> ContextRecord:
     arrays = _views(places, data)
     kept = json.loads(texts["kept"])
     sizes = json.loads(texts["heads_per_layer"])
-    fingerprint = {"shared_layers": NOT_SHARED, **json.loads(texts["fingerprint"])}
+    fingerprint = {"shared_layers": NOT_SHARED, "adapters": NO_ADAPTER, **json.loads(texts["fingerprint"])}
     numbers = [kept["num_evicted"], kept["num_choices"], *(sizes or ())]
     check_types(numbers, int)
     check_types(fingerprint.values(), str)

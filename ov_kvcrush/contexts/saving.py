@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import openvino_genai as ov_genai
 from ov_kvcrush.contexts.file import LAYOUT_VERSION, ContextRecord, load_context, save_context
 from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
 from ov_kvcrush.errors import ContextFileError
-from ov_kvcrush.model.fingerprints import model_fingerprint, token_ids_fingerprint, tokenizer_fingerprint
+from ov_kvcrush.model.adapters import AdapterParams
+from ov_kvcrush.model.fingerprints import NO_ADAPTER, model_fingerprint, token_ids_fingerprint, tokenizer_fingerprint
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import as_policy, settings_of
 from ov_kvcrush.prompts.context import ContextText, check_messages
@@ -31,6 +32,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "seconds": (float, int),
 }
 
+AdaptersOf = Callable[[str], AdapterParams]
 LoadSnapshot = Callable[[SnapshotArrays, Policy | None, int, int], KVSnapshot]
 
 
@@ -67,7 +69,12 @@ def save(
         **({"tools": list(content.tools)} if content.tools else {}),  # older files and most conversations have none
         **({"extra_context": content.extra_context} if content.extra_context else {}),
     }
-    fingerprint = {**made_with, "policy": json.dumps(settings), "token_ids": token_ids_fingerprint(ids)}
+    fingerprint = {
+        **made_with,
+        "adapters": snapshot.adapters.key or NO_ADAPTER,
+        "policy": json.dumps(settings),
+        "token_ids": token_ids_fingerprint(ids),
+    }
     record = ContextRecord(
         ids=ids, heads=arrays.heads, tiles=arrays.tiles, fingerprint=fingerprint, policy=settings,
         num_evicted=arrays.num_evicted, num_choices=arrays.num_choices, carried=arrays.policy_state,
@@ -76,7 +83,9 @@ def save(
     save_context(path, record)
 
 
-def load(path: str | os.PathLike[str], made_with: Mapping[str, str], load_snapshot: LoadSnapshot) -> LoadedContext:
+def load(
+    path: str | os.PathLike[str], made_with: Mapping[str, str], load_snapshot: LoadSnapshot, adapters_of: AdaptersOf
+) -> LoadedContext:
     """Read a context. Raises ContextFileError for a file that is none, is damaged or does not fit."""
     record = load_context(path, made_with)
     extra, ids = record.extra, np.array(record.ids, np.int64)
@@ -93,7 +102,9 @@ def load(path: str | os.PathLike[str], made_with: Mapping[str, str], load_snapsh
     arrays = SnapshotArrays(
         record.heads, record.tiles, record.num_evicted, record.num_choices, record.carried, record.representatives
     )
-    snapshot = load_snapshot(arrays, policy, base, base_kept)
+    key = record.fingerprint["adapters"]
+    adapters = adapters_of("" if key == NO_ADAPTER else key)
+    snapshot = replace(load_snapshot(arrays, policy, base, base_kept), adapters=adapters)
     if snapshot.num_tokens > len(ids):
         snapshot.release()
         raise ContextFileError(f"{path} must hold KV of its {len(ids)} tokens, got that of {snapshot.num_tokens}")

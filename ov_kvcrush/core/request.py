@@ -19,6 +19,7 @@ from ov_kvcrush.core.staged_prompt import StagedPrompt
 from ov_kvcrush.core.stop_strings import StopStringTracker
 from ov_kvcrush.core.streamed_request import Status, StreamedRequest
 from ov_kvcrush.core.token_counts import TokenCounts
+from ov_kvcrush.model.adapters import NO_ADAPTERS, AdapterParams
 from ov_kvcrush.policies.plans.plan import CachePlan
 
 FinishReason = ov_genai.GenerationFinishReason
@@ -123,7 +124,7 @@ class Request(StreamedRequest):
     in the prefix cache at the end. eviction: None = all tokens stay as they are. fan_out: caches to be made from its
     prefill, each with its eviction and its target; nothing is left of the request itself then. staged: what it left on
     staging blocks. lookahead: how tokens are guessed, None = not at all. num_drafted, num_accepted: guessed tokens that
-    were run, and those that were right. root: the sequence that
+    were run, and those that were right. adapters: that its rows run with. root: the sequence that
     reads the prompt, from which all others fork; it is the first of them but in a beam search.
     """
 
@@ -139,6 +140,7 @@ class Request(StreamedRequest):
         fan_out: tuple[tuple[EvictionSpec | None, KVTarget], ...] = (),
         options: RequestOptions = DEFAULT_REQUEST_OPTIONS,
         lookahead: LookaheadParams | None = None,
+        adapters: AdapterParams = NO_ADAPTERS,
     ) -> None:
         super().__init__(request_id, options)
         self.lookahead = lookahead
@@ -151,7 +153,9 @@ class Request(StreamedRequest):
         self.peak_kv_bytes = 0
         self.eviction = eviction
         self.context = cache.context
-        self.cache_salt = cache.cache_salt
+        self.adapters = adapters
+        # Keys and values of other adapters are others: they share no prefix.
+        self.cache_salt = f"{cache.cache_salt}\0{adapters.key}" if adapters.key else cache.cache_salt
         self.prefill_only = cache.prefill_only
         self.returns_staged = cache.return_staged
         self.staged: StagedPrompt | None = None

@@ -248,15 +248,3 @@ def check_generation_config(config: ov_genai.GenerationConfig) -> None:
         checked.validate()
     except RuntimeError as error:
         raise RequestError(f"generation config must be valid, got: {reason_of(error)}") from None
-
-
-def refuse_unsupported(config: ov_genai.GenerationConfig) -> None:
-    """Raise RequestError for what the crush engine does not have.
-
-    What only sets a mode that a pipeline was not made with (num_assistant_tokens, max_ngram_size) means nothing without
-    it, as in openvino_genai.
-    """
-    if config.adapters is not None and config.adapters.get_adapters_and_alphas():
-        raise RequestError(
-            "adapters must be empty with engine='crush', got some: it has no LoRA yet; use engine='genai'"
-        )

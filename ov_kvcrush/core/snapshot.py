@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from ov_kvcrush.core.eviction import EvictionState
+from ov_kvcrush.model.adapters import NO_ADAPTERS, AdapterParams
 from ov_kvcrush.policies.base import Policy
 
 FrozenPerHead = tuple[tuple[np.ndarray, ...], ...]  # [layer][KV head]
@@ -48,7 +49,8 @@ class KVSnapshot:
     owner: not kept alive by its snapshots. store_id: of its tokens in the owner's store. state: what policies left.
     policy: who chose it; None = all tokens stay. num_tokens: of the text, kept or not. captured_rows: query rows that
     the store has of it. base: tokens at the front that later policies do not choose from; base_kept: what a head holds
-    of these, on average. holder: tells those who share one `store_id` apart; an owner's own.
+    of these, on average. holder: tells those who share one `store_id` apart; an owner's own. adapters: those
+    that it was computed with.
     """
 
     owner: weakref.ref[SnapshotOwner]
@@ -60,6 +62,7 @@ class KVSnapshot:
     base: int = 0
     base_kept: int = 0
     holder: object = None
+    adapters: AdapterParams = NO_ADAPTERS
 
     @property
     def num_kept(self) -> int:

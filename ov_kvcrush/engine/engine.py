@@ -40,6 +40,7 @@ from ov_kvcrush.kvcache.planning import (
     make_planner,
     recent_precision,
 )
+from ov_kvcrush.model.adapters import AdapterParams
 from ov_kvcrush.model.fingerprints import NOT_SHARED
 from ov_kvcrush.model.load import LoadedModel
 from ov_kvcrush.policies.base import Policy
@@ -330,6 +331,10 @@ class Engine:
             "group_size": str(config.group_size),
             "shared_layers": ", ".join(f"{i}: {j}" for i, j in self._model.shared_layers) or NOT_SHARED,
         }
+
+    def adapters_of(self, key: str) -> AdapterParams:
+        """What a context in a file was read with. Raises ContextFileError for adapters that the model has not."""
+        return self._model.adapters.from_key(key)
 
     def kv_heads(self) -> list[int]:
         """KV heads of each layer that stores keys and values."""

@@ -15,13 +15,14 @@ from ov_kvcrush.core.eviction import EvictionSpec, check_spans
 from ov_kvcrush.core.lookahead_params import LookaheadParams
 from ov_kvcrush.core.request import Request
 from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
-from ov_kvcrush.core.sampling_params import SamplingParams, refuse_unsupported
+from ov_kvcrush.core.sampling_params import SamplingParams
 from ov_kvcrush.core.snapshot import KVSnapshot
 from ov_kvcrush.engine.grammar.compiler import GrammarCompiler
 from ov_kvcrush.engine.grammar.masks import GrammarState
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.kvcache.manager import KVCacheManager
 from ov_kvcrush.kvcache.planning import DefaultPlans
+from ov_kvcrush.model.adapters import AdapterParams
 from ov_kvcrush.model.load import LoadedModel
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.budgets.planned import planned
@@ -90,7 +91,6 @@ class InputProcessor:
         self._check_staged(params, ids)
         check_spans(params.spans[: len(params.protect)], len(ids))
         eviction = _checked(eviction, params, len(ids))
-        refuse_unsupported(config)
         room = self.max_tokens(eviction, num_evicted)
         vocab_size = self._model.vocab_size
         sampling = SamplingParams.from_config(config, self._defaults, len(ids), room, vocab_size, options.logit_bias)
@@ -105,9 +105,24 @@ class InputProcessor:
                 f"{field} must be at most max_num_seqs={self._config.max_num_seqs}, got {sampling.num_sequences}"
             )
         ahead = LookaheadParams.from_config(config) if self._looks_ahead and not sampling.beam else None
-        request = Request(request_id, ids, sampling, self._decode, keep_kv, eviction, params, fan_out, options, ahead)
+        adapters = self._adapters(config, params.context)
+        request = Request(
+            request_id, ids, sampling, self._decode, keep_kv, eviction, params, fan_out, options, ahead, adapters
+        )
         request.sequences[0].grammar = self._grammar(config, sampling)
         return request
+
+    def _adapters(self, config: ov_genai.GenerationConfig, context: KVSnapshot | None) -> AdapterParams:
+        """What the request asks for; one that goes on from a context has what that was read with."""
+        if config.adapters is None and context is not None:
+            return context.adapters
+        chosen = self._model.adapters.choose(config.adapters)
+        if context is not None and context.adapters.key != chosen.key:
+            raise RequestError(
+                f"adapters must be those that the context was read with, {context.adapters.key or 'none'}, "
+                f"got {chosen.key or 'none'}"
+            )
+        return chosen
 
     def _grammar(self, config: ov_genai.GenerationConfig, sampling: SamplingParams) -> GrammarState | None:
         """Where the answer begins in the grammar that it is to follow."""

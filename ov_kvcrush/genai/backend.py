@@ -29,6 +29,7 @@ from ov_kvcrush.errors import (
 )
 from ov_kvcrush.genai.eviction import scheduler_fields, translate
 from ov_kvcrush.genai.request import GenaiHandle, GenaiRequest
+from ov_kvcrush.model.adapters import NO_ADAPTERS, AdapterParams
 from ov_kvcrush.model.hf_config import pick
 from ov_kvcrush.model.info import read_json_object
 from ov_kvcrush.model.load import check_device
@@ -158,6 +159,8 @@ class GenaiBackend:
         if outside:
             rule = f"in 0..{self.vocab_size - 1}" if self.vocab_size else "at least 0"
             raise RequestError(f"token ids must be {rule}, got {outside[0]}")
+        if config.adapters:
+            raise RequestError("adapters must be empty with engine='genai', got some; engine='crush' has them")
         ends = checked_end_tokens(config, self._defaults, self.vocab_size)
         if ends:  # with ignore_eos it would ignore all of them, and without an end token take the model's
             config.ignore_eos = False
@@ -234,6 +237,10 @@ class GenaiBackend:
     def load_snapshot(self, arrays: SnapshotArrays, policy: Policy | None, base: int, base_kept: int) -> KVSnapshot:
         """Contexts live in the store."""
         raise ContextFileError("context must be loaded with engine='crush', got 'genai'")
+
+    def adapters_of(self, key: str) -> AdapterParams:
+        """None are known: no context is read here."""
+        return NO_ADAPTERS
 
     def storage(self) -> dict[str, str]:
         """Not told."""

@@ -214,6 +214,7 @@ class CrushKVCache:
         policy = request.eviction.policy if request.eviction else None
         shared = self.store.fork(kv.store_id)
         made = self.snapshots.make(shared, kv.state, policy, sequence.num_cached, request.captured_rows)
+        made = replace(made, adapters=request.adapters)
         context = request.context
         return replace(made, base=context.base, base_kept=context.base_kept) if context else made
 

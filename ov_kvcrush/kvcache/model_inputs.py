@@ -8,17 +8,22 @@ import numpy as np
 
 from ov_kvcrush.core.step import ScheduledTokens
 from ov_kvcrush.kvcache.block_pool import blocks_for
+from ov_kvcrush.model.graph.adapters import ADAPTER_ALPHAS
 from ov_kvcrush.model.graph.rewrite import PAGED_ROWS
 
 
 def row_inputs(rows: Items[ScheduledTokens]) -> dict[str, np.ndarray]:
-    """input_ids, position_ids i64 (T,) of T rows."""
+    """input_ids, position_ids i64 (T,) of T rows; adapter_alphas f32 (T, adapters) where the model has adapters."""
     ids = [row.ids for row in rows]
     counts = np.array([row.num_tokens for row in rows])
     past = np.array([row.sequence.num_cached + row.sequence.position_offset for row in rows])
     ends = np.cumsum(counts)
     positions = np.arange(ends[-1], dtype=np.int64) + np.repeat(past - (ends - counts), counts)
-    return {"input_ids": np.concatenate(ids), "position_ids": positions}
+    inputs = {"input_ids": np.concatenate(ids), "position_ids": positions}
+    alphas = [row.sequence.request.adapters.alphas for row in rows]
+    if alphas[0]:
+        inputs[ADAPTER_ALPHAS] = np.repeat(np.array(alphas, np.float32), counts, axis=0)
+    return inputs
 
 
 def paged_inputs(rows: Items[ScheduledTokens], tables: Items[np.ndarray]) -> dict[str, np.ndarray]:

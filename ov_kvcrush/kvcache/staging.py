@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -117,7 +118,7 @@ def commit_for_each(
         if eviction not in choices:
             choices[eviction] = choose(eviction)
         made = target.commit_snapshot(blocks, sequence.num_cached, eviction, choices[eviction])
-        request.fan_out_snapshots.append(made)
+        request.fan_out_snapshots.append(replace(made, adapters=request.adapters))
 
 
 def commit_prefill(room: Room, store_id: int, choice: Choice | None) -> None:

@@ -23,10 +23,12 @@ FINGERPRINT_FIELDS = (
     "recent_tokens",
     "group_size",
     "shared_layers",
+    "adapters",
     "policy",
     "token_ids",
 )
 NOT_SHARED = "none"  # shared_layers of a model whose layers all have keys and values; files from before have no field
+NO_ADAPTER = "none"  # adapters of a text that was read without; files from before have no field
 _NUM_SAMPLES = 64
 _SAMPLE_BYTES = 16 << 10
 _GGUF_METADATA_BYTES = 8 << 20  # a vocabulary of 150 000 tokens with its merges takes about 6 MiB

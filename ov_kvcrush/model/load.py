@@ -11,7 +11,9 @@ import openvino as ov
 
 from ov_kvcrush import native
 from ov_kvcrush.errors import CrushError, ModelError, did_you_mean, reason_of
+from ov_kvcrush.model.adapters import ModelAdapters
 from ov_kvcrush.model.folder import IR_NAME, check_model_folder
+from ov_kvcrush.model.graph.adapters import use_adapters
 from ov_kvcrush.model.graph.attention import AttentionLayer, attention_ops, read_layer
 from ov_kvcrush.model.graph.layer_sharing import SharedLayers, check_shared_layers, share_layers
 from ov_kvcrush.model.graph.products import use_few_row_products
@@ -32,6 +34,9 @@ _PIPELINE_OPTIONS = ("engine", "scheduler_config", "cache_config", "tokenizer", 
 MODEL_XML = f"{IR_NAME}.xml"
 
 
+NONE_LOADED = ModelAdapters()
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A compiled model and the facts about it that the engine needs.
@@ -41,6 +46,7 @@ class LoadedModel:
     the store's, with "crush" only. recent_precision: type in which keys and values are computed.
     shared_layers: of the model, which read the keys and values of another. folder: where the model lies.
     products: weights that are packed a second time, for steps of few rows; the graph needs them alive.
+    adapters: LoRA that requests may run with.
     """
 
     compiled: ov.CompiledModel
@@ -53,6 +59,7 @@ class LoadedModel:
     shared_layers: SharedLayers = ()
     folder: Path | None = None
     products: tuple[native.Product, ...] = ()
+    adapters: ModelAdapters = NONE_LOADED
 
     @property
     def packed_bytes(self) -> int:
@@ -97,6 +104,7 @@ def load_model(
     attention: str = "paged",
     shared_layers: SharedLayers = (),
     weights: str = "plugin",
+    adapters: ModelAdapters = NONE_LOADED,
 ) -> LoadedModel:
     """Read, rewrite and compile the model in `models_path`. `properties` go to `compile_model`.
 
@@ -147,6 +155,7 @@ def load_model(
         # Staging blocks hold prompts as they were computed: quantising is the store's.
         properties = {**properties, "KV_CACHE_PRECISION": precision}
     gather_sampled_rows(model)
+    use_adapters(model, adapters.adapters)
     limit = _most_packed_bytes(weights, attention, properties)
     products = use_few_row_products(model, native.info()["path"], limit) if limit else ()
     vocab_size = model.output("logits").partial_shape[-1].get_length()
@@ -154,7 +163,7 @@ def load_model(
     context_length = info.context_length if info else None
     return LoadedModel(
         compiled, vocab_size, context_length, attention, layers, precision, pages_prompts, shared_layers, folder,
-        products,
+        products, adapters,
     )  # fmt: skip
 
 

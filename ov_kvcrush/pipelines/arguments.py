@@ -11,6 +11,7 @@ import openvino_genai as ov_genai
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.genai.stock_eviction import policy_of
+from ov_kvcrush.model.adapters import ModelAdapters
 from ov_kvcrush.pipelines.draft import DraftSource, as_stock, check_draft
 
 _BACKENDS = ("PA", "SDPA")
@@ -48,7 +49,7 @@ def _bound(args: tuple[Any, ...], named: dict[str, Any], names: tuple[str, ...])
     return found
 
 
-def model_properties(properties: dict[str, Any], scheduler_config: Any, engine: str) -> tuple[dict[str, Any], Any]:
+def model_properties(properties: dict[str, Any], scheduler_config: Any) -> tuple[dict[str, Any], Any]:
     """What of the properties is for `compile_model`, and the scheduler config, which may be among them.
 
     ATTENTION_BACKEND is one of openvino_genai's: both of its values mean the attention of the engine. Raises CrushError
@@ -62,12 +63,19 @@ def model_properties(properties: dict[str, Any], scheduler_config: Any, engine: 
         if scheduler_config is not None:
             raise CrushError("scheduler_config must be given once, got it among the properties, too")
         scheduler_config = rest.pop("scheduler_config")
-    if engine == "genai":
-        return rest, scheduler_config
-    adapters = rest.pop("adapters", None)
-    if adapters is not None and adapters.get_adapters_and_alphas():
-        raise CrushError("adapters must be empty with engine='crush': it has no LoRA adapters")
     return rest, scheduler_config
+
+
+def adapters_of(properties: dict[str, Any], engine: str) -> tuple[dict[str, Any], ModelAdapters]:
+    """The properties without `adapters`, and these. Raises CrushError, for any at all with engine="genai"."""
+    rest = dict(properties)
+    config = rest.pop("adapters", None)
+    if engine == "genai" and config:
+        raise CrushError(
+            "adapters must be empty with engine='genai', got some: openvino_genai does not heed them in requests that "
+            "are added one by one, as here"
+        )
+    return rest, ModelAdapters.of(config)
 
 
 def lookahead_of(properties: dict[str, Any], engine: str) -> tuple[dict[str, Any], bool, DraftSource | None]:

@@ -16,6 +16,7 @@ from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.request_options import RequestOptions
 from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
 from ov_kvcrush.core.staged_prompt import StagedPrompt
+from ov_kvcrush.model.adapters import AdapterParams
 from ov_kvcrush.policies.base import Policy
 
 
@@ -108,6 +109,8 @@ class Backend(Protocol):
     def load_snapshot(self, arrays: SnapshotArrays, policy: Policy | None, base: int, base_kept: int) -> KVSnapshot: ...
 
     def storage(self) -> dict[str, str]: ...
+
+    def adapters_of(self, key: str) -> AdapterParams: ...
 
     def kv_heads(self) -> list[int]: ...
 

@@ -21,10 +21,11 @@ from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.sampling_params import make_generation_config
 from ov_kvcrush.core.staged_prompt import StagedPrompt
 from ov_kvcrush.errors import RequestError
+from ov_kvcrush.model.adapters import check_own
 from ov_kvcrush.model.converted import folder_of_gguf
 from ov_kvcrush.model.default import default_model_path
 from ov_kvcrush.model.folder import check_model_folder
-from ov_kvcrush.pipelines.arguments import lookahead_of, model_properties, with_stock_eviction
+from ov_kvcrush.pipelines.arguments import adapters_of, lookahead_of, model_properties, with_stock_eviction
 from ov_kvcrush.pipelines.backend import Backend, Handle
 from ov_kvcrush.pipelines.compress import ContextCompressor
 from ov_kvcrush.pipelines.loading import load_generation_config, load_tokenizer, make_backend, with_cache
@@ -70,7 +71,8 @@ class PipelineBase:
     ) -> None:
         start = time.perf_counter()
         self._engine_name = check_engine(engine, device)
-        properties, scheduler_config = model_properties(properties, scheduler_config, self._engine_name)
+        properties, scheduler_config = model_properties(properties, scheduler_config)
+        properties, self._adapters = adapters_of(properties, self._engine_name)
         properties, prompt_lookup, draft = lookahead_of(properties, self._engine_name)
         if scheduler_config is None and self._engine_name == "crush":
             scheduler_config = self._default_scheduler_config
@@ -99,6 +101,7 @@ class PipelineBase:
             self._has_own_tokenizer,
             prompt_lookup,
             draft,
+            self._adapters,
         )
         self._load_s = time.perf_counter() - start
         self._begin(backend, cache_config)
@@ -171,6 +174,7 @@ class PipelineBase:
         progress: Progress | None = None,
         budget: float | str | None = None,
         cache_salt: str = "",
+        adapters: ov_genai.AdapterConfig | None = None,
     ) -> Context:
         """Read a text or a conversation once and compress it, to be asked often: `generate(question, context=...)`.
 
@@ -184,10 +188,11 @@ class PipelineBase:
         progress: called with the number of tokens that were read and that of all; both readings count.
         budget: its bytes over those of a bf16 cache, as CacheConfig.budget, in the place of the pipeline's.
         cache_salt: cached prefixes and contexts serve only texts of the same salt.
+        adapters: LoRA that the text is read with, and questions about it, too; None = the pipeline's.
         The same text with the same policy shares the bytes of a context that there is already.
         Raises RequestError for a text that cannot be run, OutOfMemory where the store has no room.
         """
-        return self._compressor.compress(text, policy, kept, protect, progress, budget, cache_salt)
+        return self._compressor.compress(text, policy, kept, protect, progress, budget, cache_salt, adapters)
 
     @visiting
     def compress_ids(
@@ -266,6 +271,10 @@ class PipelineBase:
         self._loop.stop(thread)
 
     def _options(self, config: ov_genai.GenerationConfig | None, options: dict[str, Any]) -> ov_genai.GenerationConfig:
+        asked = options.get("adapters")
+        if self._engine_name == "crush" and asked is not None:
+            check_own(asked)  # here its adapters have names: a GenerationConfig forgets them
+            self._adapters.choose(asked)
         return make_generation_config(config or self._config, options)
 
     def _resolve(self, params: CacheParams, ids: np.ndarray) -> CacheParams:

@@ -21,6 +21,7 @@ from ov_kvcrush.core.eviction import NO_REPLAY_PROMPT, ReplayPrompt
 from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.staged_prompt import StagedPrompt
 from ov_kvcrush.errors import RequestError
+from ov_kvcrush.model.adapters import check_own
 from ov_kvcrush.pipelines.backend import Backend
 from ov_kvcrush.pipelines.request_loop import RequestLoop
 from ov_kvcrush.policies.base import Policy
@@ -66,10 +67,12 @@ class ContextCompressor:
         progress: Progress | None,
         budget: float | str | None = None,
         cache_salt: str = "",
+        adapters: ov_genai.AdapterConfig | None = None,
     ) -> Context:
         """See PipelineBase.compress."""
         if budget is not None and kept is not None:
             raise RequestError(f"kept must be left out with budget, which says how much stays, got {kept}")
+        check_own(adapters)
         metrics = PerfMetrics()
         chosen = context_policy(policy, kept)
         content, ids, head = self._encoder.open(text, metrics)
@@ -86,12 +89,12 @@ class ContextCompressor:
             cache_salt=cache_salt,
         )
         params = spans.resolve(asked, ids, self._tokenizer)
-        key = (ids.tobytes(), chosen, params.protect, params.system, params.budget, cache_salt)
+        key = (ids.tobytes(), chosen, params.protect, params.system, params.budget, cache_salt, _key_of(adapters))
         known = self._compressed.get(key)
         if known is not None and known.is_open and known.content == content:
             return known.fork()
         start = time.perf_counter()
-        handle = self._loop.prefill(ids, params, progress)
+        handle = self._loop.prefill(ids, params, progress, adapters)
         assert handle.snapshot is not None
         seconds = time.perf_counter() - start
         context = Context(self, ids, content, handle.snapshot.as_base(), chosen if chosen.evicts else None, seconds)
@@ -154,7 +157,7 @@ class ContextCompressor:
 
     def load(self, path: str | os.PathLike[str]) -> Context:
         """See Context.load."""
-        found = saving.load(path, self._made_with(), self.backend.load_snapshot)
+        found = saving.load(path, self._made_with(), self.backend.load_snapshot, self.backend.adapters_of)
         return Context(self, found.ids, found.content, found.snapshot, found.policy, found.seconds)
 
     def kv_heads(self) -> list[int]:
@@ -171,3 +174,8 @@ class ContextCompressor:
         if self._replay_prompt is None:
             self._replay_prompt = self._encoder.replay_prompt(PerfMetrics())
         return self._replay_prompt
+
+
+def _key_of(adapters: ov_genai.AdapterConfig | None) -> Any:
+    """What tells texts that were read with other adapters apart."""
+    return None if adapters is None else tuple((x.digest, alpha) for x, alpha in adapters.get_adapters_and_alphas())

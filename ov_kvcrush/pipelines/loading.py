@@ -14,8 +14,9 @@ from ov_kvcrush.engine.engine import Engine
 from ov_kvcrush.engine.grammar.compiler import GrammarCompiler
 from ov_kvcrush.errors import CrushError, ModelError, reason_of
 from ov_kvcrush.genai.backend import GenaiBackend, genai_cache_properties
+from ov_kvcrush.model.adapters import ModelAdapters
 from ov_kvcrush.model.folder import check_model_folder
-from ov_kvcrush.model.load import load_model
+from ov_kvcrush.model.load import NONE_LOADED, load_model
 from ov_kvcrush.model.plugin import kept_signal_stack
 from ov_kvcrush.pipelines.backend import Backend
 from ov_kvcrush.pipelines.draft import DraftSource, check_vocabulary
@@ -54,10 +55,11 @@ def make_backend(
     is_own_tokenizer: bool,
     prompt_lookup: bool = False,
     draft: DraftSource | None = None,
+    adapters: ModelAdapters = NONE_LOADED,
 ) -> Backend:
     """The engine by its name, with the model loaded. is_own_tokenizer: whether the tokenizer is not the folder's.
 
-    prompt_lookup, draft: of engine="crush"; openvino_genai's own are among the properties.
+    prompt_lookup, draft, adapters: of engine="crush"; openvino_genai's own are among the properties.
     """
     settings = CacheConfig.from_options(cache_config)
     if engine == "genai":
@@ -74,7 +76,7 @@ def make_backend(
     if draft is not None:
         check_model_folder(draft.models_path)
         check_vocabulary(load_tokenizer(draft.models_path, {}), tokenizer, draft.models_path)
-    model = load_model(folder, device, properties, attention, settings.sharing, settings.weights)
+    model = load_model(folder, device, properties, attention, settings.sharing, settings.weights, adapters)
     _warn_of_ends_outside(config, model.vocab_size, folder)
     guesser = None
     if draft is not None:

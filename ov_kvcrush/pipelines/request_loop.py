@@ -108,13 +108,20 @@ class RequestLoop:
         add_run(metrics, handles)
         return handles
 
-    def prefill(self, ids: np.ndarray, params: CacheParams, progress: Progress | None) -> Handle:
-        """Run a prompt without an answer, for the snapshots that `params` asks for.
+    def prefill(
+        self,
+        ids: np.ndarray,
+        params: CacheParams,
+        progress: Progress | None,
+        adapters: ov_genai.AdapterConfig | None = None,
+    ) -> Handle:
+        """Run a prompt without an answer, for the snapshots that `params` asks for. adapters: of a GenerationConfig.
 
         Raises RequestError if it was stopped, OutOfMemory where a store has no room; then nothing is left of it.
         """
         config = ov_genai.GenerationConfig()
         config.max_new_tokens = 1
+        config.adapters = adapters
         num_read = 0
         with self._call() as handles:
             handle = self._backend.add(next(self._ids), ids, config, params)

@@ -17,7 +17,7 @@ from openvino.utils.node_factory import NodeFactory
 
 from ov_kvcrush import native
 from ov_kvcrush.model.graph.compressed import Linear, constant_of, read_linear, users
-from ov_kvcrush.model.graph.rewrite import SAMPLED_ROWS, lm_head
+from ov_kvcrush.model.graph.rewrite import SAMPLED_ROWS, behind, lm_head
 
 FEW_ROWS = 8  # of a step that our kernels compute
 # Of a product that stands alone: below, its call costs more than it saves. So does it with weights of 8 bits, which the
@@ -50,12 +50,12 @@ def use_few_row_products(model: ov.Model, library: str, max_bytes: int) -> tuple
     factory.add_extension(library)
     parameters = {name: p for p in model.get_parameters() for name in p.output(0).get_names()}
     sampled = parameters[SAMPLED_ROWS]
-    behind = _behind(model, sampled)
+    gathered = behind(model, sampled)
     plain_rows = {p: _rows_above(p) for p in (sampled, parameters["input_ids"])}
     products = []
     cuts: dict[tuple[str, int], ov.Node] = {}
     for part in found:
-        is_sampled = part.x.get_node().get_friendly_name() in behind
+        is_sampled = part.x.get_node().get_friendly_name() in gathered
         rows = plain_rows[sampled if is_sampled else parameters["input_ids"]]
         products.append(_replace(part, rows, factory, cuts))
     model.validate_nodes_and_infer_types()
@@ -205,12 +205,3 @@ def _is_closed(x: ov.Output, *outs: ov.Node) -> bool:
                 depends.add(name)
                 waiting.append(name)
     return True
-
-
-def _behind(model: ov.Model, source: ov.Node) -> set[str]:
-    """Names of the nodes that depend on `source`."""
-    behind = {source.get_friendly_name()}
-    for node in model.get_ordered_ops():
-        if any(value.get_node().get_friendly_name() in behind for value in node.input_values()):
-            behind.add(node.get_friendly_name())
-    return behind

@@ -233,3 +233,12 @@ def _is_rows(shape: ov.PartialShape) -> bool:
 
 def _count(model: ov.Model, type_name: str) -> int:
     return sum(op.get_type_name() == type_name for op in model.get_ops())
+
+
+def behind(model: ov.Model, source: ov.Node) -> set[str]:
+    """Names of the nodes that depend on `source`."""
+    found = {source.get_friendly_name()}
+    for node in model.get_ordered_ops():
+        if any(value.get_node().get_friendly_name() in found for value in node.input_values()):
+            found.add(node.get_friendly_name())
+    return found
