@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from ov_kvcrush import LLMPipeline
+from ov_kvcrush import LLMPipeline, SchedulerConfig
 from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.benchmarks.haystack import Haystack
@@ -187,7 +187,7 @@ class TestRuns:
         self, answers: Answers, prompts: dict[str, ItemPrompts], folder: Path
     ) -> None:
         cache = CacheConfig(key_precision="f32", value_precision="f32")
-        pipe = LLMPipeline(folder, "CPU", dict(EXACT), cache_config=cache)
+        pipe = LLMPipeline(folder, "CPU", dict(EXACT), cache_config=cache, scheduler_config=SchedulerConfig())
         for task in ("copy", "list"):
             ids, asked = whole(prompts[task]), prompts[task].asked[0].question
             exact = [answer for answer in answers[task] if answer.planned.setting.precisions == "f32/f32"]

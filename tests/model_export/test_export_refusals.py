@@ -66,7 +66,6 @@ def test_wrong_option_is_refused(tiny_hf: Build, tmp_path: Path, options: dict[s
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "encoder-decoder": ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
     "state-space": ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, "state"),
-    "soft-capped": ({"attn_logit_softcapping": 50.0}, "caps its attention scores"),
     "latent attention": ({"kv_lora_rank": 512}, "latent attention"),
     "multimodal": ({"vision_config": {"x": 1}}, "multimodal"),
     "encoder-only": ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "not a causal"),

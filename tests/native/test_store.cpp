@@ -581,7 +581,11 @@ private:
         for (size_t layer = 0; layer < 2; ++layer) {
             std::vector<uint8_t> storage;
             std::vector<const uint8_t*> pointers;
-            const auto views = store_.staged_views_locked(store_.sequence_locked(id), layer, storage, pointers);
+            const Sequence& staged = store_.sequence_locked(id);
+            const int width = store_.config().layers[layer].head_size;
+            const TileLayout layout = make_layout(Codec::f32, Codec::f32, width, width, false);
+            const auto num_tokens = static_cast<size_t>(staged.staged_tokens);
+            const auto views = store_.staged_views_locked(staged, layer, layout, 0, num_tokens, storage, pointers);
             CHECK(views.size() == static_cast<size_t>(store_.config().layers[layer].num_kv_heads));
             for (const HeadView& view : views) {
                 CHECK(view.num_tiles == blocks.size());

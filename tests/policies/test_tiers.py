@@ -11,7 +11,7 @@ import pytest
 from eviction_runs import add, make_engine, prompt, read_prompt, run, tokens
 from native_stores import require_native
 
-from ov_kvcrush import CacheConfig, CrushError, LLMPipeline
+from ov_kvcrush import CacheConfig, CrushError, LLMPipeline, SchedulerConfig
 from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.core.eviction import EvictionSpec
 from ov_kvcrush.policies.base import CacheState, HeadState, Policy
@@ -67,7 +67,7 @@ def test_settings_make_the_same_policy_again() -> None:
 
 def test_lower_tiers_take_fewer_bytes_and_answers_go_on(tiny_ir: Folder) -> None:
     require_native()
-    pipe = LLMPipeline(tiny_ir("llama"), "CPU", cache_config=CacheConfig())
+    pipe = LLMPipeline(tiny_ir("llama"), "CPU", cache_config=CacheConfig(), scheduler_config=SchedulerConfig())
     ids = np.random.default_rng(1).integers(3, 100, 1500)
 
     def size(**settings: object) -> int:

@@ -94,9 +94,9 @@ def test_batch_protects_as_generate_does(case: Any, monkeypatch: pytest.MonkeyPa
     pipe = ContinuousBatchingPipeline(folder, None, "CPU", F32, tokenizer=tokenizer, cache_config=EXACT)
     run, seen = pipe._loop.run, []
 
-    def noting(rows: Any, configs: Any, streamer: Any, metrics: Any, caches: Any, options: Any) -> Any:
+    def noting(rows: Any, configs: Any, streamer: Any, metrics: Any, caches: Any, *rest: Any, **named: Any) -> Any:
         seen.extend(zip(rows, caches, strict=True))
-        return run(rows, configs, streamer, metrics, caches, options)
+        return run(rows, configs, streamer, metrics, caches, *rest, **named)
 
     monkeypatch.setattr(pipe._loop, "run", noting)
     pipe.generate([ChatHistory(talk(content)), ChatHistory(talk(content)[1:])], policy=POLICY, max_new_tokens=1)

@@ -16,7 +16,7 @@ import pytest
 from native_stores import require_native
 from typer.testing import CliRunner
 
-from ov_kvcrush import CacheConfig, CrushError, LLMPipeline
+from ov_kvcrush import CacheConfig, CrushError, LLMPipeline, SchedulerConfig
 from ov_kvcrush.core.cache_params import CacheParams
 from ov_kvcrush.eval.calibrate.app import app
 from ov_kvcrush.eval.calibrate.baklava import head_changes
@@ -84,7 +84,7 @@ def test_a_pipeline_meets_its_budget(profiled: Path, budget: float | str) -> Non
 
 
 def test_a_budget_answers_and_tells_its_plan(profiled: Path) -> None:
-    pipe = LLMPipeline(profiled, "CPU", cache_config={"budget": "1/6"})
+    pipe = LLMPipeline(profiled, "CPU", cache_config={"budget": "1/6"}, scheduler_config=SchedulerConfig())
     first = pipe.generate(ov.Tensor(ids(LENGTH)[None, :]), max_new_tokens=40, ignore_eos=True)
     again = pipe.generate(ov.Tensor(ids(LENGTH)[None, :]), max_new_tokens=40, ignore_eos=True)
     assert first.tokens == again.tokens
