@@ -165,6 +165,7 @@ def test_what_a_grammar_allows(start: Start, kinds: dict[str, Any], yes: list[st
     ("kinds", "message"),
     [
         ({"json_schema": "nope"}, "json_schema must have a JSON schema, got no JSON"),
+        ({"json_schema": '{"x-guidance": null}'}, "json_schema must be .* x-guidance must be an object"),
         ({"json_schema": "[1]"}, "json_schema must be a JSON schema, got: schema must be an object"),
         (
             {"json_schema": "false"},

@@ -102,7 +102,7 @@ def test_an_answer_comes_in_pieces_and_tells_its_cost(page: Driver) -> None:
         new MutationObserver(note).observe(document.getElementById("log"), { childList: true, subtree: true });
         """
     )
-    ask(page, "What is the capital of France?")
+    ask(page, "What is the capital of France? Answer in one sentence.")
     shown = answer(page)
     assert "Paris" in shown.find_element(By.TAG_NAME, "p").text
     assert len(set(page.execute_script("return window.lengths"))) > 3  # nothing, pieces, all of it
@@ -132,7 +132,7 @@ def test_stop_ends_the_request_on_the_server_too(page: Driver, server: Served) -
     shown = answer(page)
     assert shown.find_element(By.CLASS_NAME, "end").text == "Stopped."
     until(page, lambda b: metric(server, "requests_running") == 0)
-    ask(page, "What is the capital of France?")
+    ask(page, "What is the capital of France? Answer in one sentence.")
     until(page, lambda b: len(b.find_elements(By.CSS_SELECTOR, ".assistant[aria-busy=false]")) == 2)
     assert "Paris" in answer(page).text
 

@@ -108,7 +108,10 @@ class _Writer:
         if not isinstance(schema, dict):
             raise ValueError(f"schema must be an object that has an answer, got {json.dumps(schema)[:80]}")
         check_patterns(schema)
-        options = {"whitespace_pattern": _WHITESPACE, **schema.get("x-guidance", {})}
+        asked = schema.get("x-guidance", {})
+        if not isinstance(asked, dict):
+            raise ValueError(f"x-guidance must be an object, got {json.dumps(asked)[:80]}")
+        options = {"whitespace_pattern": _WHITESPACE, **asked}
         return f"%json {json.dumps({**schema, 'x-guidance': options})}", False
 
     def _write_regex(self, fmt: Format, follow: str | None) -> tuple[str, bool]:
