@@ -56,9 +56,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 _PLOT_ONLY = {"plot", "from_paths"}
 _ATTENTION_ONLY = {"threads", "layers"}
 _WHOLE_ONLY = {"new_tokens", "against", "gguf", "max_num_batched_tokens", "max_kv_mb", "policy", "budget"}
-_WHOLE_ONLY |= {"recall_tokens", "weights", "scaling", "traffic", "prompt_lookup"}
+_WHOLE_ONLY |= {"recall_tokens", "weights", "scaling", "traffic", "prompt_lookup", "warm_up"}
 _TRAFFIC_ONLY = {"max_step_ms"}
-_NOT_TRAFFIC = {"new_tokens", "policy", "plot", "scaling"}
+_NOT_TRAFFIC = {"new_tokens", "policy", "plot", "scaling", "warm_up"}
 _POLICY_ONLY = {"kept", "kept_tokens", "min_tokens", "policy_options"}
 _OPTION_NAMES = {
     "contexts": "context",
@@ -125,6 +125,10 @@ def bench(
     runs: Annotated[
         int | None,
         typer.Option(metavar="R", help="Measured runs per engine, after a warm-up: 3, with --attention 15."),
+    ] = None,
+    warm_up: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens of each prompt that the warm-up reads; all if left out."),
     ] = None,
     max_num_batched_tokens: Annotated[
         int, typer.Option(metavar="N", help="Rows of one inference: how prompts are cut into chunks.")
@@ -212,7 +216,7 @@ def bench(
         else:
             options |= {"new_tokens": new_tokens, "against": against, "max_kv_mb": max_kv_mb}
             options |= {"budget": budget, "recall_tokens": recall_tokens, "weights": weights, "gguf": gguf}
-            options["prompt_lookup"] = prompt_lookup or None
+            options |= {"prompt_lookup": prompt_lookup or None, "warm_up": warm_up}
             options["recalls_beside"] = scaling is not None and recall_tokens is not None
             wanted = PolicyOptions(policy, kept, kept_tokens, min_tokens, tuple(policy_options or ()))
             options["policy"] = None if policy is None else wanted.build(policy)

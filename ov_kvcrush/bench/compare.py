@@ -70,7 +70,7 @@ def _measure_cell(settings: BenchSettings, cell: Cell, report: Report) -> CellRe
             results.append(EngineRuns(name, **{**reply, "storage": Storage(**reply["storage"])}))
         for name, process in workers:
             report(f"{place}: {name} warms up")
-            process.ask({"new_tokens": min(settings.new_tokens, WARM_UP_TOKENS)})
+            process.ask({"new_tokens": min(settings.new_tokens, WARM_UP_TOKENS), "prompt_tokens": settings.warm_up})
         for i in range(settings.runs):
             for (name, process), result in zip(workers, results, strict=True):
                 report(f"{place}: {name}, run {i + 1} of {settings.runs}")

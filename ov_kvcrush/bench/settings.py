@@ -54,6 +54,7 @@ class BenchSettings:
     budget: bytes of our cache over those of bf16, as CacheConfig.budget; None = by precisions and policy.
     recall_tokens: what our decode steps read, as CacheConfig.recall_tokens; None = everything.
     recalls_beside: measure our engine twice, without recall_tokens and with.
+    warm_up: tokens of each prompt that the warm-up reads, None = all. Reading all takes as long as a run.
     weights: who multiplies with them in our engine, as CacheConfig.weights; None = its default.
     gguf: the file that `model` was converted from, for llama.cpp.
     prompt_lookup: whether each engine guesses tokens by its own prompt lookup. Random prompts repeat nothing, so what
@@ -83,12 +84,14 @@ class BenchSettings:
     weights: str | None = None
     gguf: Path | None = None
     prompt_lookup: bool = False
+    warm_up: int | None = None
 
     def __post_init__(self) -> None:
         for option, values in (("context", self.contexts), ("batch", self.batches)):
             check_numbers(option, values)
         check_at_least("new-tokens", self.new_tokens, 2)
         check_at_least("runs", self.runs, 1)
+        check_at_least("warm-up", 1 if self.warm_up is None else self.warm_up, 1)
         check_at_least("max-num-batched-tokens", self.max_num_batched_tokens, 1)
         check_at_least("max-kv-mb", 1 if self.max_kv_mb is None else self.max_kv_mb, 1)
         if max(self.batches) > self.max_num_batched_tokens:

@@ -84,7 +84,8 @@ def _replies(lines: SimpleQueue[str]) -> Iterator[dict[str, Any]]:
         yield {"run": asdict(run_traffic(engine, job, next_id))}
         next_id += 1000
     while True:
-        result = run_once(engine, prompts, json.loads(lines.get())["new_tokens"], next_id)
+        run = json.loads(lines.get())
+        result = run_once(engine, prompts[:, : run.get("prompt_tokens")], run["new_tokens"], next_id)
         next_id += len(prompts)
         yield {"run": asdict(result), "peak_rss_bytes": memory.peak_rss_bytes()}
 

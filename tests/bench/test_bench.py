@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from ov_kvcrush.bench.plot import panels_of, points_of
 from ov_kvcrush.bench.process import WorkerError, worker
 from ov_kvcrush.bench.report import make_ratios, make_row, make_rows, quotients
 from ov_kvcrush.bench.settings import BenchSettings, Cell
+from ov_kvcrush.bench.worker import _replies
 from ov_kvcrush.cli.environment import describe_environment
 from ov_kvcrush.cli.parse import parse_numbers, parse_properties
 from ov_kvcrush.config import CacheConfig
@@ -455,6 +457,7 @@ BAD_OPTIONS = {
     "batch above a step": (("--batch", "600"), "--batch must be at most --max-num-batched-tokens=512, got 600"),
     "one token": (("--new-tokens", "1"), "--new-tokens must be at least 2, got 1"),
     "no runs": (("--runs", "0"), "--runs must be at least 1, got 0"),
+    "no warm-up": (("--warm-up", "0"), "--warm-up must be at least 1, got 0"),
     "no chunk": (("--max-num-batched-tokens", "-1"), "--max-num-batched-tokens must be at least 1, got -1"),
     "property without value": (("--property", "KV_CACHE_PRECISION"), "--property must be KEY=VALUE"),
     "property twice": (
@@ -580,6 +583,15 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_warm_up_reads_the_beginning_of_the_prompts(job: dict[str, object]) -> None:
+    lines: SimpleQueue[str] = SimpleQueue()
+    for line in (job, {"new_tokens": 2, "prompt_tokens": 16}, {"new_tokens": 2, "prompt_tokens": None}):
+        lines.put(json.dumps(line))
+    replies = _replies(lines)
+    next(replies)
+    assert [next(replies)["run"]["kept_tokens"] for _ in range(2)] == [16, 64]
 
 
 def test_death_of_a_worker_is_an_error_and_no_hang(job: dict[str, object]) -> None:

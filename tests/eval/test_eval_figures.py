@@ -1,9 +1,10 @@
-"""Pictures and docs/results.md: every setting is in them, and the same run gives the same files."""
+"""Pictures and pages of results: every setting is in them, and the same run gives the same files."""
 
 from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.records import AVERAGE
 from ov_kvcrush.eval.report import figures
 from ov_kvcrush.eval.report.document import write_results
-from ov_kvcrush.eval.report.figures import accuracy_figure, needle_figure, task_figure, write_figures
+from ov_kvcrush.eval.report.figures import accuracy_figure, frontier_figure, needle_figure, task_figure, write_figures
+from ov_kvcrush.eval.report.frontier import frontier, method_of, panels_of
 from ov_kvcrush.eval.report.tables import policy_label, row_label
 from ov_kvcrush.eval.runs.run_folder import RunFolder
-from ov_kvcrush.eval.statistics import result_rows
+from ov_kvcrush.eval.statistics import ResultRow, result_rows
 
 ANSWERS = [*answers(), *answers(tasks=["needle"], items=6, seed=1)]
 ROWS = result_rows(ANSWERS, SETTINGS, "ruler", resamples=50)
@@ -63,6 +65,21 @@ def test_more_settings_than_colours_have_one_picture(tmp_path: Path, monkeypatch
     monkeypatch.setattr(figures, "_MAX_SETTINGS", len(SETTINGS) - 1)
     found = write_figures(tmp_path / "a", ROWS, ANSWERS, SETTINGS)
     assert [path.name for path in found] == ["a-ranking.png", "a-needles.png"]
+
+
+def test_a_frontier_has_of_each_method_what_it_does_not_beat_itself() -> None:
+    base = next(row for row in ROWS if row.task == AVERAGE)
+
+    def row(num_bytes: float, kl: float, **changes: Any) -> ResultRow:
+        return replace(base, bytes_per_prompt_token=num_bytes, kl_mean=kl, kl_median=kl, top1=1.0, **changes)
+
+    a = [row(100, 0.5), row(200, 0.6), row(200, 0.3), row(400, 0.3), row(800, 0.1)]
+    plan = [row(100, 0.2, budget="1/8", kept=None), row(300, 0.05, budget="1/4", kept=None)]
+    panel = panels_of([*a, *plan])[0]
+    curves = frontier([*plan, *a], panel)
+    assert curves == {method_of(plan[0]): plan, method_of(a[0]): [a[0], a[2], a[4]]}
+    axes = frontier_figure([*a, *plan]).axes[0]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[0.5, 0.3, 0.1], [0.2, 0.05]]
 
 
 def legend(figure: Any) -> list[str]:
@@ -155,23 +172,29 @@ def test_without_matplotlib_the_fix_is_named(tmp_path: Path, monkeypatch: pytest
         write_figures(tmp_path / "x", ROWS, ANSWERS, SETTINGS)
 
 
-def test_results_have_command_machine_table_and_pictures_of_every_run(tmp_path: Path) -> None:
+def test_results_have_a_page_with_command_machine_table_and_pictures_of_every_run(tmp_path: Path) -> None:
     runs = [finished(tmp_path / name) for name in ("one", "two")]
     (runs[1] / "notes.md").write_text("Chosen on the even items.\n")
-    written = write_results(runs, tmp_path / "docs" / "results.md", "ov_kvcrush-eval results one two")
-    text = written[0].read_text()
-    assert text.count("## ruler: tiny-int8\n") == 2
-    assert text.count("ov_kvcrush-eval ruler --model tiny-int8 --out 'c'".replace("'", "")) == 2
-    assert "/models" not in text
-    assert text.count("Chosen on the even items.") == 1
-    for part in ("a CPU, 2 threads", "openvino 1, ov_kvcrush 0", "fingerprint `abc123`", "seed 7", "results one two"):
-        assert part in text
+    (tmp_path / "said.md").write_text("What came out.\n")
+    target = tmp_path / "docs" / "results.md"
+    written = write_results(runs, target, "ov_kvcrush-eval results one two", tmp_path / "said.md")
+    front = written[0].read_text()
+    assert front.startswith("# Results\n\nWhat came out.\n")
+    assert "results one two" in front
     for name in ("one", "two"):
+        assert f"[{name}](results/{name}.md)" in front
+        text = (tmp_path / "docs" / "results" / f"{name}.md").read_text()
+        assert text.startswith("# ruler: tiny-int8\n")
+        assert "ov_kvcrush-eval ruler --model tiny-int8 --out c" in text
+        assert ("Chosen on the even items." in text) == (name == "two")
+        for part in ("a CPU, 2 threads", "openvino 1, ov_kvcrush 0", "fingerprint `abc123`", "seed 7"):
+            assert part in text
         for kind in ("accuracy", "tasks", "needles"):
-            assert f"(results/{name}-{kind}.png)" in text
+            assert f"({name}-{kind}.png)" in text
             png_size((tmp_path / "docs" / "results" / f"{name}-{kind}.png").read_bytes())
-    for setting in SETTINGS:
-        assert f"| {row_label(setting)} |" in text
+        for setting in SETTINGS:
+            assert f"| {row_label(setting)} |" in text
+        assert "/models" not in front + text
 
 
 def test_results_are_the_same_again(tmp_path: Path) -> None:
@@ -188,4 +211,6 @@ def test_results_of_no_run_are_refused(tmp_path: Path) -> None:
         write_results([folder, folder], tmp_path / "results.md")
     with pytest.raises(CrushError, match="must hold a run"):
         write_results([tmp_path], tmp_path / "results.md")
+    with pytest.raises(CrushError, match=r"none\.md must be readable UTF-8 text"):
+        write_results([folder], tmp_path / "results.md", notes=tmp_path / "none.md")
     assert not (tmp_path / "results.md").exists()

@@ -53,10 +53,10 @@ def anchors_of(signatures: list[Bits], kind: str, count: int, seed: tuple[int, i
     return anchors
 
 
-def order_of(signatures: list[Bits], anchors: list[Bits]) -> list[int]:
-    def key(i: int) -> tuple[int, int, int]:
+def order_of(signatures: list[Bits], anchors: list[Bits], neighbourhoods: int = 1) -> list[int]:
+    def key(i: int) -> tuple[int, int, int, int]:
         gaps = [distance(signatures[i], anchor) for anchor in anchors]
-        return gaps.index(min(gaps)), min(gaps), i
+        return i * neighbourhoods // len(signatures), gaps.index(min(gaps)), min(gaps), i
 
     return sorted(range(len(signatures)), key=key)
 
@@ -71,7 +71,8 @@ def pick(signatures: list[Bits], scores: list[float], order: list[int], buckets:
     for bucket in buckets_of(order, buckets):
         centroid = majority([signatures[i] for i in bucket])
         nearest = sorted(bucket, key=lambda i: (distance(signatures[i], centroid), -scores[i], i))
-        picks.append(bucket[0] if rule == "even" else nearest[0])
+        best = sorted(bucket, key=lambda i: (-scores[i], i))
+        picks.append({"even": bucket, "best": best, "centroid": nearest}[rule][0])
     return sorted(picks)
 
 
@@ -133,7 +134,8 @@ class SlowLayer:
             return list(range(len(signatures)))
         policy = self.policy
         anchors = anchors_of(signatures, policy.anchor, policy.num_anchors, (policy.seed, self.index))
-        return pick(signatures, scores, order_of(signatures, anchors), places, policy.representative)
+        order = order_of(signatures, anchors, policy.neighbourhoods)
+        return pick(signatures, scores, order, places, policy.representative)
 
     def choose(self) -> tuple[list[list[int]], list[list[int]]]:
         """Places that every head keeps, and those of them that are representatives."""

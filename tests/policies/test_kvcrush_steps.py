@@ -73,7 +73,8 @@ def test_distances_and_order_equal_the_slow_ones(bits: np.ndarray, data: st.Data
     distances = kvcrush_bits.anchor_distances(bits, among, kind, count, (3, 1))
     anchors = anchors_of(chosen, kind, count, (3, 1))
     assert distances.tolist() == [[distance(bits, anchor) for bits in chosen] for anchor in anchors]
-    assert kvcrush_buckets.order_by_distance(distances).tolist() == order_of(chosen, anchors)
+    for runs in (1, 3, 7):
+        assert kvcrush_buckets.order_by_distance(distances, runs).tolist() == order_of(chosen, anchors, runs)
 
 
 @MANY
@@ -85,6 +86,8 @@ def test_picks_equal_the_slow_ones(bits: np.ndarray, data: st.DataObject, rule: 
     order = np.array(data.draw(st.permutations(range(items))))
     if rule == "even":
         picks = kvcrush_buckets.even_picks(order, buckets)
+    elif rule == "best":
+        picks = kvcrush_buckets.best_picks(scores, order, buckets)
     else:
         picks = kvcrush_buckets.centroid_picks(bits, scores, order, buckets)
     assert picks.tolist() == pick(columns(bits), scores.tolist(), order.tolist(), buckets, rule)

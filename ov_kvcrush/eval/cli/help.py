@@ -127,11 +127,11 @@ or more there. A task of a single item is in neither half.
 """
 
 RESULTS = """\
-Write a page of results from finished runs: a section each with its command, machine, tables and pictures.
+Write a front page of results from finished runs, and for each a page with its command, machine, tables and pictures.
 
 [bold]Examples[/bold]
 
-  ov_kvcrush-eval results runs/ruler runs/longbench --out docs/results.md
+  ov_kvcrush-eval results runs/ruler runs/longbench --notes summary.md --out docs/results.md
 """
 
 

@@ -94,11 +94,19 @@ def _holdout_command(
 
 def _results_command(
     folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs, in the order of the page.")],
-    target: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page; its pictures lie beside it.")],
+    target: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FILE", help="The front page; the runs' pages and pictures lie in a folder of its name."
+        ),
+    ],
+    notes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Markdown that the front page begins with.")
+    ] = None,
 ) -> None:
     console = Console(stderr=True)
     with _errors(console):
-        for path in write_results(folders, target, _command()):
+        for path in write_results(folders, target, _command(), notes):
             console.print(Text(f"written to {path}"))
 
 

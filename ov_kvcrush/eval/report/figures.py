@@ -1,4 +1,4 @@
-"""Pictures of a run: accuracy over bytes, tasks beside each other, a heat map of needles.
+"""Pictures of a run: accuracy and frontier over bytes, tasks beside each other, a heat map of needles.
 
 The same rows give the same file: neither the time nor the user's matplotlib style has an influence.
 """
@@ -21,6 +21,7 @@ from ov_kvcrush.errors import CrushError
 from ov_kvcrush.eval.benchmarks.needle_grid import TASK as NEEDLE
 from ov_kvcrush.eval.benchmarks.needle_grid import length_and_depth
 from ov_kvcrush.eval.records import AVERAGE, FULL, Prediction, Setting, bits
+from ov_kvcrush.eval.report.frontier import frontier, method_of, panels_of
 from ov_kvcrush.eval.report.tables import in_percent, policy_label, row_label, sorted_rows, tasks_of
 from ov_kvcrush.eval.statistics import ResultRow
 from ov_kvcrush.utils.json_file import write_file
@@ -39,9 +40,10 @@ def check_figures() -> None:
 def write_figures(
     stem: Path, rows: Sequence[ResultRow], predictions: Sequence[Prediction], settings: Sequence[Setting]
 ) -> list[Path]:
-    """Draw STEM-accuracy.png, STEM-tasks.png and STEM-needles.png as far as the run has them; return those written.
+    """Draw STEM-accuracy.png, -tasks, -frontier and -needles as far as the run has them; return those written.
 
-    With more settings than colours can tell apart, STEM-ranking.png replaces the first two.
+    With more settings than colours can tell apart, STEM-ranking.png replaces the first two. The frontier is drawn where
+    a method has several settings and all are compared with the full cache.
     Raises CrushError if matplotlib is missing, or if a file cannot be written.
     """
     check_figures()
@@ -52,6 +54,9 @@ def write_figures(
             figures = {"accuracy": accuracy_figure(rows)}
             if len(tasks_of(rows)) > 1 and in_percent(rows[0].suite) and _compared(rows):
                 figures["tasks"] = task_figure(rows)
+        average = [row for row in rows if row.task == AVERAGE]
+        if all(row.kl_mean is not None for row in average) and len({method_of(row) for row in average}) < len(average):
+            figures["frontier"] = frontier_figure(average)
         if any(prediction.task == NEEDLE.name for prediction in predictions):
             figures["needles"] = needle_figure(predictions, settings)
         return [save(figure, stem.with_name(f"{stem.name}-{name}.png")) for name, figure in figures.items()]
@@ -87,6 +92,26 @@ def accuracy_figure(rows: Sequence[ResultRow]) -> Any:
     keys = [_key(marker) for marker in markers.values()]
     labels = [f"{name} keys/values" for name in markers]
     figure.legend([*lines.values(), *keys], [*lines, *labels], loc="outside right upper", fontsize=8)
+    return figure
+
+
+def frontier_figure(rows: Sequence[ResultRow]) -> Any:
+    """A curve per method over bytes per prompt token, of its best settings only (`frontier`); a panel per measure."""
+    average = [row for row in rows if row.task == AVERAGE]
+    panels = panels_of(average)
+    figure = _figure(5.4 * len(panels) + 2.4, 4.8)
+    colours = _colours(list(dict.fromkeys(method_of(row) for row in average)))
+    drawn: dict[str, Any] = {}
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name, own in frontier(average, panel).items():
+            places = [row.bytes_per_prompt_token for row in own], [panel.value(row) for row in own]
+            style = "-" if own[0].engine == ENGINES[0] else ":"
+            (drawn[name],) = axes.plot(*places, f"o{style}", color=colours[name], linewidth=1.3, markersize=4)
+        if panel.is_loss:
+            axes.set_yscale("log")
+        axes.set_ylabel(panel.name)
+        _finish(axes, average[0].suite, "bytes of the cache per prompt token, all layers")
+    figure.legend([*drawn.values()], [*drawn], loc="outside right upper", fontsize=8)
     return figure
 
 

@@ -20,7 +20,13 @@ from ov_kvcrush.policies.base import (
 )
 from ov_kvcrush.policies.budgets.uniform import Uniform
 from ov_kvcrush.policies.kvcrush.bits import ANCHORS, THRESHOLDS, anchor_distances, threshold_bits
-from ov_kvcrush.policies.kvcrush.buckets import REPRESENTATIVES, centroid_picks, even_picks, order_by_distance
+from ov_kvcrush.policies.kvcrush.buckets import (
+    REPRESENTATIVES,
+    best_picks,
+    centroid_picks,
+    even_picks,
+    order_by_distance,
+)
 from ov_kvcrush.policies.kvcrush.layer import KeptOfLayer, LayerChoice, layer_table
 from ov_kvcrush.policies.kvcrush.pages import (
     Pages,
@@ -74,7 +80,8 @@ class KVCrush(Policy):
     anchor: "mean", "inverse_mean", "alternating" (0, 1, 0, ...), "random" (with `seed`), "zeros" or "ones".
     num_anchors: with more than one, tokens are ordered by the nearest anchor, then by the distance to it;
         `anchor_distances` tells which the further ones are.
-    representative: "centroid", or "even": the first of each bucket.
+    representative: "centroid"; "best": of the highest share, whatever its bits; or "even": the first of each bucket.
+    neighbourhoods: runs of the text into which the dropped tokens are cut, each of which has buckets of its own.
     share: of the budget, for representatives, in [0, 1]. share_mode: "static"; or "adaptive": not `share`, but what is
         left beside the fewest tokens with `mass` of the attention to evictable tokens (bits="scores": of the shares).
     page: tokens of a page, 0 = single tokens. page_rule: "crush" or "genai".
@@ -93,6 +100,7 @@ class KVCrush(Policy):
     seed: int = field(default=0, kw_only=True)
     num_anchors: int = field(default=1, kw_only=True)
     representative: str = field(default="centroid", kw_only=True)
+    neighbourhoods: int = field(default=1, kw_only=True)
     share: float = field(default=0.25, kw_only=True)
     share_mode: str = field(default="static", kw_only=True)
     mass: float = field(default=0.9, kw_only=True)
@@ -109,6 +117,7 @@ class KVCrush(Policy):
         check_integer("seed", self.seed, 0)
         check_integer("num_anchors", self.num_anchors, 1)
         check_choice("representative", self.representative, REPRESENTATIVES)
+        check_integer("neighbourhoods", self.neighbourhoods, 1)
         check_fraction("share", self.share, zero=True)
         check_choice("share_mode", self.share_mode, ("static", "adaptive"))
         check_fraction("mass", self.mass)
@@ -121,7 +130,7 @@ class KVCrush(Policy):
     def _check_genai(self) -> None:
         if self.page == 0:
             raise CrushError('page must be at least 1 with page_rule="genai", got 0; openvino_genai has 32 on a CPU')
-        for name, only in (("threshold", "median"), ("num_anchors", 1)):
+        for name, only in (("threshold", "median"), ("num_anchors", 1), ("neighbourhoods", 1)):
             if getattr(self, name) != only:
                 raise CrushError(f'{name} must be {only!r} with page_rule="genai", got {getattr(self, name)!r}')
 
@@ -211,7 +220,9 @@ class KVCrush(Policy):
         if num_picks >= len(dropped):
             return dropped
         distances = anchor_distances(signatures, dropped, self.anchor, self.num_anchors, (self.seed, index))
-        order = dropped[order_by_distance(distances)]
+        order = dropped[order_by_distance(distances, self.neighbourhoods)]
         if self.representative == "even":
             return even_picks(order, num_picks)
+        if self.representative == "best":
+            return best_picks(scores, order, num_picks)
         return centroid_picks(signatures, scores, order, num_picks)
