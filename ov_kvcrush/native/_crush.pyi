@@ -199,8 +199,8 @@ def info() -> dict[str, Any]:
 
 def can_prefill(layers: Sequence[_Layer], staging: str, isa: str = "") -> bool:
     """Whether `Store.prefill` reads prompts of all these layers, so that they can do without PagedAttention: they are
-    staged as bf16, and there is a kernel (avx512bf16 or amx; head sizes that are multiples of 32), or scores are capped,
-    which PagedAttention cannot do.
+    staged as bf16, and there is a kernel (avx512bf16 or amx; head sizes that are multiples of 32), or scores are
+    capped, which PagedAttention cannot do.
 
     isa: kernels to use, "" = the best of this CPU. "avx512bf16-emulated" has the prompt kernel of avx512bf16, and all
     else of avx512, on any CPU with the latter: for tests, since its products are slow."""

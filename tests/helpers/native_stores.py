@@ -20,7 +20,8 @@ LayerTuple = (
 PRECISIONS = ["f32", "bf16", "f16", "u8", "u4", "u2"]
 DEFAULTS: dict[str, Any] = {"key": "u8", "value": "u8", "recent": "bf16", "recent_tokens": 32, "group_size": 32}
 DIGITS_ERROR = 2.6e-5  # 5 standard deviations of a logit, by its largest |q_c| range_c and the square root of D
-PREFILL_BOUND = 2**-8  # powers of prompts are rounded to bf16, 2^-9 of each; so is what they sum to, in units of the values
+# Powers of prompts are rounded to bf16, 2^-9 of each at most; so is what they sum to, in units of the values.
+PREFILL_BOUND = 2**-8
 ISAS: list[str] = list(native.info()["isas"]) if native.available() else ["not built"]
 # Kernels that read prompts: of those that this CPU has, and for AVX-512 the one with emulated products.
 BF16_EMULATED = "avx512bf16-emulated"

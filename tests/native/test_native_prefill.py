@@ -46,9 +46,7 @@ def bf16(x: Array) -> Array:
 class Prompts:
     """Prompts of one layer in staging blocks that hold nothing but NaN, and the rows that are to be read."""
 
-    def __init__(
-        self, isa: str, shape: LayerTuple, lengths: list[int], sharpness: float = 1.0, seed: int = 0
-    ) -> None:
+    def __init__(self, isa: str, shape: LayerTuple, lengths: list[int], sharpness: float = 1.0, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
         self.cache = Cache(shape, key="bf16", value="bf16", group_size=16, isa=isa)
         self.store = self.cache.store
@@ -125,7 +123,9 @@ def test_neither_pieces_nor_neighbours_change_a_bit(isa: str, data: Any, seed: i
     group, window = draw(st.integers(1, 16)), draw(st.sampled_from([0, 0, 1, 33, 140]))
     lengths = draw(st.lists(st.integers(1, 400), min_size=1, max_size=3))
     shape = layer(2 * group, 2, 32 * draw(st.integers(1, 3)), window)
-    whole, cut = (Prompts(isa, shape, lengths, sharpness=draw(st.sampled_from([1.0, 8.0])), seed=seed) for _ in range(2))
+    whole, cut = (
+        Prompts(isa, shape, lengths, sharpness=draw(st.sampled_from([1.0, 8.0])), seed=seed) for _ in range(2)
+    )
     for (_, q, *_), mine in zip(whole.rows, cut.rows, strict=True):
         mine[1][:] = q
     alone = [whole.read([(i, 0, n)])[0] for i, n in enumerate(lengths)]

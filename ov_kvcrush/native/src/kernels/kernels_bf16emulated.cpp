@@ -1,5 +1,5 @@
-// What AVX-512 has, and the prompt kernel of AVX512-BF16 with its products made of others: any CPU with AVX-512 can test
-// it. A product takes two FMAs and the instructions that unpack its pairs, so nothing but a test asks for these kernels.
+// What AVX-512 has, and the prompt kernel of AVX512-BF16 with its products made of others: any CPU with AVX-512 can
+// test it. A product takes two FMAs and what unpacks its pairs, so nothing but a test asks for these kernels.
 #include "kernels/forward.hpp"
 #include "kernels/panels_avx512.hpp"
 #include "kernels/prefill_impl.hpp"

@@ -3,9 +3,9 @@
 //   logits [tokens, rows] = keys [tokens, D] . queries [D, rows]
 //   out [D, rows] += values [D, tokens] . powers of the logits [tokens, rows]
 // Keys are a factor as they lie in their blocks; values are transposed once for all rows of a call.
-// Cost for 128 tokens and 32 rows: 8192 D multiplications in panels, which state theirs, and 256 registers of powers, some
-// 11 instructions each. A soft cap takes some 20 more, one of them a division, slopes 3. Logits that rise along the
-// tokens by 2^80 and more, as with steep slopes, have their powers taken twice in such a step.
+// Cost for 128 tokens and 32 rows: 8192 D multiplications in panels, which state theirs, and 256 registers of powers,
+// some 11 instructions each. A soft cap takes some 20 more, one of them a division, slopes 3. Where powers rise along the
+// tokens by 2^80 and more, as with steep slopes, a step takes them twice.
 // P: how a panel of products is computed, see prefill_products.hpp. (No standard library: see attend_impl.hpp)
 #pragma once
 
@@ -130,7 +130,8 @@ private:
             }
     }
 
-    // values_: [D][STEP] bf16, so pairs of tokens; zeros for tokens that are not there (what lies in their place may be no number)
+    // values_: [D][STEP] bf16, so pairs of tokens; zeros for tokens that are not there (what lies in their place may be
+    // no number)
     void transpose_values(int64_t token, int blocks) {
         for (int block = 0; block < blocks; ++block) {
             const uint8_t* from = args_.values[token / TILE + block];
@@ -178,7 +179,9 @@ private:
     typename Products<P>::Keys keys_of(int pass, int64_t token) const {
         return {args_.keys + token / TILE, queries_ + pass * size_ * COLUMNS / 2, logits(pass)};
     }
-    typename Products<P>::Values values_of(int pass) const { return {values_, powers(pass), out_ + pass * size_ * COLUMNS}; }
+    typename Products<P>::Values values_of(int pass) const {
+        return {values_, powers(pass), out_ + pass * size_ * COLUMNS};
+    }
     float* logits(int pass) const { return logits_ + pass % 2 * STEP * COLUMNS; }
     uint32_t* powers(int pass) const { return powers_ + pass % 2 * STEP / 2 * COLUMNS; }
 
