@@ -194,13 +194,16 @@ class Product:
 
 def info() -> dict[str, Any]:
     """`isa` (kernels in use), `isas` (all that may be used, slowest first), `isa_cap` (OV_KVCRUSH_ISA, "" = none),
-    `openvino` (version). Raises ValueError if OV_KVCRUSH_ISA is not scalar, avx2, avxvnni, avx512, avx512vnni or
-    amx."""
+    `openvino` (version). Raises ValueError if OV_KVCRUSH_ISA is not scalar, avx2, avxvnni, avx512, avx512vnni,
+    avx512bf16 or amx."""
 
 def can_prefill(layers: Sequence[_Layer], staging: str, isa: str = "") -> bool:
     """Whether `Store.prefill` reads prompts of all these layers, so that they can do without PagedAttention: they are
-    staged as bf16, and there is a kernel (AMX; head sizes that are multiples of 32; no ALiBi, no sinks), or scores are
-    capped, which PagedAttention cannot do."""
+    staged as bf16, and there is a kernel (avx512bf16 or amx; head sizes that are multiples of 32), or scores are
+    capped, which PagedAttention cannot do.
+
+    isa: kernels to use, "" = the best of this CPU. "avx512bf16-emulated" has the prompt kernel of avx512bf16, and all
+    else of avx512, on any CPU with the latter: for tests, since its products are slow."""
 
 def tile_bytes(
     key: str, value: str, head_size: int, group_size: int, listed: bool = False, with_mean: bool = False

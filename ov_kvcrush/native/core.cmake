@@ -38,8 +38,10 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang" AND CMAKE_SYSTEM_PROCESSOR MATCHES 
     kernels/attend_amx.cpp
     kernels/kernels_avx2.cpp
     kernels/kernels_avx512.cpp
+    kernels/kernels_avx512bf16.cpp
     kernels/kernels_avx512vnni.cpp
     kernels/kernels_avxvnni.cpp
+    kernels/kernels_bf16emulated.cpp
     kernels/prefill_amx.cpp
     kernels/product_avx2.cpp
     kernels/product_avx512.cpp
@@ -51,6 +53,10 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang" AND CMAKE_SYSTEM_PROCESSOR MATCHES 
   )
   set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/kernels_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
   set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/kernels_avx512.cpp PROPERTIES COMPILE_OPTIONS
+    "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx2;-mfma;-mf16c")
+  set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/kernels_avx512bf16.cpp PROPERTIES COMPILE_OPTIONS
+    "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512bf16;-mavx2;-mfma;-mf16c")
+  set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/kernels_bf16emulated.cpp PROPERTIES COMPILE_OPTIONS
     "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx2;-mfma;-mf16c")
   # Products of VNNI are inline assembly.
   set_source_files_properties(${CRUSH_SOURCE_DIR}/kernels/kernels_avxvnni.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")

@@ -82,7 +82,7 @@ def info() -> dict[str, Any]:
     """What runs: `isa` (kernels in use), `isas` (all that may be used, slowest first), `openvino` (version), `path`.
 
     `isa_cap` is the environment variable OV_KVCRUSH_ISA, "" without one: no kernels above it are used. It is read once;
-    raises ValueError unless it is scalar, avx2, avxvnni, avx512, avx512vnni or amx.
+    raises ValueError unless it is scalar, avx2, avxvnni, avx512, avx512vnni, avx512bf16 or amx.
     """
     module = load()
     return {**module.info(), "path": module.__file__}

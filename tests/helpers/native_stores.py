@@ -20,7 +20,11 @@ LayerTuple = (
 PRECISIONS = ["f32", "bf16", "f16", "u8", "u4", "u2"]
 DEFAULTS: dict[str, Any] = {"key": "u8", "value": "u8", "recent": "bf16", "recent_tokens": 32, "group_size": 32}
 DIGITS_ERROR = 2.6e-5  # 5 standard deviations of a logit, by its largest |q_c| range_c and the square root of D
+# Powers of prompts are rounded to bf16, 2^-9 of each at most; so is what they sum to, in units of the values.
+PREFILL_BOUND = 2**-8
 ISAS: list[str] = list(native.info()["isas"]) if native.available() else ["not built"]
+# Kernels that read prompts: of those that this CPU has, and for AVX-512 the one with emulated products.
+BF16_EMULATED = "avx512bf16-emulated"
 
 
 def require_native() -> None:
@@ -30,6 +34,13 @@ def require_native() -> None:
 
 def layer(num_heads: int = 4, num_kv_heads: int = 2, head_size: int = 32, window: int = 0) -> LayerTuple:
     return (num_heads, num_kv_heads, head_size, window, head_size**-0.5)
+
+
+PREFILL_ISAS = [
+    isa
+    for isa in (*ISAS, *([BF16_EMULATED] if "avx512" in ISAS else []))
+    if native.available() and native.can_prefill([layer()], "bf16", isa)
+]
 
 
 def gaussian(rng: np.random.Generator, *shape: int) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 from architectures import EXPORTED, VARIANTS, VOCAB_SIZE, model_type, tiny_architecture
 from chunked_logits import CHUNKS, NO_STAGING, logits_at_chunk_ends
+from native_stores import PREFILL_ISAS
 
 from model_export import export_model
-from ov_kvcrush import CacheConfig
+from ov_kvcrush import CacheConfig, native
 from ov_kvcrush.errors import ModelError
+from ov_kvcrush.model import load
 from ov_kvcrush.model.support import unsupported_reason
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
@@ -22,6 +25,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 # (with learned positions). Partial rotary positions, parallel blocks and windows are in test_architectures.py.
 ALWAYS = ("gemma2", "gpt_oss", "bloom", "mpt", "gpt_neo")
 CAPPED = ("gemma2",)
+TERMS = ("gemma2", "gpt_oss", "bloom")  # caps and windows, sinks and windows, slopes
 CACHES = {
     "paged": CacheConfig(attention="paged"),
     "staged": CacheConfig("f32", "f32", attention="crush"),
@@ -57,6 +61,33 @@ def test_logits_equal_hugging_face(kind: str, once: Callable[[str, Callable[[Pat
             continue
         got = logits_at_chunk_ends(folder, ids, cache)
         np.testing.assert_allclose(got, expected[np.cumsum(CHUNKS) - 1], atol=1e-3, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("isa", PREFILL_ISAS)
+@pytest.mark.parametrize("kind", TERMS)
+def test_prompts_that_bf16_products_read_without_paged_attention(
+    isa: str, kind: str, once: Callable[[str, Callable[[Path], object]], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the attention is in bf16; what it leaves off is little beside windows, caps, slopes and sinks."""
+    source = once(f"hf/family-{kind}", lambda folder: tiny_architecture(kind, folder))
+    folder = once(f"ir/family-{kind}", lambda out: export_model(source, out, weight_format="fp32"))
+    ids = np.random.default_rng(1).integers(0, VOCAB_SIZE, sum(CHUNKS))
+    expected = logits_at_chunk_ends(folder, ids, CACHES["staged"])
+    can_prefill, make_store, precisions = native.can_prefill, native.Store, load.plugin_precisions
+
+    def error(has_terms: bool) -> float:
+        def store(layers: list[Any], **options: Any) -> native.Store:
+            shapes = layers if has_terms else [(*shape[:3], 0, shape[4]) for shape in layers]
+            return make_store(layers=shapes, isa=isa, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "can_prefill", partial(can_prefill, isa=isa))
+            patch.setattr(native, "Store", store)
+            patch.setattr(load, "plugin_precisions", lambda given: precisions(given)._replace(inference="bf16"))
+            got = logits_at_chunk_ends(folder, ids, CacheConfig("bf16", "bf16", attention="crush"))
+        return float(np.linalg.norm(got - expected))
+
+    assert 0 < error(True) < error(False) / 8
 
 
 def table() -> dict[str, str]:

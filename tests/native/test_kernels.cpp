@@ -192,7 +192,7 @@ struct TestHead {
 
 // Probabilities of a row over the tokens of a head; all zero if it sees none.
 std::vector<double> probabilities(const std::vector<float>& keys, const std::vector<int32_t>& positions, const float* q,
-                                  const LayerShape& shape, int32_t row_position) {
+                                  const LayerShape& shape, int32_t row_position, size_t query_head = 0) {
     std::vector<double> p(positions.size(), 0);
     const size_t size = static_cast<size_t>(shape.head_size);
     double max = -INF, sum = 0;
@@ -202,10 +202,15 @@ std::vector<double> probabilities(const std::vector<float>& keys, const std::vec
         for (size_t c = 0; c < size; ++c) dot += double{k[c]} * q[c];
         p[t] = dot * shape.scale;
         const int32_t at = positions[t];
+        if (shape.soft_cap > 0) p[t] = shape.soft_cap * std::tanh(p[t] / shape.soft_cap);
+        if (!shape.slopes.empty()) p[t] += double{shape.slopes[query_head]} * (at - row_position);
         if (at > row_position || (shape.window > 0 && at <= row_position - shape.window)) p[t] = -INF;
         max = std::max(max, p[t]);
     }
+    const double sink = shape.sinks.empty() ? -INF : shape.sinks[query_head];
+    max = std::max(max, sink);
     for (double& x : p) sum += x = max == -INF ? 0 : std::exp(x - max);
+    if (sink > -INF) sum += std::exp(sink - max);
     for (double& x : p) x = sum > 0 ? x / sum : 0;
     return p;
 }
@@ -430,15 +435,21 @@ void check_prefill(const Kernels& kernels, int D, unsigned seed) {
         }
     std::vector<float> q(static_cast<size_t>(rows) * stride), out(q.size(), 77.f);
     for (float& f : q) f = float_of_bits(bits_of_float(normal(rng)) & 0xffff0000u);
-    kernels.prefill({at[0].data(), at[1].data(), n, D, G, rows, q.data(), stride, first, window, scale, scratch.data(),
-                     out.data()});
+    LayerShape shape{G, 1, D, window, scale};
+    if (seed % 2) shape.soft_cap = 3;
+    for (int g = 0; g < G && seed % 7 < 3; ++g) shape.slopes.push_back(0.1f * static_cast<float>(g));
+    for (int g = 0; g < G && seed % 5 < 3; ++g) shape.sinks.push_back(2.f - static_cast<float>(g));
+    kernels.prefill({at[0].data(), at[1].data(), n, D, G, rows, q.data(), stride, first, window, scale, shape.soft_cap,
+                     shape.slopes.empty() ? nullptr : shape.slopes.data(),
+                     shape.sinks.empty() ? nullptr : shape.sinks.data(), scratch.data(), out.data()});
     std::vector<int32_t> tokens(n);
     std::iota(tokens.begin(), tokens.end(), 0);
     double error = 0;
     for (int r = 0; r < rows; ++r)
         for (int g = 0; g < G; ++g) {
             const size_t from = static_cast<size_t>(r) * stride + static_cast<size_t>(g * D);
-            const auto p = probabilities(of_tokens[0], tokens, &q[from], LayerShape{G, 1, D, window, scale}, first + r);
+            const auto p =
+                probabilities(of_tokens[0], tokens, &q[from], shape, first + r, static_cast<size_t>(g));
             for (size_t c = 0; c < size; ++c) {
                 double expected = 0;
                 for (size_t t = 0; t < n; ++t) expected += p[t] * of_tokens[1][t * size + c];
@@ -611,7 +622,15 @@ void check_many_rows(const Kernels& kernels, Codec codec, int window) {
 int main() {
     check_half();
     check_errors();
-    for (const std::string& isa : available_isas()) {
+    std::vector<std::string> isas = available_isas();
+    if (std::count(isas.begin(), isas.end(), "avx512")) {
+        const Kernels& kernels = crush::kernels(BF16_EMULATED);
+        unsigned seed = 0;
+        for (unsigned i = 0; i < 40; ++i)
+            for (const int size : HEAD_SIZES)
+                if (++seed % STEP == 0 && size % 32 == 0) check_prefill(kernels, size, seed);
+    }
+    for (const std::string& isa : isas) {
         const Kernels& kernels = crush::kernels(isa);
         check_softmax(kernels);
         for (const Codec codec : CODECS)

@@ -10,7 +10,7 @@ import sys
 import pytest
 from native_stores import ISAS, layer, require_native
 
-NAMES = ["scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "amx"]
+NAMES = ["scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx"]
 PROGRAM = f"""
 import json
 from ov_kvcrush import native
@@ -20,11 +20,12 @@ try:
     info = native.info()
     store = native.Store(layers=[shape], **codecs)
     seen = {{**info, "store": store.isa, "prefill": native.can_prefill([shape], "bf16")}}
-    try:
-        native.Store(layers=[shape], **codecs, isa="amx")
-        seen["asked"] = "made"
-    except ValueError as error:
-        seen["asked"] = str(error)
+    for isa in ("amx", "avx512bf16-emulated"):
+        try:
+            native.Store(layers=[shape], **codecs, isa=isa)
+            seen[isa] = "made"
+        except ValueError as error:
+            seen[isa] = str(error)
 except ValueError as error:
     seen = {{"error": str(error)}}
     try:
@@ -55,8 +56,9 @@ def test_no_kernels_above_the_cap_are_used(cap: str) -> None:
         assert isas == [isa for isa in ISAS if isa in below]
     assert seen["isa_cap"] == cap
     assert seen["isa"] == seen["store"] == isas[-1]
-    assert seen["prefill"] == ("amx" in isas)
-    assert seen["asked"] == "made" if "amx" in isas else f"OV_KVCRUSH_ISA={cap}" in str(seen["asked"])
+    assert seen["prefill"] == (isas[-1] in ("avx512bf16", "amx"))
+    for asked, needed in (("amx", "amx"), ("avx512bf16-emulated", "avx512")):
+        assert seen[asked] == "made" if needed in isas else f"OV_KVCRUSH_ISA={cap}" in str(seen[asked])
 
 
 def test_an_unknown_cap_is_an_error_each_time() -> None:

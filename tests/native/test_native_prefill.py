@@ -10,17 +10,28 @@ import pytest
 from covering import covering, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_stores import ISAS, Array, Cache, LayerTuple, Span, gaussian, keys_values, layer, require_native
+from native_stores import (
+    BF16_EMULATED,
+    DEFAULTS,
+    ISAS,
+    PREFILL_BOUND,
+    PREFILL_ISAS,
+    Array,
+    Cache,
+    LayerTuple,
+    Span,
+    gaussian,
+    keys_values,
+    layer,
+    require_native,
+)
 
 from ov_kvcrush import native
 from reference import codec as reference
 
 pytestmark = pytest.mark.numerics
 
-needs_amx = pytest.mark.skipif("amx" not in ISAS, reason="the kernel is for AMX: without it nothing is prefilled here")
-
-# Powers are rounded to bf16, 2^-9 of each at most; so is what they sum to, in units of the values.
-BOUND = 2**-8
+each_kernel = pytest.mark.parametrize("isa", PREFILL_ISAS)
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +46,9 @@ def bf16(x: Array) -> Array:
 class Prompts:
     """Prompts of one layer in staging blocks that hold nothing but NaN, and the rows that are to be read."""
 
-    def __init__(self, shape: LayerTuple, lengths: list[int], sharpness: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, isa: str, shape: LayerTuple, lengths: list[int], sharpness: float = 1.0, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
-        self.cache = Cache(shape, key="bf16", value="bf16", group_size=16)
+        self.cache = Cache(shape, key="bf16", value="bf16", group_size=16, isa=isa)
         self.store = self.cache.store
         num_heads, num_kv_heads, size = shape[:3]
         blocks = sum(-(-n // 32) for n in lengths)
@@ -72,47 +83,49 @@ class Prompts:
 
     def assert_close(self, index: int, got: Array) -> None:
         values = np.abs(self.rows[index][3]).max()
-        np.testing.assert_allclose(got, self.expected(index), rtol=0, atol=BOUND * values)
+        np.testing.assert_allclose(got, self.expected(index), rtol=0, atol=PREFILL_BOUND * values)
 
 
-@needs_amx
+@each_kernel
 @pytest.mark.parametrize(
     ("head_size", "group", "window"), covering([32, 64, 96, 128, 256], [1, 3, 7, 16], [0, 1, 45, 300])
 )
-def test_a_prompt_attends_as_the_reference_says(head_size: int, group: int, window: int) -> None:
-    prompts = Prompts(layer(2 * group, 2, head_size, window), [333])
+def test_a_prompt_attends_as_the_reference_says(isa: str, head_size: int, group: int, window: int) -> None:
+    prompts = Prompts(isa, layer(2 * group, 2, head_size, window), [333])
     prompts.assert_close(
         0, np.concatenate([prompts.read([(0, a, b)])[0] for a, b in ((0, 130), (130, 131), (131, 333))])
     )
 
 
-@needs_amx
+@each_kernel
 @pytest.mark.parametrize(("length", "sharpness"), covering([1, 2, 31, 32, 33, 127, 128, 129, 700], [0.1, 1, 30]))
-def test_prompts_of_any_length_and_sharpness(length: int, sharpness: float) -> None:
-    prompts = Prompts(layer(6, 2, 64), [length], sharpness)
+def test_prompts_of_any_length_and_sharpness(isa: str, length: int, sharpness: float) -> None:
+    prompts = Prompts(isa, layer(6, 2, 64), [length], sharpness)
     prompts.assert_close(0, prompts.read([(0, 0, length)])[0])
 
 
-@needs_amx
-def test_logits_that_rise_along_the_prompt() -> None:
+@each_kernel
+def test_logits_that_rise_along_the_prompt(isa: str) -> None:
     """Each step of tokens outweighs all before by more than floats can hold: the reference of a row follows."""
-    prompts = Prompts(layer(2, 1, 32), [600])
+    prompts = Prompts(isa, layer(2, 1, 32), [600])
     _, q, k, _ = prompts.rows[0]
     k[:, 0], q[:, 0] = bf16(np.linspace(0, 4000, 600, dtype=np.float32)), 4
     q[::2, 0] = -4
     prompts.assert_close(0, prompts.read([(0, 0, 600)])[0])
 
 
-@needs_amx
+@each_kernel
 @settings(max_examples=examples(40), deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
-def test_neither_pieces_nor_neighbours_change_a_bit(data: Any, seed: int) -> None:
+def test_neither_pieces_nor_neighbours_change_a_bit(isa: str, data: Any, seed: int) -> None:
     """However prompts are cut and whoever is read beside them, each row is what it is alone."""
     draw = data.draw
     group, window = draw(st.integers(1, 16)), draw(st.sampled_from([0, 0, 1, 33, 140]))
     lengths = draw(st.lists(st.integers(1, 400), min_size=1, max_size=3))
     shape = layer(2 * group, 2, 32 * draw(st.integers(1, 3)), window)
-    whole, cut = (Prompts(shape, lengths, sharpness=draw(st.sampled_from([1.0, 8.0])), seed=seed) for _ in range(2))
+    whole, cut = (
+        Prompts(isa, shape, lengths, sharpness=draw(st.sampled_from([1.0, 8.0])), seed=seed) for _ in range(2)
+    )
     for (_, q, *_), mine in zip(whole.rows, cut.rows, strict=True):
         mine[1][:] = q
     alone = [whole.read([(i, 0, n)])[0] for i, n in enumerate(lengths)]
@@ -130,9 +143,9 @@ def test_neither_pieces_nor_neighbours_change_a_bit(data: Any, seed: int) -> Non
         whole.assert_close(index, expected)
 
 
-@needs_amx
-def test_rows_are_staged_as_the_nearest_bf16() -> None:
-    prompts = Prompts(layer(2, 2, 32), [50])
+@each_kernel
+def test_rows_are_staged_as_the_nearest_bf16(isa: str) -> None:
+    prompts = Prompts(isa, layer(2, 2, 32), [50])
     seq, _, k, v = prompts.rows[0]
     k += 1e-3 * np.abs(k)
     v -= 1e-3
@@ -155,10 +168,19 @@ def test_only_what_is_staged_as_bf16_does_without_paged_attention(precision: str
         cache.store.prefill(0, [(seq, 0, 9, 0)], gaussian(np.random.default_rng(1), 9, 128), *rows)
 
 
-def test_only_amx_has_the_kernel() -> None:
+def test_only_products_of_bf16_have_the_kernel() -> None:
     can = {isa: native.can_prefill([layer()], "bf16", isa) for isa in ISAS}
-    assert can == {isa: isa == "amx" for isa in ISAS}
-    assert native.can_prefill([layer()], "bf16") == ("amx" in ISAS)
+    assert can == {isa: isa in ("avx512bf16", "amx") for isa in ISAS}
+    assert native.can_prefill([layer()], "bf16") == can[ISAS[-1]]
+
+
+def test_emulated_products_are_for_who_asks_for_them() -> None:
+    assert BF16_EMULATED not in ISAS
+    assert (BF16_EMULATED in PREFILL_ISAS) == ("avx512" in ISAS)
+    assert native.Store(layers=[layer()], **DEFAULTS).isa == ISAS[-1]
+    if "avx512" not in ISAS:
+        with pytest.raises(ValueError, match="isa must be"):
+            native.can_prefill([layer()], "bf16", BF16_EMULATED)
 
 
 def test_one_layer_that_tiles_do_not_fit_lets_all_go_through_paged_attention() -> None:
@@ -180,7 +202,7 @@ def test_what_cannot_be_asked_is_refused(shape: LayerTuple, staging: str, isa: s
         native.can_prefill([shape], staging, isa)
 
 
-@needs_amx
+@each_kernel
 @pytest.mark.parametrize(
     ("span", "message"),
     [
@@ -190,8 +212,8 @@ def test_what_cannot_be_asked_is_refused(shape: LayerTuple, staging: str, isa: s
         ((0, 0, 9, -1), "must"),
     ],
 )
-def test_wrong_rows_are_refused(span: Span, message: str) -> None:
-    prompts = Prompts(layer(), [40])
+def test_wrong_rows_are_refused(isa: str, span: Span, message: str) -> None:
+    prompts = Prompts(isa, layer(), [40])
     seq, q, k, v = prompts.rows[0]
     with pytest.raises(ValueError, match=message):
         prompts.store.prefill(0, [(seq + span[0], *span[1:])], q[:9], k[:9], v[:9])
@@ -200,9 +222,9 @@ def test_wrong_rows_are_refused(span: Span, message: str) -> None:
     prompts.assert_close(0, prompts.read([(0, 0, 40)])[0])
 
 
-@needs_amx
-def test_a_sequence_that_is_not_staged_is_refused() -> None:
-    prompts = Prompts(layer(), [40])
+@each_kernel
+def test_a_sequence_that_is_not_staged_is_refused(isa: str) -> None:
+    prompts = Prompts(isa, layer(), [40])
     _, q, k, v = prompts.rows[0]
     with pytest.raises(ValueError, match="rows must end within the 0 staged tokens, got 9"):
         prompts.store.prefill(0, [(prompts.store.create(), 0, 9, 0)], q[:9], k[:9], v[:9])

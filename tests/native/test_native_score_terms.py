@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from covering import covering
-from native_stores import ISAS, Array, Cache, LayerTuple, Span, gaussian, keys_values, require_native, stage_random
+from native_stores import (
+    ISAS,
+    PREFILL_BOUND,
+    PREFILL_ISAS,
+    Array,
+    Cache,
+    LayerTuple,
+    Span,
+    gaussian,
+    keys_values,
+    require_native,
+    stage_random,
+)
 
 from ov_kvcrush import native
+from reference import codec as reference
 
 pytestmark = pytest.mark.numerics
 
@@ -15,6 +30,8 @@ CAP = 2.0
 NO_NUMBERS: tuple[float, ...] = ()
 # soft cap, slope of the first head, sink of the first head
 TERMS = {"cap": (CAP, 0.0, None), "alibi": (0.0, 0.2, None), "sinks": (0.0, 0.0, 1.0), "all": (CAP, 0.05, 3.0)}
+# 128 tokens are behind by more than a float holds as powers
+STEEP = {"steep": (0.0, 4.0, None)}
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +41,7 @@ def _native() -> None:
 
 def layer(terms: str, num_heads: int = 6, num_kv_heads: int = 2, head_size: int = 64, window: int = 0) -> LayerTuple:
     """Each query head has a slope and a sink of its own; scores are some +-3."""
-    cap, slope, sink = TERMS[terms]
+    cap, slope, sink = (TERMS | STEEP)[terms]
     slopes = [slope / (h + 1) for h in range(num_heads)] if slope else NO_NUMBERS
     sinks = [sink - h for h in range(num_heads)] if sink is not None else NO_NUMBERS
     return (num_heads, num_kv_heads, head_size, window, head_size**-0.5, cap, slopes, sinks)
@@ -33,6 +50,34 @@ def layer(terms: str, num_heads: int = 6, num_kv_heads: int = 2, head_size: int 
 def assert_close(got: Array, expected: Array, rounding: float = 0) -> None:
     assert np.isfinite(got).all()
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * float(np.abs(expected).max()) + rounding)
+
+
+class Prompt:
+    """A prompt of one layer, staged in blocks of NaN: what the store reads of it, and what it must give."""
+
+    def __init__(self, isa: str, shape: LayerTuple, num_tokens: int, staged_as: str) -> None:
+        rng = np.random.default_rng(7)
+        num_heads, num_kv_heads, size = shape[:3]
+        self.cache = Cache(shape, key="f32", value="f32", recent="f32", group_size=16, isa=isa)
+        self.k, self.v = keys_values(rng, num_tokens, num_kv_heads * size)
+        self.q = gaussian(rng, num_tokens, num_heads * size)
+        if staged_as == "bf16":
+            self.q, self.k, self.v = (reference.to_float(x, "bf16") for x in (self.q, self.k, self.v))
+        self.seq = self.cache.store.create()
+        nothing = np.full_like(self.k, np.nan)
+        self.cache.attach_prefill(self.seq, [(nothing, nothing)], staged_as)
+
+    def read(self, ends: list[int]) -> Array:
+        """In pieces that end there."""
+        pieces = [
+            self.cache.store.prefill(0, [(self.seq, 0, b - a, a)], self.q[a:b], self.k[a:b], self.v[a:b])
+            for a, b in pairwise([0, *ends])
+        ]
+        self.cache.store.commit_prefill(self.seq)
+        return np.concatenate(pieces)
+
+    def expected(self) -> Array:
+        return self.cache.attention(0, [(self.seq, 0, len(self.q), 0)], self.q)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -92,28 +137,47 @@ def test_scores_equal_the_reference(isa: str, terms: str, how: str, staged_as: s
 @pytest.mark.parametrize(("terms", "staged_as", "window"), covering(["cap", "all"], ["f32", "bf16"], [0, 45]))
 def test_prompts_of_capped_layers_are_read_in_pieces(isa: str, terms: str, staged_as: str, window: int) -> None:
     """PagedAttention has no cap: with any instruction set they go through the store's own blocks."""
-    rng = np.random.default_rng(7)
-    shape = layer(terms, window=window)
-    cache = Cache(shape, key="f32", value="f32", recent="f32", group_size=16, isa=isa)
-    k, v = keys_values(rng, 150, 2 * 64)
-    if staged_as == "bf16":
-        k, v = (x.view(np.uint32) & 0xFFFF0000 for x in (k, v))
-        k, v = k.view(np.float32), v.view(np.float32)
-    seq = cache.store.create()
-    cache.attach_prefill(seq, [(np.full_like(k, np.nan), np.full_like(v, np.nan))], staged_as)
-    q = gaussian(rng, 150, 6 * 64)
-    parts = [
-        cache.store.prefill(0, [(seq, 0, b - a, a)], q[a:b], k[a:b], v[a:b]) for a, b in ((0, 70), (70, 71), (71, 150))
-    ]
-    cache.store.commit_prefill(seq)
-    assert_close(np.concatenate(parts), cache.attention(0, [(seq, 0, 150, 0)], q))
+    prompt = Prompt(isa, layer(terms, window=window), 150, staged_as)
+    has_kernel = staged_as == "bf16" and isa in PREFILL_ISAS
+    rounding = PREFILL_BOUND * float(np.abs(prompt.v).max()) if has_kernel else 0
+    assert_close(prompt.read([70, 71, 150]), prompt.expected(), rounding)
+
+
+@pytest.mark.parametrize("isa", PREFILL_ISAS)
+@pytest.mark.parametrize(
+    ("terms", "head_size", "num_kv_heads", "window"),
+    covering(["cap", "alibi", "sinks", "all", "steep"], [32, 64, 256], [1, 2, 6], [0, 45, 200]),
+)
+def test_kernels_of_prompts_have_all_terms(
+    isa: str, terms: str, head_size: int, num_kv_heads: int, window: int
+) -> None:
+    """In pieces or at once, bit by bit; a term that is left out would be seen."""
+    shape = layer(terms, num_kv_heads=num_kv_heads, head_size=head_size, window=window)
+    assert native.can_prefill([shape], "bf16", isa)
+    prompt = Prompt(isa, shape, 400, "bf16")
+    got, expected = prompt.read([400]), prompt.expected()
+    bound = PREFILL_BOUND * float(np.abs(prompt.v).max())
+    np.testing.assert_allclose(got, expected, rtol=0, atol=bound)
+    prompt.cache.layers = Cache(shape[:5]).layers
+    assert np.abs(prompt.expected() - expected).max() > 5 * bound
+    np.testing.assert_array_equal(Prompt(isa, shape, 400, "bf16").read([70, 71, 130, 400]), got)
+
+
+@pytest.mark.parametrize("isa", PREFILL_ISAS)
+@pytest.mark.parametrize("sink", [-1e30, -1e4, 1e4, 1e30])
+def test_sinks_of_prompts_take_all_or_nothing(isa: str, sink: float) -> None:
+    shape = (2, 1, 32, 0, 0.2)
+    plain, prompt = Prompt(isa, shape, 40, "bf16"), Prompt(isa, (*shape, 0.0, (), (sink, sink)), 40, "bf16")
+    np.testing.assert_array_equal(prompt.read([40]), plain.read([40]) if sink < 0 else np.zeros((40, 64)))
 
 
 def test_capped_prompts_are_not_for_paged_attention() -> None:
-    for staging in ("f32", "bf16"):
-        assert native.can_prefill([layer("cap"), layer("all")], staging)
-        assert not native.can_prefill([layer("alibi")], staging)
-        assert not native.can_prefill([layer("sinks")], staging)
+    for isa in ISAS:
+        for staging in ("f32", "bf16"):
+            assert native.can_prefill([layer("cap"), layer("all")], staging, isa)
+            for terms in ("alibi", "sinks"):
+                has_kernel = staging == "bf16" and isa in PREFILL_ISAS
+                assert native.can_prefill([layer(terms)], staging, isa) == has_kernel
 
 
 @pytest.mark.parametrize(

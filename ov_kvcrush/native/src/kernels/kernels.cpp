@@ -14,7 +14,8 @@ namespace crush {
 
 extern const Kernels KERNELS_SCALAR;
 #if defined(CRUSH_X86)
-extern const Kernels KERNELS_AVX2, KERNELS_AVXVNNI, KERNELS_AVX512, KERNELS_AVX512VNNI, KERNELS_AMX;
+extern const Kernels KERNELS_AVX2, KERNELS_AVXVNNI, KERNELS_AVX512, KERNELS_AVX512VNNI, KERNELS_AVX512BF16, KERNELS_AMX;
+extern const Kernels KERNELS_BF16_EMULATED;
 #endif
 
 namespace {
@@ -43,7 +44,9 @@ std::vector<const Kernels*> available() {
     if (avx2) all.push_back(&KERNELS_AVX2);
     if (avx2 && __builtin_cpu_supports("avxvnni")) all.push_back(&KERNELS_AVXVNNI);
     if (avx512) all.push_back(&KERNELS_AVX512);
-    if (avx512 && __builtin_cpu_supports("avx512vnni")) all.push_back(&KERNELS_AVX512VNNI);
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (vnni) all.push_back(&KERNELS_AVX512VNNI);
+    if (vnni && __builtin_cpu_supports("avx512bf16")) all.push_back(&KERNELS_AVX512BF16);
     if (avx512 && may_use_amx()) all.push_back(&KERNELS_AMX);
 #endif
     return all;
@@ -51,7 +54,7 @@ std::vector<const Kernels*> available() {
 
 constexpr const char* CAP = "OV_KVCRUSH_ISA";
 // slowest first
-constexpr const char* ISA_NAMES[] = {"scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "amx"};
+constexpr const char* ISA_NAMES[] = {"scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx"};
 
 template <class Names>
 std::string join(const Names& names) {
@@ -94,6 +97,10 @@ const Kernels& kernels(const std::string& isa) {
     for (const Kernels* k : all) {
         if (isa == k->isa) return *k;
     }
+#if defined(CRUSH_X86)
+    if (isa == BF16_EMULATED && std::find(all.begin(), all.end(), &KERNELS_AVX512) != all.end())
+        return KERNELS_BF16_EMULATED;
+#endif
     throw std::invalid_argument("isa must be one of " + join(available_isas()) + " on this CPU" +
                                 (isa_cap().empty() ? "" : std::string(" within ") + CAP + "=" + isa_cap()) + ", got " +
                                 isa);

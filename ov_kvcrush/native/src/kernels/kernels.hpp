@@ -72,10 +72,12 @@ struct Prefill {
     const float* q;                              // head g of row r is at q + r * stride + g * D
     size_t stride;
     int32_t first_position;
-    int32_t window;  // 0 = none
-    float scale;     // of q . k, above 0
-    float* scratch;  // prefill_scratch(head_size, group * num_rows) floats
-    float* out;      // as q
+    int32_t window;               // 0 = none
+    float scale;                  // of q . k, above 0
+    float soft_cap;               // as in AttendArgs; 0 = none
+    const float *slopes, *sinks;  // [group], as in LayerShape; null = none
+    float* scratch;               // prefill_scratch(head_size, group * num_rows) floats
+    float* out;                   // as q
 };
 constexpr int PREFILL_COLUMNS = 32, PREFILL_STEP = 128, PREFILL_MAX_COLUMNS = 256;
 static inline size_t prefill_scratch(int head_size, int columns) {
@@ -116,10 +118,12 @@ struct Kernels {
 // The environment variable OV_KVCRUSH_ISA names the best kernels that may be used; it is read at the first call of one
 // of these functions. Each of them throws std::invalid_argument if it is not a name of kernels.
 
-// The best kernels of this CPU, or those of a name ("scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "amx"). Throws
-// std::invalid_argument with the names this CPU can run for any other one.
+// The best kernels of this CPU, or those of a name ("scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16",
+// "amx"), or BF16_EMULATED. Throws std::invalid_argument with the names this CPU can run for any other one.
 const Kernels& kernels(const std::string& isa = "");
-std::vector<std::string> available_isas();  // slowest first
+// Kernels for tests, where avx512 may be used: these and the prompt kernel of avx512bf16, its products emulated.
+constexpr const char* BF16_EMULATED = "avx512bf16-emulated";
+std::vector<std::string> available_isas();  // slowest first, without the emulated ones
 std::string isa_cap();                      // "" = all may be used
 
 }  // namespace crush

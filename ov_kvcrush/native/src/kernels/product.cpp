@@ -25,7 +25,7 @@ const ProductKernels& product_kernels(const std::string& isa) {
     if (name == "avx2") return PRODUCT_AVX2;
     if (name == "avxvnni") return PRODUCT_AVXVNNI;
     if (name == "avx512") return PRODUCT_AVX512;
-    // Few rows do not fill tiles of AMX, and processors that have them have VNNI.
+    // Few rows do not fill tiles of AMX, and kernels above those of VNNI are used only where there is VNNI.
     if (name != "scalar") return PRODUCT_AVX512VNNI;
 #endif
     return PRODUCT_SCALAR;

@@ -25,7 +25,7 @@ void write_rows(const float* from, size_t stride, size_t count, size_t size, Cod
 
 bool has_prefill(const Kernels& kernels, const LayerShape& shape, Codec staging) {
     return kernels.prefill && staging == Codec::bf16 && shape.head_size % 32 == 0 && shape.scale > 0 &&
-           shape.num_heads / shape.num_kv_heads <= PREFILL_MAX_COLUMNS && !shape.adjusts();
+           shape.num_heads / shape.num_kv_heads <= PREFILL_MAX_COLUMNS;
 }
 
 bool any_capped(const std::vector<LayerShape>& layers) {
@@ -121,6 +121,9 @@ void Store::prefill_locked(size_t layer, const std::vector<RowSpan>& spans, cons
             a.first_position = task.span->first_position + static_cast<int32_t>(task.first);
             a.window = shape.window;
             a.scale = shape.scale;
+            a.soft_cap = shape.soft_cap;
+            a.slopes = shape.slopes.empty() ? nullptr : shape.slopes.data() + task.head * group;
+            a.sinks = shape.sinks.empty() ? nullptr : shape.sinks.data() + task.head * group;
             a.scratch = scratch.get();
             a.out = out + row * a.stride + task.head * group * size;
             kernels_->prefill(a);
