@@ -15,8 +15,6 @@ from native_stores import ISAS, Array, Cache, LayerTuple, Span, gaussian, keys_v
 from ov_kvcrush import native
 from reference import codec as reference
 
-pytestmark = pytest.mark.numerics
-
 needs_amx = pytest.mark.skipif("amx" not in ISAS, reason="the kernel is for AMX: without it nothing is prefilled here")
 
 # Powers are rounded to bf16, 2^-9 of each at most; so is what they sum to, in units of the values.

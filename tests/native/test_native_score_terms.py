@@ -9,8 +9,6 @@ from native_stores import ISAS, Array, Cache, LayerTuple, Span, gaussian, keys_v
 
 from ov_kvcrush import native
 
-pytestmark = pytest.mark.numerics
-
 CAP = 2.0
 NO_NUMBERS: tuple[float, ...] = ()
 # soft cap, slope of the first head, sink of the first head
