@@ -73,7 +73,9 @@ def alone() -> Alone:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "phi3"])
-def test_prompt_longer_than_the_staging_pool_gives_the_same_tokens(kind: str, tiny_ir: Callable[[str], Path], alone: Alone) -> None:
+def test_prompt_longer_than_the_staging_pool_gives_the_same_tokens(
+    kind: str, tiny_ir: Callable[[str], Path], alone: Alone
+) -> None:
     folder, ids = tiny_ir(kind), prompt(150)
     small = make_engine(folder, {**EXACT, "staging_bytes": 1 << 16})
     handle = add(small, 0, ids)
@@ -84,7 +86,9 @@ def test_prompt_longer_than_the_staging_pool_gives_the_same_tokens(kind: str, ti
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_later_turn_on_kept_kv_gives_the_tokens_of_a_fresh_prompt(kind: str, tiny_ir: Callable[[str], Path], alone: Alone) -> None:
+def test_later_turn_on_kept_kv_gives_the_tokens_of_a_fresh_prompt(
+    kind: str, tiny_ir: Callable[[str], Path], alone: Alone
+) -> None:
     folder = tiny_ir(kind)
     engine = make_engine(folder, enable_prefix_caching=True)
     first = add(engine, 0, prompt(90))
@@ -250,7 +254,9 @@ GROUPS = r"query heads per KV head of layer '.+' must be an integer in 1\.\.16, 
         (34, 1, 32, GROUPS + "34 / 1"), (3, 2, 32, GROUPS + "3 / 2"), (1, 2, 32, GROUPS + "1 / 2"),
     ],
 )  # fmt: skip
-def test_heads_that_the_kernels_lack_are_refused(num_heads: int, num_kv_heads: int, head_size: int, message: str) -> None:
+def test_heads_that_the_kernels_lack_are_refused(
+    num_heads: int, num_kv_heads: int, head_size: int, message: str
+) -> None:
     with pytest.raises(ModelError, match=message):
         check_layer(AttentionLayer("layer", num_heads, num_kv_heads, head_size, window=0, scale=1.0))
 
