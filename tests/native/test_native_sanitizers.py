@@ -96,14 +96,20 @@ def compiled(source: Path, folder: Path, flags: list[str], optimised: bool) -> P
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Future[str]]:
+def outputs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Future[str]]:
     """What each program prints under each sanitizer. Two compilers or programs at a time; all of it begins here."""
     if not COMPILER:
         pytest.skip("there is no C++ compiler")
+    selected = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    cases = [case for case in CASES if {"sanitizer": case[0], "program": case[1]} in selected]
     threads = ThreadPoolExecutor(2)
     objects: dict[str, list[Future[Path]]] = {}
     programs: dict[tuple[str, str], Future[Path]] = {}
     for name, flags in SANITIZERS.items():
+        if name not in dict(cases):
+            continue
         folder = tmp_path_factory.mktemp(name)
 
         def submit(source: Path, own_flags: list[str], flags: list[str] = flags, to: Path = folder) -> Future[Path]:
@@ -112,7 +118,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], F
 
         objects[name] = [submit(source, own_flags) for source, own_flags in units(flags, folder).items()]
         for program in PROGRAMS:
-            if (name, program.stem) in CASES:
+            if (name, program.stem) in cases:
                 programs[name, program.stem] = submit(program, [])
 
     def linked_and_run(name: str, program: Future[Path]) -> str:

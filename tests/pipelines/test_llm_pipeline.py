@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -162,13 +162,14 @@ def test_stop_string_cuts_text_and_stream_alike(pipe: LLMPipeline, include: bool
     assert "".join(streamed) == text
 
 
-def test_logprobs_are_openvino_genais(shallow: Path) -> None:
-    stock = ov_genai.LLMPipeline(str(shallow), "CPU", **{**capped_properties(), **F32})
+def test_logprobs_are_openvino_genais(tiny_ir: Callable[[str], Path]) -> None:
+    folder = tiny_ir("llama")
+    stock = ov_genai.LLMPipeline(str(folder), "CPU", **{**capped_properties(), **F32})
     ids = stock.get_tokenizer().encode(QUESTION).input_ids
     config = GenerationConfig(max_new_tokens=8, ignore_eos=True, logprobs=1)
     expected = stock.generate(ids, config)
     del stock
-    ours = LLMPipeline(shallow, **F32).generate(ids, config)
+    ours = LLMPipeline(folder, **F32).generate(ids, config)
     assert ours.tokens == expected.tokens
     np.testing.assert_allclose(ours.scores, expected.scores, atol=1e-3)
 
