@@ -48,9 +48,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """Return a function from a name and what fills a folder to that folder, which one worker of the run fills once."""
+    """Return a function from a name and what fills a folder to that folder, which one worker of the run fills once.
+
+    In the folder OV_KVCRUSH_TEST_MODELS, where that is set: several runs of the same code can share it.
+    """
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    if "OV_KVCRUSH_TEST_MODELS" in os.environ:
+        shared = Path(os.environ["OV_KVCRUSH_TEST_MODELS"])
 
     def fill(name: str, make: Callable[[Path], object]) -> Path:
         folder = shared / name

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -573,8 +573,8 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="lo
 
 
 @pytest.fixture
-def job(shallow: Path) -> dict[str, object]:
-    return BenchSettings.for_model(shallow).worker_job("crush", Cell(64, 1))
+def job(tiny_ir: Callable[[str], Path]) -> dict[str, object]:
+    return BenchSettings.for_model(tiny_ir("llama")).worker_job("crush", Cell(64, 1))
 
 
 def is_running(pid: int) -> bool:
@@ -666,10 +666,10 @@ def test_worker_is_gone_after_the_block(job: dict[str, object]) -> None:
 
 
 @pytest.fixture
-def running_bench(shallow: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def running_bench(tiny_ir: Callable[[str], Path], tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A bench that would take very long, in the middle of its first runs."""
     code = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from ov_kvcrush.bench.cli import main; main()"
-    options = [str(shallow), "--context", "64", "--runs", "100000", "--json", str(tmp_path / "out.json")]
+    options = [str(tiny_ir("llama")), "--context", "64", "--runs", "100000", "--json", str(tmp_path / "out.json")]
     process = subprocess.Popen(
         [sys.executable, "-c", code, json.dumps(sys.path), *options], stderr=subprocess.PIPE, text=True
     )

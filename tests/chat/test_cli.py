@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,17 @@ def chat(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     )
 
 
+def chat_in_process(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """The same without a process of its own, which takes seconds."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
+        status = run(list(arguments))
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+
 @pytest.fixture(scope="module")
 def pipe(shallow: Path) -> LLMPipeline:
     return LLMPipeline(shallow)
@@ -61,7 +72,7 @@ def text_run(smollm2: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def json_run(smollm2: Path) -> subprocess.CompletedProcess[str]:
-    return chat(str(smollm2), "--json", stdin=FRANCE + "\n")
+    return chat_in_process(str(smollm2), "--json", stdin=FRANCE + "\n")
 
 
 # -- one answer --------------------------------------------------------------------------------------------------------
@@ -405,21 +416,21 @@ def test_without_the_native_library_only_the_default_policy_is_left_out(monkeypa
     assert run_in_process("--prompt", "x", "--kept", "0.5") == 2
 
 
-def test_fewer_bits_take_fewer_bytes(shallow: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    sizes = []
+def test_fewer_bits_take_fewer_bytes(tiny_ir: Callable[[str], Path], capfd: pytest.CaptureFixture[str]) -> None:
+    sizes, model = [], str(tiny_ir("llama"))
     for bits in ("f32", "u8", "u2"):
         types = ("--key-precision", bits, "--value-precision", bits)
-        assert run_in_process(str(shallow), "--json", "--max-new-tokens", "4", "--prompt", STORY * 8, *types) == 0
+        assert run_in_process(model, "--json", "--max-new-tokens", "4", "--prompt", STORY * 8, *types) == 0
         sizes.append(json.loads(capfd.readouterr().out)["kv_bytes"])
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 3
 
 
 def test_without_the_native_library_one_line_says_so(
-    smollm2: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    shallow: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(native, "why_unavailable", lambda: "nobody built it")
-    assert run_in_process("--prompt", "Hello", "--max-new-tokens", "20") == 0
+    assert run_in_process(str(shallow), "--prompt", "Hello", "--max-new-tokens", "20") == 0
     out, err = capfd.readouterr()
     assert out.strip()
     notes = [line for line in err.splitlines() if not line.startswith("[cut")]
@@ -475,7 +486,7 @@ FISH = "\n".join(f"Day {d}: the {BOATS[d * 7 % 5]} boat came home with {d * 13 %
 def kept_run(shallow: Path) -> subprocess.CompletedProcess[str]:
     question = ("--prompt", "Naïve 日本語: how many fish?", "--max-new-tokens", "20")
     kept = ("--policy", "kvcrush", "--kept-tokens", "128", "--show-kept")
-    return chat(str(shallow), *kept, "--stats", "--json", *question, stdin=FISH)
+    return chat_in_process(str(shallow), *kept, "--stats", "--json", *question, stdin=FISH)
 
 
 def test_stats_and_json_tell_what_was_kept(kept_run: subprocess.CompletedProcess[str]) -> None:

@@ -138,8 +138,8 @@ def test_options_of_the_policy_are_those_of_the_text(files: Path, compressed: Do
     assert not few.err
 
 
-def test_without_a_context_there_are_no_figures(pipe: ChatPipeline) -> None:
-    assert chat("--prompt", "Hello", "--json", *SHORT).json["context"] is None
+def test_without_a_context_there_are_no_figures(shallow: Path) -> None:
+    assert chat(shallow, "--prompt", "Hello", "--json", *SHORT).json["context"] is None
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -613,12 +613,12 @@ def test_engines_without_contexts_refuse_them(
 
 def test_real_model_answers_together_as_one_by_one(smollm2: Path) -> None:
     pipe = LLMPipeline(smollm2, "CPU", F32)  # bf16 and quantised activations round a batch otherwise than a lone row
-    facts = " ".join(f"On day {i} the {'ship' if i % 3 else 'crew'} saw {7 * i % 11} whales." for i in range(70))
+    facts = " ".join(f"On day {i} the {'ship' if i % 3 else 'crew'} saw {7 * i % 11} whales." for i in range(35))
     text = f"{facts} The captain's name is Ishmael Brown. {facts[:400]}"
     questions = ["What is the captain's name?", "What did the ship see?", "Say hello."]
     options = {"max_new_tokens": 12}
     context = pipe.compress(text, kept=0.5)
-    assert 900 < context.num_tokens < 1400
+    assert 500 < context.num_tokens < 900
     assert context.kept_tokens == -(-context.num_tokens // 2)
     alone = [pipe.generate(q, context=context, **options) for q in questions]
     assert pipe.generate(questions, context=context, **options).texts == alone

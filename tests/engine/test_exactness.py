@@ -51,13 +51,20 @@ def run_together(pipe: ContinuousBatchingPipeline, prompts: list[np.ndarray], ne
     return [h.outputs()[0].generated_ids for h in handles]
 
 
-def test_greedy_tokens_equal_openvino_genai(smollm2: Path, prompts: list[np.ndarray]) -> None:
-    ours = ContinuousBatchingPipeline(smollm2, SchedulerConfig(max_num_batched_tokens=CHUNK), properties=F32)
+@pytest.mark.parametrize(
+    ("model", "lengths"), [("shallow", LENGTHS), ("smollm2", LENGTHS[1:2]), *rarely(("smollm2", LENGTHS))]
+)
+def test_greedy_tokens_equal_openvino_genai(
+    model: str, lengths: tuple[int, ...], prompts: list[np.ndarray], request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(model)
+    prompts = [ids for ids in prompts if len(ids) in lengths]
+    ours = ContinuousBatchingPipeline(folder, SchedulerConfig(max_num_batched_tokens=CHUNK), properties=F32)
     answers = [run_together(ours, [p], NEW_TOKENS)[0] for p in prompts]
     del ours
     scheduler = ov_genai.SchedulerConfig()
     scheduler.max_num_batched_tokens = CHUNK
-    stock = ov_genai.ContinuousBatchingPipeline(str(smollm2), scheduler, "CPU", F32)
+    stock = ov_genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", F32)
     config = GenerationConfig(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     for ids, answer in zip(prompts, answers, strict=True):
         handle = stock.add_request(0, ov.Tensor(ids[None].copy()), config)

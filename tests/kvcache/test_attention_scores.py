@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import openvino_genai as ov_genai
@@ -80,33 +81,33 @@ def test_scores_of_a_prompt_read_through_the_store_are_the_same(
     assert_equal(scores_of(engine, ids, watch), eager_attentions(tiny_hf(kind), ids), watch)
 
 
-@pytest.fixture(scope="module", params=[4, *rarely(30)], ids=lambda layers: f"{layers} layers")
-def smollm2_hf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first layers of SmolLM2, or all 30, as a Hugging Face folder in float32.
+def first_layers(count: int, folder: Path) -> None:
+    """Write the first layers of SmolLM2 as a Hugging Face folder in float32.
 
     The default model's IR rounds some weights of the GGUF file.
     """
     import torch
     import transformers
 
-    folder = tmp_path_factory.mktemp("smollm2")
-    gguf = default_gguf(folder, print)
-    transformers.utils.logging.disable_progress_bar()
-    options = {"gguf_file": gguf.name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
-    model.model.layers = model.model.layers[: request.param]
-    model.config.num_hidden_layers = request.param
-    model.save_pretrained(folder / "hf")
-    tiny_tokenizer().save_pretrained(folder / "hf")  # an export needs one; the real one is in the default model
-    return folder / "hf"
+    with TemporaryDirectory() as fetched:
+        gguf = default_gguf(Path(fetched), print)
+        transformers.utils.logging.disable_progress_bar()
+        options = {"gguf_file": gguf.name}
+        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+    model.model.layers = model.model.layers[:count]
+    model.config.num_hidden_layers = count
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)  # an export needs one; the real one is in the default model
 
 
-def test_scores_of_a_real_model(smollm2: Path, smollm2_hf: Path, tmp_path: Path) -> None:
-    export_model(smollm2_hf, tmp_path / "ir", weight_format="fp32")
+@pytest.mark.parametrize("layers", [4, *rarely(30)])
+def test_scores_of_a_real_model(layers: int, smollm2: Path, once: Callable[..., Path]) -> None:
+    smollm2_hf = once(f"hf/smollm2-{layers}", lambda folder: first_layers(layers, folder))
+    ir = once(f"ir/smollm2-{layers}", lambda folder: export_model(smollm2_hf, folder, weight_format="fp32"))
     text = " ".join(f"Sentence {i} says that the sea is {'calm' if i % 3 else 'wild'} today." for i in range(20))
     ids = ov_genai.Tokenizer(str(smollm2)).encode(text).input_ids.data[0].astype(np.int64)
     watch = Watch(window=16)
-    assert_equal(scores_of(make_engine(tmp_path / "ir"), ids, watch), eager_attentions(smollm2_hf, ids), watch)
+    assert_equal(scores_of(make_engine(ir), ids, watch), eager_attentions(smollm2_hf, ids), watch)
 
 
 def test_scores_cost_nothing_unless_asked_for(tiny_ir: Callable[[str], Path]) -> None:

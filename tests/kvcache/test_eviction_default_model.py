@@ -1,4 +1,4 @@
-"""Policies on the default model: prompts near the budget, two sequences, long answers, repetition, chat."""
+"""Policies on layers of the default model: prompts near the budget, two sequences, long answers, repetition, chat."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ TIGHT = {"name": "kvcrush", "kept_tokens": 32, "sink_tokens": 4, "recent_tokens"
 
 
 @pytest.fixture(scope="module")
-def pipe_of(smollm2: Path) -> Callable[[bool], LLMPipeline]:
+def pipe_of(shallow: Path) -> Callable[[bool], LLMPipeline]:
+    """In float32: in bf16 OpenVINO multiplies two rows by other kernels than one, and near ties fall either way."""
     return cache(
         lambda prefixes: LLMPipeline(
-            smollm2, cache_config={"policy": TIGHT}, scheduler_config={"enable_prefix_caching": prefixes}
+            shallow, "CPU", F32, cache_config={"policy": TIGHT}, scheduler_config={"enable_prefix_caching": prefixes}
         )
     )
 
@@ -47,9 +48,8 @@ def test_short_prompts_near_the_budget(num_tokens: int, pipe_of: Callable[[bool]
     assert len(answers(pipe_of(False), num_tokens)[0]) == 12
 
 
-def test_two_sequences_of_a_real_model(smollm2: Path) -> None:
-    """In float32: in bf16 OpenVINO multiplies two rows by other kernels than one, and near ties fall either way."""
-    pipe = LLMPipeline(smollm2, "CPU", F32, cache_config={"policy": TIGHT})
+def test_two_sequences_of_a_real_model(pipe_of: Callable[[bool], LLMPipeline]) -> None:
+    pipe = pipe_of(False)
     assert answers(pipe, 100, **GREEDY_TWICE) == 2 * answers(pipe, 100)
 
 

@@ -252,11 +252,11 @@ def test_a_product_that_is_gone_is_an_error() -> None:
         run(np.zeros((1, HIDDEN), np.float32), [0])
 
 
-def test_settings_say_who_multiplies(smollm2: Path) -> None:
-    assert load_model(smollm2, "CPU", {}, "crush").products == ()
+def test_settings_say_who_multiplies(shallow: Path) -> None:
+    assert load_model(shallow, "CPU", {}, "crush").products == ()
     exact = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-    assert load_model(smollm2, "CPU", exact, "crush", weights="auto").packed_bytes == 0
-    packed_model = load_model(smollm2, "CPU", {}, "crush", weights="auto")
+    assert load_model(shallow, "CPU", exact, "crush", weights="auto").packed_bytes == 0
+    packed_model = load_model(shallow, "CPU", {}, "crush", weights="auto")
     is_scalar = native.info()["isa"] == "scalar"
     assert (packed_model.packed_bytes == 0) == is_scalar
     assert packed_model.packed_bytes == sum(p.nbytes for p in packed_model.products)

@@ -29,8 +29,6 @@ from native_stores import (
 from ov_kvcrush import native
 from reference import codec as reference
 
-pytestmark = pytest.mark.numerics
-
 each_kernel = pytest.mark.parametrize("isa", PREFILL_ISAS)
 
 

@@ -10,8 +10,6 @@ from native_stores import ISAS, gaussian
 from ov_kvcrush.native import Product
 from reference import product as reference
 
-pytestmark = pytest.mark.numerics
-
 ROUNDING = 2e-6  # of the largest result: sums in float32
 SHAPES = [(bits, group) for bits in (8, 4) for group in (16, 32, 96, 192)]
 

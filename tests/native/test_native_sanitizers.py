@@ -6,10 +6,14 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from native_stores import ISAS
+
+from ov_kvcrush import native
 
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "ov_kvcrush" / "native"
@@ -21,8 +25,11 @@ SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DCRUSH_ARENA_MALLOC"],
     "thread": ["-fsanitize=thread", "-DCRUSH_SCALAR_ONLY"],  # threads meet in the store, not within a kernel
 }
-# Failing allocations are counted, so they fail in one thread.
-CASES = [(n, p) for n in SANITIZERS for p in PROGRAMS if (n, p.stem) != ("thread", "test_failures")]
+# Of test_failures none: failing allocations are counted, so they fail in one thread.
+THREADED = ("test_kernels", "test_split", "test_store")
+CASES = [("address", program.stem) for program in PROGRAMS] + [("thread", program) for program in THREADED]
+# What the kernels of an instruction set are called, by the beginning of their file's name.
+TABLES = {"kernels": "Kernels", "attend": "Kernels", "product": "ProductKernels", "sampling": "SamplingKernels"}
 
 
 def core(flags: list[str]) -> dict[Path, list[str]]:
@@ -33,6 +40,44 @@ def core(flags: list[str]) -> dict[Path, list[str]]:
     if platform.machine().lower() in ("x86_64", "amd64") and "-DCRUSH_SCALAR_ONLY" not in flags:
         names = [*options, *names]  # those take longest
     return {NATIVE / "src" / name: options[name].split(";") if name in options else [] for name in names}
+
+
+def units(flags: list[str], folder: Path) -> dict[Path, list[str]]:
+    """What is compiled of the core: the store as one source, and no kernels that this processor cannot run."""
+    found: dict[Path, list[str]] = {}
+    store, left_out = [], []
+    for source, own_flags in core(flags).items():
+        if source.parent.name == "store" and not own_flags:
+            store.append(source)
+        elif native.available() and isa_of(source, own_flags) not in ("", *ISAS):
+            left_out.append(source)
+        else:
+            found[source] = own_flags
+    whole = folder / "store.cpp"
+    whole.write_text("".join(f'#include "store/{source.name}"\n' for source in store))
+    if left_out:
+        names = folder / "left_out.cpp"
+        names.write_text("\n".join(without_kernels(left_out)))
+        found[names] = []
+    return {whole: [], **found}
+
+
+def isa_of(source: Path, own_flags: list[str]) -> str:
+    """The instruction set that a source is for, "" = any."""
+    return source.stem.rpartition("_")[2] if any(flag.startswith("-mavx") for flag in own_flags) else ""
+
+
+def without_kernels(left_out: list[Path]) -> Iterator[str]:
+    """A source with empty tables in the place of those that are left out."""
+    yield from (f'#include "kernels/{header}.hpp"' for header in ("kernels", "product", "sampling"))
+    yield "namespace crush {"
+    for source in left_out:
+        kind, _, isa = source.stem.partition("_")
+        if kind in TABLES:
+            name = f"{'KERNELS' if kind == 'attend' else kind.upper()}_{isa.upper()}"
+            yield f"extern const {TABLES[kind]} {name};"
+            yield f"const {TABLES[kind]} {name}{{}};"
+    yield "}\n"
 
 
 def run(*command: str | Path) -> str:
@@ -51,32 +96,45 @@ def compiled(source: Path, folder: Path, flags: list[str], optimised: bool) -> P
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Future[str]]:
+def outputs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Future[str]]:
     """What each program prints under each sanitizer. Two compilers or programs at a time; all of it begins here."""
     if not COMPILER:
         pytest.skip("there is no C++ compiler")
+    selected = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    cases = [case for case in CASES if {"sanitizer": case[0], "program": case[1]} in selected]
     threads = ThreadPoolExecutor(2)
-    made: dict[tuple[str, Path], Future[Path]] = {}
+    objects: dict[str, list[Future[Path]]] = {}
+    programs: dict[tuple[str, str], Future[Path]] = {}
     for name, flags in SANITIZERS.items():
+        if name not in dict(cases):
+            continue
         folder = tmp_path_factory.mktemp(name)
-        for source, own_flags in (core(flags) | {program: [] for program in PROGRAMS}).items():
-            optimised = not any(flag.startswith("-mavx") for flag in own_flags)
-            made[name, source] = threads.submit(compiled, source, folder, [*flags, *own_flags], optimised)
 
-    def linked_and_run(name: str, program: Path) -> str:
-        objects = [made[name, source].result() for source in (*core(SANITIZERS[name]), program)]
-        target = objects[-1].with_suffix("")
-        run(COMPILER, *SANITIZERS[name], "-pthread", *objects, "-o", target)
+        def submit(source: Path, own_flags: list[str], flags: list[str] = flags, to: Path = folder) -> Future[Path]:
+            optimised = not isa_of(source, own_flags)
+            return threads.submit(compiled, source, to, [*flags, *own_flags], optimised)
+
+        objects[name] = [submit(source, own_flags) for source, own_flags in units(flags, folder).items()]
+        for program in PROGRAMS:
+            if (name, program.stem) in cases:
+                programs[name, program.stem] = submit(program, [])
+
+    def linked_and_run(name: str, program: Future[Path]) -> str:
+        own = program.result()
+        target = own.with_suffix("")
+        run(COMPILER, *SANITIZERS[name], "-pthread", *(o.result() for o in objects[name]), own, "-o", target)
         return run(target)
 
-    return {(n, p.stem): threads.submit(linked_and_run, n, p) for n, p in CASES}
+    return {case: threads.submit(linked_and_run, case[0], program) for case, program in programs.items()}
 
 
-@pytest.mark.parametrize(("sanitizer", "program"), [(name, program.stem) for name, program in CASES])
+@pytest.mark.parametrize(("sanitizer", "program"), CASES)
 def test_runs_clean(outputs: dict[tuple[str, str], Future[str]], program: str, sanitizer: str) -> None:
     output = outputs[sanitizer, program].result()
     assert "Sanitizer" not in output, output
 
 
 def test_there_are_programs_to_run() -> None:
-    assert PROGRAMS
+    assert {program.stem for program in PROGRAMS} >= {*THREADED, "test_failures", "test_products", "test_sampling"}

@@ -24,8 +24,6 @@ from native_stores import (
 from ov_kvcrush import native
 from reference import codec as reference
 
-pytestmark = pytest.mark.numerics
-
 CAP = 2.0
 NO_NUMBERS: tuple[float, ...] = ()
 # soft cap, slope of the first head, sink of the first head

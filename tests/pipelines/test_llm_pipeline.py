@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +42,14 @@ def pipe(shallow: Path) -> LLMPipeline:
 
 
 @pytest.fixture(params=["crush", "genai"], scope="module")
-def any_pipe(request: pytest.FixtureRequest, smollm2: Path) -> LLMPipeline:
-    return LLMPipeline(smollm2, engine=request.param)
+def any_pipe(request: pytest.FixtureRequest, shallow: Path) -> LLMPipeline:
+    return LLMPipeline(shallow, engine=request.param, **F32)
+
+
+@pytest.fixture(scope="module")
+def whole() -> LLMPipeline:
+    """The default model with all its layers, where answers must make sense and end."""
+    return LLMPipeline()
 
 
 @pytest.fixture(autouse=True)
@@ -57,10 +63,9 @@ def nothing_left(pipe: LLMPipeline) -> Iterator[None]:
 # -- in and out ------------------------------------------------------------------------------------------------------
 
 
-def test_default_model_answers_with_paris() -> None:
-    pipe = LLMPipeline()
-    assert pipe.engine == "crush"
-    assert "Paris" in pipe(QUESTION, max_new_tokens=40)
+def test_default_model_answers_with_paris(whole: LLMPipeline) -> None:
+    assert whole.engine == "crush"
+    assert "Paris" in whole(QUESTION, max_new_tokens=40)
 
 
 def test_every_kind_of_input_gives_the_same_answer(any_pipe: LLMPipeline) -> None:
@@ -127,8 +132,8 @@ def test_each_sequence_equals_a_request_with_the_same_draws(shallow: Path) -> No
     assert three[0] == one[0]
 
 
-def test_min_and_max_new_tokens_and_ends(smollm2: Path) -> None:
-    pipe = LLMPipeline(smollm2)
+def test_min_and_max_new_tokens_and_ends(whole: LLMPipeline) -> None:
+    pipe = whole
     tokenizer = pipe.get_tokenizer()
     ids = tokenizer.encode("What is 2+2?")
     ended = pipe.generate(ids, max_new_tokens=20)
@@ -157,13 +162,14 @@ def test_stop_string_cuts_text_and_stream_alike(pipe: LLMPipeline, include: bool
     assert "".join(streamed) == text
 
 
-def test_logprobs_are_openvino_genais(smollm2: Path) -> None:
-    stock = ov_genai.LLMPipeline(str(smollm2), "CPU", **{**capped_properties(), **F32})
+def test_logprobs_are_openvino_genais(tiny_ir: Callable[[str], Path]) -> None:
+    folder = tiny_ir("llama")
+    stock = ov_genai.LLMPipeline(str(folder), "CPU", **{**capped_properties(), **F32})
     ids = stock.get_tokenizer().encode(QUESTION).input_ids
     config = GenerationConfig(max_new_tokens=8, ignore_eos=True, logprobs=1)
     expected = stock.generate(ids, config)
     del stock
-    ours = LLMPipeline(smollm2, **F32).generate(ids, config)
+    ours = LLMPipeline(folder, **F32).generate(ids, config)
     assert ours.tokens == expected.tokens
     np.testing.assert_allclose(ours.scores, expected.scores, atol=1e-3)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from covering import covering, rarely
+from covering import covering, examples, rarely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_states import KINDS, POLICIES, cache_state
@@ -68,7 +68,7 @@ def moments(draw: st.DrawFn) -> Moment:
     )
 
 
-MANY = settings(max_examples=25, deadline=None, derandomize=True)
+MANY = settings(max_examples=examples(48), deadline=None, derandomize=True)
 
 
 def policy_of(variant: dict[str, Any]) -> Policy:
