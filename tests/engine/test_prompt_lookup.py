@@ -52,6 +52,9 @@ class Misled:
     def forget(self, sequence: Any) -> None:
         pass
 
+    def taken(self) -> None:
+        pass
+
 
 @pytest.fixture(autouse=True)
 def _all_in(monkeypatch: pytest.MonkeyPatch) -> None:
