@@ -21,7 +21,7 @@ from ov_kvcrush.kvcache.factory import make_kv_cache_manager
 from ov_kvcrush.model.load import LoadedModel
 
 _log = logging.getLogger(__name__)
-_KIND = 3  # guesses of a draft model are believed as those of three tokens found again
+_KIND = 6  # guesses of a draft model are believed as those of six tokens found again: 3/4
 
 
 class DraftModel:
