@@ -21,7 +21,7 @@ from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.sampling_params import make_generation_config
 from ov_kvcrush.core.staged_prompt import StagedPrompt
 from ov_kvcrush.errors import RequestError
-from ov_kvcrush.model.adapters import check_own
+from ov_kvcrush.model.adapters import Adapter, check_own
 from ov_kvcrush.model.source import ModelText
 from ov_kvcrush.pipelines.arguments import adapters_of, lookahead_of, model_properties, with_stock_eviction
 from ov_kvcrush.pipelines.backend import Backend, Handle
@@ -143,6 +143,11 @@ class PipelineBase:
     def engine(self) -> str:
         """Name of the engine that runs: "crush" or "genai"."""
         return self._engine_name
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The LoRA adapters that it was made with."""
+        return self._adapters.adapters
 
     @property
     def context_owner(self) -> ContextCompressor:
