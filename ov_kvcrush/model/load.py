@@ -161,7 +161,8 @@ def load_model(
     vocab_size = model.output("logits").partial_shape[-1].get_length()
     compiled = core.compile_model(model, device, properties)
     context_length = info.context_length if info else None
-    folder, text = (None, source) if isinstance(source, ModelText) else (source, None)
+    folder = None if isinstance(source, ModelText) else source
+    text = source if isinstance(source, ModelText) else None
     return LoadedModel(
         compiled, vocab_size, context_length, attention, layers, precision, pages_prompts, shared_layers, folder,
         products, adapters, text,

@@ -44,7 +44,7 @@ class LLMPipeline(PipelineBase):
         user's cache directory; None = the default model, SmolLM2-135M-Instruct.
     tokenizer: None = the one in the folder.
     model, weights, generation_config: the text of its IR, an openvino.Tensor of its weights, and what holds where
-        `generate` gets no config. What stands in `config.json` is not known of it (docs/models.md).
+        `generate` gets no config. What stands in `config.json` is not known of it (docs/coming_from_openvino_genai.md).
     device: "CPU" (default), or another device of `openvino.Core().available_devices` with engine="genai".
     config, **properties: OpenVINO properties for `compile_model`; a "scheduler_config" may be among them.
     prompt_lookup: True = steps also run what followed the last tokens of a text before (docs/lookahead.md), as many as
