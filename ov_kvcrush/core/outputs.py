@@ -58,8 +58,8 @@ class StepSeconds(NamedTuple):
     """What one step took: the inference, sampling, and everything but the inference (planning, inputs, sampling).
 
     policy: the part of the overhead in which policies chose what stays in the cache, scores included, and in which the
-    store did what they chose. end: its moment of time.perf_counter. draft: what a draft model did in it, None = there is
-    none.
+    store did what they chose. end: its moment of time.perf_counter. draft: what a draft model did in it, None = there
+    is none.
     """
 
     inference: float
@@ -77,8 +77,8 @@ class RequestStats:
     kept_tokens: tokens whose KV a head of the first sequence holds, on average; after its end, held then. None where
     the engine does not tell. counts_steps: token_times has one list, the steps of a beam search, which are what
     openvino_genai counts as its tokens. plan: what a budget of bytes came to, and its predicted cost. steps: numbers of
-    the engine's steps that it took part in, and what each took. num_drafted, num_accepted: guessed tokens that were run,
-    and those that were right.
+    the engine's steps that it took part in, and what each took. num_drafted, num_accepted: guessed tokens that were
+    run, and those that were right.
     """
 
     num_input_tokens: int

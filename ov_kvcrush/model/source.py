@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, or the text of its IR with its weights in memory, as openvino_genai takes both."""
+"""Where a model comes from: a folder, or the text of its IR with its weights in memory. openvino_genai takes both."""
 
 from __future__ import annotations
 

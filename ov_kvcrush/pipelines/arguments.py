@@ -54,7 +54,7 @@ def batching_arguments(
 
 
 def _is_text(args: tuple[Any, ...], named: dict[str, Any]) -> bool:
-    return "weights" in named or bool(args) and isinstance(args[0], ov.Tensor)
+    return "weights" in named or (bool(args) and isinstance(args[0], ov.Tensor))
 
 
 def _path(models_path: str | Path | None) -> str | Path | None:

@@ -88,9 +88,7 @@ def test_none_without_a_draft_model(llm: Pipes, folder: Path, lib: Any) -> None:
 
 
 def test_of_requests_that_run_together(folder: Path) -> None:
-    pipe = ours.ContinuousBatchingPipeline(
-        folder, device="CPU", draft_model=ours.draft_model(folder), properties=EXACT
-    )
+    pipe = ours.ContinuousBatchingPipeline(folder, device="CPU", draft_model=ours.draft_model(folder), properties=EXACT)
     configs = [ours.GenerationConfig(**ASKED)] * 2
     results = pipe.generate([PROMPT, PROMPT], configs)
     both = results[0].extended_perf_metrics

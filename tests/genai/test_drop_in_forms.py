@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import openvino_genai as stock
 import pytest
 from both_libraries import EXACT, PROMPT, Pipes

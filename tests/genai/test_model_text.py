@@ -134,7 +134,7 @@ def test_what_cannot_be_run_is_refused_by_name(text: Any, tokenizer: Any) -> Non
     ):
         with pytest.raises(ours.CrushError, match=message):
             ours.LLMPipeline(xml, weights, tokenizer, "CPU", **options, **EXACT)
-    with pytest.raises(ours.CrushError, match="weights must be an openvino.Tensor"):
+    with pytest.raises(ours.CrushError, match=r"weights must be an openvino.Tensor"):
         ours.LLMPipeline(xml, weights=b"", tokenizer=tokenizer)
     with pytest.raises(TypeError, match="multiple values for argument 'model'"):
         ours.LLMPipeline(xml, weights, tokenizer, model=xml)

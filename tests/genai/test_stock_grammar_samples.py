@@ -14,8 +14,6 @@ import pytest
 from both_libraries import BOTH, Pipes
 from pydantic import BaseModel, Field
 
-
-
 QUESTION = "What is the weather in London, and how many pounds are 100 euros?"
 SYSTEM = "You call tools where that helps."
 IDS = ["stock", "ours"]
@@ -133,5 +131,3 @@ def test_compound_grammar_sample(llm: Pipes, lib: Any) -> None:
     assert 1 <= len(calls) <= 2
     for call in calls:
         {"Flight": Flight, "Hotel": Hotel}[call["name"]].model_validate(call["arguments"])
-
-

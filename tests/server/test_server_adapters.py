@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import openvino as ov
-import numpy as np
 import pytest
 from served import Served, served
 from tiny_adapters import MODULES, RANKS, tiny_adapters
