@@ -52,9 +52,10 @@ def test_metrics_of_both_models(drafted: Pipes, lib: Any) -> None:
     main = both.main_model_metrics
     assert main.get_num_generated_tokens() == both.get_num_generated_tokens() == NEW
     assert 0 < len(main.raw_metrics.m_durations) < NEW
-    # A step gives one token more than were right; the prompt's gives one.
-    assert both.get_num_accepted_tokens() == sum(size - 1 for size in main.raw_metrics.m_batch_sizes)
-    assert both.get_num_accepted_tokens() > 0
+    # A step gives one token more than were right; the prompt's gives one. openvino_genai counts fewer at the end.
+    num_more = sum(size - 1 for size in main.raw_metrics.m_batch_sizes)
+    assert 0 < both.get_num_accepted_tokens() <= num_more
+    assert lib is stock or both.get_num_accepted_tokens() == num_more
     assert both.draft_model_metrics.get_num_generated_tokens() >= both.get_num_accepted_tokens()
     assert both.get_num_input_tokens() == result.perf_metrics.get_num_input_tokens() == 20
 

@@ -17,16 +17,21 @@ from pydantic import BaseModel, Field
 QUESTION = "What is the weather in London, and how many pounds are 100 euros?"
 SYSTEM = "You call tools where that helps."
 IDS = ["stock", "ours"]
+LETTERS = "etaoinsrhlETAOINSRHL"
 
 
-class Weather(BaseModel):
+class Tool(BaseModel, extra="forbid"):
+    """No more than is named: the model would write on."""
+
+
+class Weather(Tool):
     name: ClassVar[str] = "get_weather"
 
     city: str = Field(description="City name", max_length=6)
     date: str = Field(pattern=r"2\d\d\d-[0-1]\d-[0-3]\d", description="Date in YYYY-MM-DD format")
 
 
-class Exchange(BaseModel):
+class Exchange(Tool):
     name: ClassVar[str] = "get_currency_exchange"
 
     to_currency: str = Field(description="Currency to convert to", max_length=3)
@@ -39,7 +44,7 @@ TOOLS = {tool.name: tool for tool in (Weather, Exchange)}
 @pytest.mark.parametrize("lib", BOTH, ids=IDS)
 def test_structural_tags_sample(llm: Pipes, lib: Any) -> None:
     """Free text, until something says that a call of a tool begins: then that, by its schema, and free text again."""
-    pipe, trigger, said = llm[lib], "", []
+    pipe, said = llm[lib], []
     for use_structural_tags in (False, True):
         config = lib.GenerationConfig()
         config.max_new_tokens, config.ignore_eos, config.do_sample = 200, True, True
@@ -49,13 +54,14 @@ def test_structural_tags_sample(llm: Pipes, lib: Any) -> None:
                 structural_tags_config=lib.StructuralTagsConfig(
                     structural_tags=[
                         lib.StructuralTagItem(
-                            begin=f'{trigger}<function="{name}">',
+                            begin=f'{letter}<function="{name}">',
                             schema=json.dumps(tool.model_json_schema()),
                             end="</function>",
                         )
                         for name, tool in TOOLS.items()
+                        for letter in LETTERS
                     ],
-                    triggers=[trigger],
+                    triggers=[*LETTERS],
                 )
             )
         heard: list[str] = []
@@ -68,20 +74,19 @@ def test_structural_tags_sample(llm: Pipes, lib: Any) -> None:
         pipe.finish_chat()
         assert "".join(heard) == answer
         said.append(answer)
-        trigger = next(c for c in said[0] if c.isascii() and c.isalpha())
     calls = re.findall(r'<function="([^"]+)">({.*?})</function>', said[1], re.DOTALL)
     assert calls
-    assert all(TOOLS[name].model_validate_json(arguments) for name, arguments in calls)
-    before = said[0][: said[0].index(trigger)]
-    assert said[1].startswith(f'{before}{trigger}<function="')
+    before = said[1].partition("<function=")[0]
+    assert [letter for letter in before if letter in LETTERS] == [before[-1]]  # no free text goes on behind one
+    assert all(TOOLS[name].model_validate(json.loads(arguments, strict=False)) for name, arguments in calls)
 
 
-class Flight(BaseModel):
+class Flight(Tool):
     origin_airport_code: str = Field(max_length=3)
     departure_date: str = Field(max_length=4)
 
 
-class Hotel(BaseModel):
+class Hotel(Tool):
     destination: str = Field(max_length=5)
 
 
@@ -91,6 +96,7 @@ def array_of_calls() -> str:
             "type": "object",
             "properties": {"name": {"type": "string", "enum": [tool.__name__]}, "arguments": tool.model_json_schema()},
             "required": ["name", "arguments"],
+            "additionalProperties": False,
         }
         for tool in (Flight, Hotel)
     ]
@@ -103,7 +109,7 @@ class ToolCalls(stock.Parser):
     def parse(self, message: dict[str, Any]) -> None:
         head, found, calls = message.get("content", "").partition("functools")
         if found and not head:
-            message["tool_calls"] = json.loads(calls)
+            message["tool_calls"] = json.loads(calls, strict=False)  # openvino_genai lets control characters through
 
 
 @pytest.mark.parametrize("lib", BOTH, ids=IDS)
