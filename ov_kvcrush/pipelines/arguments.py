@@ -44,8 +44,8 @@ def batching_arguments(
     properties, generation_config). Raises TypeError, CrushError.
     """
     if _is_text(args, named):
-        names = ("scheduler_config", "device", "properties", "generation_config")
-        return _text_of(models_path, args, named, names)
+        of_text = ("scheduler_config", "device", "properties", "generation_config")
+        return _text_of(models_path, args, named, of_text)
     names = ("scheduler_config", "device", "properties", "tokenizer_properties", "vision_encoder_properties")
     found = _bound(args, named, names)
     if found.pop("vision_encoder_properties", None):

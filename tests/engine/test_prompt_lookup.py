@@ -168,6 +168,9 @@ def test_chats_streamers_and_metrics(folder: Path) -> None:
         def forget(self, sequence: Any) -> None:
             pass
 
+        def taken(self) -> None:
+            pass
+
         def guess(self, sequences: Any, most: Any) -> list[Guess | None]:
             return [Guess(tuple(self._answer[s.num_generated :][:5]), 1) for s in sequences]
 
