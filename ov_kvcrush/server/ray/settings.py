@@ -56,8 +56,9 @@ class RaySettings:
 def parse_settings(args: Mapping[str, Any]) -> tuple[RaySettings, ServerSettings]:
     """The settings of replicas and of the server on each, from one mapping; the command line gives texts.
 
-    `replicas` stands for min_replicas and max_replicas. api_keys and adapters may be one; api_keys_env names an environment
-    variable that has them, with blanks between: Ray shows the arguments of an application to whoever asks it.
+    `replicas` stands for min_replicas and max_replicas. api_keys and adapters may be one; api_keys_env names an
+    environment variable that has keys, with blanks between: Ray shows the arguments of an application to whoever asks
+    it.
     Raises CrushError.
     """
     given = dict(args)
