@@ -40,6 +40,7 @@ from openvino_genai import (
 
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
 from ov_kvcrush.contexts.context import Context
+from ov_kvcrush.core.draft_metrics import SDPerfMetrics, SDPerModelsPerfMetrics
 from ov_kvcrush.core.end_reason import EndReason
 from ov_kvcrush.core.outputs import (
     DecodedResults,
@@ -109,6 +110,8 @@ __all__ = [
     "ReasoningParser",
     "RequestError",
     "RequestTimeout",
+    "SDPerModelsPerfMetrics",
+    "SDPerfMetrics",
     "SchedulerConfig",
     "SparseAttentionConfig",
     "SparseAttentionMode",

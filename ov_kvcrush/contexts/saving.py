@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from ov_kvcrush.core.snapshot import KVSnapshot, SnapshotArrays
 from ov_kvcrush.errors import ContextFileError
 from ov_kvcrush.model.adapters import AdapterParams
 from ov_kvcrush.model.fingerprints import NO_ADAPTER, model_fingerprint, token_ids_fingerprint, tokenizer_fingerprint
+from ov_kvcrush.model.source import ModelSource, ModelText
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.registry import as_policy, settings_of
 from ov_kvcrush.prompts.context import ContextText, check_messages
@@ -123,12 +123,19 @@ def _settings(policy: Policy | None) -> dict[str, Any]:
     return {} if policy is None else dict(settings_of(policy))
 
 
-def made_with(folder: Path, own_tokenizer: ov_genai.Tokenizer | None, storage: Mapping[str, str]) -> dict[str, str]:
+def made_with(
+    source: ModelSource, own_tokenizer: ov_genai.Tokenizer | None, storage: Mapping[str, str]
+) -> dict[str, str]:
     """What a file must agree with a pipeline in. own_tokenizer: one that is not the model folder's."""
+    if own_tokenizer is None:
+        assert not isinstance(source, ModelText), "a text without a tokenizer"
+        tokenizer = tokenizer_fingerprint(source)
+    else:
+        tokenizer = _probe(own_tokenizer)
     return {
         "layout_version": str(LAYOUT_VERSION),
-        "model": model_fingerprint(folder),
-        "tokenizer": tokenizer_fingerprint(folder) if own_tokenizer is None else _probe(own_tokenizer),
+        "model": model_fingerprint(source),
+        "tokenizer": tokenizer,
         **storage,
     }
 

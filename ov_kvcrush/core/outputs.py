@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import openvino_genai as ov_genai
 
+from ov_kvcrush.core.draft_metrics import ModelStep, SDPerModelsPerfMetrics
 from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.policies.plans.plan import CachePlan
 
@@ -57,13 +58,16 @@ class StepSeconds(NamedTuple):
     """What one step took: the inference, sampling, and everything but the inference (planning, inputs, sampling).
 
     policy: the part of the overhead in which policies chose what stays in the cache, scores included, and in which the
-    store did what they chose.
+    store did what they chose. end: its moment of time.perf_counter. draft: what a draft model did in it, None = there
+    is none.
     """
 
     inference: float
     sampling: float
     overhead: float
     policy: float = 0.0
+    end: float = 0.0
+    draft: tuple[ModelStep, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class RequestStats:
     kept_tokens: tokens whose KV a head of the first sequence holds, on average; after its end, held then. None where
     the engine does not tell. counts_steps: token_times has one list, the steps of a beam search, which are what
     openvino_genai counts as its tokens. plan: what a budget of bytes came to, and its predicted cost. steps: numbers of
-    the engine's steps that it took part in, and what each took.
+    the engine's steps that it took part in, and what each took. num_drafted, num_accepted: guessed tokens that were
+    run, and those that were right.
     """
 
     num_input_tokens: int
@@ -85,6 +90,8 @@ class RequestStats:
     plan: CachePlan | None = None
     steps: list[tuple[int, StepSeconds]] = field(default_factory=list)
     counts_steps: bool = False
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class DecodedResults:
     finish_reasons: list[ov_genai.GenerationFinishReason]
     kept: list[KeptTokens | None] = field(default_factory=list)
     parsed: list[dict[str, Any]] = field(default_factory=list)
-    extended_perf_metrics: None = None  # of speculative decoding
+    extended_perf_metrics: SDPerModelsPerfMetrics | None = None  # with a draft model
 
     def __str__(self) -> str:
         return "\n".join(self.texts)
@@ -133,7 +140,7 @@ class EncodedResults:
     perf_metrics: PerfMetrics
     finish_reasons: list[ov_genai.GenerationFinishReason]
     kept: list[KeptTokens | None] = field(default_factory=list)
-    extended_perf_metrics: None = None  # of speculative decoding
+    extended_perf_metrics: SDPerModelsPerfMetrics | None = None  # with a draft model
 
 
 @dataclass
@@ -146,7 +153,7 @@ class GenerationResult:
     m_status: ov_genai.GenerationStatus
     finish_reasons: list[ov_genai.GenerationFinishReason]
     perf_metrics: PerfMetrics
-    extended_perf_metrics: None = None  # of speculative decoding
+    extended_perf_metrics: SDPerModelsPerfMetrics | None = None  # with a draft model
 
     def get_generation_ids(self) -> list[str]:
         """The texts, under openvino_genai's name for them."""
@@ -163,7 +170,7 @@ class EncodedGenerationResult:
     m_status: ov_genai.GenerationStatus
     finish_reasons: list[ov_genai.GenerationFinishReason]
     perf_metrics: PerfMetrics
-    extended_perf_metrics: None = None  # of speculative decoding
+    extended_perf_metrics: SDPerModelsPerfMetrics | None = None  # with a draft model
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,9 @@ class PerfMetrics:
     num_generated_tokens: int = 0
     # Prompt tokens whose KV came from an earlier turn or request instead of being computed.
     num_reused_tokens: int = 0
+    # Guessed tokens that were run, and those of them that were right.
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
     kv_bytes: int = 0
     # Tokens whose KV a head held at the end, on average; None where the engine does not tell.
     kept_tokens: int | None = None
@@ -110,14 +113,14 @@ class PerfMetrics:
 
     def __add__(self, other: PerfMetrics) -> PerfMetrics:
         """Those of the calls of both. Raises CrushError for metrics of different pipelines."""
-        if not isinstance(other, PerfMetrics):
+        if not isinstance(other, type(self)):
             return NotImplemented
         if self.load_time_s != other.load_time_s:
             raise CrushError(
                 "metrics must be of the same pipeline to be added, got load times of "
                 f"{self.get_load_time():.0f} and {other.get_load_time():.0f} ms"
             )
-        both = PerfMetrics(self.load_time_s)
+        both = type(self)(self.load_time_s)
         for name in (f.name for f in fields(self)):
             mine, theirs = getattr(self, name), getattr(other, name)
             if name == "kept_tokens":

@@ -271,8 +271,10 @@ class Engine:
         self._usage_sum += usage
         self._max_usage = max(self._max_usage, usage)
         policy_s, self._policy_s = self.cache.policy_seconds - self._policy_s, self.cache.policy_seconds
-        seconds = time.perf_counter() - start
-        self._last_step = StepSeconds(inference_s, sampling_s, seconds - inference_s, policy_s)
+        end = time.perf_counter()
+        seconds = end - start
+        drafted = self.drafts.taken() if self.drafts else None
+        self._last_step = StepSeconds(inference_s, sampling_s, seconds - inference_s, policy_s, end, drafted)
         num_decodes = sum(row.is_decode for row in step.rows)
         num_drafts = step.num_draft_tokens
         num_prompt_rows = step.num_tokens - num_decodes - num_drafts

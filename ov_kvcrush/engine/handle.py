@@ -130,6 +130,8 @@ class GenerationHandle(Readable):
             plan=request.plan,
             steps=request.steps,
             counts_steps=is_search,
+            num_drafted=request.num_drafted,
+            num_accepted=request.num_accepted,
         )
 
 

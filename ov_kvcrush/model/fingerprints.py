@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ov_kvcrush.errors import ModelError
 from ov_kvcrush.model.folder import IR_NAME, TOKENIZER_NAMES
+from ov_kvcrush.model.source import ModelText
 
 FINGERPRINT_FIELDS = (
     "layout_version",
@@ -42,15 +43,17 @@ def token_ids_fingerprint(ids: npt.NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(ids, "<i8").tobytes()).hexdigest()
 
 
-def model_fingerprint(model: str | os.PathLike[str]) -> str:
+def model_fingerprint(model: str | os.PathLike[str] | ModelText) -> str:
     """SHA-256 of what tells one model from another, found in milliseconds.
 
     It is of openvino_model.xml, config.json, the size of openvino_model.bin and 64 pieces of it of 16 KiB, evenly
     spaced from its first byte to its last. Other shapes, another precision and weights that were trained further all
     differ in that; a change of a few weights that lie between the pieces is not seen. Of a GGUF file: its size and such
-    pieces.
+    pieces. Of a model given as text: the text, and its weights in the same way.
     Raises ModelError naming a file that cannot be read.
     """
+    if isinstance(model, ModelText):
+        return _text_fingerprint(model)
     path = Path(model)
     digest = hashlib.sha256(b"model")
     if path.is_file():
@@ -82,6 +85,21 @@ def tokenizer_fingerprint(model: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def _text_fingerprint(model: ModelText) -> str:
+    text, weights = model.xml.encode(), model.content
+    digest = hashlib.sha256(f"model:{len(text)}:".encode() + text + f":{len(weights)}:".encode())
+    for begin in _sampled_offsets(len(weights)):
+        digest.update(weights[begin : begin + _SAMPLE_BYTES].tobytes())
+    return digest.hexdigest()
+
+
+def _sampled_offsets(size: int) -> list[int]:
+    """Where the pieces of so many bytes begin: all of them follow each other where there are no more than pieces."""
+    if size <= _NUM_SAMPLES * _SAMPLE_BYTES:
+        return list(range(0, size, _SAMPLE_BYTES))
+    return [i * (size - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1) for i in range(_NUM_SAMPLES)]
+
+
 def _add(digest: Any, path: Path, *, sampled: bool = False, limit: int | None = None) -> None:
     """Add name, size and content of a file: all, pieces, or its first `limit` bytes."""
     try:
@@ -92,8 +110,8 @@ def _add(digest: Any, path: Path, *, sampled: bool = False, limit: int | None = 
             if not sampled or size <= _NUM_SAMPLES * _SAMPLE_BYTES:
                 digest.update(file.read() if limit is None else file.read(limit))
                 return
-            for i in range(_NUM_SAMPLES):
-                file.seek(i * (size - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1))
+            for begin in _sampled_offsets(size):
+                file.seek(begin)
                 digest.update(file.read(_SAMPLE_BYTES))
     except OSError as error:
         raise ModelError(f"model must have the file {path.name}, got {path}: {error.strerror or error}") from error

@@ -36,17 +36,23 @@ def check_model_folder(folder: str | os.PathLike[str], tokenizer: bool = True) -
                 f"model must be an OpenVINO model folder, got {folder} without {' and '.join(missing)}{kind}: "
                 "make one with ov_kvcrush-export"
             )
-        _check_ir(folder / f"{name}.xml", folder / f"{name}.bin")
+        _check_files(folder / f"{name}.xml", folder / f"{name}.bin")
     scores = folder / f"{SCORES_NAME}.xml"
     if scores.exists():
-        _check_ir(scores, folder / f"{IR_NAME}.bin")
+        _check_files(scores, folder / f"{IR_NAME}.bin")
 
 
-def _check_ir(xml: Path, weights: Path) -> None:
-    text = xml.read_bytes()
+def _check_files(xml: Path, weights: Path) -> None:
+    check_ir(xml.read_bytes(), weights.stat().st_size, str(xml), str(weights))
+
+
+def check_ir(text: bytes, num_bytes: int, xml: str, weights: str) -> None:
+    """Raise ModelError for a text of an IR that stops early, or for fewer bytes of weights than it points to.
+
+    xml, weights: what errors call them.
+    """
     if not text.rstrip().endswith(b"</net>"):
-        raise ModelError(f"{xml} must be a complete OpenVINO model, got a file that stops early ({len(text)} bytes)")
+        raise ModelError(f"{xml} must be a complete OpenVINO model, got one that stops early ({len(text)} bytes)")
     needed = max((int(offset) + int(size) for offset, size in _CONSTANT.findall(text)), default=0)
-    have = weights.stat().st_size
-    if have < needed:
-        raise ModelError(f"{weights} must have at least {needed} bytes, got {have}: it is truncated")
+    if num_bytes < needed:
+        raise ModelError(f"{weights} must have at least {needed} bytes, got {num_bytes}: truncated")

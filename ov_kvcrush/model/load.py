@@ -12,7 +12,7 @@ import openvino as ov
 from ov_kvcrush import native
 from ov_kvcrush.errors import CrushError, ModelError, did_you_mean, reason_of
 from ov_kvcrush.model.adapters import ModelAdapters
-from ov_kvcrush.model.folder import IR_NAME, check_model_folder
+from ov_kvcrush.model.folder import check_model_folder
 from ov_kvcrush.model.graph.adapters import use_adapters
 from ov_kvcrush.model.graph.attention import AttentionLayer, attention_ops, read_layer
 from ov_kvcrush.model.graph.layer_sharing import SharedLayers, check_shared_layers, share_layers
@@ -23,16 +23,15 @@ from ov_kvcrush.model.graph.rewrite import (
     use_crush_attention,
     use_paged_attention,
 )
-from ov_kvcrush.model.info import read_json_object, read_model_info
 from ov_kvcrush.model.plugin import one_operation, open_core, plugin_precisions, quantises_inputs
 from ov_kvcrush.model.score_terms import score_terms
+from ov_kvcrush.model.source import ModelSource, ModelText, read_facts, read_graph
 from ov_kvcrush.model.support import attention_reason
 from ov_kvcrush.utils.process_memory import free_memory_bytes
 
 _PIPELINE_OPTIONS = ("engine", "scheduler_config", "cache_config", "tokenizer", "device", "properties")
-
-MODEL_XML = f"{IR_NAME}.xml"
-
+# Of compiled models on disk: a rewritten graph has operations that cannot be written, and handles of this process.
+_OF_MODEL_CACHE = ("CACHE_DIR", "CACHE_MODE", "CACHE_ENCRYPTION_CALLBACKS")
 
 NONE_LOADED = ModelAdapters()
 
@@ -44,7 +43,8 @@ class LoadedModel:
     context_length: None if no file of the folder states it. attention: "crush" or "paged". pages_prompts: True if
     PagedAttention computes prompts, False if CrushAttention does. layers: attention layers that store keys and values,
     the store's, with "crush" only. recent_precision: type in which keys and values are computed.
-    shared_layers: of the model, which read the keys and values of another. folder: where the model lies.
+    shared_layers: of the model, which read the keys and values of another. folder: where the model lies, None for a
+    text. text: whose bytes the graph's constants are.
     products: weights that are packed a second time, for steps of few rows; the graph needs them alive.
     adapters: LoRA that requests may run with.
     """
@@ -60,6 +60,7 @@ class LoadedModel:
     folder: Path | None = None
     products: tuple[native.Product, ...] = ()
     adapters: ModelAdapters = NONE_LOADED
+    text: ModelText | None = None
 
     @property
     def packed_bytes(self) -> int:
@@ -98,7 +99,7 @@ def check_properties(core: ov.Core, device: str, properties: dict[str, Any]) -> 
 
 
 def load_model(
-    models_path: str | Path,
+    models_path: str | Path | ModelText,
     device: str,
     properties: dict[str, Any],
     attention: str = "paged",
@@ -106,7 +107,7 @@ def load_model(
     weights: str = "plugin",
     adapters: ModelAdapters = NONE_LOADED,
 ) -> LoadedModel:
-    """Read, rewrite and compile the model in `models_path`. `properties` go to `compile_model`.
+    """Read, rewrite and compile a model: of a folder, or given as text. `properties` go to `compile_model`.
 
     attention: "paged", or "crush" for CrushAttention over a store, beside PagedAttention if that must read the prompts.
     shared_layers: as in CacheConfig, with "crush" only.
@@ -116,13 +117,15 @@ def load_model(
     """
     if shared_layers and attention != "crush":
         raise CrushError(f"shared_layers must be left out with attention={attention!r}, got {dict(shared_layers)}")
-    folder = Path(models_path)
-    check_model_folder(folder, tokenizer=False)
+    source: ModelSource = models_path if isinstance(models_path, ModelText) else Path(models_path)
+    if not isinstance(source, ModelText):
+        check_model_folder(source, tokenizer=False)
+    if attention == "crush":
+        properties = {name: value for name, value in properties.items() if name not in _OF_MODEL_CACHE}
     core = open_core()
     device = check_device(core, device)
     check_properties(core, device, properties)
-    info = read_model_info(folder)
-    config = read_json_object(folder / "config.json") or {}
+    info, config = read_facts(source)
     reason = attention_reason(config, "the model")
     terms = score_terms(config)
     if terms.soft_cap and attention != "crush":
@@ -131,12 +134,9 @@ def load_model(
             "leaves out: its answers would be wrong with cache_config attention='paged'"
         )
     if reason:
-        raise ModelError(f"model in {str(folder)!r} must be one that the engine can run, but {reason}")
-    try:
-        model = core.read_model(folder / MODEL_XML)
-    except RuntimeError as error:
-        raise ModelError(f"{folder / MODEL_XML} must be a readable OpenVINO model, got: {reason_of(error)}") from None
-    _check_is_llm(model, folder)
+        raise ModelError(f"model in {str(source)!r} must be one that the engine can run, but {reason}")
+    model = read_graph(core, source)
+    _check_is_llm(model, source)
     use_paged_attention(model)
     restore_mask(model, terms)
     layers: tuple[AttentionLayer, ...] = ()
@@ -161,9 +161,11 @@ def load_model(
     vocab_size = model.output("logits").partial_shape[-1].get_length()
     compiled = core.compile_model(model, device, properties)
     context_length = info.context_length if info else None
+    folder = None if isinstance(source, ModelText) else source
+    text = source if isinstance(source, ModelText) else None
     return LoadedModel(
         compiled, vocab_size, context_length, attention, layers, precision, pages_prompts, shared_layers, folder,
-        products, adapters,
+        products, adapters, text,
     )  # fmt: skip
 
 
@@ -178,15 +180,15 @@ def _most_packed_bytes(weights: str, attention: str, properties: dict[str, Any])
     return free_memory_bytes() // 4 if pays else 0
 
 
-def _check_is_llm(model: ov.Model, folder: Path) -> None:
+def _check_is_llm(model: ov.Model, source: ModelSource) -> None:
     inputs = {name for port in model.inputs for name in port.names}
     outputs = {name for port in model.outputs for name in port.names}
     if "input_ids" not in inputs or "logits" not in outputs:
         raise ModelError(
-            f"model in {str(folder)!r} must be an LLM with input 'input_ids' and output 'logits', "
+            f"model in {str(source)!r} must be an LLM with input 'input_ids' and output 'logits', "
             f"got inputs {sorted(inputs)} and outputs {sorted(outputs)}"
         )
     if not model.get_sinks():
         raise ModelError(
-            f"model in {str(folder)!r} must be stateful (exported for text-generation-with-past), got one without state"
+            f"model in {str(source)!r} must be stateful (exported for text-generation-with-past), got one without state"
         )

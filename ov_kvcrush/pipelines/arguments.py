@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import openvino as ov
@@ -12,36 +13,86 @@ from ov_kvcrush.config import CacheConfig
 from ov_kvcrush.errors import CrushError, RequestError
 from ov_kvcrush.genai.stock_eviction import policy_of
 from ov_kvcrush.model.adapters import ModelAdapters
+from ov_kvcrush.model.source import ModelText
 from ov_kvcrush.pipelines.draft import DraftSource, as_stock, check_draft
 
 _BACKENDS = ("PA", "SDPA")
 
 
-def llm_arguments(args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-    """What stands behind the path: (device, config), or (tokenizer, device, config). Takes their names out of `named`.
+ModelPath = str | Path | ModelText | None
 
-    Raises TypeError as a call does, CrushError for a model given as text.
+
+def llm_arguments(
+    models_path: str | Path | None, args: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[ModelPath, dict[str, Any]]:
+    """The model, and what stands behind it: (device, config), or (tokenizer, device, config).
+
+    Behind the text of a model: (weights, tokenizer, device, generation_config). Takes their names out of `named`.
+    Raises TypeError as a call does, CrushError for a text without its weights or its tokenizer.
     """
-    if args and isinstance(args[0], ov.Tensor):
-        raise CrushError("models_path must be a folder, got a model as text with its weights")
-    return _bound(args, named, ("device", "config"))
+    if _is_text(args, named):
+        return _text_of(models_path, args, named, ("device", "generation_config"))
+    return _path(models_path), _bound(args, named, ("device", "config"))
 
 
-def batching_arguments(args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-    """(scheduler_config, device, properties, ...), or (tokenizer, scheduler_config, device). Raises TypeError."""
+def batching_arguments(
+    models_path: str | Path | None, args: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[ModelPath, dict[str, Any]]:
+    """(scheduler_config, device, properties, ...), or (tokenizer, scheduler_config, device) behind the path.
+
+    Behind the text of a model, as openvino_genai has it in C++: (weights, tokenizer, scheduler_config, device,
+    properties, generation_config). Raises TypeError, CrushError.
+    """
+    if _is_text(args, named):
+        of_text = ("scheduler_config", "device", "properties", "generation_config")
+        return _text_of(models_path, args, named, of_text)
     names = ("scheduler_config", "device", "properties", "tokenizer_properties", "vision_encoder_properties")
     found = _bound(args, named, names)
     if found.pop("vision_encoder_properties", None):
         raise CrushError("vision_encoder_properties must be left out: models of text only have no such part")
-    return found
+    return _path(models_path), found
+
+
+def _is_text(args: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    return "weights" in named or (bool(args) and isinstance(args[0], ov.Tensor))
+
+
+def _path(models_path: str | Path | None) -> str | Path | None:
+    if isinstance(models_path, str) and models_path.lstrip().startswith("<"):
+        raise CrushError("weights must be given with a model's text, as an openvino.Tensor behind it, got none")
+    return models_path
+
+
+def _text_of(
+    model: Any, args: tuple[Any, ...], named: dict[str, Any], names: tuple[str, ...]
+) -> tuple[ModelText, dict[str, Any]]:
+    order = ("weights", "tokenizer", *names)
+    found = _by_name(args, named, order, order)
+    if "model" in named:
+        if model is not None:
+            raise TypeError("got multiple values for argument 'model'")
+        model = named.pop("model")
+    tokenizer = found.get("tokenizer")
+    if not isinstance(tokenizer, ov_genai.Tokenizer):
+        raise CrushError(
+            f"tokenizer must be an openvino_genai.Tokenizer with a model's text, got {type(tokenizer).__name__}"
+        )
+    return ModelText(model, found.pop("weights")), found
 
 
 def _bound(args: tuple[Any, ...], named: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     order = ("tokenizer", *names) if args and isinstance(args[0], ov_genai.Tokenizer) else names
+    return _by_name(args, named, order, ("tokenizer", *names))
+
+
+def _by_name(
+    args: tuple[Any, ...], named: dict[str, Any], order: tuple[str, ...], names: tuple[str, ...]
+) -> dict[str, Any]:
+    """Positional arguments and those of `named` by their names, taken out of it."""
     if len(args) > len(order):
         raise TypeError(f"at most {len(order) + 1} positional arguments: models_path, {', '.join(order)}")
     found = dict(zip(order, args, strict=False))
-    for name in ("tokenizer", *names):
+    for name in names:
         if name in named:
             if name in found:
                 raise TypeError(f"got multiple values for argument {name!r}")

@@ -21,14 +21,12 @@ from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.sampling_params import make_generation_config
 from ov_kvcrush.core.staged_prompt import StagedPrompt
 from ov_kvcrush.errors import RequestError
-from ov_kvcrush.model.adapters import check_own
-from ov_kvcrush.model.converted import folder_of_gguf
-from ov_kvcrush.model.default import default_model_path
-from ov_kvcrush.model.folder import check_model_folder
+from ov_kvcrush.model.adapters import Adapter, check_own
+from ov_kvcrush.model.source import ModelText
 from ov_kvcrush.pipelines.arguments import adapters_of, lookahead_of, model_properties, with_stock_eviction
 from ov_kvcrush.pipelines.backend import Backend, Handle
 from ov_kvcrush.pipelines.compress import ContextCompressor
-from ov_kvcrush.pipelines.loading import load_generation_config, load_tokenizer, make_backend, with_cache
+from ov_kvcrush.pipelines.loading import find_model, load_generation_config, load_tokenizer, make_backend, with_cache
 from ov_kvcrush.pipelines.request_loop import RequestLoop
 from ov_kvcrush.policies.base import Policy
 from ov_kvcrush.policies.keep_all import KeepAll
@@ -60,7 +58,7 @@ class PipelineBase:
 
     def __init__(
         self,
-        models_path: str | Path | None,
+        models_path: str | Path | ModelText | None,
         device: str,
         scheduler_config: Any,
         engine: str | None,
@@ -68,6 +66,7 @@ class PipelineBase:
         tokenizer: ov_genai.Tokenizer | None,
         tokenizer_properties: dict[str, Any] | None = None,
         cache_config: Any = None,
+        generation_config: ov_genai.GenerationConfig | None = None,
     ) -> None:
         start = time.perf_counter()
         self._engine_name = check_engine(engine, device)
@@ -78,20 +77,19 @@ class PipelineBase:
             scheduler_config = self._default_scheduler_config
         if self._engine_name == "crush":
             cache_config = with_stock_eviction(scheduler_config, cache_config)
-        folder = Path(models_path) if models_path is not None else default_model_path()
-        if folder.suffix == ".gguf" and not folder.is_dir():
-            folder = folder_of_gguf(folder)
-        check_model_folder(folder, tokenizer=tokenizer is None)
-        self._folder = folder
+        self._source = source = find_model(models_path, own_tokenizer=tokenizer is not None)
         self._has_own_tokenizer = tokenizer is not None
-        self._tokenizer = tokenizer or load_tokenizer(folder, tokenizer_properties or {})
-        self._config = self._model_config = load_generation_config(folder, self._tokenizer)
+        if tokenizer is None:
+            assert not isinstance(source, ModelText), "a text comes with its tokenizer"
+            tokenizer = load_tokenizer(source, tokenizer_properties or {})
+        self._tokenizer = tokenizer
+        self._config = self._model_config = load_generation_config(source, tokenizer, generation_config)
         self._encoder = PromptEncoder(self._tokenizer)
         self._context_encoder = ContextEncoder(self._encoder, self._tokenizer)
         self._system = SystemFinder(self._encoder, self._tokenizer)
         backend = make_backend(
             self._engine_name,
-            folder,
+            source,
             device,
             scheduler_config,
             cache_config,
@@ -119,7 +117,7 @@ class PipelineBase:
             self._context_encoder,
             self._system,
             self._tokenizer,
-            self._folder,
+            self._source,
             self._has_own_tokenizer,
         )
 
@@ -145,6 +143,11 @@ class PipelineBase:
     def engine(self) -> str:
         """Name of the engine that runs: "crush" or "genai"."""
         return self._engine_name
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The LoRA adapters that it was made with."""
+        return self._adapters.adapters
 
     @property
     def context_owner(self) -> ContextCompressor:

@@ -7,7 +7,6 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.staged_prompt import StagedPrompt
 from ov_kvcrush.errors import RequestError
 from ov_kvcrush.model.adapters import check_own
+from ov_kvcrush.model.source import ModelSource
 from ov_kvcrush.pipelines.backend import Backend
 from ov_kvcrush.pipelines.request_loop import RequestLoop
 from ov_kvcrush.policies.base import Policy
@@ -35,7 +35,7 @@ from ov_kvcrush.prompts.system import SystemFinder
 class ContextCompressor:
     """The owner of contexts: it knows how texts become tokens, how tokens are prefilled, and what a file must match.
 
-    folder: of the model. own_tokenizer: whether the tokenizer is not the folder's.
+    source: the model's. own_tokenizer: whether the tokenizer is not that of its folder.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ContextCompressor:
         encoder: ContextEncoder,
         system: SystemFinder,
         tokenizer: ov_genai.Tokenizer,
-        folder: Path,
+        source: ModelSource,
         own_tokenizer: bool,
     ) -> None:
         self.backend = backend
@@ -53,7 +53,7 @@ class ContextCompressor:
         self._encoder = encoder
         self._tokenizer = tokenizer
         self._system = system
-        self._folder = folder
+        self._source = source
         self._own_tokenizer = own_tokenizer
         self._replay_prompt: ReplayPrompt | None = None
         self._compressed: weakref.WeakValueDictionary[tuple[Any, ...], Context] = weakref.WeakValueDictionary()
@@ -166,7 +166,7 @@ class ContextCompressor:
 
     def _made_with(self) -> dict[str, str]:
         own_tokenizer = self._tokenizer if self._own_tokenizer else None
-        return saving.made_with(self._folder, own_tokenizer, self.backend.storage())
+        return saving.made_with(self._source, own_tokenizer, self.backend.storage())
 
     def _replay_prompt_for(self, policy: Policy) -> ReplayPrompt:
         if not policy.inputs.replay:

@@ -19,6 +19,7 @@ from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipelines.arguments import batching_arguments, only_one
 from ov_kvcrush.pipelines.backend import Backend, Handle
 from ov_kvcrush.pipelines.base import PipelineBase, visiting
+from ov_kvcrush.pipelines.request_loop import draft_metrics
 from ov_kvcrush.pipelines.streaming import Streamer
 from ov_kvcrush.policies.registry import PolicyLike, as_policy
 from ov_kvcrush.prompts.context import content_of
@@ -33,7 +34,8 @@ class ContinuousBatchingPipeline(PipelineBase):
     """Run many requests at once; the members are those of openvino_genai.ContinuousBatchingPipeline.
 
     ContinuousBatchingPipeline(models_path, scheduler_config, device, properties, tokenizer_properties), or
-    (models_path, tokenizer, scheduler_config, device, **properties):
+    (models_path, tokenizer, scheduler_config, device, **properties), or
+    (model, weights, tokenizer, scheduler_config, device, properties, generation_config), as LLMPipeline has it:
 
     models_path: folder with an exported model; None = the default model.
     tokenizer: None = the one in the folder.
@@ -55,9 +57,9 @@ class ContinuousBatchingPipeline(PipelineBase):
         cache_config: Any = None,
         **properties: Any,
     ) -> None:
-        given = batching_arguments(args, properties)
+        model, given = batching_arguments(models_path, args, properties)
         super().__init__(
-            models_path,
+            model,
             given.get("device", "CPU"),
             given.get("scheduler_config"),
             engine,
@@ -65,6 +67,7 @@ class ContinuousBatchingPipeline(PipelineBase):
             given.get("tokenizer"),
             given.get("tokenizer_properties"),
             cache_config,
+            given.get("generation_config"),
         )
 
     def _begin(self, backend: Backend, cache_config: Any) -> None:
@@ -194,6 +197,9 @@ class ContinuousBatchingPipeline(PipelineBase):
         asked = RequestOptions(priority, timeout_s, logit_bias or {})
         handles = self._loop.run(rows, configs, streamer, metrics, caches, asked, may_be_cut=True)
         results = [self._result(i, handle, rows[i], configs[i], metrics, as_text) for i, handle in enumerate(handles)]
+        both = draft_metrics(metrics, handles)
+        for result in results:
+            result.extended_perf_metrics = both
         if turn is not None and handles[0].get_status() != CANCEL:
             turn.append({"role": "assistant", "content": results[0].m_generation_ids[0]})
             self._history = turn

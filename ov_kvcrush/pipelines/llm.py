@@ -23,6 +23,7 @@ from ov_kvcrush.errors import RequestError
 from ov_kvcrush.pipelines.arguments import llm_arguments
 from ov_kvcrush.pipelines.backend import Backend, Handle
 from ov_kvcrush.pipelines.base import PipelineBase, kept_tokens, parsed, visiting
+from ov_kvcrush.pipelines.request_loop import draft_metrics
 from ov_kvcrush.pipelines.streaming import Streamer
 from ov_kvcrush.policies.registry import PolicyLike, as_policy
 from ov_kvcrush.prompts.context import ContextText, content_of
@@ -36,11 +37,14 @@ CANCEL = ov_genai.GenerationStatus.CANCEL
 class LLMPipeline(PipelineBase):
     """Generate text; the members are those of openvino_genai.LLMPipeline.
 
-    LLMPipeline(models_path, device, config, **properties), or (models_path, tokenizer, device, config, **properties):
+    LLMPipeline(models_path, device, config, **properties), or (models_path, tokenizer, device, config, **properties),
+    or (model, weights, tokenizer, device, generation_config, **properties) for a model that lies in no folder:
 
     models_path: folder with an exported model, or a GGUF file, which is converted once, into $OV_KVCRUSH_CACHE or the
         user's cache directory; None = the default model, SmolLM2-135M-Instruct.
     tokenizer: None = the one in the folder.
+    model, weights, generation_config: the text of its IR, an openvino.Tensor of its weights, and what holds where
+        `generate` gets no config. What stands in `config.json` is not known of it (docs/coming_from_openvino_genai.md).
     device: "CPU" (default), or another device of `openvino.Core().available_devices` with engine="genai".
     config, **properties: OpenVINO properties for `compile_model`; a "scheduler_config" may be among them.
     prompt_lookup: True = steps also run what followed the last tokens of a text before (docs/lookahead.md), as many as
@@ -64,16 +68,17 @@ class LLMPipeline(PipelineBase):
         cache_config: Any = None,
         **properties: Any,
     ) -> None:
-        given = llm_arguments(args, properties)
+        model, given = llm_arguments(models_path, args, properties)
         properties = {**(given.get("config") or {}), **properties}
         super().__init__(
-            models_path,
+            model,
             given.get("device", "CPU"),
             scheduler_config,
             engine,
             properties,
             given.get("tokenizer"),
             cache_config=cache_config,
+            generation_config=given.get("generation_config"),
         )
 
     def _begin(self, backend: Backend, cache_config: Any) -> None:
@@ -324,6 +329,7 @@ class LLMPipeline(PipelineBase):
                 results.scores.append(output.score)
                 results.finish_reasons.append(output.finish_reason)
             results.kept.append(kept_tokens(handle, ids))
+        results.extended_perf_metrics = draft_metrics(metrics, handles)
         return results
 
     def _encoded(
@@ -336,4 +342,5 @@ class LLMPipeline(PipelineBase):
                 results.scores.append(output.score)
                 results.finish_reasons.append(output.finish_reason)
             results.kept.append(kept_tokens(handle, ids))
+        results.extended_perf_metrics = draft_metrics(metrics, handles)
         return results

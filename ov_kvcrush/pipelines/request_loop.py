@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ import openvino_genai as ov_genai
 
 from ov_kvcrush.contexts.context import Progress
 from ov_kvcrush.core.cache_params import CacheParams
+from ov_kvcrush.core.draft_metrics import ModelStep, SDPerModelsPerfMetrics
 from ov_kvcrush.core.outputs import StepSeconds
 from ov_kvcrush.core.perf_metrics import PerfMetrics
 from ov_kvcrush.core.request_options import DEFAULT_REQUEST_OPTIONS, RequestOptions
@@ -167,6 +169,8 @@ def add_run(metrics: PerfMetrics, handles: Sequence[Handle]) -> None:
         arrivals.append(stats.arrival)
         metrics.num_input_tokens += stats.num_input_tokens
         metrics.num_reused_tokens += stats.num_reused_tokens
+        metrics.num_drafted_tokens += stats.num_drafted
+        metrics.num_accepted_tokens += stats.num_accepted
         metrics.kv_bytes += stats.kv_bytes
         if stats.kept_tokens is not None:
             metrics.kept_tokens = (metrics.kept_tokens or 0) + stats.kept_tokens
@@ -178,3 +182,22 @@ def add_run(metrics: PerfMetrics, handles: Sequence[Handle]) -> None:
     metrics.add_tokens(min(arrivals), times)
     ordered = [seconds for _, seconds in sorted(steps.items())]
     metrics.add_steps([s.inference for s in ordered], [s.sampling for s in ordered])
+
+
+def draft_metrics(metrics: PerfMetrics, handles: Sequence[Handle]) -> SDPerModelsPerfMetrics | None:
+    """What model and draft model took for requests that ran together; None without a draft model.
+
+    metrics: of these requests. As in openvino_genai steps that gave no token do not count.
+    """
+    numbered = dict(step for handle in handles for step in handle.get_stats().steps)
+    steps = [numbered[number] for number in sorted(numbered)]
+    if not any(step.draft is not None for step in steps):
+        return None
+    ends = [step.end for step in steps]
+    main = []
+    for moment, size in zip(metrics.new_token_moments_s, metrics.batch_sizes, strict=True):
+        step = steps[min(bisect_left(ends, moment), len(steps) - 1)]
+        seconds = step.inference + step.overhead - sum(other.seconds for other in step.draft or ())
+        main.append(ModelStep(seconds, step.inference, size))
+    draft = [other for step in steps for other in step.draft or () if other.num_tokens]
+    return SDPerModelsPerfMetrics.of_call(metrics, main, draft)

@@ -24,10 +24,14 @@ _REASONS = {"STOP": "stop", "LENGTH": "length"}
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """What the engine is asked. prompt: a text, a conversation, or tokens int64 (S,). context: its id."""
+    """What the engine is asked. prompt: a text, a conversation, or tokens int64 (S,). context: its id.
+
+    model: by its name in the API, which may be an adapter's.
+    """
 
     prompt: str | ov_genai.ChatHistory | np.ndarray
     config: ov_genai.GenerationConfig
+    model: str
     stops: tuple[str, ...] = ()
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     context: str | None = None
@@ -156,6 +160,7 @@ def _add(state: ServerState, owner: str, question: Question, context: Context | 
     prompt: Any = question.prompt
     if isinstance(prompt, np.ndarray):
         prompt = ov.Tensor(np.ascontiguousarray(prompt[None], np.int64))
+    adapters = state.adapters.get(question.model)
     handle = state.pipeline.add_request(
         state.next_number(),
         prompt,
@@ -165,6 +170,7 @@ def _add(state: ServerState, owner: str, question: Question, context: Context | 
         timeout_s=state.settings.request_timeout_s,
         logit_bias=question.logit_bias,
         cache_salt=salt_of(state, owner),
+        **({} if adapters is None else {"adapters": adapters}),
     )
     handle.drive()
     return handle

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.model.adapters import Adapter, AdapterConfig
 from ov_kvcrush.pipelines.continuous_batching import ContinuousBatchingPipeline
 from ov_kvcrush.server.edge import Drain, Edge
 from ov_kvcrush.server.errors import ApiError, answer_error
@@ -65,7 +66,11 @@ def create_app(settings: ServerSettings, pipeline: ContinuousBatchingPipeline | 
 
 def load_pipeline(settings: ServerSettings) -> ContinuousBatchingPipeline:
     """The model, loaded as the settings say. Raises CrushError."""
-    return ContinuousBatchingPipeline(settings.model, settings.scheduler_config(), cache_config=settings.cache_config())
+    loaded = [Adapter(path) for path in settings.adapter_paths.values()]
+    properties = {"adapters": AdapterConfig([(adapter, 0.0) for adapter in loaded])} if loaded else {}
+    return ContinuousBatchingPipeline(
+        settings.model, settings.scheduler_config(), properties=properties, cache_config=settings.cache_config()
+    )
 
 
 def _folder(settings: ServerSettings) -> Path | None:

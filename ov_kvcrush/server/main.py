@@ -93,6 +93,13 @@ def serve(
             metavar="|".join(TOOL_FORMATS), help="How the model writes calls; auto goes by its chat template."
         ),
     ] = ServerSettings.tool_format,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="A LoRA adapter, answering as the model NAME; repeatable. PATH is PEFT's folder, or the file in it.",
+        ),
+    ] = None,
 ) -> None:
     """Serve until told to end; HELP has the text for the user."""
     console = Console(stderr=True)
@@ -115,6 +122,7 @@ def serve(
             request_timeout_s=request_timeout,
             drain_timeout_s=drain_timeout,
             tool_format=tool_format,
+            adapters=tuple(adapter or ()),
         )
         _run(settings)
     except CrushError as error:

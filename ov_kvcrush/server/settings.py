@@ -11,6 +11,7 @@ from ov_kvcrush.errors import CrushError
 from ov_kvcrush.model.default import DEFAULT_MODEL_NAME
 from ov_kvcrush.utils.checks import check_choice, check_integer, check_number, check_string
 
+_ADAPTER_FILE = "adapter_model.safetensors"  # of the folders that PEFT writes
 TOOL_FORMATS = ("auto", "hermes", "llama")
 
 
@@ -34,6 +35,7 @@ class ServerSettings:
     idle_timeout_s: that a connection may say nothing. drain_timeout_s: that running requests have when the server is
         told to end.
     tool_format: what a model writes to call a tool; "auto" = by its chat template.
+    adapters: LoRA adapters, each as NAME=PATH: PEFT's folder or the file in it. Its name is that of a model in the API.
     """
 
     model: str | None = None
@@ -55,6 +57,7 @@ class ServerSettings:
     idle_timeout_s: float = 30
     drain_timeout_s: float = 120
     tool_format: str = "auto"
+    adapters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("model", "alias"):
@@ -73,6 +76,7 @@ class ServerSettings:
             check_number(name, getattr(self, name), 0.1)
         check_choice("tool_format", self.tool_format, TOOL_FORMATS)
         self._check_keys()
+        self._check_adapters()
         self.cache_config()
 
     def _check_keys(self) -> None:
@@ -85,6 +89,23 @@ class ServerSettings:
                 f"api_keys must have at least one where others can reach the server, got none with host={self.host!r}; "
                 "give --api-key, or --host 127.0.0.1"
             )
+
+    def _check_adapters(self) -> None:
+        object.__setattr__(self, "adapters", tuple(self.adapters))
+        names = {self.model_name}
+        for adapter in self.adapters:
+            name, _, path = adapter.partition("=") if isinstance(adapter, str) else ("", "", "")
+            if not name.strip() or not path:
+                raise CrushError(f"adapters must be NAME=PATH, got {adapter!r}")
+            if name in names:
+                raise CrushError(f"adapters must have names of their own beside the model's, got {name!r} twice")
+            names.add(name)
+
+    @property
+    def adapter_paths(self) -> dict[str, Path]:
+        """The files of adapters by their names."""
+        named = (adapter.partition("=") for adapter in self.adapters)
+        return {name: Path(path, _ADAPTER_FILE) if Path(path).is_dir() else Path(path) for name, _, path in named}
 
     @property
     def is_local(self) -> bool:

@@ -13,6 +13,7 @@ from typing import ParamSpec, TypeVar
 from fastapi import Request
 
 from ov_kvcrush.errors import CrushError
+from ov_kvcrush.model.adapters import AdapterConfig
 from ov_kvcrush.pipelines.continuous_batching import ContinuousBatchingPipeline
 from ov_kvcrush.server.contexts.store import ContextStore
 from ov_kvcrush.server.detokenizer import TokenTexts
@@ -37,6 +38,7 @@ class ServerState:
         self.pipeline = pipeline
         self.owners = owners
         self.name = settings.model_name
+        self.adapters = _named_adapters(settings, pipeline)
         self.created = int(time.time())
         self.texts = TokenTexts(pipeline.get_tokenizer())
         self.metrics = Metrics()
@@ -55,14 +57,24 @@ class ServerState:
         return await asyncio.get_running_loop().run_in_executor(self._encoders, partial(function, *args, **named))
 
     def check_model(self, name: str) -> None:
-        """Raise 404 for another model than the one that is there."""
-        if name != self.name:
-            raise ApiError(404, f"model must be {self.name}, got {name!r}", "model", "model_not_found")
+        """Raise 404 for what is neither the model that is there nor one of its adapters."""
+        known = (self.name, *self.adapters)
+        if name not in known:
+            rule = f"one of {', '.join(known)}" if self.adapters else self.name
+            raise ApiError(404, f"model must be {rule}, got {name!r}", "model", "model_not_found")
 
     def close(self) -> None:
         """Give back what it holds; requests have ended."""
         self._encoders.shutdown(cancel_futures=True)
         self.contexts.close()
+
+
+def _named_adapters(settings: ServerSettings, pipeline: ContinuousBatchingPipeline) -> dict[str, AdapterConfig]:
+    """What requests for each adapter's name run with: the adapter as PEFT itself runs it. Raises CrushError."""
+    names, loaded = list(settings.adapter_paths), pipeline.adapters
+    if len(names) != len(loaded):
+        raise CrushError(f"adapters must be those of the pipeline, got {len(names)} names for {len(loaded)}")
+    return {name: AdapterConfig(adapter, adapter.scaling) for name, adapter in zip(names, loaded, strict=True)}
 
 
 def state_of(request: Request) -> ServerState:

@@ -12,16 +12,12 @@ import openvino_genai as stock
 import pytest
 from both_libraries import EXACT
 from safetensors.numpy import load_file, save_file
+from tiny_adapters import MODULES, tiny_adapters
 
 import ov_kvcrush as ours
 
 IDS = np.arange(40, 60)
 NUM_NEW = 6
-MODULES = {
-    "a": ["q_proj", "v_proj", "down_proj"],
-    "b": ["q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "lm_head"],
-}
-RANKS = {"a": (4, 8), "b": (8, 4)}  # r, lora_alpha
 WEIGHT = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
 
 
@@ -29,19 +25,7 @@ WEIGHT = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
 def files(tiny_hf: Callable[[str], Path], once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str, Path]:
     """Two adapters of the tiny llama, made by peft."""
 
-    def make(folder: Path) -> None:
-        import torch
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
-
-        for seed, (name, modules) in enumerate(MODULES.items()):
-            torch.manual_seed(seed)
-            rank, alpha = RANKS[name]
-            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, init_lora_weights=False)
-            model = AutoModelForCausalLM.from_pretrained(tiny_hf("llama"), dtype=torch.float32)
-            get_peft_model(model, config).save_pretrained(folder / name)
-
-    folder = once("adapters", make)
+    folder = once("adapters", lambda folder: tiny_adapters(tiny_hf("llama"), folder))
     return {name: folder / name / "adapter_model.safetensors" for name in MODULES}
 
 

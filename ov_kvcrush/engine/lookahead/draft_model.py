@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Sequence as Items
 from dataclasses import replace
 
 import numpy as np
 
 from ov_kvcrush.config import CacheConfig, SchedulerConfig
+from ov_kvcrush.core.draft_metrics import ModelStep
 from ov_kvcrush.core.request import Request, Sequence
 from ov_kvcrush.core.step import ScheduledTokens, SchedulerOutput
 from ov_kvcrush.engine.lookahead.guess import Guess
@@ -19,7 +21,7 @@ from ov_kvcrush.kvcache.factory import make_kv_cache_manager
 from ov_kvcrush.model.load import LoadedModel
 
 _log = logging.getLogger(__name__)
-_KIND = 3  # guesses of a draft model are believed as those of three tokens found again
+_KIND = 6  # guesses of a draft model are believed as those of six tokens found again: 3/4
 
 
 class DraftModel:
@@ -41,12 +43,18 @@ class DraftModel:
         self._chunk = scheduler.max_num_batched_tokens
         self._vocab_size = min(vocab_size, model.vocab_size)
         self._lines: dict[Sequence, Sequence] = {}  # of the draft, by those of the model
+        self._taken: list[ModelStep] = []
 
     def forget(self, sequence: Sequence) -> None:
         """Give back what is held for a sequence that ends, or that loses its memory."""
         line = self._lines.pop(sequence, None)
         if line is not None:
             self._cache.free(line)
+
+    def taken(self) -> tuple[ModelStep, ...]:
+        """Its steps since this was asked last."""
+        steps, self._taken = tuple(self._taken), []
+        return steps
 
     def guess(self, sequences: Items[Sequence], most: Items[int]) -> list[Guess | None]:
         """What may follow each, that many tokens at most; None: nothing is known, or nothing is wanted."""
@@ -102,9 +110,12 @@ class DraftModel:
                 owners.append(sequence)
             if not rows:
                 return
+            start = time.perf_counter()
             step = SchedulerOutput(tuple(rows), ())
             self._runner.prepare(step)
+            before = time.perf_counter()
             logits = self._runner.infer()
+            inference_s = time.perf_counter() - before
             for row in rows:
                 row.sequence.num_cached += row.num_tokens
             failed = {line for line, _ in self._cache.commit(rows, list)}
@@ -118,6 +129,7 @@ class DraftModel:
             drawn = sample_rows([(self._lines[s], by_line[self._lines[s]]) for s in drawing])
             for sequence, token in zip(drawing, drawn, strict=True):
                 self._take(sequence, token, wanted, found)
+            self._taken.append(ModelStep(time.perf_counter() - start, inference_s, len(drawing)))
 
     def _take(
         self, sequence: Sequence, sampled: Sampled, wanted: dict[Sequence, int], found: dict[Sequence, list[int]]

@@ -6,8 +6,9 @@ from collections.abc import Sequence as Items
 
 _BELIEVED = 0.15  # of a step without guesses, for each guessed token, before any was seen
 _WEIGHT = 4.0  # of that belief, in squared tokens
-_MEMORY = 0.95  # twenty or so steps count
+_MEMORY = 0.98  # fifty or so steps count: what a row costs changes slowly, and each step is measured badly
 _LEAST, _MOST = 0.02, 1.0  # of a step without guesses
+_MARGIN = 1.25  # times its row that a guess must be worth: neither odds nor costs are known well
 _OUTLIER = 3.0  # times the mean: the machine did something else
 
 
@@ -15,7 +16,7 @@ class DraftPace:
     """Seconds of a step of answers: base + row * guessed tokens, fitted to what the last steps took.
 
     A guess is worth its row where the tokens that it gives, times the chance that it is right, come sooner than the
-    step's other tokens do: the sum of tokens over the sum of seconds is made as large as it can be.
+    step's other tokens do, by a margin: the sum of tokens over the sum of seconds grows with each.
     """
 
     def __init__(self) -> None:
@@ -58,7 +59,7 @@ class DraftPace:
             if not open_:
                 break
             best = max(open_, key=lambda i: chances[i])
-            if chances[best] * seconds <= row * tokens:
+            if chances[best] * seconds <= _MARGIN * row * tokens:
                 break
             counts[best] += 1
             tokens, seconds = tokens + chances[best], seconds + row

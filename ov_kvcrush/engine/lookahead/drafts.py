@@ -6,6 +6,7 @@ from collections.abc import Sequence as Items
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
+from ov_kvcrush.core.draft_metrics import ModelStep
 from ov_kvcrush.core.request import MAX_DRAFT_TOKENS, Sequence
 from ov_kvcrush.engine.lookahead.draft_pace import DraftPace
 from ov_kvcrush.engine.lookahead.guess import Guess, Odds
@@ -30,6 +31,9 @@ class Guesser(Protocol):
     def forget(self, sequence: Sequence) -> None:
         """Give back what is held for a sequence."""
 
+    def taken(self) -> tuple[ModelStep, ...] | None:
+        """The steps of a model of its own since this was asked last, None = it has none."""
+
 
 class Drafts:
     """Guesses, as many as pay: by how often they were right, and by what a row costs beside those that are there.
@@ -46,6 +50,10 @@ class Drafts:
     def forget(self, sequence: Sequence) -> None:
         """Give back what is held for a sequence that has ended."""
         self._guesser.forget(sequence)
+
+    def taken(self) -> tuple[ModelStep, ...] | None:
+        """What a draft model did since this was asked last, None = there is none."""
+        return self._guesser.taken()
 
     def guess(self, sequences: Items[Sequence], room: int) -> list[tuple[int, ...]]:
         """The tokens to run behind the next one of each decoding sequence. room: rows that are left in the step."""

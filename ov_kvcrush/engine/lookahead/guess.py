@@ -15,6 +15,31 @@ class Guess(NamedTuple):
     kind: int
 
 
+class Record:
+    """How often the tokens of one kind of guess were right.
+
+    The last twenty or so count, and what was believed before the first fades with them. What came last says more: after
+    r right ones in a row the next is right with r / (r + 2) at least, after w wrong ones with 1 / (w + 1) at most. So a
+    text that begins to repeat itself, or ends to, is noticed within a few tokens.
+    """
+
+    def __init__(self, believed: float) -> None:
+        self._right, self._seen = _WEIGHT * believed, _WEIGHT
+        self._run = 0  # right ones in a row, or minus the wrong ones
+
+    def count(self, is_right: bool) -> None:
+        """One more."""
+        self._right = _MEMORY * self._right + is_right
+        self._seen = _MEMORY * self._seen + 1
+        self._run = max(self._run, 0) + 1 if is_right else min(self._run, 0) - 1
+
+    @property
+    def odds(self) -> float:
+        """That the next is right, in (0, 1)."""
+        share = self._right / self._seen
+        return max(share, self._run / (self._run + 2)) if self._run > 0 else min(share, 1 / (1 - self._run))
+
+
 class Odds:
     """How probable it is that one more token of a guess of a sequence is right, for each kind of guess.
 
@@ -23,10 +48,9 @@ class Odds:
     """
 
     def __init__(self) -> None:
-        self._right: dict[int, float] = {}
-        self._seen: dict[int, float] = {}
+        self._records: dict[int, Record] = {}
         self._open: tuple[int, Guess] | None = None  # the last guess, and the tokens before it
-        self.kind = 3  # of the last guess
+        self.kind = 6  # of the last guess; of a draft model before the first
         self.num_unseen = 0  # steps since one, where guesses cost something
 
     def note(self, num_tokens: int, guess: Guess | None) -> None:
@@ -43,15 +67,13 @@ class Odds:
         if position < begin:  # it was not asked about for a while
             return
         for token, came in zip(guess.tokens, ids[position - begin :], strict=False):
-            self._count(guess.kind, token == came)
+            self._of(guess.kind).count(token == came)
             if token != came:
                 break
 
-    def _count(self, kind: int, is_right: bool) -> None:
-        self._right[kind] = _MEMORY * self._right.get(kind, 0.0) + is_right
-        self._seen[kind] = _MEMORY * self._seen.get(kind, 0.0) + 1
-
     def of(self, kind: int) -> float:
-        """In (0, 1). Unseen, a longer n-gram is believed more: 1/2, 2/3, 3/4."""
-        believed = kind / (kind + 1)
-        return (self._right.get(kind, 0.0) + _WEIGHT * believed) / (self._seen.get(kind, 0.0) + _WEIGHT)
+        """In (0, 1). Unseen, a longer n-gram is believed more: 1/3, 1/2, 3/5."""
+        return self._of(kind).odds
+
+    def _of(self, kind: int) -> Record:
+        return self._records.setdefault(kind, Record(kind / (kind + 2)))

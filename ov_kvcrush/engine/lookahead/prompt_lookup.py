@@ -27,6 +27,9 @@ class PromptLookup:
     def forget(self, sequence: Sequence) -> None:
         """Nothing is held."""
 
+    def taken(self) -> None:
+        """There is no other model."""
+
 
 def find_repeated(ids: np.ndarray, max_ngram: int, most: int) -> Guess | None:
     """What followed the newest earlier place with the longest end of int64 (S,), of up to `max_ngram` tokens.

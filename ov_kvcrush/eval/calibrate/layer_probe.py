@@ -16,8 +16,8 @@ from ov_kvcrush.errors import ModelError, reason_of
 from ov_kvcrush.model.folder import check_model_folder
 from ov_kvcrush.model.graph.attention import AttentionLayer, attention_ops, read_layer
 from ov_kvcrush.model.graph.rewrite import lm_head, use_paged_attention
-from ov_kvcrush.model.load import MODEL_XML
 from ov_kvcrush.model.plugin import open_core
+from ov_kvcrush.model.source import MODEL_XML
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 _KEYS_VALUES = 1, 2  # inputs of ScaledDotProductAttention

@@ -56,8 +56,9 @@ class RaySettings:
 def parse_settings(args: Mapping[str, Any]) -> tuple[RaySettings, ServerSettings]:
     """The settings of replicas and of the server on each, from one mapping; the command line gives texts.
 
-    `replicas` stands for min_replicas and max_replicas. api_keys may be one key; api_keys_env names an environment
-    variable that has them, with blanks between: Ray shows the arguments of an application to whoever asks it.
+    `replicas` stands for min_replicas and max_replicas. api_keys and adapters may be one; api_keys_env names an
+    environment variable that has keys, with blanks between: Ray shows the arguments of an application to whoever asks
+    it.
     Raises CrushError.
     """
     given = dict(args)
@@ -69,8 +70,9 @@ def parse_settings(args: Mapping[str, Any]) -> tuple[RaySettings, ServerSettings
     if "replicas" in given:
         count = given.pop("replicas")
         given = {"min_replicas": count, "max_replicas": count} | given
-    if isinstance(given.get("api_keys"), str):
-        given["api_keys"] = [given["api_keys"]]
+    for name in ("api_keys", "adapters"):
+        if isinstance(given.get(name), str):
+            given[name] = [given[name]]
     own = {f.name for f in fields(RaySettings)}
     of_server = {name: value for name, value in given.items() if name not in own}
     for name in ("host", "port", "idle_timeout_s"):

@@ -54,7 +54,7 @@ def question_of(state: ServerState, body: ChatRequest) -> Question:
     if forced:
         config.structured_output_config = call_grammar(forced, state.tools)
     history = history_of(body.messages, tools, state.tools)
-    return Question(history, config, body.stops, biases(body), body.context, tuple(body.protect or ()))
+    return Question(history, config, body.model, body.stops, biases(body), body.context, tuple(body.protect or ()))
 
 
 class _Form:
@@ -72,7 +72,7 @@ class _Form:
             "id": self._id,
             "object": kind,
             "created": self._created,
-            "model": self._state.name,
+            "model": self._body.model,
             "choices": choices,
         }
 

@@ -51,7 +51,9 @@ def questions_of(state: ServerState, body: CompletionRequest) -> list[Question]:
     found = []
     for prompt in _prompts(body):
         config = generation_config(state.pipeline.get_config(), body, max_tokens, body.logprobs)
-        found.append(Question(prompt, config, body.stops, biases(body), body.context, tuple(body.protect or ())))
+        found.append(
+            Question(prompt, config, body.model, body.stops, biases(body), body.context, tuple(body.protect or ()))
+        )
     return found
 
 
@@ -84,7 +86,7 @@ class _Form:
             "id": self._id,
             "object": "text_completion",
             "created": self._created,
-            "model": self._state.name,
+            "model": self._body.model,
             "choices": choices,
         }
 

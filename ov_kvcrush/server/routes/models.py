@@ -1,4 +1,4 @@
-"""GET /v1/models: there is one."""
+"""GET /v1/models: the model, and its adapters under their names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ router = APIRouter(prefix="/v1")
 @router.get("/models")
 async def models(request: Request) -> dict[str, Any]:
     """All of them."""
-    return {"object": "list", "data": [_model(state_of(request))]}
+    state = state_of(request)
+    return {"object": "list", "data": [_model(state, name) for name in (state.name, *state.adapters)]}
 
 
 @router.get("/models/{name:path}")
@@ -22,8 +23,9 @@ async def model(request: Request, name: str) -> dict[str, Any]:
     """One by its name."""
     state = state_of(request)
     state.check_model(name)
-    return _model(state)
+    return _model(state, name)
 
 
-def _model(state: ServerState) -> dict[str, Any]:
-    return {"id": state.name, "object": "model", "created": state.created, "owned_by": "ov_kvcrush"}
+def _model(state: ServerState, name: str) -> dict[str, Any]:
+    found = {"id": name, "object": "model", "created": state.created, "owned_by": "ov_kvcrush"}
+    return {**found, "parent": state.name} if name in state.adapters else found

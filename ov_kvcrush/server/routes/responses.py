@@ -95,7 +95,7 @@ class _Form:
             "incomplete_details": reason,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
-            "model": self._state.name,
+            "model": body.model,
             "output": output,
             "parallel_tool_calls": True,
             "previous_response_id": None,
