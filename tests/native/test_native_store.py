@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -377,7 +378,23 @@ def test_bytes_of_sequences_together_count_what_they_share_once() -> None:
         store.nbytes_of_all([gone[0]])
 
 
-def adopt_all(cache: Cache) -> Callable[[], object]:
+def test_bytes_are_told_while_a_kernel_runs() -> None:
+    """It holds the store meanwhile; who asks for the bytes does not wait for it."""
+    cache = Cache(layer(4, 2, 64))
+    seq, rows = cache.new(np.random.default_rng(0), 2000), 64
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(10):  # until it runs for long enough to be met
+            q, spans = np.zeros((rows, 4 * 64), np.float32), [(seq, i, 1, 1999) for i in range(rows)]
+            running = pool.submit(cache.store.attend, 0, spans, q)
+            time.sleep(0.05)
+            known = [cache.store.nbytes for _ in range(3)]
+            time.sleep(0.05)
+            if not running.done():
+                break
+            rows *= 2
+        assert not running.done()
+        assert known == [cache.store.nbytes] * 3
+cache: Cache) -> Callable[[], object]:
     seq = cache.store.create()
     cache.attach_prefill(seq, [keys_values(np.random.default_rng(0), 100, 64)])
     return lambda: cache.store.commit_prefill(seq)
