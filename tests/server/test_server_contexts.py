@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import httpx
-from served import Served, metric, served
+import pytest
+from served import Served, metric, served, until
 
 from ov_kvcrush import ContinuousBatchingPipeline
 from ov_kvcrush.server.settings import ServerSettings
@@ -14,12 +16,15 @@ TEXT = "The code of the vault is 4711. " + "The weather was mild and the road wa
 ALICE, BOB = ({"Authorization": f"Bearer key-of-{name}"} for name in ("alice", "bob"))
 
 
-def ask(server: Served, name: str, who: dict[str, str] = ALICE) -> httpx.Response:
-    body: dict[str, Any] = {
+def asked(server: Served, name: str) -> dict[str, Any]:
+    return {
         "model": server.model, "context": name, "max_tokens": 8, "temperature": 0,
         "messages": [{"role": "user", "content": "What is the code of the vault?"}],
     }  # fmt: skip
-    return httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=who, timeout=60)
+
+
+def ask(server: Served, name: str, who: dict[str, str] = ALICE) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/chat/completions", json=asked(server, name), headers=who, timeout=60)
 
 
 def make(server: Served, **fields: Any) -> dict[str, Any]:
@@ -68,6 +73,59 @@ def test_extended_forked_downloaded_and_uploaded(quick: Served) -> None:
     assert httpx.post(url, content=bytes(damaged), headers={**BOB, **media}).status_code == 400
     form = httpx.post(url, files={"file": ("a.txt", TEXT)}, data={"policy": "none"}, headers=ALICE, timeout=60)
     assert (form.status_code, form.json()["name"]) == (201, "a.txt")
+
+
+def test_bytes_that_contexts_share_count_once(quick: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts, url = quick.state.contexts, f"{quick.url}/v1/contexts"
+    contexts._shrink(contexts._limit)
+    made, other = make(quick, policy="none"), make(quick, policy="none", text=TEXT[::-1])
+    before = metric(quick.state, "context_bytes")
+    assert before == made["kv_bytes"] + other["kv_bytes"]
+    forked = httpx.post(f"{url}/{made['id']}/fork", headers=ALICE).json()
+    assert metric(quick.state, "context_bytes") == before
+    longer = httpx.post(f"{url}/{made['id']}/extend", json={"text": " Rain."}, headers=ALICE, timeout=60).json()
+    assert before < metric(quick.state, "context_bytes") < before + longer["kv_bytes"] / 2
+
+    def resident() -> set[str]:
+        asked = {made["id"], other["id"], forked["id"], longer["id"]}
+        listed = httpx.get(url, headers=ALICE).json()["data"]
+        return {x["id"] for x in listed if x["resident"]} & asked
+
+    # The oldest has the bytes of those that were made last: it would free nothing by leaving before them.
+    for leaves in ({other["id"]}, {longer["id"]}, {forked["id"], made["id"]}):
+        stayed = resident()
+        monkeypatch.setattr(contexts, "_limit", int(metric(quick.state, "context_bytes")) - 1)
+        contexts._shrink()
+        assert stayed - resident() == leaves
+    assert metric(quick.state, "context_bytes") == 0
+
+
+def held_once(server: Served, context: dict[str, Any]) -> None:
+    """Several clients that ask a context at once hold less than one more copy of it."""
+    pipeline, body = server.state.pipeline, {"model": server.model, "context": context["id"], "stream": True}
+    more: dict[str, Any] = {"max_tokens": 300, "ignore_eos": True, "temperature": 0}
+    until(lambda: pipeline.get_metrics().requests == 0)
+    with httpx.Client(base_url=server.url, headers=ALICE, timeout=120) as client, contextlib.ExitStack() as streams:
+        assert client.post("/v1/chat/completions", json=asked(server, context["id"])).status_code == 200  # it is there
+        before = pipeline.get_metrics().kv_cache_size_in_bytes
+        for i in range(3):
+            question = {"messages": [{"role": "user", "content": f"Question {i}?"}]}
+            answer = client.stream("POST", "/v1/chat/completions", json=body | more | question)
+            assert streams.enter_context(answer).status_code == 200  # it has its first token
+        now = pipeline.get_metrics()
+        assert now.requests == 3
+        assert before < now.kv_cache_size_in_bytes < before + context["kv_bytes"]
+    until(lambda: pipeline.get_metrics().requests == 0)
+    assert pipeline.get_metrics().kv_cache_size_in_bytes == before
+
+
+def test_many_clients_share_the_bytes_of_a_context_also_after_a_restart(
+    quick: Served, quick_settings: ServerSettings, quick_pipeline: ContinuousBatchingPipeline
+) -> None:
+    made = make(quick, policy="none", text=TEXT * 10)
+    held_once(quick, made)
+    with served(quick_settings, quick_pipeline) as again:
+        held_once(again, made)
 
 
 def test_contexts_leave_the_store_and_come_back_also_after_a_restart(
