@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import httpx
 import pytest
-from served import Served, metric, served, until
+from served import Served, metric, served
 
 from ov_kvcrush import ContinuousBatchingPipeline
 from ov_kvcrush.server.settings import ServerSettings
@@ -16,15 +15,12 @@ TEXT = "The code of the vault is 4711. " + "The weather was mild and the road wa
 ALICE, BOB = ({"Authorization": f"Bearer key-of-{name}"} for name in ("alice", "bob"))
 
 
-def asked(server: Served, name: str) -> dict[str, Any]:
-    return {
+def ask(server: Served, name: str, who: dict[str, str] = ALICE) -> httpx.Response:
+    body: dict[str, Any] = {
         "model": server.model, "context": name, "max_tokens": 8, "temperature": 0,
         "messages": [{"role": "user", "content": "What is the code of the vault?"}],
     }  # fmt: skip
-
-
-def ask(server: Served, name: str, who: dict[str, str] = ALICE) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/chat/completions", json=asked(server, name), headers=who, timeout=60)
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=who, timeout=60)
 
 
 def make(server: Served, **fields: Any) -> dict[str, Any]:
@@ -98,34 +94,6 @@ def test_bytes_that_contexts_share_count_once(quick: Served, monkeypatch: pytest
         contexts._shrink()
         assert stayed - resident() == leaves
     assert metric(quick.state, "context_bytes") == 0
-
-
-def held_once(server: Served, context: dict[str, Any]) -> None:
-    """Several clients that ask a context at once hold less than one more copy of it."""
-    pipeline, body = server.state.pipeline, {"model": server.model, "context": context["id"], "stream": True}
-    more: dict[str, Any] = {"max_tokens": 300, "ignore_eos": True, "temperature": 0}
-    until(lambda: pipeline.get_metrics().requests == 0)
-    with httpx.Client(base_url=server.url, headers=ALICE, timeout=120) as client, contextlib.ExitStack() as streams:
-        assert client.post("/v1/chat/completions", json=asked(server, context["id"])).status_code == 200  # it is there
-        before = pipeline.get_metrics().kv_cache_size_in_bytes
-        for i in range(3):
-            question = {"messages": [{"role": "user", "content": f"Question {i}?"}]}
-            answer = client.stream("POST", "/v1/chat/completions", json=body | more | question)
-            assert streams.enter_context(answer).status_code == 200  # it has its first token
-        now = pipeline.get_metrics()
-        assert now.requests == 3
-        assert before < now.kv_cache_size_in_bytes < before + context["kv_bytes"]
-    until(lambda: pipeline.get_metrics().requests == 0)
-    assert pipeline.get_metrics().kv_cache_size_in_bytes == before
-
-
-def test_many_clients_share_the_bytes_of_a_context_also_after_a_restart(
-    quick: Served, quick_settings: ServerSettings, quick_pipeline: ContinuousBatchingPipeline
-) -> None:
-    made = make(quick, policy="none", text=TEXT * 10)
-    held_once(quick, made)
-    with served(quick_settings, quick_pipeline) as again:
-        held_once(again, made)
 
 
 def test_contexts_leave_the_store_and_come_back_also_after_a_restart(
