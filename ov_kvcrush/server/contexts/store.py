@@ -214,7 +214,7 @@ class ContextStore:
         used: dict[int, float] = {}
         for found in resident:
             used.update((key, max(found.used, used.get(key, 0.0))) for key in found.parts)
-        resident.sort(key=lambda x: (used[x.part], x.part, x.used))
+        resident.sort(key=lambda x: (used[x.part], -x.part))  # what extends another before that other
         total, num_left = self._bytes(beside), 0
         for found in resident:
             if total + room <= self._limit:
