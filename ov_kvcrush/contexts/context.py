@@ -88,8 +88,8 @@ class Context:
 
     @property
     def nbytes_by_part(self) -> dict[int, int]:
-        """Its bytes by who brought them into the store, itself last: forks of one context have one part, what extends it
-        has that and one of its own.
+        """Its bytes by who brought them into the store, its own last: forks of one context have one part, what extends
+        it has that and one of its own.
 
         The sum over the different parts of several contexts of one pipeline is their bytes, shared ones counted once.
         """

@@ -124,9 +124,7 @@ class InputProcessor:
             )
         return chosen
 
-    def _grammar(
-        self, config: ov_genai.GenerationConfig, sampling: SamplingParams, salt: str
-    ) -> GrammarState | None:
+    def _grammar(self, config: ov_genai.GenerationConfig, sampling: SamplingParams, salt: str) -> GrammarState | None:
         """Where the answer begins in the grammar that it is to follow."""
         wanted = config.structured_output_config
         if wanted is None:

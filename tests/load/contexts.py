@@ -3,9 +3,9 @@
     python tests/load/contexts.py                                       # the default model, 8,000 tokens, 20 clients
     python tests/load/contexts.py MODEL --tokens 30000 --clients 20 --json contexts.json
 
-Makes the context over HTTP, asks it with one client, then with all at once; sends the same text as a plain prompt, which
-is what a client waits for without a context. Then the server is started anew on the same files: all ask at once again,
-and the first of them has the context read from its file. Exit code 1 where a client had no whole answer, or where all
+Makes the context over HTTP, asks it with one client, then with all at once; sends the same text as a plain prompt,
+which is what a client waits for without a context. Then the server is started anew on the same files: all ask at once
+again, and the first of them has the context read from its file. Exit code 1 where a client had no whole answer, or where all
 clients held as much as another copy of the context. docs/server_load.md has what came out.
 """
 

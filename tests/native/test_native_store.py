@@ -394,7 +394,9 @@ def test_bytes_are_told_while_a_kernel_runs() -> None:
             rows *= 2
         assert not running.done()
         assert known == [cache.store.nbytes] * 3
-cache: Cache) -> Callable[[], object]:
+
+
+def adopt_all(cache: Cache) -> Callable[[], object]:
     seq = cache.store.create()
     cache.attach_prefill(seq, [keys_values(np.random.default_rng(0), 100, 64)])
     return lambda: cache.store.commit_prefill(seq)
