@@ -5,8 +5,8 @@
 
 Makes the context over HTTP, asks it with one client, then with all at once; sends the same text as a plain prompt,
 which is what a client waits for without a context. Then the server is started anew on the same files: all ask at once
-again, and the first of them has the context read from its file. Exit code 1 where a client had no whole answer, or where all
-clients held as much as another copy of the context. docs/server_load.md has what came out.
+again, and the first of them has the context read from its file. Exit code 1 where a client had no whole answer, or
+where all clients held as much as another copy of the context. docs/server_load.md has what came out.
 """
 
 from __future__ import annotations
