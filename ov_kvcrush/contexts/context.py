@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,6 +56,7 @@ class Context:
         snapshot: KVSnapshot,
         policy: Policy | None,
         seconds: float = 0.0,
+        parts: Mapping[int, int] | None = None,
     ) -> None:
         self._owner_ref = weakref.ref(owner)
         self._ids = ids
@@ -63,6 +64,7 @@ class Context:
         self._snapshot: KVSnapshot | None = snapshot
         self._policy = policy
         self._seconds = seconds
+        self._parts = parts
         self._finalizer = weakref.finalize(self, snapshot.release)
 
     # -- what it is ----------------------------------------------------------------------------------------------------
@@ -83,6 +85,17 @@ class Context:
         snapshot = self._held()
         self._owner()
         return snapshot.nbytes
+
+    @property
+    def nbytes_by_part(self) -> dict[int, int]:
+        """Its bytes by who brought them into the store, its own last: forks of one context have one part, what extends
+        it has that and one of its own.
+
+        The sum over the different parts of several contexts of one pipeline is their bytes, shared ones counted once.
+        """
+        if self._parts is None:
+            self._parts = {self._held().store_id: self.nbytes}
+        return dict(self._parts)
 
     @property
     def policy(self) -> Settings | None:
@@ -127,7 +140,7 @@ class Context:
         """Another one of the same bytes, with a life of its own."""
         snapshot = self._held()
         owner = self._owner()
-        return Context(owner, self._ids, self._text, snapshot.fork(), self._policy, self._seconds)
+        return Context(owner, self._ids, self._text, snapshot.fork(), self._policy, self._seconds, self._parts)
 
     def extend(self, text: str, *, policy: PolicyLike = None, progress: Progress | None = None) -> Context:
         """This context and more text behind it, which a policy compresses by itself.

@@ -49,8 +49,8 @@ class CacheParams:
     return_snapshot: hand the KV out at the end, as `Handle.snapshot`.
     prefill_only: end when the prompt has its KV, without a token; implies return_snapshot.
     budget: bytes over those of a bf16 cache, instead of what the engine was told; needs a policy.
-    cache_salt: cached prefixes serve only requests of the same one, as vLLM has it: who may not know by its timing what
-        another has asked gets another.
+    cache_salt: cached prefixes and compiled grammars serve only requests of the same one, as vLLM has it: who may not
+        know by its timing what another has asked gets another.
     fan_out: caches that are made from the same prefill, `Handle.fan_out_snapshots`; needs prefill_only, and no
         snapshot of the request itself is left then.
     return_staged: leave the prompt on its staging blocks, `Handle.staged`, and nothing else; needs prefill_only.

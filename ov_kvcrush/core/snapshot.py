@@ -39,6 +39,8 @@ class SnapshotOwner(Protocol):
 
     def snapshot_nbytes(self, snapshot: KVSnapshot) -> int: ...
 
+    def nbytes_beside(self, snapshot: KVSnapshot, other: KVSnapshot) -> int: ...
+
     def snapshot_arrays(self, snapshot: KVSnapshot) -> SnapshotArrays: ...
 
 
@@ -74,6 +76,10 @@ class KVSnapshot:
         """Bytes in the store, shared ones in full; 0 when the owner is gone."""
         owner = self.owner()
         return 0 if owner is None else owner.snapshot_nbytes(self)
+
+    def nbytes_beside(self, other: KVSnapshot) -> int:
+        """Bytes of it that `other`, of the same owner, does not hold."""
+        return self._alive().nbytes_beside(self, other)
 
     def fork(self) -> KVSnapshot:
         """The same KV for one more holder; tiles are shared."""

@@ -104,6 +104,10 @@ class GuardedSnapshots:
             self._sizes[snapshot.store_id] = size
         return size
 
+    def nbytes_beside(self, snapshot: KVSnapshot, other: KVSnapshot) -> int:
+        """Bytes of it that another does not hold."""
+        return self._thread.call(partial(self._held().nbytes_beside, snapshot, other))
+
     def snapshot_arrays(self, snapshot: KVSnapshot) -> SnapshotArrays:
         """It as arrays, for a file."""
         return self._thread.call(partial(self._held().snapshot_arrays, snapshot))

@@ -109,7 +109,7 @@ class InputProcessor:
         request = Request(
             request_id, ids, sampling, self._decode, keep_kv, eviction, params, fan_out, options, ahead, adapters
         )
-        request.sequences[0].grammar = self._grammar(config, sampling)
+        request.sequences[0].grammar = self._grammar(config, sampling, params.cache_salt)
         return request
 
     def _adapters(self, config: ov_genai.GenerationConfig, context: KVSnapshot | None) -> AdapterParams:
@@ -124,7 +124,7 @@ class InputProcessor:
             )
         return chosen
 
-    def _grammar(self, config: ov_genai.GenerationConfig, sampling: SamplingParams) -> GrammarState | None:
+    def _grammar(self, config: ov_genai.GenerationConfig, sampling: SamplingParams, salt: str) -> GrammarState | None:
         """Where the answer begins in the grammar that it is to follow."""
         wanted = config.structured_output_config
         if wanted is None:
@@ -133,7 +133,7 @@ class InputProcessor:
             raise RequestError(f"num_beams must be 1 with structured_output_config, got {config.num_beams}")
         if self._grammars is None:
             raise RequestError("structured_output_config must be None for an engine without a tokenizer, got one")
-        return self._grammars.compile(wanted, sampling.stop_token_ids)
+        return self._grammars.compile(wanted, sampling.stop_token_ids, salt)
 
     def check_prompt(
         self, ids: np.ndarray, eviction: EvictionSpec | None = None, context: KVSnapshot | None = None

@@ -66,6 +66,11 @@ class SnapshotStore:
         """Bytes of its tiles, shared ones in full."""
         return self._store.nbytes_of(snapshot.store_id)
 
+    def nbytes_beside(self, snapshot: KVSnapshot, other: KVSnapshot) -> int:
+        """Bytes of its tiles that another does not hold."""
+        both = self._store.nbytes_of_all([snapshot.store_id, other.store_id])
+        return both - self._store.nbytes_of(other.store_id)
+
     def snapshot_arrays(self, snapshot: KVSnapshot) -> SnapshotArrays:
         """The snapshot as arrays."""
         heads, tiles = self._store.dump(snapshot.store_id)

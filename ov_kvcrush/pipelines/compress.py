@@ -145,10 +145,12 @@ class ContextCompressor:
         """A context and more text behind it, which `policy` chooses from; None = all of it stays."""
         content, more = self._encoder.more(context.content, text, PerfMetrics())
         ids = np.concatenate([context.ids, more])
-        params = CacheParams(policy or KeepAll(), context=context.snapshot_for(self), prefill_only=True)
-        handle = self._loop.prefill(ids, params, progress)
-        assert handle.snapshot is not None
-        return Context(self, ids, content, handle.snapshot.as_base(), context.chosen_by)
+        base = context.snapshot_for(self)
+        handle = self._loop.prefill(ids, CacheParams(policy or KeepAll(), context=base, prefill_only=True), progress)
+        made = handle.snapshot
+        assert made is not None
+        parts = {**context.nbytes_by_part, made.store_id: made.nbytes_beside(base)}
+        return Context(self, ids, content, made.as_base(), context.chosen_by, parts=parts)
 
     def save(self, context: Context, path: str | os.PathLike[str]) -> None:
         """See Context.save."""

@@ -116,7 +116,7 @@ class ContinuousBatchingPipeline(PipelineBase):
         protect: what a policy must not drop: passages of the prompt, or spans (begin, end) of its tokens.
         context: what `compress` made of a text: the prompt, a text or ids, is a question about it; a ChatHistory is
             what is said after it, the first message in the context's own where that is open.
-        cache_salt: cached prefixes serve only requests of the same salt.
+        cache_salt: cached prefixes and compiled grammars serve only requests of the same salt.
         priority, timeout_s, logit_bias: as RequestOptions has them.
         Raises RequestError for a prompt or a config that cannot be run, and for an id that is in use; QueueFull where
         too many wait.

@@ -97,7 +97,7 @@ class _EngineState:
             "kv_staging_bytes": ("Blocks of prompts that are being read", now.staging_size_in_bytes),
             "contexts": ("Contexts, in the store or in files", num_contexts),
             "contexts_resident": ("Contexts in the store", num_resident),
-            "context_bytes": ("Bytes of contexts in the store, shared ones counted for each", context_bytes),
+            "context_bytes": ("Bytes of contexts in the store, shared ones counted once", context_bytes),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(_PREFIX + name, text, value)

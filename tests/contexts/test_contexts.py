@@ -354,6 +354,20 @@ def test_extended_whole_context_is_that_of_the_longer_text(pipe: LLMPipeline) ->
         assert pipe.generate(question, context=longer, **ASK) == pipe.generate(whole, **ASK)
 
 
+@pytest.mark.parametrize("growth", [None, GROWTH], ids=json.dumps)
+def test_parts_of_contexts_are_the_bytes_of_all_of_them(growth: Ask | None, pipe: LLMPipeline) -> None:
+    first = pipe.compress(TEXT, policy=SNAP)
+    longer = first.extend("x" * 200, policy=growth)
+    longest = longer.extend("y" * 90)
+    contexts = [first, first.fork(), longer, longest, longest.fork(), pipe.compress(TEXT, policy=SNAP)]
+    parts: dict[int, int] = {}
+    for context in contexts:
+        parts.update(context.nbytes_by_part)
+    assert len(parts) == 3
+    assert sum(parts.values()) == nbytes(pipe) < sum(context.nbytes for context in contexts)
+    assert list(first.nbytes_by_part.values()) == [first.nbytes]
+
+
 @pytest.mark.parametrize(("policy", "growth", "kept"), [(SNAP, None, 60), (ZIP, GROWTH, 24), (ZIP, None, 200)])
 def test_extension_is_compressed_by_itself(policy: Ask, growth: Ask | None, kept: int, pipe: LLMPipeline) -> None:
     context = pipe.compress(TEXT, policy=policy)

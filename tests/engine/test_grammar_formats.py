@@ -254,6 +254,19 @@ def test_compiled_grammars_are_kept(compiler: GrammarCompiler, start: Start, mon
         start(json_schema=PERSON)
 
 
+def test_each_salt_has_compiled_grammars_of_its_own(
+    compiler: GrammarCompiler, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler.compile(C(regex="salted[0-9]"), frozenset([END]), "alice")
+    for i in range(64):  # of others: they take nobody's room
+        start(regex=f"more{i}")
+    monkeypatch.setattr(compiler, "_compile", None)
+    assert accepts(compiler.compile(C(regex="salted[0-9]"), frozenset([END]), "alice"), "salted7")
+    for salt in ("bob", ""):
+        with pytest.raises(TypeError):  # it is not there for them
+            compiler.compile(C(regex="salted[0-9]"), frozenset([END]), salt)
+
+
 def test_texts_without_a_choice_are_split_into_known_tokens() -> None:
     class Odd(PlainTokenizer):
         words = ByteTokenizer.words

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def server(args: argparse.Namespace, *more: str) -> Iterator[tuple[str, int]]:
     url = f"http://127.0.0.1:{(port := free_port())}"
     start = [sys.executable, "-m", "ov_kvcrush.server.main", *([args.model] if args.model else []), "--port", str(port)]
     process = subprocess.Popen([*start, *shared_options(args), *more], stderr=subprocess.DEVNULL)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # who is told to end ends the server, too
     try:
         end = time.monotonic() + 300
         while not _is_ready(url):
@@ -67,6 +69,7 @@ def server(args: argparse.Namespace, *more: str) -> Iterator[tuple[str, int]]:
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_ready(url: str) -> bool:

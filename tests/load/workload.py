@@ -17,6 +17,11 @@ _WORDS = (
 
 def messages(client: int, number: int, num_words: int) -> list[dict[str, str]]:
     """The `number`-th question of a client: no two are the same, so that no cached prefix answers for another."""
-    rng = random.Random(f"{client} {number}")
-    words = " ".join(rng.choice(_WORDS) for _ in range(num_words))
-    return [{"role": "user", "content": f"Story {client}.{number}: tell a long story in which these occur: {words}"}]
+    asked = f"Story {client}.{number}: tell a long story in which these occur: {words(f'{client} {number}', num_words)}"
+    return [{"role": "user", "content": asked}]
+
+
+def words(seed: str, num_words: int) -> str:
+    """So many words; fewer of one seed are the first of more."""
+    rng = random.Random(seed)
+    return " ".join(rng.choice(_WORDS) for _ in range(num_words))

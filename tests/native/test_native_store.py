@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -375,6 +377,25 @@ def test_bytes_of_sequences_together_count_what_they_share_once() -> None:
         assert store.nbytes == before - freed == rest
     with pytest.raises(ValueError, match="sequence must be"):
         store.nbytes_of_all([gone[0]])
+
+
+def test_bytes_are_told_while_a_kernel_runs() -> None:
+    """It holds the store meanwhile; who asks for the bytes does not wait for it."""
+    cache = Cache(layer(4, 2, 64))
+    seq, rows, num_told = cache.new(np.random.default_rng(0), 2000), 1024, 0
+    before = cache.store.nbytes
+    while num_told < 20:
+        assert rows < 1 << 17, "the bytes were not told before the kernel had ended"
+        q, spans = np.zeros((rows, 4 * 64), np.float32), [(seq, i, 1, 1999) for i in range(rows)]
+        kernel = threading.Thread(target=cache.store.attend, args=(0, spans, q))
+        kernel.start()
+        time.sleep(0.02)
+        num_told = 0
+        while kernel.is_alive():
+            assert cache.store.nbytes == before
+            num_told += 1
+            time.sleep(0.002)
+        rows *= 2
 
 
 def adopt_all(cache: Cache) -> Callable[[], object]:

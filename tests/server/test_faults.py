@@ -197,6 +197,24 @@ def test_a_context_of_another_key_is_as_one_that_never_was(quick: Served) -> Non
     works(quick)
 
 
+def test_a_schema_of_another_key_takes_what_a_new_one_takes(
+    quick: Served, quick_pipeline: ContinuousBatchingPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammars: Any = quick_pipeline._backend.grammars  # type: ignore[attr-defined]
+    compiled: list[str] = []
+
+    def compile(kind: str, grammar: str, *rest: Any, then: Any = grammars._compile) -> Any:
+        compiled.append(grammar)
+        return then(kind, grammar, *rest)
+
+    monkeypatch.setattr(grammars, "_compile", compile)
+    schema = {"type": "object", "properties": {"vault": {"type": "integer"}}, "required": ["vault"]}
+    form = {"type": "json_schema", "json_schema": {"name": "vault", "schema": schema}}
+    for who, count in ((ALICE, 1), (ALICE, 1), (BOB, 2), (BOB, 2), (ALICE, 2)):
+        assert ask(quick, who, response_format=form).status_code == 200
+        assert len(compiled) == count
+
+
 # -- contexts ----------------------------------------------------------------------------------------------------------
 
 

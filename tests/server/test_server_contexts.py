@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
+import pytest
 from served import Served, metric, served
 
 from ov_kvcrush import ContinuousBatchingPipeline
@@ -68,6 +69,31 @@ def test_extended_forked_downloaded_and_uploaded(quick: Served) -> None:
     assert httpx.post(url, content=bytes(damaged), headers={**BOB, **media}).status_code == 400
     form = httpx.post(url, files={"file": ("a.txt", TEXT)}, data={"policy": "none"}, headers=ALICE, timeout=60)
     assert (form.status_code, form.json()["name"]) == (201, "a.txt")
+
+
+def test_bytes_that_contexts_share_count_once(quick: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts, url = quick.state.contexts, f"{quick.url}/v1/contexts"
+    contexts._shrink(contexts._limit)
+    made, other = make(quick, policy="none"), make(quick, policy="none", text=TEXT[::-1])
+    before = metric(quick.state, "context_bytes")
+    assert before == made["kv_bytes"] + other["kv_bytes"]
+    forked = httpx.post(f"{url}/{made['id']}/fork", headers=ALICE).json()
+    assert metric(quick.state, "context_bytes") == before
+    longer = httpx.post(f"{url}/{made['id']}/extend", json={"text": " Rain."}, headers=ALICE, timeout=60).json()
+    assert before < metric(quick.state, "context_bytes") < before + longer["kv_bytes"] / 2
+
+    def resident() -> set[str]:
+        asked = {made["id"], other["id"], forked["id"], longer["id"]}
+        listed = httpx.get(url, headers=ALICE).json()["data"]
+        return {x["id"] for x in listed if x["resident"]} & asked
+
+    # The oldest has the bytes of those that were made last: it would free nothing by leaving before them.
+    for leaves in ({other["id"]}, {longer["id"]}, {forked["id"], made["id"]}):
+        stayed = resident()
+        monkeypatch.setattr(contexts, "_limit", int(metric(quick.state, "context_bytes")) - 1)
+        contexts._shrink()
+        assert stayed - resident() == leaves
+    assert metric(quick.state, "context_bytes") == 0
 
 
 def test_contexts_leave_the_store_and_come_back_also_after_a_restart(

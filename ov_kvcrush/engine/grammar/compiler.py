@@ -19,7 +19,8 @@ from ov_kvcrush.engine.grammar.vocabulary import make_tokenizer
 from ov_kvcrush.errors import RequestError
 
 MAX_CHARACTERS = 1 << 20  # of a grammar
-_MAX_KEPT = 64  # compiled grammars of a pipeline
+_MAX_KEPT = 64  # compiled grammars of a salt
+_MAX_SALTS = 16  # whose grammars are kept
 # llguidance's own are 500k, 1M and 200k: what is too large is refused after four times as long with those.
 _GRAMMAR_SIZE = 500_000
 _LEXER_FUEL = 300_000
@@ -55,14 +56,17 @@ class GrammarCompiler:
         self._ends = tuple(sorted(end_tokens - set(outside_vocabulary(end_tokens, vocab_size))))
         self._vocabulary: LLTokenizer | None = None
         self._first = threading.Lock()
-        self._kept: OrderedDict[str, _Compiled] = OrderedDict()
+        self._kept: OrderedDict[str, OrderedDict[str, _Compiled]] = OrderedDict()  # by salt, then by grammar
         self._lock = threading.Lock()
         self.thread: MaskThread | None = None
 
-    def compile(self, config: ov_genai.StructuredOutputConfig, end_tokens: frozenset[int]) -> GrammarState:
+    def compile(
+        self, config: ov_genai.StructuredOutputConfig, end_tokens: frozenset[int], salt: str = ""
+    ) -> GrammarState:
         """The start of an answer that ends with one of `end_tokens`. Raises RequestError naming the kind of grammar.
 
-        The first call reads the vocabulary; a grammar of the last 64 is there already.
+        The first call reads the vocabulary; a grammar of the last 64 of this salt is there already. salt: as
+        CacheParams.cache_salt: who has another cannot know by the time that it takes whether a grammar is in use.
         """
         kind, fmt = format_of(config)
         try:
@@ -72,17 +76,31 @@ class GrammarCompiler:
         if len(grammar) > MAX_CHARACTERS:
             raise RequestError(f"{kind} must have at most {MAX_CHARACTERS} characters, got {len(grammar)}")
         thread, vocabulary = self._prepare()
-        with self._lock:
-            compiled = self._kept.get(grammar)
-            if compiled is not None:
-                self._kept.move_to_end(grammar)
+        compiled = self._find(salt, grammar)
         if compiled is None:
             compiled = self._compile(kind, grammar, thread, vocabulary)
-            with self._lock:
-                self._kept[grammar] = compiled
-                if len(self._kept) > _MAX_KEPT:
-                    self._kept.popitem(last=False)
+            self._keep(salt, grammar, compiled)
         return GrammarState(thread, compiled.matcher.deep_copy(), compiled.mask.copy(), end_tokens)
+
+    def _find(self, salt: str, grammar: str) -> _Compiled | None:
+        with self._lock:
+            kept = self._kept.get(salt)
+            if kept is None or grammar not in kept:
+                return None
+            self._kept.move_to_end(salt)
+            kept.move_to_end(grammar)
+            return kept[grammar]
+
+    def _keep(self, salt: str, grammar: str, compiled: _Compiled) -> None:
+        """Room is made among those of the same salt: how many others use shows in no time, either."""
+        with self._lock:
+            kept = self._kept.setdefault(salt, OrderedDict())
+            kept[grammar] = compiled
+            self._kept.move_to_end(salt)
+            if len(kept) > _MAX_KEPT:
+                kept.popitem(last=False)
+            if len(self._kept) > _MAX_SALTS:
+                self._kept.popitem(last=False)
 
     def _prepare(self) -> tuple[MaskThread, LLTokenizer]:
         if not self._ends:

@@ -7,7 +7,8 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -81,8 +82,7 @@ class ContextStore:
 
     def figures(self) -> tuple[int, int, int]:
         """How many there are, how many in the store, and their bytes there."""
-        resident = list(self._resident())
-        return len(self._held), len(resident), sum(x.nbytes for x in resident)
+        return len(self._held), len(list(self._resident())), self._bytes()
 
     # -- making --------------------------------------------------------------------------------------------------------
 
@@ -113,15 +113,14 @@ class ContextStore:
             raise
 
     async def _keep(self, owner: str, context: Context, name: str | None) -> HeldContext:
-        nbytes = await self._run(lambda: context.nbytes)
-        made = held(f"ctx_{secrets.token_hex(16)}", owner, context, nbytes, name)
+        made = await self._run(held, f"ctx_{secrets.token_hex(16)}", owner, context, name)
         if self._folder is not None:
             made.path = await self._run(self._written, self._folder, made, context)
-        self._shrink(nbytes)
-        if sum(x.nbytes for x in self._resident()) + nbytes > self._limit and made.path is None:
+        self._shrink(beside=made.parts)
+        if self._bytes(made.parts) > self._limit and made.path is None:
             raise ApiError(
-                507, f"contexts must hold at most {self._limit} bytes, got {nbytes} more; delete some, or start the "
-                "server with --contexts"
+                507, f"contexts must hold at most {self._limit} bytes, got {made.nbytes} more; delete some, or start "
+                "the server with --contexts"
             )  # fmt: skip
         self._held[owner, made.id] = made
         return made
@@ -154,6 +153,7 @@ class ContextStore:
                 raise ApiError(409, "context must have been made with this model and these settings, got another's",
                                "context") from None  # fmt: skip
             self._metrics.context_loads.inc()
+            found.parts = await self._run(lambda: context.nbytes_by_part)
             if (owner, name) not in self._held:  # deleted meanwhile
                 context.close()
                 raise ApiError(404, "context must be the id of one of yours, got one that is not", "context")
@@ -202,20 +202,38 @@ class ContextStore:
         except OutOfMemory as error:
             raise ApiError(507, str(error)) from None
 
-    def _shrink(self, room: int) -> int:
-        """Have the least recently used leave the store until there are `room` bytes; returns how many left."""
-        resident = sorted(self._resident(), key=lambda x: x.used)
-        total, num_left = sum(x.nbytes for x in resident), 0
+    def _shrink(self, room: int = 0, beside: Mapping[int, int] | None = None) -> int:
+        """Have the least recently used leave the store until it has `room` bytes, and these parts, beside the others;
+        returns how many left.
+
+        One that shares its bytes leaves no sooner than the others that have them: it would free nothing, and come back
+        from its file with bytes of its own.
+        """
+        resident, beside = list(self._resident()), beside or {}
+        holders = Counter(key for parts in (beside, *(x.parts for x in resident)) for key in parts)
+        used: dict[int, float] = {}
+        for found in resident:
+            used.update((key, max(found.used, used.get(key, 0.0))) for key in found.parts)
+        resident.sort(key=lambda x: (used[x.part], -x.part))  # what extends another before that other
+        total, num_left = self._bytes(beside), 0
         for found in resident:
             if total + room <= self._limit:
                 break
             if found.path is None or found.lock.locked():
                 continue
-            total -= found.nbytes
+            holders.subtract(found.parts.keys())
+            total -= sum(nbytes for key, nbytes in found.parts.items() if not holders[key])
             num_left += 1
             self._close(found)
             self._metrics.context_evictions.inc()
         return num_left
+
+    def _bytes(self, beside: Mapping[int, int] | None = None) -> int:
+        """Bytes of all that are in the store, and of these parts; what several share counts once."""
+        parts = dict(beside or {})
+        for found in self._resident():
+            parts.update(found.parts)
+        return sum(parts.values())
 
     def _resident(self) -> Iterator[HeldContext]:
         return (x for x in self._held.values() if x.context is not None)
@@ -224,7 +242,7 @@ class ContextStore:
     def _close(found: HeldContext) -> None:
         if found.context is not None:
             found.context.close()
-            found.context = None
+            found.context, found.parts = None, {}
 
     async def _run(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)

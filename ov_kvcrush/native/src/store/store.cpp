@@ -161,10 +161,7 @@ size_t Store::drop_owner(uint8_t* tile) noexcept {
 
 // -- contents ----------------------------------------------------------------------------------------------------
 
-size_t Store::nbytes() const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return arena_.used();
-}
+size_t Store::nbytes() const { return arena_.used(); }  // waits for no kernel, which holds mutex_ while it runs
 
 size_t Store::nbytes_of(int32_t id) const {
     const std::lock_guard<std::mutex> lock(mutex_);
