@@ -309,6 +309,6 @@ def test_a_command_writes_a_run_with_losses(folder: Path, tmp_path: Path) -> Non
         assert row.score == pytest.approx(-math.log(shares[policy]))
         assert row.difference == pytest.approx(row.score - told["none"].score)
     assert CliRunner().invoke(app, ["results", str(out), "--out", str(page)]).exit_code == 0
-    assert "Next-token loss of `continue`" in page.read_text()
+    assert "Next-token loss of `continue`" in (tmp_path / "page" / "run.md").read_text()
     refused = CliRunner().invoke(app, [*line, "--query", "agnostic"])
     assert (refused.exit_code, "--query must be aware" in refused.output) == (2, True)

@@ -28,8 +28,9 @@ SANITIZERS = {
 # Of test_failures none: failing allocations are counted, so they fail in one thread.
 THREADED = ("test_kernels", "test_split", "test_store")
 CASES = [("address", program.stem) for program in PROGRAMS] + [("thread", program) for program in THREADED]
-# What the kernels of an instruction set are called, by the beginning of their file's name.
-TABLES = {"kernels": "Kernels", "attend": "Kernels", "product": "ProductKernels", "sampling": "SamplingKernels"}
+# What a file of kernels defines, and the instruction set of one whose name says another thing.
+TABLE = re.compile(r"^const (\w*Kernels) (\w+) =", re.MULTILINE)
+RUNS_ON = {"bf16emulated": "avx512"}
 
 
 def core(flags: list[str]) -> dict[Path, list[str]]:
@@ -64,7 +65,10 @@ def units(flags: list[str], folder: Path) -> dict[Path, list[str]]:
 
 def isa_of(source: Path, own_flags: list[str]) -> str:
     """The instruction set that a source is for, "" = any."""
-    return source.stem.rpartition("_")[2] if any(flag.startswith("-mavx") for flag in own_flags) else ""
+    if not any(flag.startswith("-mavx") for flag in own_flags):
+        return ""
+    name = source.stem.rpartition("_")[2]
+    return RUNS_ON.get(name, name)
 
 
 def without_kernels(left_out: list[Path]) -> Iterator[str]:
@@ -72,11 +76,9 @@ def without_kernels(left_out: list[Path]) -> Iterator[str]:
     yield from (f'#include "kernels/{header}.hpp"' for header in ("kernels", "product", "sampling"))
     yield "namespace crush {"
     for source in left_out:
-        kind, _, isa = source.stem.partition("_")
-        if kind in TABLES:
-            name = f"{'KERNELS' if kind == 'attend' else kind.upper()}_{isa.upper()}"
-            yield f"extern const {TABLES[kind]} {name};"
-            yield f"const {TABLES[kind]} {name}{{}};"
+        for kind, name in TABLE.findall(source.read_text()):
+            yield f"extern const {kind} {name};"
+            yield f"const {kind} {name}{{}};"
     yield "}\n"
 
 
