@@ -56,7 +56,7 @@ def write_figures(
                 figures["tasks"] = task_figure(rows)
         average = [row for row in rows if row.task == AVERAGE]
         if all(row.kl_mean is not None for row in average) and len({method_of(row) for row in average}) < len(average):
-            figures["frontier"] = frontier_figure(average)
+            figures["frontier"] = frontier_figure(rows)
         if any(prediction.task == NEEDLE.name for prediction in predictions):
             figures["needles"] = needle_figure(predictions, settings)
         return [save(figure, stem.with_name(f"{stem.name}-{name}.png")) for name, figure in figures.items()]

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ov_kvcrush.eval.records import AVERAGE
 from ov_kvcrush.eval.report.tables import in_percent, policy_label
 from ov_kvcrush.eval.statistics import ResultRow
 
@@ -35,13 +34,13 @@ def panels_of(rows: Sequence[ResultRow]) -> list[Panel]:
 
 
 def frontier(rows: Sequence[ResultRow], panel: Panel) -> dict[str, list[ResultRow]]:
-    """By method its rows on the average of all tasks, fewest bytes first, without those that another one of the method
-    beats: a row stays if no row of as few bytes is as good.
+    """By method its rows, all of one task, fewest bytes first, without those that another one of the method beats.
+
+    A row stays if no row of as few bytes is as good.
     """
     methods: dict[str, list[ResultRow]] = defaultdict(list)
     for row in rows:
-        if row.task == AVERAGE:
-            methods[method_of(row)].append(row)
+        methods[method_of(row)].append(row)
     sign = -1 if panel.is_loss else 1
     curves = {}
     for name, own in methods.items():
